@@ -1,0 +1,271 @@
+// Weighted cross-entropy on the CPU.
+//
+// Forward fuses the logit transform, the row's statistics, its weight and the reduction; backward the softmax, the
+// gradient and the transform's derivative. A row is cut into chunks that are widened into a buffer of 4 KiB, so that
+// memory is read once forward, and read and written once backward. Threads take whole rows.
+#include <torch/csrc/stable/library.h>
+
+#include "../loss_arguments.h"
+#include "check_ids.h"
+#include "float16.h"
+#include "simd.h"
+
+namespace pdl::cpu {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+
+template <typename T>
+struct Logits {
+  const T* data;
+  int64_t row_stride;
+  int64_t rows;
+  int64_t vocab_size;
+
+  explicit Logits(const Tensor& logits)
+      : data(static_cast<const T*>(logits.const_data_ptr())),
+        row_stride(logits.stride(0)),
+        rows(logits.size(0)),
+        vocab_size(logits.size(1)) {}
+
+  PDL_INLINE const T* row(int64_t i) const { return data + i * row_stride; }
+};
+
+template <bool kPlain, typename T, typename A>
+PDL_INLINE void load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* z) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const A value = widen(x[first + j]);
+    z[j] = kPlain ? value : transform.apply(value, first + j);
+  }
+}
+
+template <bool kPlain, typename T, typename A>
+PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const LogitTransform<A>& transform, A centre,
+                                           bool predict) {
+  alignas(64) A z[kChunk];
+  RowStatistics<A> row;
+  for (int64_t first = 0; first < vocab_size; first += kChunk) {
+    const int64_t n = std::min(kChunk, vocab_size - first);
+    load_chunk<kPlain>(x, first, n, transform, z);
+    RowStatistics<A> part;
+    A max = -infinity<A>();
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < n; ++j) max = z[j] > max ? z[j] : max;
+    const A shift = exp_shift(max);
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(z[j] - shift);
+    if (!kPlain) {
+      A centred = 0;
+#pragma omp simd reduction(+ : centred)
+      for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
+      part.centred = centred;
+    }
+    part.max = max;
+    part.sum = sum;
+    if (predict && max > row.max) {
+      int64_t j = 0;
+      while (z[j] != max) ++j;
+      part.argmax = int32_t(first + j);
+    }
+    row = merge(row, part);
+  }
+  return row;
+}
+
+template <bool kPlain, typename T, typename A>
+PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_t target, const LogitTransform<A>& transform,
+                             const GradientRow<A>& row) {
+  // Read before the loop, which may be writing over x.
+  const A x_target = widen(x[target]);
+  alignas(64) A z[kChunk];
+  for (int64_t first = 0; first < vocab_size; first += kChunk) {
+    const int64_t n = std::min(kChunk, vocab_size - first);
+    load_chunk<kPlain>(x, first, n, transform, z);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A g = row.off_target(z[j]);
+      gradient[first + j] = narrow<T>(kPlain ? g : g * transform.derivative(widen(x[first + j])));
+    }
+  }
+  const A z_target = kPlain ? x_target : transform.apply(x_target, target);
+  gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : transform.derivative(x_target)));
+}
+
+template <typename T, typename I, bool kPlain>
+void forward(const Tensor& logits_tensor, const I* targets, const float* token_weight, const OptionalTensor& row_weight_tensor,
+             const OptionalTensor& logit_offset, const OptionalTensor& normalizer, const LossOptions& options, bool predict,
+             const LossOutputs& outputs) {
+  using A = Accumulator<T>;
+  const Logits<T> logits(logits_tensor);
+  const auto transform = options.transform<A>(logit_offset);
+  const A label_smoothing = A(options.label_smoothing), z_loss = A(options.z_loss);
+  const A* row_weight = data_or_null<A>(row_weight_tensor);
+  A* rows = static_cast<A*>(outputs.rows.mutable_data_ptr());
+  int64_t* predicted = predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr;
+  const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
+
+  simd_parallel_for(n, vocab_size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t target = targets[i];
+      if (target == ignore_index) {
+        for (int k = 0; k < kRowOutputs; ++k) rows[k * n + i] = 0;
+        if (predict) predicted[i] = -1;
+        continue;
+      }
+      const T* x = logits.row(i);
+      const A x_target = widen(x[target]);
+      const A z_target = kPlain ? x_target : transform.apply(x_target, target);
+      const auto statistics = row_statistics<kPlain>(x, vocab_size, transform, smoothing_centre(z_target), predict);
+      const auto loss = row_loss(statistics, z_target, vocab_size, label_smoothing);
+      rows[kMax * n + i] = statistics.max;
+      rows[kLogSum * n + i] = loss.log_sum;
+      rows[kNll * n + i] = loss.nll;
+      rows[kCe * n + i] = loss.ce;
+      rows[kTokenWeight * n + i] = token_weight != nullptr ? token_weight[target] : 1.0f;
+      if (predict) predicted[i] = statistics.argmax;
+    }
+  });
+
+  A* loss = static_cast<A*>(outputs.loss.mutable_data_ptr());
+  // float64 sums: a million rows of float32 must not lose the small ones.
+  double weighted_ce = 0, weight_sum = 0, lse_squares = 0, counted = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = targets[i] != ignore_index;
+    const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
+    const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
+    if (options.reduction == Reduction::none) {
+      loss[i] = counts ? row_term(weight, ce, z_loss, lse) : A(0);
+    } else if (counts) {
+      weighted_ce += weight * ce;
+      weight_sum += weight;
+      lse_squares += lse * lse;
+      counted += 1;
+    }
+  }
+  const A* divisor = data_or_null<A>(normalizer);
+  const auto sums = totals<A>(options.reduction, A(weighted_ce), A(weight_sum), A(counted), divisor);
+  A* saved = static_cast<A*>(outputs.totals.mutable_data_ptr());
+  saved[0] = sums.weighted;
+  saved[1] = sums.rows;
+  saved[2] = sums.correction;
+  if (options.reduction != Reduction::none) {
+    *loss = A(weighted_ce) * sums.weighted + (z_loss != A(0) ? z_loss * A(lse_squares) * sums.rows : A(0));
+  }
+}
+
+template <typename T, typename I, bool kPlain>
+void backward(const Tensor& grad_loss, const Tensor& logits_tensor, const I* targets, const Tensor& rows_tensor,
+              const Tensor& totals_tensor, const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
+              const LossOptions& options, const Tensor& grad_logits) {
+  using A = Accumulator<T>;
+  const Logits<T> logits(logits_tensor);
+  const auto transform = options.transform<A>(logit_offset);
+  const A label_smoothing = A(options.label_smoothing), z_loss = A(options.z_loss);
+  const A* upstream = static_cast<const A*>(grad_loss.const_data_ptr());
+  const int64_t upstream_stride = options.reduction == Reduction::none && logits.rows > 0 ? grad_loss.stride(0) : 0;
+  const A* rows = static_cast<const A*>(rows_tensor.const_data_ptr());
+  const A* saved = static_cast<const A*>(totals_tensor.const_data_ptr());
+  const Totals<A> sums{saved[0], saved[1], saved[2]};
+  const A* row_weight = data_or_null<A>(row_weight_tensor);
+  T* gradients = static_cast<T*>(grad_logits.mutable_data_ptr());
+  const int64_t gradient_stride = grad_logits.stride(0);
+  const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
+
+  simd_parallel_for(n, vocab_size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* gradient = gradients + i * gradient_stride;
+      const int64_t target = targets[i];
+      if (target < 0 || target >= vocab_size || target == ignore_index) {
+        const T fill = narrow<T>(target == ignore_index ? A(0) : not_a_number<A>());
+        for (int64_t j = 0; j < vocab_size; ++j) gradient[j] = fill;
+        continue;
+      }
+      const A max = rows[kMax * n + i], log_sum = rows[kLogSum * n + i];
+      const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
+      const auto scalars = row_scalars(upstream[i * upstream_stride], weight, z_loss, max + log_sum, sums);
+      const GradientRow<A> row(max, log_sum, scalars, label_smoothing, vocab_size);
+      row_gradient<kPlain>(logits.row(i), gradient, vocab_size, target, transform, row);
+    }
+  });
+}
+
+// Calls f with values of the logits' and the targets' types.
+template <typename F>
+void dispatch(const Tensor& logits, const Tensor& targets, F&& f) {
+  const auto with_targets = [&]<typename T>(T) {
+    if (targets.scalar_type() == ScalarType::Int) {
+      f(T{}, int32_t{});
+    } else {
+      f(T{}, int64_t{});
+    }
+  };
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return with_targets(float{});
+    case ScalarType::Double:
+      return with_targets(double{});
+    case ScalarType::BFloat16:
+      return with_targets(BFloat16{});
+    case ScalarType::Half:
+      return with_targets(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
+                                                        OptionalTensor row_weight, OptionalTensor logit_offset,
+                                                        OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
+                                                        double label_smoothing, double z_loss, double logit_scale,
+                                                        double softcap, bool predict, bool /*inplace_backward*/) {
+  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset);
+  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
+  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
+  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+    const I* ids = static_cast<const I*>(targets.const_data_ptr());
+    check_ids("targets", ids, targets.size(0), logits.size(1), ignore_index);
+    const auto run = options.is_plain(logit_offset) ? forward<T, I, true> : forward<T, I, false>;
+    run(logits, ids, data_or_null<float>(token_weight), row_weight, logit_offset, normalizer, options, predict, outputs);
+  });
+  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+}
+
+void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets, const Tensor& rows,
+                        const Tensor& totals, const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
+                        const LossOptions& options, const Tensor& grad_logits) {
+  check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
+  check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
+  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+    const auto run = options.is_plain(logit_offset) ? backward<T, I, true> : backward<T, I, false>;
+    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset, options,
+        grad_logits);
+  });
+}
+
+Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, OptionalTensor row_weight,
+                     OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                     double z_loss, double logit_scale, double softcap) {
+  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
+  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
+  return grad_logits;
+}
+
+void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, OptionalTensor row_weight,
+                    OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index, double label_smoothing,
+                    double z_loss, double logit_scale, double softcap) {
+  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, logits);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CPU, m) {
+  m.impl("loss_forward", TORCH_BOX(&loss_forward));
+  m.impl("loss_backward", TORCH_BOX(&loss_backward));
+  m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
+}
+
+}  // namespace pdl::cpu

@@ -1,0 +1,44 @@
+// What the histogram op shares between devices: the checks that keep memory safe.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+namespace pdl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_histogram_arguments(const Tensor& counts, const Tensor& ignored, const Tensor& out_of_range,
+                                      const Tensor& tokens) {
+  STD_TORCH_CHECK(counts.dim() == 1 && counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
+                  "counts must be contiguous int64 with shape [V]");
+  for (const Tensor* total : {&ignored, &out_of_range}) {
+    STD_TORCH_CHECK(total->numel() == 1 && total->scalar_type() == ScalarType::Long && total->device() == counts.device(),
+                    "ignored and out_of_range must be int64 with one element, on the counts' device");
+  }
+  STD_TORCH_CHECK(tokens.is_contiguous(), "tokens must be contiguous");
+  STD_TORCH_CHECK(tokens.device() == counts.device(), "tokens must be on the counts' device");
+}
+
+// Calls f with a pointer to the tokens in their own dtype.
+template <typename F>
+void dispatch_tokens(const Tensor& tokens, F&& f) {
+  const void* data = tokens.const_data_ptr();
+  switch (tokens.scalar_type()) {
+    case ScalarType::Byte:
+      return f(static_cast<const uint8_t*>(data));
+    case ScalarType::UInt16:
+      return f(static_cast<const uint16_t*>(data));
+    case ScalarType::Int:
+      return f(static_cast<const int32_t*>(data));
+    case ScalarType::UInt32:
+      return f(static_cast<const uint32_t*>(data));
+    case ScalarType::Long:
+      return f(static_cast<const int64_t*>(data));
+    default:
+      STD_TORCH_CHECK(false, "tokens must be uint8, uint16, int32, uint32 or int64");
+  }
+}
+
+}  // namespace pdl

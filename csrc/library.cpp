@@ -1,0 +1,43 @@
+// The schemas of the ops, and the Python module `pdl_ext._C`: importing it registers the ops, and its functions tell
+// how it was built. The kernels register themselves, each device beside its own code.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include "build_info.h"
+#include "cpu/simd.h"
+
+STABLE_TORCH_LIBRARY(pdl_ext, m) {
+  m.def(
+      "loss_forward(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, "
+      "Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
+      "float softcap, bool predict, bool inplace_backward) -> (Tensor loss, Tensor rows, Tensor totals, Tensor predicted)");
+  m.def(
+      "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
+      "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
+      "float softcap) -> Tensor");
+  m.def(
+      "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
+      "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
+      "float softcap) -> ()");
+  m.def(
+      "token_weights(Tensor counts, Tensor? blend, Tensor? fixed, float alpha, float epsilon, float smoothing, "
+      "bool relative, int normalize, float max_weight) -> Tensor");
+  m.def(
+      "count_tokens_(Tensor(a!) counts, Tensor(b!) ignored, Tensor(c!) out_of_range, Tensor tokens, int ignore_index, "
+      "bool strict) -> ()");
+}
+
+#ifndef PDL_EXT_WITH_CUDA
+const char* pdl::cuda_architectures() {
+  return "";
+}
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled ops of pdl_ext, registered as torch.ops.pdl_ext.*, and how they were built.";
+  m.def("cpu_capability", &pdl::cpu::capability_name);
+  m.def("built_with_torch", [] { return TORCH_VERSION; });
+  m.def("cuda_architectures", &pdl::cuda_architectures);
+  m.def("cuda_status", [] { return PDL_EXT_CUDA_STATUS; });
+}

@@ -1,0 +1,196 @@
+"""How often each token occurs: the streaming histogram of a corpus, and its file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pdl_ext import functional
+
+__all__ = ["TokenFrequency"]
+
+_FORMAT = "pdl_ext.TokenFrequency"
+_FORMAT_VERSION = "1"
+
+
+class TokenFrequency(nn.Module):
+    """Counts of the tokens of a corpus, exact, gathered a batch at a time.
+
+    Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored` and
+    `out_of_range`. counts.sum() + ignored + out_of_range is the number of tokens seen.
+
+    Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
+    """
+
+    counts: Tensor
+    ignored: Tensor
+    out_of_range: Tensor
+
+    def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
+        super().__init__()
+        functional.check_vocab_size(vocab_size)
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise ValueError(f"ignore_index: got {ignore_index!r}, expected an int")
+        self.ignore_index = ignore_index
+        self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
+        self.register_buffer("ignored", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("out_of_range", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_counts(cls, counts: Tensor) -> TokenFrequency:
+        """A frequency with a copy of the given counts, int64 [V], on their device."""
+        if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.dim() != 1 or counts.numel() == 0:
+            got = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+            raise TypeError(f"counts: got {got}, expected an int64 tensor of shape [V]")
+        if counts.device.type != "meta" and bool((counts < 0).any()):
+            raise ValueError("counts: got a negative count, expected all >= 0")
+        frequency = cls(counts.numel()).to(counts.device)
+        frequency.counts.copy_(counts)
+        return frequency
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of vocabulary entries."""
+        return self.counts.shape[0]
+
+    @property
+    def total(self) -> int:
+        """N, the number of tokens counted, without the ignored and the out of range. Waits for the device."""
+        return int(self.counts.sum())
+
+    def extra_repr(self) -> str:
+        return f"vocab_size={self.vocab_size}, ignore_index={self.ignore_index}"
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor | np.ndarray[Any, Any], *, strict: bool = False) -> None:
+        """Counts a batch.
+
+        tokens: any shape, uint8, uint16, int32, uint32 or int64, read in that dtype: a tensor on the counts' device, or
+        a NumPy array (copied to that device). An id outside [0, V) adds to `out_of_range`; with `strict` it raises
+        IndexError before anything is counted (on CUDA this waits for the device).
+        Raises TypeError or ValueError for a wrong dtype or device.
+        """
+        if isinstance(tokens, np.ndarray):
+            with warnings.catch_warnings():
+                # The array is only read, so one that cannot be written to is as good.
+                warnings.filterwarnings("ignore", message=".*not writable.*")
+                tokens = torch.from_numpy(np.ascontiguousarray(tokens)).to(self.counts.device)
+        if strict and self.counts.device.type != "cpu":
+            self._update_strictly(tokens)
+        else:
+            functional.add_tokens(
+                self.counts, self.ignored, self.out_of_range, tokens, ignore_index=self.ignore_index, strict=strict
+            )
+
+    def _update_strictly(self, tokens: Tensor) -> None:
+        batch = TokenFrequency(self.vocab_size, ignore_index=self.ignore_index).to(self.counts.device)
+        batch.update(tokens)
+        rejected = int(batch.out_of_range)
+        if rejected:
+            raise IndexError(f"tokens: got {rejected} ids outside [0, {self.vocab_size}), expected none")
+        self.merge(batch)
+
+    @torch.no_grad()
+    def merge(self, other: TokenFrequency) -> None:
+        """Adds the counts of another frequency of the same vocabulary; ValueError if it has a different one."""
+        if not isinstance(other, TokenFrequency):
+            raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
+        if other.vocab_size != self.vocab_size:
+            raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
+        for mine, theirs in zip(self._totals(), other._totals(), strict=True):
+            mine += theirs.to(mine.device)
+
+    @torch.no_grad()
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Replaces the counts by their sum over the ranks of a process group: once, when every rank has counted its part.
+
+        Raises ValueError on every rank if the ranks' vocabularies differ.
+        """
+        sizes = torch.tensor([self.vocab_size, -self.vocab_size], device=self.counts.device)
+        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
+        largest, smallest = int(sizes[0]), -int(sizes[1])
+        if largest != smallest:
+            raise ValueError(f"vocab_size: got {smallest} to {largest} over the ranks, expected the same on all")
+        packed = torch.cat([total.reshape(-1) for total in self._totals()])
+        dist.all_reduce(packed, group=group)
+        self.counts.copy_(packed[:-2])
+        self.ignored.copy_(packed[-2])
+        self.out_of_range.copy_(packed[-1])
+
+    def probabilities(self) -> Tensor:
+        """n / N, float64 [V]; uniform while nothing is counted."""
+        total = self.counts.sum()
+        counted = self.counts.double() / total.clamp(min=1)
+        return torch.where(total > 0, counted, 1.0 / self.vocab_size)
+
+    def buckets(self, shares: Sequence[float] = (0.8, 0.15, 0.05)) -> Tensor:
+        """The frequency bucket of every vocabulary entry: int64 [V], 0 the most frequent.
+
+        Entries are sorted by count; an entry belongs to the bucket in which the occurrences before it end, so bucket 0
+        covers the first `shares[0]` of all occurrences. An entry that was never seen is in the last one.
+        Raises ValueError unless the shares are positive and sum to 1. Source: the rank buckets of MiLe (NAACL 2024).
+        """
+        if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"shares: got {tuple(shares)}, expected positive numbers that sum to 1")
+        counts, order = torch.sort(self.counts, descending=True, stable=True)
+        before = (counts.cumsum(0) - counts).double() / counts.sum().clamp(min=1)
+        edges = torch.tensor(shares, dtype=torch.float64, device=counts.device).cumsum(0)[:-1]
+        bucket = torch.bucketize(before, edges, right=True)
+        bucket = torch.where(counts > 0, bucket, len(shares) - 1)
+        return torch.empty_like(bucket).scatter_(0, order, bucket)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the counts as a safetensors file with metadata; the file appears whole or not at all."""
+        path = Path(path)
+        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")}
+        metadata = {
+            "format": _FORMAT,
+            "format_version": _FORMAT_VERSION,
+            "vocab_size": str(self.vocab_size),
+            "ignore_index": str(self.ignore_index),
+            "total": str(self.total),
+        }
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
+        """Reads a file that `save` wrote, onto the CPU.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged or is no counts file.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"path: {path} is damaged or no safetensors file ({error})") from error
+        if metadata.get("format") != _FORMAT or metadata.get("format_version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"path: {path} has format {metadata.get('format')!r} {metadata.get('format_version')!r}, "
+                f"expected {_FORMAT!r} {_FORMAT_VERSION!r}"
+            )
+        frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
+        frequency.load_state_dict(tensors)
+        if bool((frequency.counts < 0).any()) or frequency.total != int(metadata["total"]):
+            raise ValueError(f"path: {path} has counts that do not sum to the total it states, {metadata['total']}")
+        return frequency
+
+    def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.counts, self.ignored, self.out_of_range

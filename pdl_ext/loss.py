@@ -1,0 +1,195 @@
+"""The loss as a module: it owns the frequency and the weights that follow from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdl_ext import functional
+from pdl_ext.frequency import TokenFrequency
+from pdl_ext.functional import RowStats
+from pdl_ext.weighting import PowerLaw, check_blend
+
+__all__ = ["PDLLoss"]
+
+
+class PDLLoss(nn.Module):
+    """Cross-entropy in which each target weighs (frequency + epsilon) ** -alpha.
+
+    Args:
+        frequency: a TokenFrequency, its int64 [V] counts, or the path of a counts file. None learns it online: in
+            training mode each call first counts its targets and then weighs them, so that a target is never unseen;
+            in eval mode nothing is counted.
+        alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
+        weighting: PowerLaw with everything else that it can do.
+        vocab_size: V of an online loss; without it V is that of the first logits.
+        reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale, inplace_backward: as in
+            `functional.pdl_loss`.
+
+    With a given frequency the weights are computed once; after changing it call `refresh`. `state_dict` holds the
+    counts and `blend`, and restores them also into a loss that has seen no logits yet.
+
+    Raises TypeError or ValueError that names the argument.
+    Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y) with w(t) = 1 / (freq(t) + eps) ** alpha.
+    """
+
+    frequency: TokenFrequency | None
+    _blend: Tensor
+    _token_weight: Tensor | None
+    _fixed: Tensor | None
+
+    def __init__(
+        self,
+        frequency: TokenFrequency | Tensor | str | os.PathLike[str] | None = None,
+        *,
+        alpha: float = 1.0,
+        epsilon: float = 1e-7,
+        weighting: PowerLaw | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        shift: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        inplace_backward: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        functional.check_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        if weighting is None:
+            weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
+        elif not isinstance(weighting, PowerLaw):
+            raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
+        elif (alpha, epsilon) != (1.0, 1e-7):
+            raise ValueError("weighting: got one together with alpha or epsilon, expected either: they are its shorthand")
+        self.weighting = weighting
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.shift = shift
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.inplace_backward = inplace_backward
+        self.online = frequency is None
+
+        if isinstance(frequency, (str, os.PathLike)):
+            frequency = TokenFrequency.load(frequency)
+        elif isinstance(frequency, Tensor):
+            frequency = TokenFrequency.from_counts(frequency)
+        elif frequency is not None and not isinstance(frequency, TokenFrequency):
+            raise TypeError(
+                f"frequency: got {type(frequency).__name__}, expected TokenFrequency, int64 counts, a path or None"
+            )
+        if frequency is None and vocab_size is not None:
+            frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
+        if frequency is not None and vocab_size not in (None, frequency.vocab_size):
+            raise ValueError(f"vocab_size: got {vocab_size}, expected {frequency.vocab_size}, the frequency's")
+
+        self.frequency = None
+        device = None if frequency is None else frequency.counts.device
+        self.register_buffer("_blend", torch.tensor(weighting.blend, dtype=torch.float32, device=device))
+        self.register_buffer("_token_weight", None, persistent=False)
+        self.register_buffer("_fixed", None, persistent=False)
+        if frequency is not None:
+            self._take_frequency(frequency)
+        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+
+    @property
+    def blend(self) -> float:
+        """How far the weights are from 1, in [0, 1]: 0 is plain cross-entropy. Can be set while training, for a warm-up."""
+        return float(self._blend)
+
+    @blend.setter
+    def blend(self, value: float) -> None:
+        check_blend(value)
+        self._blend.fill_(value)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Computes the weights of a given frequency again, in place; an online loss does so at every call."""
+        if self._token_weight is not None:
+            self._token_weight.copy_(self._weights())
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
+        # Everything that can be refused is refused before an online loss counts its targets.
+        functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
+        return functional.pdl_loss(
+            logits,
+            targets,
+            self._current_weights(logits, targets),
+            row_weight=row_weight,
+            normalizer=normalizer,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            shift=self.shift,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            inplace_backward=self.inplace_backward,
+            return_stats=return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
+
+    @torch.no_grad()
+    def _current_weights(self, logits: Tensor, targets: Tensor) -> Tensor:
+        vocab_size = logits.shape[-1]
+        if self.frequency is None:
+            self._blend = self._blend.to(logits.device)
+            self._take_frequency(TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(logits.device))
+        assert self.frequency is not None
+        counts = self.frequency.counts
+        if vocab_size != counts.shape[0]:
+            raise ValueError(f"logits: got a vocabulary of {vocab_size}, expected {counts.shape[0]}, the frequency's")
+        if logits.device != counts.device:
+            raise ValueError(f"logits: got device {logits.device}, expected {counts.device}: move the loss with .to()")
+        if self._token_weight is not None:
+            return self._token_weight
+        if self.training:
+            learned = targets[..., 1:] if self.shift else targets
+            self.frequency.update(learned, strict=counts.device.type == "cpu")
+        return self._weights()
+
+    def _weights(self) -> Tensor:
+        assert self.frequency is not None
+        return functional.weights_with_fixed(self.frequency.counts, self.weighting, self._blend, self._fixed)
+
+    def _take_frequency(self, frequency: TokenFrequency) -> None:
+        self.frequency = frequency
+        self._fixed = functional.fixed_table(self.weighting, frequency.counts)
+        if not self.online:
+            self._token_weight = self._weights()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PDLLoss:
+        # .half() and .to(dtype) are about the model: weights stay float32, or the loss would change with them.
+        kept = {name: self._buffers[name] for name in ("_blend", "_token_weight", "_fixed")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        counts = state_dict.get(f"{prefix}frequency.counts")
+        if self.frequency is None and counts is not None:
+            self._take_frequency(TokenFrequency(counts.shape[0], ignore_index=self.ignore_index).to(self._blend.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,133 @@
+"""The definitions in plain PyTorch: what every kernel is tested against.
+
+Slow, and differentiable as often as PyTorch is. In float64 these are the yardstick.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pdl_ext.functional import RowStats
+from pdl_ext.weighting import PowerLaw
+
+__all__ = ["count_tokens", "pdl_loss", "token_weights"]
+
+
+def pdl_loss(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    logit_offset: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    shift: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no input is checked."""
+    if shift:
+        row_weight = None if row_weight is None else row_weight[..., 1:]
+        loss_of_rows = pdl_loss(
+            logits[..., :-1, :],
+            targets[..., 1:],
+            token_weight,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            logit_offset=logit_offset,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_stats=True,
+        )
+        loss, stats = loss_of_rows
+        if reduction == "none":
+            loss = F.pad(loss, (1, 0))
+        nll, weight, lse, predicted = stats
+        shifted = (F.pad(nll, (1, 0)), F.pad(weight, (1, 0)), F.pad(lse, (1, 0)), F.pad(predicted, (1, 0), value=-1))
+        return (loss, RowStats(*shifted)) if return_stats else loss
+
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    vocab_size = logits.shape[-1]
+    z = logit_scale * logits.to(dtype)
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if logit_offset is not None:
+        z = z + logit_offset.to(dtype)
+
+    counted = targets != ignore_index
+    safe = torch.where(counted, targets, 0).long()
+    lse = torch.logsumexp(z, -1)
+    nll = lse - z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
+    ce = nll
+    if label_smoothing:
+        ce = (1 - label_smoothing) * nll + label_smoothing / vocab_size * (lse.unsqueeze(-1) - z).sum(-1)
+    weight = torch.ones_like(nll) if token_weight is None else token_weight.to(dtype)[safe]
+    if row_weight is not None:
+        weight = weight * row_weight.to(dtype)
+
+    zero = torch.zeros((), dtype=dtype, device=logits.device)
+    weight = torch.where(counted, weight, zero)
+    weighted = torch.where(counted, weight * torch.where(counted, ce, zero), zero)
+    z_term = z_loss * torch.where(counted, lse, zero) ** 2 if z_loss else torch.zeros_like(weighted)
+    rows = counted.sum().to(dtype)
+    if reduction == "none":
+        loss = weighted + z_term
+    else:
+        one = torch.ones_like(rows)
+        if reduction == "sum":
+            divisor, z_divisor = one, one
+        elif normalizer is not None:
+            divisor = z_divisor = torch.as_tensor(normalizer, dtype=dtype, device=logits.device)
+        else:
+            divisor, z_divisor = (weight.sum() if reduction == "mean" else rows), rows
+        loss = weighted.sum() / torch.where(divisor == 0, torch.inf, divisor)
+        loss = loss + z_term.sum() / torch.where(z_divisor == 0, torch.inf, z_divisor)
+    if not return_stats:
+        return loss
+    ignored_as = {name: torch.where(counted, value, zero).detach() for name, value in (("nll", nll), ("lse", lse))}
+    predicted = torch.where(counted, z.argmax(-1), -1)
+    return loss, RowStats(ignored_as["nll"], weight.detach(), ignored_as["lse"], predicted)
+
+
+def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
+    """The weights of `functional.token_weights` by their definition: float64 [V] from int64 [V] counts."""
+    n = counts.double()
+    total = n.sum()
+    vocab_size = counts.shape[0]
+    frequency = n + weighting.smoothing
+    if weighting.relative:
+        denominator = total + weighting.smoothing * vocab_size
+        frequency = frequency / (denominator if denominator > 0 else 1.0)
+    weight = (frequency + weighting.epsilon) ** -weighting.alpha
+    if weighting.max_weight is not None:
+        weight = weight.clamp(max=weighting.max_weight)
+    free = torch.ones(vocab_size, dtype=torch.bool, device=counts.device)
+    for token in weighting.fixed:
+        free[token] = False
+    if weighting.normalize != "none":
+        share = n if weighting.normalize == "corpus" and total > 0 else torch.ones_like(n)
+        share = share * free
+        if share.sum() > 0:
+            weight = weight / ((share * weight).sum() / share.sum())
+    weight = 1 + weighting.blend * (weight - 1)
+    for token, fixed in weighting.fixed.items():
+        weight[token] = fixed
+    return weight
+
+
+def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -> Tensor:
+    """The counts of `functional.count_tokens` by `torch.bincount`: int64 [vocab_size]."""
+    ids = tokens.reshape(-1).to(torch.int64)
+    kept = ids[(ids >= 0) & (ids < vocab_size) & (ids != ignore_index)]
+    return torch.bincount(kept, minlength=vocab_size)

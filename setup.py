@@ -1,0 +1,94 @@
+"""Builds the extension against the PyTorch that the environment has.
+
+PDL_EXT_CUDA=1 demands the CUDA kernels, =0 leaves them out; by default they are built where that PyTorch has CUDA and
+nvcc is found.
+"""
+
+import glob
+import importlib.util
+import os
+import site
+import sys
+import sysconfig
+
+from setuptools import setup
+
+
+def find_torch() -> bool:
+    """Makes the environment's PyTorch importable, also from inside pip's isolated build."""
+    if importlib.util.find_spec("torch") is not None:
+        return True
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    configuration = os.path.join(sys.prefix, "pyvenv.cfg")
+    in_environment = sys.prefix != sys.base_prefix
+    sees_system = not in_environment
+    if in_environment and os.path.exists(configuration):
+        with open(configuration) as lines:
+            sees_system = any(line.replace(" ", "").strip() == "include-system-site-packages=true" for line in lines)
+    if sees_system:
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        folders += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
+        folders.append(site.getusersitepackages())
+    for folder in dict.fromkeys(folders):
+        if os.path.isdir(os.path.join(folder, "torch")):
+            sys.path.append(folder)
+            return True
+    return False
+
+
+def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and the reason in words."""
+    wish = os.environ.get("PDL_EXT_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"PDL_EXT_CUDA is {wish!r}, expected 0 or 1")
+    if wish == "0":
+        return False, "not built: PDL_EXT_CUDA=0"
+    nvcc = os.path.join(cuda_home, "bin", "nvcc") if cuda_home else None
+    missing = None
+    if torch_cuda is None:
+        missing = "this PyTorch was built without CUDA"
+    elif nvcc is None or not os.path.exists(nvcc):
+        missing = "nvcc was not found (set CUDA_HOME)"
+    if missing is None:
+        return True, f"built: PyTorch has CUDA {torch_cuda} and nvcc is at {nvcc}"
+    if wish == "1":
+        sys.exit(f"PDL_EXT_CUDA=1 asks for the CUDA kernels, but {missing}")
+    return False, f"not built: {missing}"
+
+
+def extension_arguments() -> dict:
+    import pybind11
+    import torch
+    from torch.utils import cpp_extension
+
+    with_cuda, status = choose_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
+    print(f"pdl_ext: CUDA kernels {status}")
+    sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
+    macros = [
+        # One build serves PyTorch 2.10 and everything after it.
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("PDL_EXT_CUDA_STATUS", f'"{status}"'),
+    ]
+    cxx = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+    make = cpp_extension.CppExtension
+    if with_cuda:
+        make = cpp_extension.CUDAExtension
+        sources += glob.glob("csrc/cuda/*.cu")
+        macros += [("PDL_EXT_WITH_CUDA", None), ("USE_CUDA", None)]
+    extension = make(
+        "pdl_ext._C",
+        sorted(sources),
+        include_dirs=[pybind11.get_include()],
+        define_macros=macros,
+        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+        extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "--extended-lambda", "--expt-relaxed-constexpr"]},
+        extra_link_args=["-s"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+if find_torch():
+    setup(**extension_arguments())
+else:
+    # pip reads this as a build requirement and starts again with it installed.
+    setup(setup_requires=["torch>=2.10", "numpy"])
