@@ -14,8 +14,9 @@ inline void check_histogram_arguments(const Tensor& counts, const Tensor& ignore
   STD_TORCH_CHECK(counts.dim() == 1 && counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
                   "counts must be contiguous int64 with shape [V]");
   for (const Tensor* total : {&ignored, &out_of_range}) {
-    STD_TORCH_CHECK(total->numel() == 1 && total->scalar_type() == ScalarType::Long && total->device() == counts.device(),
-                    "ignored and out_of_range must be int64 with one element, on the counts' device");
+    STD_TORCH_CHECK(
+        total->numel() == 1 && total->scalar_type() == ScalarType::Long && total->device() == counts.device(),
+        "ignored and out_of_range must be int64 with one element, on the counts' device");
   }
   STD_TORCH_CHECK(tokens.is_contiguous(), "tokens must be contiguous");
   STD_TORCH_CHECK(tokens.device() == counts.device(), "tokens must be on the counts' device");

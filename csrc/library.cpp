@@ -11,13 +11,15 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_forward(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, "
       "Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap, bool predict, bool inplace_backward) -> (Tensor loss, Tensor rows, Tensor totals, Tensor predicted)");
+      "float softcap, bool predict, bool inplace_backward) -> (Tensor loss, Tensor rows, Tensor totals, Tensor "
+      "predicted)");
   m.def(
       "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
       "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
       "float softcap) -> Tensor");
   m.def(
-      "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
+      "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor rows, Tensor totals, Tensor? "
+      "row_weight, "
       "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
       "float softcap) -> ()");
   m.def(

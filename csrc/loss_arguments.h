@@ -37,7 +37,8 @@ struct LossOptions {
 
   template <typename A>
   LogitTransform<A> transform(const OptionalTensor& logit_offset) const {
-    return {A(logit_scale), A(softcap), logit_offset ? static_cast<const float*>(logit_offset->const_data_ptr()) : nullptr};
+    return {A(logit_scale), A(softcap),
+            logit_offset ? static_cast<const float*>(logit_offset->const_data_ptr()) : nullptr};
   }
 };
 
@@ -45,7 +46,8 @@ inline ScalarType accumulator_dtype(ScalarType logits) {
   return logits == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_table(const OptionalTensor& table, const char* name, const Tensor& logits, int64_t size, ScalarType dtype) {
+inline void check_table(const OptionalTensor& table, const char* name, const Tensor& logits, int64_t size,
+                        ScalarType dtype) {
   if (!table) return;
   STD_TORCH_CHECK(table->dim() == 1 && table->size(0) == size && table->is_contiguous(), name,
                   " must be contiguous with shape [", size, "]");
@@ -57,7 +59,8 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
                                  const OptionalTensor& row_weight, const OptionalTensor& logit_offset) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must have shape [N, V]");
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= std::numeric_limits<int32_t>::max(), "logits must have 1 <= V < 2^31");
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= std::numeric_limits<int32_t>::max(),
+                  "logits must have 1 <= V < 2^31");
   STD_TORCH_CHECK(logits.stride(1) == 1 || vocab_size == 1, "logits must have a last dimension of stride 1");
   STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == rows && targets.is_contiguous(),
                   "targets must be contiguous with shape [N]");
@@ -72,11 +75,11 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
 inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Tensor& totals, const Tensor& grad_loss,
                              Reduction reduction) {
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == logits.size(0) && rows.is_contiguous() &&
-                      rows.scalar_type() == dtype && rows.device() == logits.device(),
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == logits.size(0) &&
+                      rows.is_contiguous() && rows.scalar_type() == dtype && rows.device() == logits.device(),
                   "rows must be what loss_forward returned");
-  STD_TORCH_CHECK(totals.dim() == 1 && totals.size(0) == kTotals && totals.is_contiguous() && totals.scalar_type() == dtype &&
-                      totals.device() == logits.device(),
+  STD_TORCH_CHECK(totals.dim() == 1 && totals.size(0) == kTotals && totals.is_contiguous() &&
+                      totals.scalar_type() == dtype && totals.device() == logits.device(),
                   "totals must be what loss_forward returned");
   STD_TORCH_CHECK(grad_loss.scalar_type() == dtype && grad_loss.device() == logits.device() &&
                       (reduction == Reduction::none ? grad_loss.dim() == 1 && grad_loss.size(0) == logits.size(0)

@@ -11,12 +11,12 @@ try:
     from pdl_ext import _C
 except ImportError as error:
     raise ImportError(
-        "pdl_ext's compiled module cannot be imported. In a source folder, build it first: run `pip install -e .` there, "
-        "or leave the folder to use an installed pdl_ext. "
+        "pdl_ext's compiled module cannot be imported. In a source folder, build it first: run `pip install -e .` "
+        "there, or leave the folder to use an installed pdl_ext. "
         f"({error})"
     ) from error
 
-__all__ = ["_C", "REDUCTIONS", "ROW_CE", "ROW_LOG_SUM", "ROW_MAX", "ROW_NLL", "ROW_TOKEN_WEIGHT", "ops"]
+__all__ = ["REDUCTIONS", "ROW_CE", "ROW_LOG_SUM", "ROW_MAX", "ROW_NLL", "ROW_TOKEN_WEIGHT", "_C", "ops"]
 
 ops = torch.ops.pdl_ext
 
@@ -78,7 +78,7 @@ def _(*_: Any) -> None:
 
 
 def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, token_weight, row_weight, logit_offset, _normalizer, *options, _predict, inplace_backward = inputs
+    logits, targets, _token_weight, row_weight, logit_offset, _normalizer, *options, _predict, inplace_backward = inputs
     _loss, rows, totals, predicted = output
     ctx.mark_non_differentiable(rows, totals, predicted)
     ctx.set_materialize_grads(False)

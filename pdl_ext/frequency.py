@@ -112,7 +112,7 @@ class TokenFrequency(nn.Module):
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Replaces the counts by their sum over the ranks of a process group: once, when every rank has counted its part.
+        """Replaces the counts by their sum over the ranks of a process group: once, when each rank has counted its part.
 
         Raises ValueError on every rank if the ranks' vocabularies differ.
         """
@@ -152,7 +152,9 @@ class TokenFrequency(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the counts as a safetensors file with metadata; the file appears whole or not at all."""
         path = Path(path)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")}
+        tensors = {
+            name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")
+        }
         metadata = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,

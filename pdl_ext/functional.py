@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,48 +31,6 @@ class RowStats(NamedTuple):
     weight: Tensor
     lse: Tensor
     predicted: Tensor
-
-
-@overload
-def pdl_loss(
-    logits: Tensor,
-    targets: Tensor,
-    token_weight: Tensor | None = None,
-    *,
-    row_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    logit_offset: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    shift: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    inplace_backward: bool = False,
-    return_stats: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def pdl_loss(
-    logits: Tensor,
-    targets: Tensor,
-    token_weight: Tensor | None = None,
-    *,
-    row_weight: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    logit_offset: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    shift: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    inplace_backward: bool = False,
-    return_stats: bool,
-) -> tuple[Tensor, RowStats]: ...
 
 
 def pdl_loss(
@@ -183,7 +141,8 @@ def token_weights(counts: Tensor, weighting: PowerLaw, *, blend: Tensor | None =
 
     counts: int64 [V]. blend: a float32 0-d tensor on the counts' device, which replaces `weighting.blend` and is read
     on that device. Returns float32 [V].
-    Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside the vocabulary.
+    Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside
+    the vocabulary.
     Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; smoothing and normalisation as in PowerLaw.
     """
     _check_counts(counts)
@@ -200,7 +159,9 @@ def fixed_table(weighting: PowerLaw, counts: Tensor) -> Tensor | None:
         return None
     vocab_size = counts.shape[0]
     if max(weighting.fixed) >= vocab_size:
-        raise ValueError(f"fixed: got token id {max(weighting.fixed)}, expected ids below the vocabulary size {vocab_size}")
+        raise ValueError(
+            f"fixed: got token id {max(weighting.fixed)}, expected ids below the vocabulary size {vocab_size}"
+        )
     table = torch.full((vocab_size,), math.nan)
     for token, weight in weighting.fixed.items():
         table[token] = weight
@@ -303,11 +264,15 @@ def _check_table(name: str, table: Tensor | None, logits: Tensor) -> None:
     if table.dtype != torch.float32:
         raise TypeError(f"{name}: got dtype {table.dtype}, expected float32 whatever the logits' dtype is")
     if table.shape != logits.shape[-1:]:
-        raise ValueError(f"{name}: got shape {list(table.shape)}, expected [{logits.shape[-1]}], the logits' vocabulary")
+        raise ValueError(
+            f"{name}: got shape {list(table.shape)}, expected [{logits.shape[-1]}], the logits' vocabulary"
+        )
     if table.device != logits.device:
         raise ValueError(f"{name}: got device {table.device}, expected {logits.device}, where the logits are")
     if table.requires_grad:
-        raise ValueError(f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one")
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one"
+        )
 
 
 def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
@@ -316,9 +281,13 @@ def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
     if not row_weight.is_floating_point():
         raise TypeError(f"row_weight: got dtype {row_weight.dtype}, expected a floating one")
     if row_weight.shape != targets.shape:
-        raise ValueError(f"row_weight: got shape {list(row_weight.shape)}, expected that of targets, {list(targets.shape)}")
+        raise ValueError(
+            f"row_weight: got shape {list(row_weight.shape)}, expected that of targets, {list(targets.shape)}"
+        )
     if row_weight.device != targets.device:
-        raise ValueError(f"row_weight: got device {row_weight.device}, expected {targets.device}, where the targets are")
+        raise ValueError(
+            f"row_weight: got device {row_weight.device}, expected {targets.device}, where the targets are"
+        )
 
 
 def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: str) -> None:
@@ -362,4 +331,3 @@ def _check_counts(counts: Tensor) -> None:
         raise TypeError(f"counts: got dtype {counts.dtype}, expected int64")
     if counts.dim() != 1 or counts.shape[0] == 0:
         raise ValueError(f"counts: got shape {list(counts.shape)}, expected [V] with V >= 1")
-

@@ -66,7 +66,9 @@ class PDLLoss(nn.Module):
         elif not isinstance(weighting, PowerLaw):
             raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
         elif (alpha, epsilon) != (1.0, 1e-7):
-            raise ValueError("weighting: got one together with alpha or epsilon, expected either: they are its shorthand")
+            raise ValueError(
+                "weighting: got one together with alpha or epsilon, expected either: they are its shorthand"
+            )
         self.weighting = weighting
         self.reduction = reduction
         self.ignore_index = ignore_index
@@ -102,7 +104,7 @@ class PDLLoss(nn.Module):
 
     @property
     def blend(self) -> float:
-        """How far the weights are from 1, in [0, 1]: 0 is plain cross-entropy. Can be set while training, for a warm-up."""
+        """How far the weights are from 1, in [0, 1]: 0 is plain cross-entropy. To be set while training, for a warm-up."""
         return float(self._blend)
 
     @blend.setter

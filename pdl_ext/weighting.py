@@ -57,7 +57,9 @@ class PowerLaw:
             _check_number(f"fixed[{token}]", weight, "a finite number >= 0", lambda x: 0 <= x < math.inf)
 
     def __hash__(self) -> int:
-        return hash((self.alpha, self.epsilon, self.smoothing, self.relative, self.normalize, self.max_weight, self.blend))
+        return hash(
+            (self.alpha, self.epsilon, self.smoothing, self.relative, self.normalize, self.max_weight, self.blend)
+        )
 
     @classmethod
     def reference(cls) -> PowerLaw:

@@ -45,7 +45,8 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
   });
 }
 
-void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor tokens, int64_t ignore_index, bool strict) {
+void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor tokens, int64_t ignore_index,
+                   bool strict) {
   check_histogram_arguments(counts, ignored, out_of_range, tokens);
   dispatch_tokens(tokens, [&](const auto* ids) {
     if (strict) check_ids("tokens", ids, tokens.numel(), counts.size(0), ignore_index);

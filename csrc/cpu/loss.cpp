@@ -75,8 +75,8 @@ PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const
 }
 
 template <bool kPlain, typename T, typename A>
-PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_t target, const LogitTransform<A>& transform,
-                             const GradientRow<A>& row) {
+PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_t target,
+                             const LogitTransform<A>& transform, const GradientRow<A>& row) {
   // Read before the loop, which may be writing over x.
   const A x_target = widen(x[target]);
   alignas(64) A z[kChunk];
@@ -94,9 +94,9 @@ PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_
 }
 
 template <typename T, typename I, bool kPlain>
-void forward(const Tensor& logits_tensor, const I* targets, const float* token_weight, const OptionalTensor& row_weight_tensor,
-             const OptionalTensor& logit_offset, const OptionalTensor& normalizer, const LossOptions& options, bool predict,
-             const LossOutputs& outputs) {
+void forward(const Tensor& logits_tensor, const I* targets, const float* token_weight,
+             const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
+             const OptionalTensor& normalizer, const LossOptions& options, bool predict, const LossOutputs& outputs) {
   using A = Accumulator<T>;
   const Logits<T> logits(logits_tensor);
   const auto transform = options.transform<A>(logit_offset);
@@ -217,9 +217,10 @@ void dispatch(const Tensor& logits, const Tensor& targets, F&& f) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
-                                                        OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
-                                                        double label_smoothing, double z_loss, double logit_scale,
-                                                        double softcap, bool predict, bool /*inplace_backward*/) {
+                                                        OptionalTensor normalizer, int64_t reduction,
+                                                        int64_t ignore_index, double label_smoothing, double z_loss,
+                                                        double logit_scale, double softcap, bool predict,
+                                                        bool /*inplace_backward*/) {
   check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset);
   const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
@@ -227,7 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
     const I* ids = static_cast<const I*>(targets.const_data_ptr());
     check_ids("targets", ids, targets.size(0), logits.size(1), ignore_index);
     const auto run = options.is_plain(logit_offset) ? forward<T, I, true> : forward<T, I, false>;
-    run(logits, ids, data_or_null<float>(token_weight), row_weight, logit_offset, normalizer, options, predict, outputs);
+    run(logits, ids, data_or_null<float>(token_weight), row_weight, logit_offset, normalizer, options, predict,
+        outputs);
   });
   return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
 }
@@ -239,23 +241,23 @@ void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Ten
   check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
   dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
     const auto run = options.is_plain(logit_offset) ? backward<T, I, true> : backward<T, I, false>;
-    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset, options,
-        grad_logits);
+    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
+        options, grad_logits);
   });
 }
 
-Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, OptionalTensor row_weight,
-                     OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index, double label_smoothing,
-                     double z_loss, double logit_scale, double softcap) {
+Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
+                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
+                     double label_smoothing, double z_loss, double logit_scale, double softcap) {
   const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
   return grad_logits;
 }
 
-void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, OptionalTensor row_weight,
-                    OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index, double label_smoothing,
-                    double z_loss, double logit_scale, double softcap) {
+void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
+                    OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
+                    double label_smoothing, double z_loss, double logit_scale, double softcap) {
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, logits);
 }

@@ -25,9 +25,11 @@ Capability chosen() {
   const char* asked = std::getenv("PDL_EXT_CPU_CAPABILITY");
   if (asked == nullptr) return best;
   const std::string_view name(asked);
-  STD_TORCH_CHECK(name == "default" || name == "avx2" || name == "avx512",
-                  "PDL_EXT_CPU_CAPABILITY is '", asked, "', expected 'default', 'avx2' or 'avx512'");
-  const Capability wanted = name == "avx512" ? Capability::avx512 : name == "avx2" ? Capability::avx2 : Capability::baseline;
+  STD_TORCH_CHECK(name == "default" || name == "avx2" || name == "avx512", "PDL_EXT_CPU_CAPABILITY is '", asked,
+                  "', expected 'default', 'avx2' or 'avx512'");
+  const Capability wanted = name == "avx512" ? Capability::avx512
+                            : name == "avx2" ? Capability::avx2
+                                             : Capability::baseline;
   return std::min(wanted, best);
 }
 

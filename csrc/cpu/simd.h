@@ -34,7 +34,8 @@ __attribute__((flatten, target("avx2,fma,f16c,bmi,bmi2"))) void run_avx2(const B
 }
 
 template <typename Body>
-__attribute__((flatten, target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"))) void
+__attribute__((
+    flatten, target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512cd,avx512dq,avx512vl,prefer-vector-width=512"))) void
 run_avx512(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }

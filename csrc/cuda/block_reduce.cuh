@@ -1,0 +1,46 @@
+// Reductions over a block, in an order that depends on nothing but the block's size.
+#pragma once
+
+#include "../row_loss.h"
+#include "device.cuh"
+
+namespace pdl::cuda {
+
+template <typename V>
+__device__ __forceinline__ V shifted_down(const V& value, int distance) {
+  return shuffle_down(value, distance);
+}
+
+template <typename A>
+__device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>& row, int distance) {
+  RowStatistics<A> shifted;
+  shifted.max = shuffle_down(row.max, distance);
+  shifted.sum = shuffle_down(row.sum, distance);
+  shifted.centred = shuffle_down(row.centred, distance);
+  shifted.argmax = shuffle_down(row.argmax, distance);
+  return shifted;
+}
+
+// combine() over all threads of the block, valid in thread 0. Every thread must call it; `identity` pads warps.
+template <typename V, typename Combine>
+__device__ V block_reduce(V value, const V& identity, Combine combine) {
+  __shared__ V of_warp[kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+  // A second reduction in the same kernel must not overwrite what the first warp still reads.
+  __syncthreads();
+  if (lane == 0) of_warp[warp] = value;
+  __syncthreads();
+  if (warp == 0) {
+    value = lane < int(blockDim.x) / kWarp ? of_warp[lane] : identity;
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+  }
+  return value;
+}
+
+template <typename V>
+__device__ V block_sum(V value) {
+  return block_reduce(value, V(0), [](V a, V b) { return a + b; });
+}
+
+}  // namespace pdl::cuda

@@ -1,0 +1,1 @@
+"""The command `pdl-ext`: one file a sub-command."""

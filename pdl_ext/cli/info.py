@@ -1,0 +1,37 @@
+"""`pdl-ext info`: what is installed, and how it was built."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from typing import Any
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the sub-command `info`."""
+    parser = subparsers.add_parser("info", help="print versions, the CPU capability chosen, and the CUDA build")
+    parser.set_defaults(run=_run)
+
+
+def _run(_: argparse.Namespace) -> int:
+    import torch
+
+    import pdl_ext
+    from pdl_ext._ops import _C
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    lines = {
+        "pdl_ext": pdl_ext.__version__,
+        "Python": platform.python_version(),
+        "PyTorch": f"{torch.__version__} (extension built with {_C.built_with_torch()})",
+        "CPU capability": f"{_C.cpu_capability()}, {torch.get_num_threads()} threads",
+        "CUDA kernels": _C.cuda_status(),
+        "CUDA architectures": _C.cuda_architectures() or "none",
+        "CUDA devices": ", ".join(devices) or "none",
+    }
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
