@@ -5,35 +5,12 @@ nvcc is found.
 """
 
 import glob
-import importlib.util
 import os
-import site
 import sys
-import sysconfig
 
 from setuptools import setup
 
-
-def find_torch() -> bool:
-    """Makes the environment's PyTorch importable, also from inside pip's isolated build."""
-    if importlib.util.find_spec("torch") is not None:
-        return True
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    configuration = os.path.join(sys.prefix, "pyvenv.cfg")
-    in_environment = sys.prefix != sys.base_prefix
-    sees_system = not in_environment
-    if in_environment and os.path.exists(configuration):
-        with open(configuration) as lines:
-            sees_system = any(line.replace(" ", "").strip() == "include-system-site-packages=true" for line in lines)
-    if sees_system:
-        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        folders += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
-        folders.append(site.getusersitepackages())
-    for folder in dict.fromkeys(folders):
-        if os.path.isdir(os.path.join(folder, "torch")):
-            sys.path.append(folder)
-            return True
-    return False
+from build_backend import find_torch
 
 
 def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
@@ -69,7 +46,15 @@ def extension_arguments() -> dict:
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),
         ("PDL_EXT_CUDA_STATUS", f'"{status}"'),
     ]
-    cxx = ["-std=c++20", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+    cxx = [
+        "-std=c++20",
+        "-O3",
+        "-fopenmp-simd",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-Wall",
+    ]
     make = cpp_extension.CppExtension
     if with_cuda:
         make = cpp_extension.CUDAExtension
@@ -87,8 +72,5 @@ def extension_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-if find_torch():
-    setup(**extension_arguments())
-else:
-    # pip reads this as a build requirement and starts again with it installed.
-    setup(setup_requires=["torch>=2.10", "numpy"])
+# Without PyTorch there is nothing to compile, but an sdist can still be made.
+setup(**(extension_arguments() if find_torch() else {}))

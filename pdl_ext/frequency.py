@@ -112,7 +112,7 @@ class TokenFrequency(nn.Module):
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Replaces the counts by their sum over the ranks of a process group: once, when each rank has counted its part.
+        """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
         Raises ValueError on every rank if the ranks' vocabularies differ.
         """

@@ -104,7 +104,7 @@ class PDLLoss(nn.Module):
 
     @property
     def blend(self) -> float:
-        """How far the weights are from 1, in [0, 1]: 0 is plain cross-entropy. To be set while training, for a warm-up."""
+        """How far the weights are from 1, in [0, 1]; 0 is plain cross-entropy. To be set while training, for a warm-up."""
         return float(self._blend)
 
     @blend.setter
