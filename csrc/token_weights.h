@@ -42,8 +42,9 @@ struct PowerLaw {
   }
 };
 
+// Not 1 + blend * (w - 1): that rounds a small w to the grain of 1, and to 0 below it.
 PDL_INLINE float blended(double weight, double mean, double blend) {
-  return float(1.0 + blend * (weight / mean - 1.0));
+  return float((1.0 - blend) + blend * (weight / mean));
 }
 
 // An entry that the user fixed takes no part in the mean and is not blended; NaN in the table marks a free one.

@@ -87,16 +87,36 @@ def _save_for_loss_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.inplace_backward = inplace_backward
 
 
+_NO_SECOND_DERIVATIVE = (
+    "pdl_ext: the fused loss has no second derivative; pdl_ext.reference.pdl_loss is differentiable twice"
+)
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Returns a gradient that was computed without a graph, tied to what it depends on by a backward that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
 def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, targets, row_weight, logit_offset, rows, totals = ctx.saved_tensors
     grad_logits = grad_row_weight = None
     if grad_loss is not None and ctx.needs_input_grad[3]:
         # d loss / d row_weight = token_weight * (ce - mean, if the row weights are in the denominator) / denominator.
         weighted, _per_row, correction = totals.unbind()
-        grad_row_weight = grad_loss * rows[ROW_TOKEN_WEIGHT] * (rows[ROW_CE] - correction) * weighted
+        with torch.no_grad():
+            grad_row_weight = grad_loss * rows[ROW_TOKEN_WEIGHT] * (rows[ROW_CE] - correction) * weighted
+        if torch.is_grad_enabled():  # create_graph=True
+            grad_row_weight = _NoSecondDerivative.apply(grad_row_weight, grad_loss, logits, row_weight)
     if grad_loss is not None and ctx.needs_input_grad[0]:
         arguments = (grad_loss, logits, targets, rows, totals, row_weight, logit_offset, *ctx.options)
-        if ctx.inplace_backward:
+        if ctx.inplace_backward and not torch.is_grad_enabled():  # with create_graph=True, loss_backward refuses
             ops.loss_backward_(*arguments)
             # The op wrote where the logits were: whoever saved them for another gradient must be told.
             torch.autograd.graph.increment_version(logits)
@@ -107,9 +127,7 @@ def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor 
 
 
 def _refuse_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "pdl_ext: the fused loss has no second derivative; pdl_ext.reference.pdl_loss is differentiable twice"
-    )
+    raise RuntimeError(_NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd("pdl_ext::loss_forward", _loss_backward, setup_context=_save_for_loss_backward)

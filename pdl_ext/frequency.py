@@ -150,7 +150,10 @@ class TokenFrequency(nn.Module):
         return torch.empty_like(bucket).scatter_(0, order, bucket)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the counts as a safetensors file with metadata; the file appears whole or not at all."""
+        """Writes the counts as a safetensors file with metadata; the file appears whole or not at all.
+
+        Raises OSError if it cannot be written.
+        """
         path = Path(path)
         tensors = {
             name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")
@@ -166,6 +169,8 @@ class TokenFrequency(nn.Module):
         try:
             save_file(tensors, partial, metadata=metadata)
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"path: cannot write {path} ({error})") from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -188,10 +193,16 @@ class TokenFrequency(nn.Module):
                 f"path: {path} has format {metadata.get('format')!r} {metadata.get('format_version')!r}, "
                 f"expected {_FORMAT!r} {_FORMAT_VERSION!r}"
             )
-        frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
-        frequency.load_state_dict(tensors)
-        if bool((frequency.counts < 0).any()) or frequency.total != int(metadata["total"]):
-            raise ValueError(f"path: {path} has counts that do not sum to the total it states, {metadata['total']}")
+        try:
+            frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
+            total = int(metadata["total"])
+            frequency.load_state_dict(tensors)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"path: {path} has tensors or metadata that do not fit together ({error})") from error
+        if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
+            raise ValueError(f"path: {path} has counts of dtype {tensors['counts'].dtype}, expected int64")
+        if bool((frequency.counts < 0).any()) or frequency.total != total:
+            raise ValueError(f"path: {path} has counts that do not sum to the total it states, {total}")
         return frequency
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -126,7 +126,9 @@ def pdl_loss(
         return loss
     weight = rows[_ops.ROW_TOKEN_WEIGHT]
     if row_weight is not None:
-        weight = weight * row_weight.detach().reshape(-1)
+        # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
+        counted = targets.reshape(-1) != ignore_index
+        weight = torch.where(counted, weight * row_weight.detach().reshape(-1), 0.0)
     stats = RowStats(
         nll=per_row(rows[_ops.ROW_NLL]),
         weight=per_row(weight),
@@ -191,6 +193,8 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     Raises TypeError or ValueError that names the argument.
     """
     check_vocab_size(vocab_size)
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
     rejected = torch.zeros(2, dtype=torch.int64, device=tokens.device)
     add_tokens(counts, rejected[0], rejected[1], tokens, ignore_index=ignore_index)

@@ -100,7 +100,7 @@ class PDLLoss(nn.Module):
         self.register_buffer("_fixed", None, persistent=False)
         if frequency is not None:
             self._take_frequency(frequency)
-        self.register_load_state_dict_post_hook(lambda module, _: module.refresh())
+        self.register_load_state_dict_post_hook(_refresh_after_load)
 
     @property
     def blend(self) -> float:
@@ -167,7 +167,10 @@ class PDLLoss(nn.Module):
             return self._token_weight
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
-            self.frequency.update(learned, strict=counts.device.type == "cpu")
+            try:
+                self.frequency.update(learned, strict=counts.device.type == "cpu")
+            except IndexError as error:  # the caller knows the tokens that are counted as targets
+                raise IndexError(str(error).replace("tokens:", "targets:", 1)) from None
         return self._weights()
 
     def _weights(self) -> Tensor:
@@ -195,3 +198,8 @@ class PDLLoss(nn.Module):
         if self.frequency is None and counts is not None:
             self._take_frequency(TokenFrequency(counts.shape[0], ignore_index=self.ignore_index).to(self._blend.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# At module level, so that the loss can be pickled.
+def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
+    loss.refresh()

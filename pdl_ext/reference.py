@@ -120,7 +120,7 @@ def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
         share = share * free
         if share.sum() > 0:
             weight = weight / ((share * weight).sum() / share.sum())
-    weight = 1 + weighting.blend * (weight - 1)
+    weight = (1 - weighting.blend) + weighting.blend * weight
     for token, fixed in weighting.fixed.items():
         weight[token] = fixed
     return weight

@@ -124,14 +124,15 @@ template <typename A, typename I>
 __global__ void totals_kernel(const A* outputs, const A* row_weight, const I* targets, int64_t count,
                               int64_t ignore_index, Reduction reduction, A z_loss, const A* normalizer, A* saved,
                               A* loss) {
-  // float64, or a million rows of float32 would lose the small ones.
+  // float64, or a million rows of float32 would lose the small ones; rounded once, at the end.
   double weighted_ce = 0, weight_sum = 0, lse_squares = 0, counted = 0;
   if (reduction != Reduction::none) {
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
       if (targets[i] == ignore_index) continue;
-      const A weight = outputs[kTokenWeight * count + i] * (row_weight != nullptr ? row_weight[i] : A(1));
-      const A lse = outputs[kMax * count + i] + outputs[kLogSum * count + i];
-      weighted_ce += weight * outputs[kCe * count + i];
+      const double weight =
+          double(outputs[kTokenWeight * count + i]) * (row_weight != nullptr ? double(row_weight[i]) : 1.0);
+      const double lse = double(outputs[kMax * count + i]) + double(outputs[kLogSum * count + i]);
+      weighted_ce += weight * double(outputs[kCe * count + i]);
       weight_sum += weight;
       lse_squares += lse * lse;
       counted += 1;
@@ -142,12 +143,14 @@ __global__ void totals_kernel(const A* outputs, const A* row_weight, const I* ta
     counted = block_sum(counted);
   }
   if (threadIdx.x == 0) {
-    const Totals<A> sums = totals<A>(reduction, A(weighted_ce), A(weight_sum), A(counted), normalizer);
-    saved[0] = sums.weighted;
-    saved[1] = sums.rows;
-    saved[2] = sums.correction;
+    const double divisor = normalizer != nullptr ? double(*normalizer) : 0.0;
+    const Totals<double> sums =
+        totals(reduction, weighted_ce, weight_sum, counted, normalizer != nullptr ? &divisor : nullptr);
+    saved[0] = A(sums.weighted);
+    saved[1] = A(sums.rows);
+    saved[2] = A(sums.correction);
     if (reduction != Reduction::none) {
-      *loss = A(weighted_ce) * sums.weighted + (z_loss != A(0) ? z_loss * A(lse_squares) * sums.rows : A(0));
+      *loss = A(weighted_ce * sums.weighted + (z_loss != A(0) ? double(z_loss) * lse_squares * sums.rows : 0.0));
     }
   }
 }

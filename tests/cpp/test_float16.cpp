@@ -1,0 +1,118 @@
+// The 16-bit floats against a slow oracle that knows nothing of float's bits: a sorted table of all their values.
+#include "cpu/float16.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace pdl::cpu {
+namespace {
+
+template <typename T>
+struct Layout;
+template <>
+struct Layout<BFloat16> {
+  static constexpr int kFraction = 7, kBias = 127;
+};
+template <>
+struct Layout<Float16> {
+  static constexpr int kFraction = 10, kBias = 15;
+};
+
+template <typename T>
+constexpr uint16_t kInfinity = uint16_t(0x7fffu >> Layout<T>::kFraction << Layout<T>::kFraction);
+
+// The value of a non-negative pattern below NaN. Infinity's is what the next number would be: the point from which
+// half a step down rounds to it.
+template <typename T>
+double value(uint16_t bits) {
+  constexpr int kFraction = Layout<T>::kFraction;
+  const int exponent = bits >> kFraction, fraction = bits & ((1 << kFraction) - 1);
+  const int lead = exponent == 0 ? 0 : 1 << kFraction;
+  return std::ldexp(lead + fraction, std::max(exponent, 1) - Layout<T>::kBias - kFraction);
+}
+
+template <typename T>
+std::vector<double> values() {
+  std::vector<double> all;
+  for (uint16_t bits = 0; bits <= kInfinity<T>; ++bits) all.push_back(value<T>(bits));
+  return all;
+}
+
+// The nearest pattern, of two that are equally near the one with the even last bit.
+template <typename T>
+uint16_t nearest(float x, const std::vector<double>& all) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const double magnitude = std::abs(double(x));
+  if (magnitude >= all.back()) return sign | kInfinity<T>;
+  const auto above = std::upper_bound(all.begin(), all.end(), magnitude);
+  const auto high = uint16_t(above - all.begin()), low = uint16_t(high - 1);
+  const double down = magnitude - all[low], up = all[high] - magnitude;
+  const bool take_low = down < up || (down == up && low % 2 == 0);
+  return sign | (take_low ? low : high);
+}
+
+template <typename T>
+class Float16Of : public testing::Test {};
+using Types = testing::Types<BFloat16, Float16>;
+TYPED_TEST_SUITE(Float16Of, Types);
+
+TYPED_TEST(Float16Of, EveryPatternWidensExactlyAndComesBack) {
+  using T = TypeParam;
+  for (uint32_t i = 0; i < 0x10000; ++i) {
+    const auto bits = uint16_t(i), magnitude = uint16_t(bits & 0x7fff);
+    const float wide = widen(T{bits});
+    if (magnitude > kInfinity<T>) {
+      ASSERT_TRUE(std::isnan(wide)) << bits;
+      const uint16_t back = narrow<T>(wide).bits;
+      ASSERT_GT(back & 0x7fff, kInfinity<T>) << bits;
+      ASSERT_EQ(back & 0x8000, bits & 0x8000) << bits;
+      continue;
+    }
+    const double expected = magnitude == kInfinity<T> ? infinity<double>() : value<T>(magnitude);
+    ASSERT_EQ(std::abs(double(wide)), expected) << bits;
+    ASSERT_EQ(std::signbit(wide), bits >= 0x8000) << bits;
+    ASSERT_EQ(narrow<T>(wide).bits, bits);
+  }
+}
+
+TYPED_TEST(Float16Of, NarrowRoundsToNearestEven) {
+  using T = TypeParam;
+  const auto all = values<T>();
+  const auto check = [&](float x) {
+    ASSERT_EQ(narrow<T>(x).bits, nearest<T>(x, all)) << x;
+    ASSERT_EQ(narrow<T>(-x).bits, nearest<T>(-x, all)) << x;
+  };
+  for (size_t i = 0; i + 1 < all.size(); ++i) {
+    // bfloat16's smallest steps have midpoints that float holds too: it has 16 bits more.
+    const auto middle = float((all[i] + all[i + 1]) / 2);
+    check(middle);
+    check(std::nextafter(middle, 0.0f));
+    check(std::nextafter(middle, infinity<float>()));
+  }
+  for (uint32_t bits = 0; bits < 0x7f800000u; bits += 1021) check(std::bit_cast<float>(bits));
+}
+
+TYPED_TEST(Float16Of, NarrowAtTheEnds) {
+  using T = TypeParam;
+  EXPECT_EQ(narrow<T>(infinity<float>()).bits, kInfinity<T>);
+  EXPECT_EQ(narrow<T>(-infinity<float>()).bits, 0x8000 | kInfinity<T>);
+  EXPECT_EQ(narrow<T>(std::numeric_limits<float>::max()).bits, kInfinity<T>);
+  EXPECT_EQ(narrow<T>(-0.0f).bits, 0x8000);
+  for (const uint32_t nan : {0x7f800001u, 0x7fffffffu, 0x7fc00000u, 0xff800001u, 0xffffffffu}) {
+    const float narrowed = widen(narrow<T>(std::bit_cast<float>(nan)));
+    EXPECT_TRUE(std::isnan(narrowed)) << nan;
+    EXPECT_EQ(std::signbit(narrowed), (nan >> 31) == 1) << nan;
+  }
+}
+
+TEST(WideTypes, PassThrough) {
+  EXPECT_EQ(widen(1.1f), 1.1f);
+  EXPECT_EQ(widen(1.1), 1.1);
+  EXPECT_EQ(narrow<float>(1.1f), 1.1f);
+  EXPECT_EQ(narrow<double>(1.1), 1.1);
+}
+
+}  // namespace
+}  // namespace pdl::cpu

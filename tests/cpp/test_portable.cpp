@@ -1,0 +1,134 @@
+// exp and tanh against long double, as the baseline compiles them and as the AVX2 kernels do, with fused
+// multiply-adds.
+#include "portable.h"
+
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace pdl {
+namespace {
+
+using Wide = long double;
+
+float (*const kBaselineExp)(float) = [](float x) { return exp_nonpositive(x); };
+float (*const kBaselineTanh)(float) = [](float x) { return hyperbolic_tangent(x); };
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target("avx2,fma"))) float fused_exp(float x) {
+  return exp_nonpositive(x);
+}
+__attribute__((target("avx2,fma"))) float fused_tanh(float x) {
+  return hyperbolic_tangent(x);
+}
+bool has_fused() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#else
+float (*const fused_exp)(float) = kBaselineExp;
+float (*const fused_tanh)(float) = kBaselineTanh;
+bool has_fused() {
+  return false;
+}
+#endif
+
+struct Variant {
+  const char* name;
+  float (*exp)(float);
+  float (*tanh)(float);
+};
+
+std::vector<Variant> variants() {
+  std::vector<Variant> all{{"baseline", kBaselineExp, kBaselineTanh}};
+  if (has_fused()) all.push_back({"fused", fused_exp, fused_tanh});
+  return all;
+}
+
+// Distance from the exact value, in units of the last place of the float that is nearest to it.
+Wide ulps(float got, Wide exact) {
+  const Wide unit = std::ldexp(1.0L, std::max(std::ilogb(exact), -126) - 23);
+  return std::abs(Wide(got) - exact) / unit;
+}
+
+// Every 499th float from `first` to `last`, which have the same sign.
+template <typename F>
+void for_floats(float first, float last, F&& f) {
+  const uint32_t begin = std::bit_cast<uint32_t>(first), end = std::bit_cast<uint32_t>(last);
+  for (uint32_t bits = begin; bits <= end; bits += 499) f(std::bit_cast<float>(bits));
+}
+
+TEST(Exp, IsWithinTwoUlp) {
+  for (const auto& variant : variants()) {
+    Wide worst = 0;
+    float where = 0;
+    const auto check = [&](float x) {
+      const Wide error = ulps(variant.exp(x), std::exp(Wide(x)));
+      if (!(error <= worst)) {
+        worst = error;
+        where = x;
+      }
+    };
+    for_floats(-0.0f, -87.0f, check);
+    // The floats are dense near 0; most of the interval by length lies in its last few binades.
+    for (int i = 0; i <= 870000; ++i) check(float(i) * -1e-4f);
+    EXPECT_LE(worst, 2.0L) << variant.name << " at " << where;
+  }
+}
+
+TEST(Exp, AtTheEnds) {
+  for (const auto& variant : variants()) {
+    EXPECT_EQ(variant.exp(0.0f), 1.0f);
+    EXPECT_EQ(variant.exp(-0.0f), 1.0f);
+    EXPECT_EQ(variant.exp(-infinity<float>()), 0.0f);
+    EXPECT_EQ(variant.exp(std::numeric_limits<float>::lowest()), 0.0f);
+    EXPECT_TRUE(std::isnan(variant.exp(not_a_number<float>())));
+    EXPECT_TRUE(std::isnan(variant.exp(-not_a_number<float>())));
+  }
+}
+
+TEST(Exp, IsZeroOrRightWhereTheResultFadesOut) {
+  constexpr float kLeast = std::numeric_limits<float>::min();
+  for (const auto& variant : variants()) {
+    for (float x = -87.3f; x > -87.4f; x = std::nextafter(x, -100.0f)) {
+      const float got = variant.exp(x);
+      EXPECT_TRUE(got == 0.0f ? x < -87.336f : ulps(got, std::exp(Wide(x))) <= 2.0L) << variant.name << " at " << x;
+      EXPECT_TRUE(got == 0.0f || got >= kLeast / 2) << variant.name << " at " << x;
+    }
+    for_floats(-87.4f, -1e4f, [&](float x) { ASSERT_EQ(variant.exp(x), 0.0f) << variant.name << " at " << x; });
+  }
+}
+
+TEST(Exp, OfFloat64IsTheLibrarys) {
+  EXPECT_EQ(exp_nonpositive(-1.25), std::exp(-1.25));
+  EXPECT_EQ(exp_nonpositive(-infinity<double>()), 0.0);
+}
+
+TEST(Tanh, IsWithinThreeUlp) {
+  for (const auto& variant : variants()) {
+    Wide worst = 0;
+    float where = 0;
+    for_floats(1e-30f, 20.0f, [&](float x) {
+      const Wide error = ulps(variant.tanh(x), std::tanh(Wide(x)));
+      if (!(error <= worst)) {
+        worst = error;
+        where = x;
+      }
+      ASSERT_EQ(variant.tanh(-x), -variant.tanh(x)) << variant.name << " at " << x;
+    });
+    EXPECT_LE(worst, 3.0L) << variant.name << " at " << where;
+  }
+}
+
+TEST(Tanh, AtTheEnds) {
+  for (const auto& variant : variants()) {
+    EXPECT_EQ(variant.tanh(0.0f), 0.0f);
+    EXPECT_EQ(variant.tanh(infinity<float>()), 1.0f);
+    EXPECT_EQ(variant.tanh(-infinity<float>()), -1.0f);
+    EXPECT_EQ(variant.tanh(1e30f), 1.0f);
+    EXPECT_TRUE(std::isnan(variant.tanh(not_a_number<float>())));
+  }
+  EXPECT_EQ(hyperbolic_tangent(0.75), std::tanh(0.75));
+}
+
+}  // namespace
+}  // namespace pdl

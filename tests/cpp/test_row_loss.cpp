@@ -1,0 +1,400 @@
+// The row's mathematics against definitions written out in long double, and its gradient against finite differences.
+#include "row_loss.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace pdl {
+namespace {
+
+using Wide = long double;
+
+template <typename A>
+std::vector<A> random_logits(int64_t n, double spread, double offset, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal(offset, spread);
+  std::vector<A> z(n);
+  for (A& value : z) value = A(normal(generator));
+  return z;
+}
+
+// What a kernel gathers from z[begin, end).
+template <typename A>
+RowStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A centre) {
+  RowStatistics<A> part;
+  for (int64_t j = begin; j < end; ++j) {
+    if (z[j] > part.max) {
+      part.max = z[j];
+      part.argmax = int32_t(j);
+    }
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    part.sum += exp_nonpositive(z[j] - exp_shift(part.max));
+    part.centred += z[j] - centre;
+  }
+  return part;
+}
+
+template <typename A>
+RowStatistics<A> gather(const std::vector<A>& z, A centre = 0) {
+  return gather(z, 0, int64_t(z.size()), centre);
+}
+
+template <typename A>
+void expect_same(const RowStatistics<A>& got, const RowStatistics<A>& expected) {
+  const A tolerance = 64 * std::numeric_limits<A>::epsilon();
+  EXPECT_EQ(got.max, expected.max);
+  EXPECT_EQ(got.argmax, expected.argmax);
+  EXPECT_NEAR(got.sum, expected.sum, tolerance * expected.sum);
+  if (std::isfinite(expected.centred)) {
+    EXPECT_NEAR(got.centred, expected.centred, tolerance * (1 + std::abs(expected.centred)));
+  } else {
+    EXPECT_EQ(got.centred, expected.centred);
+  }
+}
+
+// The definitions of design section 2, for one row.
+struct Definition {
+  Wide label_smoothing = 0, z_loss = 0, scale = 1, softcap = 0;
+  std::vector<float> offset;
+
+  Wide transform(Wide x, size_t j) const {
+    const Wide scaled = scale * x;
+    return (softcap == 0 ? scaled : softcap * std::tanh(scaled / softcap)) + (offset.empty() ? 0 : Wide(offset[j]));
+  }
+  static Wide lse(const std::vector<Wide>& z) {
+    const Wide max = *std::max_element(z.begin(), z.end());
+    Wide sum = 0;
+    for (const Wide value : z) sum += std::exp(value - max);
+    return max + std::log(sum);
+  }
+  Wide ce(const std::vector<Wide>& z, size_t target) const {
+    const Wide total = lse(z);
+    Wide uniform = 0;
+    for (const Wide value : z) uniform += (total - value) / Wide(z.size());
+    return label_smoothing == 0 ? total - z[target]
+                                : (1 - label_smoothing) * (total - z[target]) + label_smoothing * uniform;
+  }
+  std::vector<Wide> transform(const std::vector<Wide>& x) const {
+    std::vector<Wide> z(x.size());
+    for (size_t j = 0; j < x.size(); ++j) z[j] = transform(x[j], j);
+    return z;
+  }
+};
+
+template <typename A>
+std::vector<Wide> widened(const std::vector<A>& z) {
+  return {z.begin(), z.end()};
+}
+
+template <typename A>
+class RowLossOf : public testing::Test {};
+using Accumulators = testing::Types<float, double>;
+TYPED_TEST_SUITE(RowLossOf, Accumulators);
+
+TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOnePart) {
+  using A = TypeParam;
+  std::mt19937 generator(1);
+  for (const double spread : {0.1, 3.0, 40.0}) {
+    auto z = random_logits<A>(257, spread, 5.0, 2);
+    z[3] = z[200] = -infinity<A>();
+    const A centre = z[10];
+    std::vector<A> finite = z;
+    // Sums of -inf are compared once; elsewhere the centred sum has to be a number to mean something.
+    finite[3] = finite[200] = -80;
+    for (const auto& row : {z, finite}) {
+      const auto whole = gather(row, centre);
+      for (int trial = 0; trial < 200; ++trial) {
+        std::vector<int64_t> cuts{0, int64_t(row.size())};
+        for (int cut = 0; cut < trial % 17; ++cut) cuts.push_back(int64_t(generator() % row.size()));
+        std::sort(cuts.begin(), cuts.end());
+        std::vector<RowStatistics<A>> parts;
+        for (size_t k = 0; k + 1 < cuts.size(); ++k) parts.push_back(gather(row, cuts[k], cuts[k + 1], centre));
+        while (parts.size() > 1) {
+          std::shuffle(parts.begin(), parts.end(), generator);
+          const auto last = parts.back();
+          parts.pop_back();
+          parts.back() = merge(parts.back(), last);
+        }
+        expect_same(parts[0], whole);
+      }
+    }
+  }
+}
+
+TYPED_TEST(RowLossOf, StatisticsAgreeWithTheDefinition) {
+  using A = TypeParam;
+  const auto z = random_logits<A>(100, 3.0, 0.0, 3);
+  RowStatistics<A> row;
+  for (int64_t j = 0; j < 100; ++j) row = merge(row, gather(z, j, j + 1, z[7]));
+  Wide sum = 0, centred = 0;
+  const auto largest = std::max_element(z.begin(), z.end());
+  for (const Wide value : z) {
+    sum += std::exp(value - Wide(*largest));
+    centred += value - Wide(z[7]);
+  }
+  EXPECT_EQ(row.max, *largest);
+  EXPECT_EQ(row.argmax, largest - z.begin());
+  EXPECT_NEAR(row.sum, sum, 64 * std::numeric_limits<A>::epsilon() * sum);
+  EXPECT_NEAR(row.centred, centred, 64 * std::numeric_limits<A>::epsilon() * std::abs(centred));
+}
+
+TYPED_TEST(RowLossOf, MergingSurvivesPartsOfMinusInfinity) {
+  using A = TypeParam;
+  const std::vector<A> masked(8, -infinity<A>());
+  const auto z = random_logits<A>(8, 2.0, -4.0, 4);
+  const auto dead = gather(masked), live = gather(z);
+  const auto expect_live = [&](const RowStatistics<A>& got) {
+    EXPECT_EQ(got.max, live.max);
+    EXPECT_EQ(got.sum, live.sum);
+    EXPECT_EQ(got.argmax, live.argmax);
+  };
+  expect_live(merge(dead, live));
+  expect_live(merge(live, dead));
+  expect_live(merge(RowStatistics<A>{}, merge(dead, merge(live, dead))));
+  const auto both = merge(dead, dead);
+  EXPECT_EQ(both.max, -infinity<A>());
+  EXPECT_EQ(both.sum, A(0));
+}
+
+TYPED_TEST(RowLossOf, TiesTakeTheLowestIndex) {
+  using A = TypeParam;
+  RowStatistics<A> low, high;
+  low.max = high.max = A(2);
+  low.sum = high.sum = A(1);
+  low.argmax = 5;
+  high.argmax = 9;
+  EXPECT_EQ(merge(low, high).argmax, 5);
+  EXPECT_EQ(merge(high, low).argmax, 5);
+  EXPECT_EQ(merge(low, high).sum, A(2));
+  low.max = A(1);
+  EXPECT_EQ(merge(low, high).argmax, 9);
+  EXPECT_EQ(merge(high, low).argmax, 9);
+}
+
+TYPED_TEST(RowLossOf, LossAgreesWithTheDefinition) {
+  using A = TypeParam;
+  const A tolerance = 64 * std::numeric_limits<A>::epsilon();
+  for (const double offset : {0.0, 1e4, -1e4}) {
+    for (const double spread : {0.01, 1.0, 20.0}) {
+      for (const double label_smoothing : {0.0, 0.1, 0.9}) {
+        const auto z = random_logits<A>(997, spread, offset, 5);
+        Definition definition;
+        definition.label_smoothing = A(label_smoothing);
+        for (const int64_t target :
+             {int64_t(0), int64_t(500), int64_t(996), std::max_element(z.begin(), z.end()) - z.begin()}) {
+          SCOPED_TRACE("offset " + std::to_string(offset) + ", spread " + std::to_string(spread) + ", smoothing " +
+                       std::to_string(label_smoothing) + ", target " + std::to_string(target));
+          const auto loss = row_loss(gather(z, smoothing_centre(z[target])), z[target], 997, A(label_smoothing));
+          const auto wide = widened(z);
+          const Wide lse = Definition::lse(wide), nll = lse - wide[target], ce = definition.ce(wide, target);
+          const Wide log_sum = lse - *std::max_element(wide.begin(), wide.end());
+          EXPECT_NEAR(loss.log_sum, log_sum, tolerance * (1 + log_sum));
+          EXPECT_NEAR(loss.nll, nll, tolerance * (1 + nll));
+          EXPECT_NEAR(loss.ce, ce, tolerance * (1 + ce));
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(RowLossOf, MaskedVocabulary) {
+  using A = TypeParam;
+  auto z = random_logits<A>(50, 1.0, 0.0, 6);
+  std::vector<A> kept(z.begin() + 20, z.end());
+  std::fill(z.begin(), z.begin() + 20, -infinity<A>());
+  const auto masked = row_loss(gather(z, z[30]), z[30], 50, A(0));
+  const auto short_row = row_loss(gather(kept, z[30]), z[30], 30, A(0));
+  EXPECT_NEAR(masked.nll, short_row.nll, 8 * std::numeric_limits<A>::epsilon() * (1 + short_row.nll));
+  EXPECT_EQ(masked.ce, masked.nll);
+  // A masked target is impossible, and smoothing gives mass to the impossible: both cost infinitely much.
+  EXPECT_EQ(row_loss(gather(z, smoothing_centre(z[0])), z[0], 50, A(0)).nll, infinity<A>());
+  EXPECT_EQ(row_loss(gather(z, z[30]), z[30], 50, A(0.1)).ce, infinity<A>());
+}
+
+TYPED_TEST(RowLossOf, NotANumberIsNotHidden) {
+  using A = TypeParam;
+  auto z = random_logits<A>(50, 1.0, 0.0, 6);
+  z[20] = not_a_number<A>();
+  EXPECT_TRUE(std::isnan(row_loss(gather(z), z[30], 50, A(0)).nll));
+  EXPECT_TRUE(std::isnan(row_loss(merge(gather(z, 0, 25, A(0)), gather(z, 25, 50, A(0))), z[30], 50, A(0)).nll));
+}
+
+TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
+  using A = TypeParam;
+  const A eps = std::numeric_limits<A>::epsilon();
+  for (const double spread : {0.1, 10.0}) {
+    const auto z = random_logits<A>(997, spread, 100.0, 7);
+    const int64_t target = std::max_element(z.begin(), z.end()) - z.begin();
+    const auto wide = widened(z);
+    const Wide lse = Definition::lse(wide);
+    const A s = A(0.1);
+    const auto loss = row_loss(gather(z, z[target]), z[target], 997, s);
+    const RowScalars<A> scalars{A(0.7), A(0.3)};
+    const GradientRow<A> row(z[target], loss.log_sum, scalars, s, 997);
+    for (int64_t j = 0; j < 997; ++j) {
+      const Wide p = std::exp(wide[j] - lse), uniform = Wide(s) / 997;
+      const Wide q = uniform + (j == target ? 1 - Wide(s) : 0);
+      const Wide expected = Wide(scalars.a) * p - Wide(scalars.b) * q;
+      const A got = j == target ? row.at_target(z[j]) : row.off_target(z[j]);
+      // exp's relative error grows with its argument.
+      const Wide tolerance = 16 * eps * (p * (1 + lse - wide[j]) + q);
+      EXPECT_NEAR(got, expected, tolerance) << j;
+      EXPECT_GT(std::abs(expected), 4 * tolerance) << "element " << j << " would pass at zero";
+      EXPECT_NEAR(row.probability(z[j]), p, 16 * eps * p * (1 + lse - wide[j]));
+    }
+  }
+}
+
+struct Options {
+  double label_smoothing, z_loss, scale, softcap;
+  bool offset;
+};
+
+class RowGradient : public testing::TestWithParam<Options> {};
+
+// A whole batch of three rows through statistics, loss, totals and gradient, against central differences of the
+// batch's loss as the design defines it.
+TEST_P(RowGradient, AgreesWithFiniteDifferences) {
+  const Options options = GetParam();
+  constexpr int64_t kRows = 3, kVocab = 11;
+  const int64_t targets[kRows] = {4, 0, 10};
+  const double token_weight[kRows] = {0.25, 3.0, 1.5}, row_weight[kRows] = {1.0, 0.5, 2.0};
+  const double upstream = -1.7, normalizer = 6.5;
+  Definition definition{options.label_smoothing, options.z_loss, options.scale, options.softcap, {}};
+  if (options.offset) definition.offset = random_logits<float>(kVocab, 1.0, 0.0, 8);
+  const LogitTransform<double> transform{options.scale, options.softcap,
+                                         options.offset ? definition.offset.data() : nullptr};
+  std::vector<std::vector<Wide>> logits;
+  for (int64_t i = 0; i < kRows; ++i)
+    logits.push_back(widened(random_logits<double>(kVocab, 3.0, 0.0, 9 + unsigned(i))));
+
+  for (const Reduction reduction : {Reduction::sum, Reduction::mean, Reduction::token_mean}) {
+    for (const double* divisor : {static_cast<const double*>(nullptr), &normalizer}) {
+      SCOPED_TRACE("reduction " + std::to_string(int64_t(reduction)) + (divisor == nullptr ? "" : ", normalizer"));
+      const auto batch_loss = [&](const std::vector<std::vector<Wide>>& x, const std::vector<Wide>& weights) {
+        Wide weighted = 0, weight_sum = 0, squares = 0;
+        for (int64_t i = 0; i < kRows; ++i) {
+          const auto z = definition.transform(x[i]);
+          const Wide w = token_weight[i] * weights[i];
+          weighted += w * definition.ce(z, targets[i]);
+          weight_sum += w;
+          squares += definition.z_loss * Definition::lse(z) * Definition::lse(z);
+        }
+        if (reduction == Reduction::sum) return weighted + squares;
+        if (divisor != nullptr) return (weighted + squares) / *divisor;
+        return weighted / (reduction == Reduction::mean ? weight_sum : kRows) + squares / kRows;
+      };
+
+      std::vector<RowStatistics<double>> statistics;
+      std::vector<RowLoss<double>> losses;
+      double weighted_ce = 0, weight_sum = 0, terms = 0;
+      for (int64_t i = 0; i < kRows; ++i) {
+        std::vector<double> z(kVocab);
+        for (int64_t j = 0; j < kVocab; ++j) z[j] = transform.apply(double(logits[i][j]), j);
+        statistics.push_back(gather(z, smoothing_centre(z[targets[i]])));
+        losses.push_back(row_loss(statistics[i], z[targets[i]], kVocab, options.label_smoothing));
+        weighted_ce += token_weight[i] * row_weight[i] * losses[i].ce;
+        weight_sum += token_weight[i] * row_weight[i];
+        const double lse = statistics[i].max + losses[i].log_sum;
+        terms += row_term(token_weight[i] * row_weight[i], losses[i].ce, options.z_loss, lse);
+      }
+      const auto sums = totals<double>(reduction, weighted_ce, weight_sum, kRows, divisor);
+      const std::vector<Wide> weights(row_weight, row_weight + kRows);
+      if (reduction == Reduction::sum) {
+        EXPECT_NEAR(terms, batch_loss(logits, weights), 1e-13 * std::abs(terms));
+      }
+
+      const auto difference = [&](Wide& variable) {
+        const Wide step = 1e-5L, middle = variable;
+        variable = middle + step;
+        const Wide above = batch_loss(logits, weights);
+        variable = middle - step;
+        const Wide below = batch_loss(logits, weights);
+        variable = middle;
+        return upstream * (above - below) / (2 * step);
+      };
+      for (int64_t i = 0; i < kRows; ++i) {
+        const double lse = statistics[i].max + losses[i].log_sum;
+        const auto scalars = row_scalars(upstream, token_weight[i] * row_weight[i], options.z_loss, lse, sums);
+        const GradientRow<double> row(statistics[i].max, losses[i].log_sum, scalars, options.label_smoothing, kVocab);
+        for (int64_t j = 0; j < kVocab; ++j) {
+          const double x = double(logits[i][j]), z = transform.apply(x, j);
+          const double got = (j == targets[i] ? row.at_target(z) : row.off_target(z)) * transform.derivative(x);
+          const Wide expected = difference(logits[i][j]);
+          EXPECT_NEAR(got, expected, 1e-8L * (0.01L + std::abs(expected))) << "row " << i << ", element " << j;
+          EXPECT_NE(got, 0.0);
+        }
+      }
+
+      std::vector<Wide> varied = weights;
+      for (int64_t i = 0; i < kRows; ++i) {
+        const Wide step = 1e-5L;
+        varied[i] = weights[i] + step;
+        const Wide above = batch_loss(logits, varied);
+        varied[i] = weights[i] - step;
+        const Wide slope = upstream * (above - batch_loss(logits, varied)) / (2 * step);
+        varied[i] = weights[i];
+        EXPECT_NEAR(upstream * token_weight[i] * (losses[i].ce - sums.correction) * sums.weighted, slope,
+                    1e-8L * (0.01L + std::abs(slope)));
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Combinations, RowGradient,
+                         testing::Values(Options{0, 0, 1, 0, false}, Options{0.1, 0, 1, 0, false},
+                                         Options{0, 0.02, 1, 0, false}, Options{0, 0, 0.6, 0, false},
+                                         Options{0, 0, 1, 4, false}, Options{0, 0, 1, 0, true},
+                                         Options{0.2, 0.01, 1.3, 5, true}));
+
+TYPED_TEST(RowLossOf, TransformIsTheIdentityOnlyWithoutItsParts) {
+  using A = TypeParam;
+  const float offset[] = {1.5f};
+  EXPECT_TRUE(LogitTransform<A>{}.is_identity());
+  EXPECT_FALSE((LogitTransform<A>{A(2), A(0), nullptr}.is_identity()));
+  EXPECT_FALSE((LogitTransform<A>{A(1), A(3), nullptr}.is_identity()));
+  EXPECT_FALSE((LogitTransform<A>{A(1), A(0), offset}.is_identity()));
+  EXPECT_EQ((LogitTransform<A>{A(2), A(0), offset}.apply(A(3), 0)), A(7.5));
+  // -inf stays masked without a cap, and a cap bounds it.
+  EXPECT_EQ(LogitTransform<A>{}.apply(-infinity<A>(), 0), -infinity<A>());
+  EXPECT_EQ((LogitTransform<A>{A(1), A(30), nullptr}.apply(-infinity<A>(), 0)), A(-30));
+}
+
+void expect_totals(const Totals<double>& got, double weighted, double rows, double correction) {
+  EXPECT_DOUBLE_EQ(got.weighted, weighted);
+  EXPECT_DOUBLE_EQ(got.rows, rows);
+  EXPECT_DOUBLE_EQ(got.correction, correction);
+}
+
+TEST(Totals, OfEachReduction) {
+  const double* no_normalizer = nullptr;
+  expect_totals(totals<double>(Reduction::none, 12.0, 8.0, 5.0, no_normalizer), 1, 1, 0);
+  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, no_normalizer), 1, 1, 0);
+  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, no_normalizer), 1.0 / 8, 1.0 / 5, 12.0 / 8);
+  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, no_normalizer), 1.0 / 5, 1.0 / 5, 0);
+}
+
+TEST(Totals, NormalizerReplacesTheDenominatorOfMeans) {
+  const double normalizer = 4.0;
+  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, &normalizer), 0.25, 0.25, 0);
+  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, &normalizer), 0.25, 0.25, 0);
+  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, &normalizer), 1, 1, 0);
+}
+
+TEST(Totals, NothingLeftToCountGivesZeroNotNaN) {
+  const double zero = 0.0, *no_normalizer = nullptr;
+  expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
+  expect_totals(totals<double>(Reduction::token_mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
+  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, &zero), 0, 0, 0);
+  // Rows that all weigh nothing still count for the z-loss.
+  expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 5.0, no_normalizer), 0, 1.0 / 5, 0);
+}
+
+}  // namespace
+}  // namespace pdl

@@ -1,0 +1,43 @@
+from cuda_compile import parse, short_name
+
+# From nvcc 13.0: the first kernel asks for more blocks a multiprocessor than its registers allow.
+OUTPUT = """\
+loss.cu(7): warning #177-D: variable "i" was declared but never referenced
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z7crowdedPKfPf' for 'sm_90a'
+ptxas info    : Function properties for _Z7crowdedPKfPf
+    552 bytes stack frame, 1140 bytes spill stores, 1148 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 552 bytes cumulative stack size, 128 bytes smem
+ptxas info    : Compile time = 37.068 ms
+ptxas info    : Compiling entry function '_Z4axpyIfEvPKT_PS0_i' for 'sm_90a'
+ptxas info    : Function properties for _Z4axpyIfEvPKT_PS0_i
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers, used 0 barriers
+ptxas info    : Compile time = 1.961 ms
+"""
+
+
+def test_parse_reads_every_figure_and_marks_the_kernel_that_spills():
+    (crowded, axpy), _ = parse(OUTPUT, "90a")
+    assert tuple(vars(crowded).values()) == ("_Z7crowdedPKfPf", "90a", 32, 128, 552, 1140, 1148)
+    assert tuple(vars(axpy).values()) == ("_Z4axpyIfEvPKT_PS0_i", "90a", 10, 0, 0, 0, 0)
+    assert crowded.spills
+    assert not axpy.spills
+
+
+def test_parse_keeps_warnings():
+    _, rest = parse(OUTPUT, "90a")
+    assert rest == 'loss.cu(7): warning #177-D: variable "i" was declared but never referenced'
+
+
+def test_spills_of_a_called_function_count():
+    called = OUTPUT.replace("Function properties for _Z4axpy", "Function properties for _Z6helper")
+    called = called.replace("0 bytes spill loads", "8 bytes spill loads")
+    kernels, _ = parse(called, "90a")
+    assert [kernel.name for kernel in kernels if kernel.spills] == ["_Z7crowdedPKfPf", "_Z6helperIfEvPKT_PS0_i"]
+
+
+def test_short_name_keeps_template_arguments_only():
+    mangled_away = "void pdl::cuda::(anonymous namespace)::forward<float, (pdl::Reduction)2, true>(float const*, int)"
+    assert short_name(mangled_away) == "forward<float, (Reduction)2, true>"
+    assert short_name("pdl::cuda::_GLOBAL__N__3f8a_7_loss_cu_1b::fill(long*, long)") == "fill"

@@ -1,0 +1,35 @@
+"""The README's Python snippets run, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_snippets_run(tmp_path, monkeypatch):
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(snippets) >= 5
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    assert namespace["logits"].grad.abs().sum() > 0
+    assert float(namespace["plain_nll"]) == pytest.approx(float(namespace["stats"].nll.sum()) / (2 * 15), rel=1e-5)
+
+
+def test_documented_options_exist():
+    import inspect
+
+    import pdl_ext
+
+    text = README.read_text()
+    documented = set(re.findall(r"`(\w+)=?`", text))
+    parameters = {
+        *inspect.signature(pdl_ext.PDLLoss).parameters,
+        *inspect.signature(pdl_ext.PowerLaw).parameters,
+        *inspect.signature(pdl_ext.functional.pdl_loss).parameters,
+    }
+    arguments = {"frequency", "weighting", "logits", "targets", "token_weight"}
+    assert parameters - documented - arguments == set()
