@@ -74,8 +74,8 @@ def pdl_loss(
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
-    Raises TypeError or ValueError that names the argument; on the CPU IndexError for a target outside [0, V) (under
-    torch.compile RuntimeError). On CUDA such a row's loss and gradient are NaN.
+    Raises TypeError or ValueError that names the argument; on the CPU IndexError for a target outside [0, V). On CUDA
+    such a row's loss and gradient are NaN.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
     check_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -91,6 +91,7 @@ def pdl_loss(
     elif normalizer is not None:
         normalizer = torch.full((), normalizer, dtype=dtype, device=logits.device)
 
+    given_targets = targets
     shift = shift and targets.shape[-1] > 0
     if shift:
         targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
@@ -99,22 +100,25 @@ def pdl_loss(
     if rows_of_logits.stride(1) != 1:
         rows_of_logits = rows_of_logits.contiguous()
     overlapping = rows_of_logits.shape[0] > 1 and rows_of_logits.stride(0) < vocab_size
-    loss, rows, _totals, predicted = _ops.ops.loss_forward(
-        rows_of_logits,
-        targets.reshape(-1).contiguous(),
-        token_weight,
-        None if row_weight is None else row_weight.reshape(-1).contiguous(),
-        logit_offset,
-        normalizer,
-        _ops.REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        0.0 if softcap is None else softcap,
-        return_stats,
-        inplace_backward and not overlapping and not torch.compiler.is_compiling(),
-    )
+    try:
+        loss, rows, _totals, predicted = _ops.ops.loss_forward(
+            rows_of_logits,
+            targets.reshape(-1).contiguous(),
+            token_weight,
+            None if row_weight is None else row_weight.reshape(-1).contiguous(),
+            logit_offset,
+            normalizer,
+            _ops.REDUCTIONS[reduction],
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            logit_scale,
+            0.0 if softcap is None else softcap,
+            return_stats,
+            inplace_backward and not overlapping and not torch.compiler.is_compiling(),
+        )
+    except IndexError:
+        raise bad_target(given_targets, vocab_size, ignore_index, shift) from None
 
     def per_row(values: Tensor, fill: float = 0.0) -> Tensor:
         values = values.reshape(targets.shape)
@@ -277,6 +281,18 @@ def _check_table(name: str, table: Tensor | None, logits: Tensor) -> None:
         raise ValueError(
             f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one"
         )
+
+
+def bad_target(targets: Tensor, vocab_size: int, ignore_index: int, shift: bool) -> IndexError:
+    """The error for the first target out of range, by its place in the targets that the caller passed."""
+    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
+    if shift:
+        bad[..., 0] = False
+    place = tuple(bad.nonzero()[0].tolist())
+    return IndexError(
+        f"targets: got {int(targets[place])} at position {list(place)}, expected 0 <= id < {vocab_size} "
+        f"or ignore_index ({ignore_index})"
+    )
 
 
 def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:

@@ -104,7 +104,7 @@ class PDLLoss(nn.Module):
 
     @property
     def blend(self) -> float:
-        """How far the weights are from 1, in [0, 1]; 0 is plain cross-entropy. To be set while training, for a warm-up."""
+        """How far the weights are from 1, in [0, 1]; 0 is plain cross-entropy. May be set while training."""
         return float(self._blend)
 
     @blend.setter
@@ -169,8 +169,8 @@ class PDLLoss(nn.Module):
             learned = targets[..., 1:] if self.shift else targets
             try:
                 self.frequency.update(learned, strict=counts.device.type == "cpu")
-            except IndexError as error:  # the caller knows the tokens that are counted as targets
-                raise IndexError(str(error).replace("tokens:", "targets:", 1)) from None
+            except IndexError:
+                raise functional.bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
         return self._weights()
 
     def _weights(self) -> Tensor:

@@ -1,0 +1,183 @@
+"""Inputs at the edge: nothing to count, masked vocabularies, huge offsets, infinities, weights that sum to zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, functional, reference
+
+REDUCTIONS = ["mean", "token_mean", "sum", "none"]
+FULL = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 9.0}
+
+
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)], ids=str)
+def test_empty_batch(device, shape, reduction, options):
+    logits = torch.zeros(*shape, 11, device=device, requires_grad=True)
+    row_weight = torch.zeros(shape, device=device, requires_grad=True)
+    targets = torch.zeros(shape, dtype=torch.int64, device=device)
+    for shift in (False, True):
+        loss, stats = functional.pdl_loss(
+            logits, targets, row_weight=row_weight, reduction=reduction, shift=shift, return_stats=True, **options
+        )
+        assert loss.shape == (shape if reduction == "none" else ())
+        assert stats.predicted.shape == shape
+        loss.sum().backward()
+        assert loss.sum() == 0
+        assert logits.grad.shape == logits.shape
+
+
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_everything_ignored(make_case, reduction, options):
+    case = make_case((5,), 257, row_weight=True)
+    case.targets.fill_(-100)
+    got = case.run(functional.pdl_loss, reduction=reduction, **options)
+    assert not got["loss"].any()
+    # The gradients exist, so that every rank of DDP takes part in the reduction.
+    assert not got["grad_logits"].any()
+    assert not got["grad_row_weight"].any()
+
+
+def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case):
+    case = make_case((6,), 257, row_weight=True)
+    ignored = case.targets == -100
+    clean = case.run(functional.pdl_loss, return_stats=True, **FULL)
+    case.leaf[ignored] = torch.nan
+    case.row_weight[ignored] = torch.inf
+    dirty = case.run(functional.pdl_loss, return_stats=True, **FULL)
+    for name in clean:
+        assert torch.equal(clean[name], dirty[name]), name
+    assert clean["grad_logits"].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("masked", ["tail", "first_chunk", "all_but_target"])
+def test_masked_vocabulary(make_case, assert_matches, dtype, masked):
+    case = make_case((6,), 3001, dtype, ignored=False)
+    case.targets.clamp_(min=1100, max=2000)
+    if masked == "tail":
+        case.leaf[:, 2001:] = -torch.inf
+    elif masked == "first_chunk":
+        # A whole chunk of the kernel without one finite number, before the first finite one.
+        case.leaf[:, :1050] = -torch.inf
+    else:
+        keep = case.leaf.gather(1, case.targets[:, None])
+        case.leaf.fill_(-torch.inf).scatter_(1, case.targets[:, None], keep)
+        got = case.run(functional.pdl_loss, reduction="none")
+        assert not got["loss"].any()
+        assert not got["grad_logits"].any()
+    got = assert_matches(case, z_loss=0.01)
+    assert not got["grad_logits"][case.leaf == -torch.inf].any()
+
+
+def test_masked_by_the_logit_offset(make_case, assert_matches):
+    case = make_case((6,), 2049)
+    offset = torch.zeros(2049, device=case.leaf.device)
+    offset[~torch.isin(torch.arange(2049, device=offset.device), case.targets)] = -torch.inf
+    offset[:2] = 0.5
+    got = assert_matches(case, logit_offset=offset)
+    assert not got["grad_logits"][:, offset == -torch.inf].any()
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("offset", [1e4, -1e4, 3e6])
+def test_common_offset_cancels(make_case, assert_accurate, offset, options):
+    # Whole numbers survive the addition exactly, so the shifted rows have the same loss; lse itself would round.
+    case = make_case((7,), 1009)
+    case.leaf = case.leaf.mul(4).round()
+    truth = case.run(reference.pdl_loss, torch.float64, **options)
+    plain = case.run(reference.pdl_loss, **options)
+    case.leaf = case.leaf + offset
+    got = case.run(functional.pdl_loss, **options)
+    for name in truth:
+        assert_accurate(got[name], plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"softcap": 9.0}], ids=["plain", "smoothing", "softcap"]
+)
+@pytest.mark.parametrize("column", [0, 1024, 2048])
+def test_nan_logits_give_nan(make_case, dtype, options, column):
+    case = make_case((6,), 2049, dtype)
+    case.leaf[0, column] = torch.nan
+    loss = case.run(functional.pdl_loss, reduction="none", **options)
+    assert loss["loss"][0].isnan()
+    assert loss["loss"][2:].isfinite().all()
+    assert loss["grad_logits"][0, column].isnan()
+    assert loss["grad_logits"][1:].isfinite().all()
+    assert case.run(functional.pdl_loss, **options)["loss"].isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_infinite_logits_give_no_plausible_number(make_case, dtype):
+    case = make_case((6,), 2049, dtype, ignored=False)
+    case.leaf[0, 1500] = torch.inf
+    case.leaf[1] = -torch.inf
+    case.leaf[2] = torch.nan
+    got = case.run(functional.pdl_loss, reduction="none")
+    assert got["loss"][:3].isnan().all()
+    assert got["grad_logits"][:3].isnan().any(-1).all()
+    assert got["loss"][3:].isfinite().all()
+
+
+def test_infinite_loss_where_the_target_is_masked(make_case):
+    case = make_case((4,), 257, ignored=False)
+    case.leaf[0, case.targets[0]] = -torch.inf
+    got = case.run(functional.pdl_loss, reduction="none")
+    assert got["loss"][0] == torch.inf
+    assert got["loss"][1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_target_probability_near_one(make_case, assert_matches, dtype):
+    # p_y - 1 is about -1e-4: rounding p_y to bfloat16 first would lose it altogether.
+    case = make_case((6,), 1009, dtype, ignored=False)
+    case.leaf.scatter_(1, case.targets[:, None], 16.0)
+    got = assert_matches(case, reduction="sum")
+    at_target = got["grad_logits"].gather(1, case.targets[:, None])
+    assert at_target.all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+def test_weights_that_sum_to_zero(make_case, reduction):
+    case = make_case((5,), 257, row_weight=True)
+    case.token_weight = torch.zeros_like(case.token_weight)
+    got = case.run(functional.pdl_loss, reduction=reduction)
+    assert got["loss"] == 0
+    assert not got["grad_logits"].any()
+    assert not got["grad_row_weight"].any()
+
+
+def test_zero_weight_hides_one_row(make_case, assert_matches):
+    case = make_case((6,), 257, row_weight=True, ignored=False)
+    case.row_weight[2] = 0
+    got = assert_matches(case)
+    assert not got["grad_logits"][2].any()
+
+
+def test_zero_normalizer_tensor_gives_zero(make_case):
+    case = make_case((5,), 257)
+    got = case.run(functional.pdl_loss, normalizer=torch.zeros((), device=case.leaf.device))
+    assert got["loss"] == 0
+    assert not got["grad_logits"].any()
+
+
+def test_large_weights_stay_finite(make_case, assert_matches):
+    # The authors' weight of a token never seen.
+    case = make_case((6,), 257)
+    case.token_weight = torch.full_like(case.token_weight, 1e7)
+    assert_matches(case, reduction="sum")
+
+
+def test_modules_take_empty_and_ignored_batches(device):
+    loss_fn = PDLLoss(vocab_size=11).to(device)
+    logits = torch.zeros(3, 11, device=device, requires_grad=True)
+    loss = loss_fn(logits, torch.full((3,), -100, device=device))
+    loss.backward()
+    assert loss == 0
+    assert not logits.grad.any()
+    assert loss_fn.frequency.ignored == 3

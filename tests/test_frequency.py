@@ -1,0 +1,391 @@
+"""TokenFrequency: exact counts from every dtype, sums of parts, files, probabilities and buckets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pdl_ext import TokenFrequency, functional, reference
+
+TORCH_DTYPES = functional.TOKEN_DTYPES
+
+
+def assert_conserved(frequency, seen):
+    assert frequency.counts.sum() + frequency.ignored + frequency.out_of_range == seen
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1000,), (7, 11, 13), (), (0,)], ids=str)
+def test_every_dtype_and_shape(device, dtype, shape):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 256, shape, generator=generator).to(dtype).to(device)
+    frequency = TokenFrequency(200, ignore_index=7).to(device)
+    frequency.update(tokens)
+    assert torch.equal(frequency.counts, reference.count_tokens(tokens, 200, ignore_index=7))
+    wide = tokens.long()
+    assert frequency.ignored == (wide == 7).sum()
+    assert frequency.out_of_range == (wide >= 200).sum()
+    assert_conserved(frequency, tokens.numel())
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.int32, np.uint32, np.int64], ids=lambda dtype: dtype.__name__
+)
+@pytest.mark.parametrize("kind", ["plain", "read_only", "strided"])
+def test_numpy_arrays(device, dtype, kind, recwarn):
+    tokens = np.random.default_rng(0).integers(0, 250, 2000).astype(dtype)
+    tokens.setflags(write=kind != "read_only")
+    if kind == "strided":
+        tokens = tokens[::2]
+    frequency = TokenFrequency(256).to(device)
+    frequency.update(tokens)
+    assert frequency.counts.tolist() == np.bincount(tokens, minlength=256).tolist()
+    assert not recwarn.list
+
+
+def test_memory_mapped_corpus(device, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50257, 4000).astype(np.uint16)
+    tokens.tofile(tmp_path / "corpus.bin")
+    frequency = TokenFrequency(50257).to(device)
+    frequency.update(np.memmap(tmp_path / "corpus.bin", dtype=np.uint16, mode="r"))
+    assert frequency.counts.tolist() == np.bincount(tokens, minlength=50257).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [65535, 65536, 65537])
+def test_ids_at_the_edge_of_uint16(device, vocab_size):
+    ids = [0, 65534, 65535, 65535]
+    narrow, wide = TokenFrequency(vocab_size).to(device), TokenFrequency(vocab_size).to(device)
+    narrow.update(torch.tensor(ids, device=device).to(torch.uint16))
+    wide.update(torch.tensor([*ids, 65536], device=device))
+    expected = np.bincount([t for t in ids if t < vocab_size], minlength=vocab_size)
+    assert narrow.counts.tolist() == expected.tolist()
+    assert (
+        wide.counts.tolist() == np.bincount([t for t in [*ids, 65536] if t < vocab_size], minlength=vocab_size).tolist()
+    )
+    assert_conserved(narrow, 4)
+    assert_conserved(wide, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint32], ids=str)
+def test_extreme_ids_are_out_of_range(device, dtype):
+    limits = torch.iinfo(dtype)
+    tokens = torch.tensor([limits.min if limits.min else 200, limits.max, limits.max - 1, 3, 100, 99], device=device)
+    frequency = TokenFrequency(100).to(device)
+    frequency.update(tokens.to(dtype))
+    assert frequency.out_of_range == 4
+    assert frequency.counts.nonzero().flatten().tolist() == [3, 99]
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"),
+    [
+        (799, 100),  # just too few for tables of the threads' own
+        (800, 100),  # just enough
+        (100_003, 97),  # far more, and parts of uneven size
+        (1_000_003, 50257),  # a large vocabulary on the threaded path
+        (100_003, 128256),  # a large vocabulary on the direct path
+        (50_000, 1),  # every token in one bin
+    ],
+)
+def test_large_batches_match_bincount(device, rows, vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    # Zipf-like, with ids below 0 and above V among them.
+    tokens = (torch.rand(rows, generator=generator) ** 3 * (vocab_size + 5)).long() - 2
+    tokens[::50] = -100
+    frequency = TokenFrequency(vocab_size).to(device)
+    frequency.update(tokens.to(device))
+    kept = tokens[(tokens >= 0) & (tokens < vocab_size)]
+    assert frequency.counts.tolist() == np.bincount(kept.numpy(), minlength=vocab_size).tolist()
+    assert frequency.ignored == (tokens == -100).sum()
+    assert_conserved(frequency, rows)
+
+
+def test_updates_add_up(device):
+    frequency = TokenFrequency(50).to(device)
+    parts = torch.randint(-2, 52, (5, 300), generator=torch.Generator().manual_seed(0)).to(device)
+    for part in parts:
+        frequency.update(part)
+    assert torch.equal(frequency.counts, functional.count_tokens(parts, 50))
+    assert frequency.total == frequency.counts.sum()
+    assert_conserved(frequency, parts.numel())
+
+
+def test_counts_past_32_bits(device):
+    frequency = TokenFrequency.from_counts(torch.tensor([2**32 - 1, 2**53], device=device))
+    frequency.update(torch.tensor([0, 1], device=device))
+    assert frequency.counts.tolist() == [2**32, 2**53 + 1]
+
+
+def test_ignore_index_inside_the_vocabulary(device):
+    frequency = TokenFrequency(5, ignore_index=0).to(device)
+    frequency.update(torch.tensor([0, 0, 1], device=device))
+    assert frequency.counts.tolist() == [0, 1, 0, 0, 0]
+    assert frequency.ignored == 2
+
+
+def test_strict_counts_good_tokens(device):
+    frequency = TokenFrequency(5).to(device)
+    frequency.update(torch.tensor([1, 4, -100], device=device), strict=True)
+    assert frequency.counts.tolist() == [0, 1, 0, 0, 1]
+    assert frequency.ignored == 1
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**33])
+def test_strict_refuses_and_changes_nothing(device, bad):
+    frequency = TokenFrequency(5).to(device)
+    frequency.update(torch.tensor([2], device=device))
+    with pytest.raises(IndexError, match=r"tokens: got .*\b5\b"):
+        frequency.update(torch.tensor([1, 1, bad, -100], device=device), strict=True)
+    assert frequency.counts.tolist() == [0, 0, 1, 0, 0]
+    assert_conserved(frequency, 1)
+
+
+def test_strict_names_position_and_value():
+    with pytest.raises(IndexError, match=r"tokens: got 9 at flattened position 3, expected 0 <= id < 5"):
+        TokenFrequency(5).update(torch.tensor([[1, 1], [-100, 9]]), strict=True)
+
+
+def test_merge(device):
+    parts = torch.randint(-2, 23, (2, 400), generator=torch.Generator().manual_seed(0)).to(device)
+    whole, first, second = (TokenFrequency(20, ignore_index=3).to(device) for _ in range(3))
+    whole.update(parts)
+    first.update(parts[0])
+    second.update(parts[1])
+    first.merge(second)
+    for name in ("counts", "ignored", "out_of_range"):
+        assert torch.equal(getattr(first, name), getattr(whole, name))
+
+
+def test_merge_refuses_another_vocabulary():
+    with pytest.raises(ValueError, match="other: got a vocabulary of 6, expected 5"):
+        TokenFrequency(5).merge(TokenFrequency(6))
+    with pytest.raises(TypeError, match="other: got Tensor, expected TokenFrequency"):
+        TokenFrequency(5).merge(torch.zeros(5))
+
+
+def test_probabilities(device):
+    frequency = TokenFrequency(4).to(device)
+    assert frequency.probabilities().tolist() == [0.25] * 4
+    frequency.update(torch.tensor([0, 0, 0, 2], device=device))
+    assert frequency.probabilities().dtype == torch.float64
+    assert frequency.probabilities().tolist() == [0.75, 0, 0.25, 0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "shares", "expected"),
+    [
+        # Sorted 60, 20, 10, 6, 4: what lies before them is 0, 60, 80, 90, 96 %.
+        ([10, 60, 4, 20, 6, 0], (0.8, 0.15, 0.05), [1, 0, 2, 0, 1, 2]),
+        ([10, 60, 4, 20, 6, 0], (0.5, 0.5), [1, 0, 1, 1, 1, 1]),
+        ([10, 60, 4], (1.0,), [0, 0, 0]),
+        # Equal counts keep the vocabulary's order.
+        ([1, 1, 1, 1], (0.5, 0.25, 0.25), [0, 0, 1, 2]),
+        # Nothing counted: all unseen.
+        ([0, 0], (0.8, 0.2), [1, 1]),
+    ],
+)
+def test_buckets_by_hand(device, counts, shares, expected):
+    frequency = TokenFrequency.from_counts(torch.tensor(counts, device=device))
+    assert frequency.buckets(shares).tolist() == expected
+
+
+def test_default_buckets_cover_their_shares(device):
+    counts = (1e5 / torch.arange(1, 2001) ** 1.1).long().to(device)
+    frequency = TokenFrequency.from_counts(counts)
+    mass = torch.zeros(3, dtype=torch.int64, device=device).scatter_add_(0, frequency.buckets(), counts)
+    shares = mass / counts.sum()
+    torch.testing.assert_close(shares.cpu(), torch.tensor([0.8, 0.15, 0.05]), atol=0.002, rtol=0)
+
+
+@pytest.mark.parametrize("shares", [(), (0.5, 0.4), (1.2, -0.2), (1.0, 0.0)], ids=str)
+def test_buckets_refuse_other_shares(shares):
+    with pytest.raises(ValueError, match=r"shares: got .*, expected positive numbers that sum to 1"):
+        TokenFrequency(3).buckets(shares)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    frequency = TokenFrequency(70_000, ignore_index=-1)
+    frequency.update(torch.randint(-1, 70_003, (5000,), generator=torch.Generator().manual_seed(0)))
+    frequency.counts[3] = 2**50 + 1
+    frequency.save(tmp_path / "counts.safetensors")
+    return frequency, tmp_path / "counts.safetensors"
+
+
+class TestFile:
+    def test_round_trip(self, saved):
+        frequency, path = saved
+        loaded = TokenFrequency.load(path)
+        assert (loaded.vocab_size, loaded.ignore_index, loaded.total) == (70_000, -1, frequency.total)
+        for name, value in frequency.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+            assert loaded.state_dict()[name].dtype == torch.int64
+
+    def test_metadata(self, saved):
+        frequency, path = saved
+        with safe_open(path, framework="np") as file:
+            assert file.metadata() == {
+                "format": "pdl_ext.TokenFrequency",
+                "format_version": "1",
+                "vocab_size": "70000",
+                "ignore_index": "-1",
+                "total": str(frequency.total),
+            }
+            assert sorted(file.keys()) == ["counts", "ignored", "out_of_range"]
+
+    def test_save_replaces_a_file(self, saved):
+        _, path = saved
+        TokenFrequency.from_counts(torch.tensor([1, 2])).save(str(path))
+        assert TokenFrequency.load(str(path)).counts.tolist() == [1, 2]
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_failed_save_leaves_no_part(self, saved, monkeypatch):
+        frequency, path = saved
+        before = path.read_bytes()
+
+        def fail(tensors, partial, metadata):
+            partial.write_bytes(b"half a file")
+            raise OSError("disk full")
+
+        monkeypatch.setattr("pdl_ext.frequency.save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            frequency.save(path)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+    def test_save_into_a_missing_folder(self, tmp_path):
+        with pytest.raises(OSError, match=r"path: cannot write .*missing"):
+            TokenFrequency(3).save(tmp_path / "missing" / "counts.safetensors")
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"path: no file at .*none"):
+            TokenFrequency.load(tmp_path / "none")
+
+    @pytest.mark.parametrize("kept", [0, 1, 7, 100, 5000, -1])
+    def test_truncated_file(self, saved, kept):
+        _, path = saved
+        path.write_bytes(path.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+            TokenFrequency.load(path)
+
+    def test_changed_counts(self, saved):
+        _, path = saved
+        content = bytearray(path.read_bytes())
+        # The last count of the table: the sum is no longer what the metadata states.
+        length = int.from_bytes(content[:8], "little")
+        content[8 + length + 8 * 69_999] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"path: .* do not sum to the total"):
+            TokenFrequency.load(path)
+
+    def test_file_of_something_else(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        save_file({"weight": torch.zeros(3)}, path)
+        with pytest.raises(ValueError, match=r"path: .* has format None None, expected 'pdl_ext.TokenFrequency' '1'"):
+            TokenFrequency.load(path)
+        path.write_text("a text, not tensors")
+        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+            TokenFrequency.load(path)
+
+    def test_later_format(self, saved):
+        frequency, path = saved
+        save_file(
+            dict(frequency.state_dict()), path, metadata={"format": "pdl_ext.TokenFrequency", "format_version": "2"}
+        )
+        with pytest.raises(ValueError, match=r"path: .* 'pdl_ext.TokenFrequency' '2', expected .* '1'"):
+            TokenFrequency.load(path)
+
+    @pytest.mark.parametrize(
+        ("tensors", "metadata"),
+        [
+            ({"counts": torch.ones(4, dtype=torch.int64)}, {}),
+            ({"counts": torch.ones(3, dtype=torch.float32)}, {}),
+            ({}, {"vocab_size": "three"}),
+            ({}, {"total": None}),
+            ({"ignored": None}, {}),
+        ],
+        ids=["shape", "dtype", "vocab_size", "no_total", "no_ignored"],
+    )
+    def test_inconsistent_file(self, tmp_path, tensors, metadata):
+        zero = torch.zeros((), dtype=torch.int64)
+        content = {"counts": torch.ones(3, dtype=torch.int64), "ignored": zero, "out_of_range": zero.clone(), **tensors}
+        header = {
+            "format": "pdl_ext.TokenFrequency",
+            "format_version": "1",
+            "vocab_size": "3",
+            "ignore_index": "-100",
+            "total": "3",
+            **metadata,
+        }
+        content, header = ({k: v for k, v in table.items() if v is not None} for table in (content, header))
+        save_file(content, tmp_path / "counts", metadata=header)
+        with pytest.raises(ValueError, match="path: "):
+            TokenFrequency.load(tmp_path / "counts")
+
+
+def test_from_counts_copies(device):
+    counts = torch.tensor([3, 0, 1], device=device)
+    frequency = TokenFrequency.from_counts(counts)
+    counts.zero_()
+    assert frequency.counts.tolist() == [3, 0, 1]
+    assert frequency.counts.device == counts.device
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        (torch.ones(3), TypeError, r"counts: got torch.float32 \[3\], expected an int64 tensor of shape \[V\]"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, r"counts: got torch.int64 \[2, 2\], expected"),
+        (torch.ones(0, dtype=torch.int64), TypeError, r"counts: got torch.int64 \[0\], expected"),
+        ([1, 2], TypeError, "counts: got list, expected an int64 tensor"),
+        (torch.tensor([1, -1]), ValueError, "counts: got a negative count, expected all >= 0"),
+    ],
+    ids=["dtype", "matrix", "empty", "list", "negative"],
+)
+def test_from_counts_refuses(counts, error, message):
+    with pytest.raises(error, match=message):
+        TokenFrequency.from_counts(counts)
+
+
+@pytest.mark.parametrize("vocab_size", [0, -1, 2**31, 3.0, "3", True])
+def test_vocab_size_out_of_range_is_refused(vocab_size):
+    for build in (TokenFrequency, lambda v: functional.count_tokens(torch.tensor([1]), v)):
+        with pytest.raises(ValueError, match=r"vocab_size: got .*, expected an int in \[1, 2\^31\)"):
+            build(vocab_size)
+
+
+@pytest.mark.parametrize("ignore_index", [1.5, "pad", None, True])
+def test_ignore_index_of_another_type_is_refused(ignore_index):
+    with pytest.raises(ValueError, match=r"ignore_index: got .*, expected an int"):
+        TokenFrequency(3, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([1, 2], TypeError, "tokens: got list, expected a tensor"),
+        (torch.ones(3), TypeError, "tokens: got dtype torch.float32, expected one of uint8, uint16, int32"),
+        (torch.ones(3, dtype=torch.int16), TypeError, "tokens: got dtype torch.int16, expected one of"),
+        (np.ones(3), TypeError, "tokens: got dtype torch.float64, expected one of"),
+        (torch.ones(3, dtype=torch.int64, device="meta"), ValueError, "tokens: got device meta, expected cpu"),
+    ],
+    ids=["list", "float", "int16", "numpy_float", "device"],
+)
+def test_bad_tokens_are_refused(tokens, error, message):
+    frequency = TokenFrequency(5)
+    with pytest.raises(error, match=message):
+        frequency.update(tokens)
+    assert_conserved(frequency, 0)
+    if not isinstance(tokens, np.ndarray) and getattr(tokens, "device", None) != torch.device("meta"):
+        with pytest.raises(error, match=message):
+            functional.count_tokens(tokens, 5)
+
+
+@pytest.mark.parametrize("convert", [torch.nn.Module.half, torch.nn.Module.double, torch.nn.Module.bfloat16])
+def test_counts_survive_conversions(convert):
+    frequency = TokenFrequency.from_counts(torch.tensor([2**53 + 1, 257]))
+    assert convert(frequency).counts.tolist() == [2**53 + 1, 257]
+    assert frequency.ignored.dtype == torch.int64

@@ -1,0 +1,281 @@
+"""functional.pdl_loss against the reference in float64: every dtype, reduction, option and size regime."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pdl_ext import functional, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+REDUCTIONS = ["mean", "token_mean", "sum", "none"]
+
+# Each option alone, and all of them where they meet: "offset" stands for a random logit_offset.
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "smoothing_only": {"label_smoothing": 1.0},
+    "z_loss": {"z_loss": 0.01},
+    "softcap": {"softcap": 5.0},
+    "scale": {"logit_scale": 0.7},
+    "negative_scale": {"logit_scale": -1.3},
+    "offset": {"offset": True},
+    "everything": {"label_smoothing": 0.05, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 1.3, "offset": True},
+}
+
+
+def options_of(name, case):
+    options = dict(OPTIONS[name])
+    if options.pop("offset", False):
+        generator = torch.Generator().manual_seed(3)
+        options["logit_offset"] = torch.randn(case.leaf.shape[-1], generator=generator).to(case.leaf.device)
+    return options
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_core_matches_reference(make_case, assert_matches, dtype, reduction, options, peaked):
+    # 1009: prime, so no vector width, chunk or block divides it. Eight rows, two of them ignored.
+    case = make_case((8,), 1009, dtype, peaked=peaked, row_weight=True)
+    assert_matches(case, reduction=reduction, **options_of(options, case))
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_core_options_match_reference(make_case, assert_matches, dtype, options, peaked):
+    case = make_case((4, 3), 257, dtype, peaked=peaked, row_weight=True)
+    assert_matches(case, **options_of(options, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5], ids=["one_row", "rows"])
+@pytest.mark.parametrize(
+    "vocab_size",
+    [
+        7,  # shorter than any vector
+        257,  # one past a power of two: a byte tokenizer and its end token
+        1000,  # no power of two
+        1023,  # one short of the CPU kernel's chunk
+        1024,  # the chunk itself
+        1025,  # a second chunk of one element
+        2049,  # a third chunk of one element
+        32000,  # LLaMA 2: even and aligned
+        50257,  # GPT-2: odd, so every other row is misaligned
+    ],
+)
+def test_sizes_match_reference(make_case, assert_matches, vocab_size, rows, dtype):
+    case = make_case((rows,), vocab_size, dtype, peaked=rows == 1)
+    assert_matches(case, reduction="sum")
+    assert_matches(case, label_smoothing=0.1, z_loss=0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_vocabulary_of_one(make_case, assert_matches, dtype):
+    # p = 1, so only the z-loss has a gradient.
+    case = make_case((5,), 1, dtype)
+    assert_matches(case, z_loss=0.5)
+    plain = case.run(functional.pdl_loss)
+    assert plain["loss"] == 0
+    assert not plain["grad_logits"].any()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        2,  # fewer rows than threads on most machines
+        300,  # several grains of the thread pool
+        4099,  # prime, so that the parts of the threads are uneven
+    ],
+)
+def test_many_rows_match_reference(make_case, assert_matches, rows):
+    assert_matches(make_case((rows,), 131, row_weight=True), reduction="token_mean")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_normalizer_replaces_the_denominator(make_case, assert_matches, dtype, as_tensor, reduction):
+    case = make_case((8,), 101, dtype, row_weight=True)
+    normalizer = torch.tensor(12.5, device=case.leaf.device) if as_tensor else 12.5
+    got = assert_matches(case, reduction=reduction, normalizer=normalizer, z_loss=0.01)
+    summed = case.run(functional.pdl_loss, reduction="sum", z_loss=0.01)
+    torch.testing.assert_close(got["loss"], summed["loss"] / 12.5)
+
+
+def test_integer_normalizer_tensor(make_case):
+    case = make_case((8,), 101)
+    got = case.run(functional.pdl_loss, normalizer=torch.tensor(6, device=case.leaf.device))
+    assert torch.equal(got["loss"], case.run(functional.pdl_loss, normalizer=6)["loss"])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 4), (2, 1)], ids=str)
+def test_shift_matches_reference(make_case, assert_matches, shape, reduction):
+    case = make_case(shape, 257, row_weight=True)
+    if shape[-1] > 1:
+        got = assert_matches(case, reduction=reduction, shift=True, return_stats=True, z_loss=0.01)
+        assert not got["grad_logits"][..., -1, :].any()
+    else:
+        # Nothing has a next token.
+        got = case.run(functional.pdl_loss, reduction=reduction, shift=True)
+        assert not got["loss"].any()
+        assert not got["grad_logits"].any()
+
+
+def test_shift_equals_slicing(make_case):
+    case = make_case((3, 6), 101, row_weight=True)
+    got = case.run(functional.pdl_loss, shift=True)
+    sliced = functional.pdl_loss(
+        case.leaf[:, :-1], case.targets[:, 1:], case.token_weight, row_weight=case.row_weight[:, 1:]
+    )
+    torch.testing.assert_close(got["loss"], sliced, rtol=1e-6, atol=0)
+    assert not got["grad_row_weight"][:, 0].any()
+
+
+@pytest.mark.parametrize("peaked", [False, True], ids=["flat", "peaked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shift", [False, True])
+def test_stats_match_reference(make_case, assert_matches, shift, dtype, peaked):
+    case = make_case((3, 5), 2049, dtype, peaked=peaked, row_weight=True)
+    options = {"shift": shift, "label_smoothing": 0.1, "softcap": 30.0}
+    assert_matches(case, return_stats=True, **options)
+    _, got = functional.pdl_loss(
+        case.leaf, case.targets, case.token_weight, row_weight=case.row_weight, return_stats=True, **options
+    )
+    _, truth = reference.pdl_loss(
+        case.leaf, case.targets, case.token_weight, row_weight=case.row_weight, return_stats=True, **options
+    )
+    assert torch.equal(got.predicted, truth.predicted)
+    assert (got.predicted == -1).any()
+    for values in got:
+        assert not values.requires_grad
+        assert values.shape == case.targets.shape
+
+
+def test_predicted_is_the_first_of_equal_logits(device):
+    logits = torch.zeros(2, 3000, device=device)
+    logits[0, [5, 2000]] = 1.0
+    logits[1, [1500, 2900]] = 1.0
+    _, stats = functional.pdl_loss(logits, torch.tensor([0, 0], device=device), return_stats=True)
+    assert stats.predicted.tolist() == [5, 1500]
+
+
+def test_stats_change_neither_loss_nor_gradient(make_case):
+    case = make_case((8,), 1009, row_weight=True)
+    without, with_stats = (case.run(functional.pdl_loss, return_stats=value) for value in (False, True))
+    for name in without:
+        assert torch.equal(without[name], with_stats[name])
+        assert without[name].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int32_targets_equal_int64(make_case, dtype):
+    case = make_case((8,), 257, dtype)
+    wide = case.run(functional.pdl_loss)
+    case.targets = case.targets.int()
+    narrow = case.run(functional.pdl_loss)
+    for name in wide:
+        assert torch.equal(wide[name], narrow[name])
+        assert wide[name].any()
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, 5, 300])
+def test_other_ignore_index(make_case, assert_matches, ignore_index):
+    # Also one inside the vocabulary, and one above it.
+    case = make_case((9,), 257, ignored=False)
+    case.targets[::3] = ignore_index
+    got = assert_matches(case, ignore_index=ignore_index)
+    assert not got["grad_logits"][::3].any()
+    assert got["grad_logits"][1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_row_weight_of_another_dtype(make_case, dtype):
+    case = make_case((8,), 257, row_weight=True)
+    case.row_weight = case.row_weight.to(dtype)
+    got = case.run(functional.pdl_loss)
+    case.row_weight = case.row_weight.float()
+    wide = case.run(functional.pdl_loss)
+    assert torch.equal(got["loss"], wide["loss"])
+    assert torch.equal(got["grad_row_weight"], wide["grad_row_weight"].to(dtype))
+
+
+def test_result_dtypes(make_case):
+    for dtype in DTYPES:
+        got = make_case((4,), 11, dtype).run(functional.pdl_loss, return_stats=True)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert {got[name].dtype for name in ("loss", "nll", "weight", "lse")} == {wide}
+        assert got["grad_logits"].dtype == dtype
+        assert got["grad_logits"].any()
+
+
+def test_one_position_without_leading_shape(make_case, assert_matches):
+    case = make_case((), 257)
+    assert case.run(functional.pdl_loss, reduction="none")["loss"].shape == ()
+    assert_matches(case)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(make_case, reduction, options):
+    case = make_case((2, 3), 11, torch.float64, row_weight=True)
+    keywords = options_of(options, case)
+
+    def loss(logits, row_weight):
+        return functional.pdl_loss(
+            logits, case.targets, case.token_weight, row_weight=row_weight, reduction=reduction, **keywords
+        )
+
+    inputs = (case.leaf.requires_grad_(), case.row_weight.double().requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"normalizer": 3.5}, {"shift": True}, {"shift": True, "normalizer": 2.0}], ids=str
+)
+def test_gradcheck_of_normalizer_and_shift(make_case, keywords):
+    case = make_case((2, 4), 7, torch.float64, row_weight=True)
+
+    def loss(logits, row_weight):
+        return functional.pdl_loss(
+            logits, case.targets, case.token_weight, row_weight=row_weight, z_loss=0.1, **keywords
+        )
+
+    assert torch.autograd.gradcheck(loss, (case.leaf.requires_grad_(), case.row_weight.double().requires_grad_()))
+
+
+def test_only_row_weight_requires_grad(make_case):
+    case = make_case((8,), 101, row_weight=True)
+    both = case.run(functional.pdl_loss)
+    row_weight = case.row_weight.clone().requires_grad_()
+    loss = functional.pdl_loss(case.leaf, case.targets, case.token_weight, row_weight=row_weight)
+    (alone,) = torch.autograd.grad(loss, row_weight)
+    upstream = torch.randn((), generator=torch.Generator().manual_seed(17)) + 0.1
+    torch.testing.assert_close(alone * upstream.to(alone), both["grad_row_weight"])
+    assert alone.any()
+
+
+def test_no_graph_without_grad(make_case):
+    case = make_case((4,), 11)
+    assert not functional.pdl_loss(case.leaf, case.targets).requires_grad
+    with torch.no_grad():
+        assert not functional.pdl_loss(case.leaf.clone().requires_grad_(), case.targets).requires_grad
+
+
+def test_loss_of_a_uniform_row_is_log_v(device):
+    loss = functional.pdl_loss(torch.full((3, 50257), 2.5, device=device), torch.tensor([0, 7, 50256], device=device))
+    assert float(loss) == pytest.approx(math.log(50257), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64])
+def test_count_tokens_matches_reference(device, dtype):
+    tokens = torch.randint(0, 130, (7, 33), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    got = functional.count_tokens(tokens, 120, ignore_index=3)
+    assert torch.equal(got, reference.count_tokens(tokens, 120, ignore_index=3))
+    assert got[3] == 0
+    assert got.sum() > 0

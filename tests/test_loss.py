@@ -1,0 +1,358 @@
+"""PDLLoss: counting while it trains, weights of a given frequency, checkpoints, and training."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
+
+VOCAB = 31
+
+
+@pytest.fixture
+def batch(device):
+    def make(seed=0, rows=12, dtype=torch.float32):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(rows, VOCAB, generator=generator).to(device, dtype)
+        # Squared, so that small ids are frequent.
+        targets = (torch.rand(rows, generator=generator) ** 2 * VOCAB).long().to(device)
+        return logits, targets
+
+    return make
+
+
+def corpus_counts(device="cpu"):
+    return (1000 / torch.arange(1, VOCAB + 1) ** 1.1).long().to(device)
+
+
+class TestOnline:
+    def test_counts_first_and_weighs_then(self, batch):
+        loss_fn = PDLLoss(alpha=0.5)
+        seen = None
+        for seed in range(3):
+            logits, targets = batch(seed)
+            loss = loss_fn(logits, targets)
+            counted = functional.count_tokens(targets, VOCAB)
+            seen = counted if seen is None else seen + counted
+            assert torch.equal(loss_fn.frequency.counts, seen)
+            weights = functional.token_weights(seen, PowerLaw(alpha=0.5))
+            assert torch.equal(loss, functional.pdl_loss(logits, targets, weights))
+
+    def test_first_step_on_uniform_targets_is_cross_entropy(self, batch, device):
+        logits, _ = batch(rows=VOCAB)
+        targets = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)).to(device)
+        torch.testing.assert_close(PDLLoss()(logits, targets), F.cross_entropy(logits, targets), rtol=1e-6, atol=0)
+
+    def test_first_step_on_other_targets_is_not_cross_entropy(self, batch):
+        logits, targets = batch()
+        assert len(targets.unique()) < len(targets)
+        assert abs(PDLLoss()(logits, targets) - F.cross_entropy(logits, targets)) > 1e-3
+
+    def test_eval_never_counts(self, batch):
+        loss_fn = PDLLoss()
+        loss_fn(*batch(0))
+        counts = loss_fn.frequency.counts.clone()
+        loss_fn.eval()
+        logits, targets = batch(1)
+        loss = loss_fn(logits, targets)
+        assert torch.equal(loss_fn.frequency.counts, counts)
+        expected = functional.pdl_loss(logits, targets, functional.token_weights(counts, PowerLaw()))
+        assert torch.equal(loss, expected)
+        loss_fn.train()
+        loss_fn(logits, targets)
+        assert loss_fn.frequency.total == counts.sum() + len(targets)
+
+    def test_eval_before_any_training_is_cross_entropy(self, batch):
+        logits, targets = batch()
+        loss_fn = PDLLoss().eval()
+        assert torch.equal(loss_fn(logits, targets), functional.pdl_loss(logits, targets))
+        assert loss_fn.frequency.total == 0
+
+    def test_vocab_size_from_the_first_logits(self, batch):
+        loss_fn = PDLLoss()
+        assert loss_fn.frequency is None
+        loss_fn(*batch())
+        assert loss_fn.frequency.vocab_size == VOCAB
+        assert PDLLoss(vocab_size=VOCAB).frequency.vocab_size == VOCAB
+
+    def test_ignored_targets_are_not_counted(self, batch):
+        logits, targets = batch()
+        targets[:5] = -100
+        loss_fn = PDLLoss()
+        loss_fn(logits, targets)
+        assert loss_fn.frequency.total == 7
+        assert loss_fn.frequency.ignored == 5
+
+    def test_shift_counts_what_it_learns(self, batch):
+        logits, targets = batch()
+        logits, targets = logits.view(2, 6, VOCAB), targets.view(2, 6)
+        loss_fn = PDLLoss(shift=True)
+        loss = loss_fn(logits, targets)
+        assert torch.equal(loss_fn.frequency.counts, functional.count_tokens(targets[:, 1:], VOCAB))
+        unshifted = PDLLoss()(logits[:, :-1], targets[:, 1:])
+        torch.testing.assert_close(loss, unshifted, rtol=1e-6, atol=0)
+
+    def test_gradient_takes_the_weights_as_constants(self, batch):
+        logits, targets = batch()
+        leaf = logits.clone().requires_grad_()
+        loss_fn = PDLLoss(alpha=0.5)
+        loss_fn(leaf, targets).backward()
+        weights = functional.token_weights(loss_fn.frequency.counts, PowerLaw(alpha=0.5))
+        expected = logits.clone().requires_grad_()
+        functional.pdl_loss(expected, targets, weights).backward()
+        assert torch.equal(leaf.grad, expected.grad)
+        assert leaf.grad.any()
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            {"row_weight": torch.ones(5)},
+            {"row_weight": torch.ones(12, dtype=torch.int64)},
+            {"row_weight": 2.0},
+            {"normalizer": -1.0},
+            {"normalizer": torch.ones(2)},
+            {"normalizer": "rows"},
+            {"targets": torch.zeros(11, dtype=torch.int64)},
+            {"targets": torch.zeros(12)},
+            {"logits": torch.zeros(12, VOCAB + 1)},
+            {"logits": torch.zeros(12, VOCAB, dtype=torch.int32)},
+        ],
+        ids=lambda bad: f"{next(iter(bad))}-{next(iter(bad.values()))!r:.30}",
+    )
+    def test_refused_input_changes_no_counts(self, bad):
+        loss_fn = PDLLoss(vocab_size=VOCAB)
+        good = {"logits": torch.zeros(12, VOCAB), "targets": torch.zeros(12, dtype=torch.int64)}
+        loss_fn(**good)
+        counts = loss_fn.frequency.counts.clone()
+        with pytest.raises((TypeError, ValueError)):
+            loss_fn(**{**good, **bad})
+        assert torch.equal(loss_fn.frequency.counts, counts)
+        assert loss_fn.frequency.ignored == 0
+
+    @pytest.mark.parametrize("bad", [VOCAB, -1, -101, 2**40])
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_refused_target_changes_no_counts(self, bad, shift):
+        loss_fn = PDLLoss(vocab_size=VOCAB, shift=shift)
+        targets = torch.tensor([1, 2, bad, 3])
+        with pytest.raises(IndexError, match=rf"targets: got {bad} at position \[2\]"):
+            loss_fn(torch.zeros(4, VOCAB), targets)
+        assert not loss_fn.frequency.counts.any()
+        assert loss_fn.frequency.out_of_range == 0
+
+
+class TestGivenFrequency:
+    def test_object_tensor_and_path_are_one(self, batch, device, tmp_path):
+        frequency = TokenFrequency.from_counts(corpus_counts())
+        frequency.save(tmp_path / "counts.safetensors")
+        given = [frequency, corpus_counts(), tmp_path / "counts.safetensors", str(tmp_path / "counts.safetensors")]
+        losses = [PDLLoss(each, alpha=0.5).to(device)(*batch()) for each in given]
+        weights = functional.token_weights(corpus_counts(device), PowerLaw(alpha=0.5))
+        for loss in losses:
+            assert torch.equal(loss, functional.pdl_loss(*batch(), weights))
+
+    def test_training_does_not_count(self, batch, device):
+        loss_fn = PDLLoss(corpus_counts(device))
+        loss_fn(*batch())
+        assert torch.equal(loss_fn.frequency.counts, corpus_counts(device))
+
+    def test_counts_tensor_is_copied(self):
+        counts = corpus_counts()
+        loss_fn = PDLLoss(counts)
+        counts.zero_()
+        assert torch.equal(loss_fn.frequency.counts, corpus_counts())
+
+    def test_refresh_after_a_change(self, batch, device):
+        frequency = TokenFrequency.from_counts(corpus_counts(device))
+        loss_fn = PDLLoss(frequency)
+        before = loss_fn(*batch())
+        frequency.update(torch.full((5000,), VOCAB - 1, device=device))
+        assert torch.equal(loss_fn(*batch()), before)
+        loss_fn.refresh()
+        weights = functional.token_weights(frequency.counts, PowerLaw())
+        assert torch.equal(loss_fn(*batch()), functional.pdl_loss(*batch(), weights))
+        assert not torch.equal(loss_fn(*batch()), before)
+
+    def test_fixed_weights(self, batch, device):
+        weighting = PowerLaw(fixed={0: 0.0, 3: 2.0})
+        loss = PDLLoss(corpus_counts(device), weighting=weighting)(*batch())
+        weights = functional.token_weights(corpus_counts(device), weighting)
+        assert torch.equal(loss, functional.pdl_loss(*batch(), weights))
+
+    def test_options_reach_the_function(self, batch, device):
+        options = {
+            "reduction": "token_mean",
+            "label_smoothing": 0.1,
+            "z_loss": 0.01,
+            "softcap": 9.0,
+            "logit_scale": 0.5,
+        }
+        logits, targets = batch()
+        targets[::3] = 7
+        row_weight = torch.rand(12, generator=torch.Generator().manual_seed(0)).to(device)
+        loss_fn = PDLLoss(corpus_counts(device), ignore_index=7, **options)
+        loss, stats = loss_fn(logits, targets, row_weight=row_weight, normalizer=3.0, return_stats=True)
+        weights = functional.token_weights(corpus_counts(device), PowerLaw())
+        expected, expected_stats = functional.pdl_loss(
+            logits,
+            targets,
+            weights,
+            row_weight=row_weight,
+            normalizer=3.0,
+            ignore_index=7,
+            return_stats=True,
+            **options,
+        )
+        assert torch.equal(loss, expected)
+        for got, wanted in zip(stats, expected_stats, strict=True):
+            assert torch.equal(got, wanted)
+
+    def test_inplace_backward(self, batch, device):
+        leaf = batch()[0].requires_grad_()
+        logits = leaf * 1
+        PDLLoss(corpus_counts(device), inplace_backward=True)(logits, batch()[1]).backward()
+        assert torch.equal(logits.detach(), leaf.grad)
+        assert leaf.grad.any()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["online", "given"])
+def test_blend_set_while_training(batch, device, given):
+    loss_fn = PDLLoss(corpus_counts(device) if given else None, vocab_size=VOCAB, weighting=PowerLaw(blend=0.0)).to(
+        device
+    )
+    logits, targets = batch()
+    assert torch.equal(loss_fn(logits, targets), functional.pdl_loss(logits, targets))
+    for blend in (0.25, 1.0):
+        loss_fn.blend = blend
+        assert loss_fn.blend == blend
+        loss = loss_fn(logits, targets)
+        weights = functional.token_weights(loss_fn.frequency.counts, PowerLaw(blend=blend))
+        assert torch.equal(loss, functional.pdl_loss(logits, targets, weights))
+
+
+@pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan"), "half"])
+def test_blend_out_of_range_is_refused(blend):
+    loss_fn = PDLLoss(vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"blend: got .*, expected a number in"):
+        loss_fn.blend = blend
+    assert loss_fn.blend == 1
+
+
+class TestState:
+    # Past float32's and bfloat16's whole numbers, and past int32.
+    COUNTS = torch.tensor([2**40 + 1, 2**24 + 1, 257, 0])
+
+    @pytest.mark.parametrize("target", ["fresh", "sized", "given"])
+    def test_round_trip_is_exact(self, batch, device, target):
+        trained = PDLLoss(alpha=0.5).to(device)
+        for seed in range(3):
+            trained(*batch(seed))
+        trained.blend = 0.7
+        saved = trained.state_dict()
+        arguments = {
+            "fresh": {},
+            "sized": {"vocab_size": VOCAB},
+            "given": {"frequency": torch.ones(VOCAB, dtype=torch.int64)},
+        }[target]
+        restored = PDLLoss(**arguments, alpha=0.5).to(device)
+        assert restored.load_state_dict(saved)
+        assert restored.blend == trained.blend
+        for name, value in restored.state_dict().items():
+            assert torch.equal(value, saved[name]), name
+        assert torch.equal(restored.eval()(*batch(3)), trained.eval()(*batch(3)))
+
+    def test_kill_and_resume(self, batch, device, tmp_path):
+        def model_and_loss():
+            torch.manual_seed(1)
+            model = nn.ModuleDict({"net": nn.Linear(VOCAB, VOCAB), "loss": PDLLoss()}).to(device)
+            return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+        def step(model, optimizer, seed):
+            inputs, targets = batch(seed)
+            loss = model["loss"](model["net"](inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        model, optimizer = model_and_loss()
+        for seed in range(3):
+            step(model, optimizer, seed)
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+        expected = [step(model, optimizer, seed) for seed in (3, 4)]
+
+        resumed, resumed_optimizer = model_and_loss()
+        checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        resumed.load_state_dict(checkpoint["model"])
+        resumed_optimizer.load_state_dict(checkpoint["optimizer"])
+        assert resumed["loss"].frequency.total == 36
+        assert [step(resumed, resumed_optimizer, seed) for seed in (3, 4)] == expected
+        assert torch.equal(resumed["loss"].frequency.counts, model["loss"].frequency.counts)
+
+    @pytest.mark.parametrize("given", [False, True], ids=["online", "given"])
+    @pytest.mark.parametrize(
+        "convert",
+        [
+            lambda module: module.half(),
+            lambda module: module.to(torch.bfloat16),
+            lambda module: module.double(),
+            lambda module: module.float(),
+            copy.deepcopy,
+            lambda module: pickle.loads(pickle.dumps(module)),
+        ],
+        ids=["half", "bfloat16", "double", "float", "deepcopy", "pickle"],
+    )
+    def test_conversions_keep_counts_and_weights(self, device, convert, given):
+        weighting = PowerLaw(alpha=0.3, blend=0.1, fixed={2: 0.3})
+        loss_fn = PDLLoss(self.COUNTS if given else None, vocab_size=4, weighting=weighting)
+        loss_fn.frequency.counts.copy_(self.COUNTS)
+        loss_fn = loss_fn.to(device).eval()
+        logits, targets = torch.randn(6, 4, device=device), torch.tensor([0, 1, 2, 3, 3, 0], device=device)
+        before = loss_fn(logits, targets)
+        converted = convert(nn.Sequential(loss_fn))[0]
+        assert converted.frequency.counts.dtype == torch.int64
+        assert torch.equal(converted.frequency.counts.cpu(), self.COUNTS)
+        assert torch.equal(converted(logits, targets), before)
+
+    def test_whole_module_through_torch_save(self, batch):
+        loss_fn = PDLLoss()
+        loss_fn(torch.randn(4, VOCAB), torch.tensor([1, 2, 2, 3]))
+        buffer = io.BytesIO()
+        torch.save(loss_fn, buffer)
+        buffer.seek(0)
+        restored = torch.load(buffer, weights_only=False)
+        assert torch.equal(restored.frequency.counts, loss_fn.frequency.counts)
+
+    def test_another_vocabulary_is_refused(self, batch):
+        trained = PDLLoss(vocab_size=5)
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            PDLLoss(vocab_size=6).load_state_dict(trained.state_dict())
+
+    def test_nothing_of_it_is_a_parameter(self, batch):
+        loss_fn = PDLLoss()
+        loss_fn(torch.randn(4, VOCAB), torch.tensor([1, 2, 2, 3]))
+        assert not list(loss_fn.parameters())
+        assert "alpha=1.0" in repr(loss_fn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ten_line_training_loop(device, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(VOCAB, 16), nn.Linear(16, VOCAB)).to(device, dtype)
+    loss_fn = PDLLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    tokens = (torch.rand(256, device=device) ** 2 * VOCAB).long()
+    losses = []
+    for _ in range(40):
+        loss = loss_fn(model(tokens), (tokens * 3 + 1) % VOCAB)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]

@@ -1,0 +1,221 @@
+"""The compiled ops as PyTorch sees them: schemas, fake kernels, torch.compile, autocast, and the CPU's code paths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, _ops, functional
+
+ops = torch.ops.pdl_ext
+NO_TRANSFORM = (-100, 0.0, 0.0, 1.0, 0.0)
+TRANSFORM = (-100, 0.1, 0.01, 0.8, 12.0)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    # A guard that failed in one test must not count as a recompilation in the next.
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def op_inputs(device):
+    generator = torch.Generator().manual_seed(0)
+
+    def build(dtype=torch.float32, optional=False, requires_grad=True):
+        wide = _ops.accumulator_dtype(dtype)
+        logits = torch.randn(4, 9, generator=generator).to(device, dtype).requires_grad_(requires_grad)
+        targets = torch.tensor([1, 8, -100, 4], device=device)
+        if not optional:
+            return logits, targets, None, None, None, None
+        row_weight = torch.rand(4, generator=generator).to(device, wide).requires_grad_(requires_grad)
+        return (
+            logits,
+            targets,
+            torch.rand(9, generator=generator).to(device),
+            row_weight,
+            torch.randn(9, generator=generator).to(device),
+            torch.tensor(2.5, device=device, dtype=wide),
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("predict", [False, True])
+@pytest.mark.parametrize("reduction", _ops.REDUCTIONS.values(), ids=_ops.REDUCTIONS)
+@pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
+def test_opcheck_loss_forward(op_inputs, optional, reduction, predict):
+    inputs = op_inputs(optional=optional)
+    transform = TRANSFORM if optional else NO_TRANSFORM
+    torch.library.opcheck(ops.loss_forward.default, (*inputs, reduction, *transform, predict, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_opcheck_loss_forward_dtypes(op_inputs, dtype):
+    inputs = op_inputs(dtype, optional=True)
+    torch.library.opcheck(ops.loss_forward.default, (*inputs, 2, *TRANSFORM, True, False))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["loss_backward", "loss_backward_"])
+def test_opcheck_loss_backward(op_inputs, name, reduction):
+    logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=True, requires_grad=False)
+    number = _ops.REDUCTIONS[reduction]
+    loss, rows, totals, _ = ops.loss_forward(
+        logits, targets, token_weight, row_weight, offset, normalizer, number, *TRANSFORM, False, False
+    )
+    upstream = torch.rand_like(loss)
+    arguments = (upstream, logits, targets, rows, totals, row_weight, offset, number, *TRANSFORM)
+    torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
+def test_opcheck_token_weights(device, optional):
+    counts = torch.tensor([5, 0, 2, 9], device=device)
+    blend = torch.tensor(0.5, device=device) if optional else None
+    fixed = torch.tensor([torch.nan, 1.5, torch.nan, torch.nan], device=device) if optional else None
+    torch.library.opcheck(ops.token_weights.default, (counts, blend, fixed, 0.5, 1e-7, 1.0, True, 1, float("inf")))
+
+
+@pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES, ids=str)
+def test_opcheck_count_tokens(device, dtype):
+    counts, ignored, out_of_range = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), ()))
+    tokens = torch.tensor([1, 6, 6, 9, 3], device=device).to(dtype)
+    torch.library.opcheck(ops.count_tokens_.default, (counts, ignored, out_of_range, tokens, 3, False))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_function_with_dynamic_shapes(make_case, reduction):
+    compiled = torch.compile(functional.pdl_loss, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # The second batch has another number of rows, and must not compile again.
+        for rows in (6, 11):
+            case = make_case((rows,), 101, row_weight=True)
+            options = {"reduction": reduction, "label_smoothing": 0.1, "return_stats": True, "inplace_backward": True}
+            eager, got = case.run(functional.pdl_loss, **options), case.run(compiled, **options)
+            assert eager["grad_logits"].any()
+            for name in eager:
+                torch.testing.assert_close(got[name], eager[name], rtol=1e-6, atol=0)
+
+
+def test_compiled_shift(make_case):
+    case = make_case((2, 6), 101, row_weight=True)
+    compiled = torch.compile(functional.pdl_loss, fullgraph=True)
+    eager = case.run(functional.pdl_loss, shift=True)
+    got = case.run(compiled, shift=True)
+    for name in eager:
+        torch.testing.assert_close(got[name], eager[name], rtol=1e-6, atol=0)
+
+
+def test_compiled_online_module(device):
+    eager, wrapped = (PDLLoss(vocab_size=31, alpha=0.5).to(device) for _ in range(2))
+    compiled = torch.compile(wrapped, fullgraph=True, dynamic=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (4, 9, 5):
+            logits = torch.randn(rows, 31, generator=generator).to(device)
+            targets = torch.randint(31, (rows,), generator=generator).to(device)
+            losses, grads = [], []
+            for loss_fn in (eager, compiled):
+                leaf = logits.clone().requires_grad_()
+                loss = loss_fn(leaf, targets)
+                loss.backward()
+                losses.append(loss.detach())
+                grads.append(leaf.grad)
+            torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+            torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
+            assert grads[0].any()
+            assert torch.equal(eager.frequency.counts, wrapped.frequency.counts)
+    assert wrapped.frequency.total == 18
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_the_logits_alone(make_case, device, dtype):
+    case = make_case((6,), 257, dtype)
+    outside = case.run(functional.pdl_loss)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = case.run(functional.pdl_loss)
+    assert inside["loss"].dtype == torch.float32
+    assert inside["grad_logits"].any()
+    for name in outside:
+        assert torch.equal(inside[name], outside[name])
+
+
+def test_autocast_model_trains(device):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 31).to(device)
+    targets = torch.arange(12, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        logits = model(torch.randn(12, 8, device=device))
+        loss = PDLLoss()(logits, targets)
+    assert logits.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert model.weight.grad.any()
+
+
+def test_meta_tensors_have_the_right_shapes():
+    logits = torch.empty(3, 5, 11, device="meta", dtype=torch.bfloat16)
+    targets = torch.empty(3, 5, device="meta", dtype=torch.int64)
+    loss, stats = functional.pdl_loss(logits, targets, reduction="none", return_stats=True)
+    assert loss.shape == stats.nll.shape == targets.shape
+    assert loss.dtype == torch.float32
+
+
+def run_python(*arguments, capability):
+    root = Path(__file__).resolve().parent.parent
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "PDL_EXT_CPU_CAPABILITY": capability}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root, check=False
+    )
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_cpu_capability_matches_reference(capability):
+    tests = str(Path(__file__).with_name("test_functional.py"))
+    chosen = run_python("-c", "from pdl_ext import _ops; print(_ops._C.cpu_capability())", capability=capability)
+    # What is above this machine is clamped to it.
+    order = ["DEFAULT", "AVX2", "AVX512"]
+    assert order.index(chosen.stdout.strip()) <= order.index(capability.upper())
+    if capability == "default":
+        assert chosen.stdout.strip() == "DEFAULT"
+    done = run_python(
+        "-m",
+        "pytest",
+        tests,
+        "-q",
+        "-k",
+        "test_core_matches_reference and cpu",
+        "-p",
+        "no:cacheprovider",
+        capability=capability,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def test_unknown_cpu_capability_is_refused():
+    code = "import torch, pdl_ext; pdl_ext.functional.pdl_loss(torch.zeros(1, 2), torch.tensor([0]))"
+    done = run_python("-c", code, capability="sse9")
+    assert done.returncode != 0
+    assert "PDL_EXT_CPU_CAPABILITY is 'sse9', expected 'default', 'avx2' or 'avx512'" in done.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_results_do_not_depend_on_the_number_of_threads(make_case, threads):
+    case = make_case((301,), 257, row_weight=True)
+    before = torch.get_num_threads()
+    expected = case.run(functional.pdl_loss)
+    try:
+        torch.set_num_threads(threads)
+        got = case.run(functional.pdl_loss)
+    finally:
+        torch.set_num_threads(before)
+    for name in expected:
+        assert torch.equal(got[name], expected[name])

@@ -1,0 +1,227 @@
+"""PowerLaw and the token weights against the reference in float64, and the facts that the formula promises."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+
+import pytest
+import torch
+
+from pdl_ext import PowerLaw, TokenFrequency, functional, reference
+
+SETTINGS = [
+    {},
+    {"alpha": 0.0},
+    {"alpha": 0.25},
+    {"alpha": 1.5},
+    {"alpha": 3.0, "smoothing": 0.1},
+    {"epsilon": 1e-3},
+    {"epsilon": 0.0},
+    {"smoothing": 0.0},
+    {"smoothing": 10.0},
+    {"relative": False},
+    {"normalize": "types"},
+    {"normalize": "none"},
+    {"max_weight": 50.0, "normalize": "none"},
+    {"max_weight": 5000.0},
+    {"max_weight": math.inf},
+    {"blend": 0.3},
+    {"blend": 0.0},
+    {"fixed": {0: 0.0, 4: 2.5}},
+    {"fixed": {0: 1.0}, "blend": 0.5, "normalize": "types"},
+    {"alpha": 4.0, "relative": False, "normalize": "none"},  # weights down to 1e-24
+    {"alpha": 0.5, "relative": False, "smoothing": 0.0, "epsilon": 1e-7, "normalize": "types", "max_weight": 3.0},
+]
+
+
+def counts_of_a_corpus(vocab_size, device="cpu"):
+    counts = (1e6 / torch.arange(1, vocab_size + 1) ** 1.3).long()
+    counts[vocab_size // 2 :: 3] = 0
+    return counts.to(device)
+
+
+def assert_weights_match(counts, weighting):
+    got = functional.token_weights(counts, weighting)
+    expected = reference.token_weights(counts, weighting)
+    assert got.dtype == torch.float32
+    assert got.device == counts.device
+    # One rounding to float32 of a float64 result.
+    torch.testing.assert_close(got.double(), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_options_match_reference(device, settings):
+    assert_weights_match(counts_of_a_corpus(1009, device), PowerLaw(**settings))
+
+
+@pytest.mark.parametrize(
+    "vocab_size",
+    [
+        5,  # a hand's worth
+        4097,  # two parts of the thread pool, the second of one entry
+        50257,  # GPT-2
+        128256,  # LLaMA 3
+    ],
+)
+def test_sizes_match_reference(device, vocab_size):
+    assert_weights_match(counts_of_a_corpus(vocab_size, device), PowerLaw(alpha=0.7))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_zero_counts_match_reference(device, settings):
+    assert_weights_match(torch.zeros(11, dtype=torch.int64, device=device), PowerLaw(**settings))
+
+
+def test_huge_counts_match_reference(device):
+    # A corpus of 2^50 tokens: float32 counts would lose the small ones.
+    assert_weights_match(torch.tensor([2**50, 2**33, 1, 0], device=device), PowerLaw())
+
+
+def test_noncontiguous_counts(device):
+    counts = counts_of_a_corpus(20, device)
+    expected = functional.token_weights(counts[::2].contiguous(), PowerLaw())
+    assert torch.equal(functional.token_weights(counts[::2], PowerLaw()), expected)
+
+
+def test_by_hand(device):
+    counts = torch.tensor([3, 1, 0], device=device)
+    # f = (n + 1) / (4 + 3), w = 1 / f = [7/4, 7/2, 7]; mean over the corpus (3 * 7/4 + 7/2) / 4 = 35/16.
+    weights = functional.token_weights(counts, PowerLaw(epsilon=0.0))
+    torch.testing.assert_close(weights, torch.tensor([0.8, 1.6, 3.2], device=device))
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 1.5])
+def test_zero_counts_weigh_the_same(device, alpha):
+    weights = functional.token_weights(torch.zeros(101, dtype=torch.int64, device=device), PowerLaw(alpha=alpha))
+    assert torch.equal(weights, torch.ones_like(weights))
+
+
+def test_an_unseen_token_weighs_like_one_seen_smoothing_times(device):
+    counts = torch.tensor([100, 2, 0], device=device)
+    unseen = functional.token_weights(counts, PowerLaw(smoothing=2.0, normalize="none"))[2]
+    shifted = functional.token_weights(counts + 2, PowerLaw(smoothing=0.0, normalize="none"))[2]
+    assert unseen == shifted
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 1.5])
+def test_mean_weight_is_one(device, alpha):
+    counts = counts_of_a_corpus(1009, device)
+    corpus = functional.token_weights(counts, PowerLaw(alpha=alpha)).double()
+    assert float((corpus * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-6)
+    types = functional.token_weights(counts, PowerLaw(alpha=alpha, normalize="types")).double()
+    assert float(types.mean()) == pytest.approx(1, rel=1e-6)
+    # Blending with 1 keeps it.
+    blended = functional.token_weights(counts, PowerLaw(alpha=alpha, blend=0.4)).double()
+    assert float((blended * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-6)
+
+
+def test_mean_of_the_free_tokens_is_one_beside_fixed_ones(device):
+    counts = torch.tensor([50, 30, 20, 7], device=device)
+    weights = functional.token_weights(counts, PowerLaw(fixed={0: 9.0})).double()
+    assert weights[0] == 9
+    assert float((weights * counts)[1:].sum() / counts[1:].sum()) == pytest.approx(1, rel=1e-6)
+
+
+def test_rarer_tokens_weigh_more(device):
+    counts = torch.arange(50, 0, -1, device=device)
+    assert (functional.token_weights(counts, PowerLaw(alpha=0.5)).diff() > 0).all()
+
+
+def test_max_weight_limits(device):
+    counts = counts_of_a_corpus(101, device)
+    free = functional.token_weights(counts, PowerLaw(normalize="none"))
+    limited = functional.token_weights(counts, PowerLaw(normalize="none", max_weight=100.0))
+    assert free.max() > 100
+    assert torch.equal(limited, free.clamp(max=100))
+
+
+def test_blend_tensor_replaces_the_number(device):
+    counts = counts_of_a_corpus(101, device)
+    weighting = PowerLaw(blend=0.25)
+    by_tensor = functional.token_weights(counts, PowerLaw(), blend=torch.tensor(0.25, device=device))
+    assert torch.equal(by_tensor, functional.token_weights(counts, weighting))
+
+
+def test_weights_of_a_frequency(device):
+    counts = counts_of_a_corpus(101, device)
+    frequency = TokenFrequency.from_counts(counts)
+    assert torch.equal(PowerLaw().weights(frequency), functional.token_weights(counts, PowerLaw()))
+
+
+def test_reference_settings():
+    settings = PowerLaw.reference()
+    assert (settings.alpha, settings.epsilon, settings.smoothing) == (1.0, 1e-7, 0.0)
+    assert (settings.relative, settings.normalize, settings.max_weight) == (False, "none", None)
+    weights = functional.token_weights(torch.tensor([4, 0]), settings)
+    torch.testing.assert_close(weights, torch.tensor([0.25, 1e7]))
+
+
+def test_frozen_and_hashable():
+    weighting = PowerLaw(alpha=0.5, fixed={1: 2.0})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weighting.alpha = 1.0
+    assert hash(weighting) == hash(PowerLaw(alpha=0.5, fixed={1: 2.0}))
+    assert weighting == PowerLaw(alpha=0.5, fixed={1: 2.0})
+    assert len({weighting, PowerLaw(alpha=0.5, fixed={1: 2.0}), PowerLaw(alpha=0.6)}) == 2
+    assert dataclasses.replace(weighting, alpha=1.5).alpha == 1.5
+    assert pickle.loads(pickle.dumps(weighting)) == weighting
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alpha": -0.5}, r"alpha: got -0.5, expected a finite number >= 0"),
+        ({"alpha": math.nan}, r"alpha: got nan, expected a finite number"),
+        ({"alpha": math.inf}, r"alpha: got inf, expected a finite number"),
+        ({"alpha": "1"}, r"alpha: got '1', expected a finite number"),
+        ({"alpha": True}, r"alpha: got True, expected a finite number"),
+        ({"epsilon": -1e-9}, r"epsilon: got -1e-09, expected a finite number >= 0"),
+        ({"epsilon": 0.0, "smoothing": 0.0}, r"epsilon: got 0 with smoothing 0, expected one of them > 0"),
+        ({"smoothing": -1}, r"smoothing: got -1, expected a finite number >= 0"),
+        ({"normalize": "mean"}, r"normalize: got 'mean', expected one of \['corpus', 'none', 'types'\]"),
+        ({"max_weight": 0.0}, r"max_weight: got 0.0, expected a number > 0"),
+        ({"blend": 1.5}, r"blend: got 1.5, expected a number in \[0, 1\]"),
+        ({"blend": -0.1}, r"blend: got -0.1, expected a number in \[0, 1\]"),
+        ({"fixed": {-1: 1.0}}, r"fixed: got token id -1, expected an int >= 0"),
+        ({"fixed": {"eos": 1.0}}, r"fixed: got token id 'eos', expected an int >= 0"),
+        ({"fixed": {2: -1.0}}, r"fixed\[2\]: got -1.0, expected a finite number >= 0"),
+        ({"fixed": {2: math.inf}}, r"fixed\[2\]: got inf, expected a finite number"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PowerLaw(**settings)
+
+
+def test_alpha_zero_needs_neither_epsilon_nor_smoothing(device):
+    weighting = PowerLaw(alpha=0.0, epsilon=0.0, smoothing=0.0)
+    weights = functional.token_weights(torch.tensor([3, 0], device=device), weighting)
+    assert weights.tolist() == [1.0, 1.0]
+
+
+def test_fixed_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="fixed: got token id 7, expected ids below the vocabulary size 7"):
+        functional.token_weights(torch.ones(7, dtype=torch.int64), PowerLaw(fixed={7: 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ([1, 2], TypeError, "counts: got list, expected a tensor"),
+        (torch.ones(3), TypeError, "counts: got dtype torch.float32, expected int64"),
+        (torch.ones(2, 2, dtype=torch.int64), ValueError, r"counts: got shape \[2, 2\], expected \[V\]"),
+        (torch.ones(0, dtype=torch.int64), ValueError, r"counts: got shape \[0\], expected \[V\] with V >= 1"),
+    ],
+    ids=["list", "dtype", "matrix", "empty"],
+)
+def test_bad_counts_are_refused(counts, error, message):
+    with pytest.raises(error, match=message):
+        functional.token_weights(counts, PowerLaw())
+
+
+def test_bad_weighting_is_refused():
+    with pytest.raises(TypeError, match="weighting: got float, expected PowerLaw"):
+        functional.token_weights(torch.ones(3, dtype=torch.int64), 0.5)
