@@ -34,12 +34,13 @@ def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
 
 
 def extension_arguments() -> dict:
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 
     with_cuda, status = choose_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
     print(f"pdl_ext: CUDA kernels {status}")
+    import pybind11
+
     sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
     # CMakeLists.txt and tests/cuda_compile.py have the twins of these macros and flags: change them together.
     macros = [

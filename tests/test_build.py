@@ -1,0 +1,69 @@
+"""What a build asks for, and what an import without a build says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code, **environment):
+    """Runs code from outside the source folder, with only what `environment` adds."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_source_folder_without_a_build_says_what_to_run(tmp_path):
+    shutil.copytree(ROOT / "pdl_ext", tmp_path / "pdl_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    # An editable install's finder would lend the copy the module that it lacks.
+    forget_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    result = run_python(forget_editable + "import pdl_ext", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "ImportError: pdl_ext's compiled module cannot be imported" in result.stderr
+    assert "pip install -e ." in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("hook", "with_torch", "required"),
+    [
+        ("wheel", True, []),
+        ("editable", True, []),
+        ("sdist", True, []),
+        ("wheel", False, ["torch>=2.10", "numpy"]),
+        ("editable", False, ["torch>=2.10", "numpy"]),
+        ("sdist", False, []),
+    ],
+)
+def test_pytorch_is_required_only_where_there_is_none(hook, with_torch, required):
+    pytest.importorskip("setuptools", reason="the build backend is setuptools'")
+    hide = "" if with_torch else "backend.find_torch = lambda: False; "
+    result = run_python(
+        f"import build_backend as backend; {hide}print(backend.get_requires_for_build_{hook}())", PYTHONPATH=str(ROOT)
+    )
+    assert result.stdout.strip() == str(required), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [("1", "PDL_EXT_CUDA=1 asks for the CUDA kernels, but "), ("yes", "PDL_EXT_CUDA is 'yes', expected 0 or 1")],
+)
+def test_a_wish_for_cuda_that_cannot_be_met_is_refused(wish, said):
+    pytest.importorskip("setuptools", reason="the build is setuptools'")
+    import torch
+
+    if wish == "1" and torch.version.cuda is not None:
+        pytest.skip("this PyTorch has CUDA, so the wish may be met")
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        cwd=ROOT,
+        env={**os.environ, "PDL_EXT_CUDA": wish},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert said in result.stderr
