@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from pdl_ext import functional
@@ -167,10 +167,12 @@ class TokenFrequency(nn.Module):
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            save_file(tensors, partial, metadata=metadata)
+            # Not save_file, which makes a file that only its owner can read.
+            with open(partial, "wb") as file:
+                file.write(serialize(tensors, metadata=metadata))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"path: cannot write {path} ({error})") from error
         finally:
             partial.unlink(missing_ok=True)
 

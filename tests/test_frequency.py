@@ -246,18 +246,23 @@ class TestFile:
         frequency, path = saved
         before = path.read_bytes()
 
-        def fail(tensors, partial, metadata):
-            partial.write_bytes(b"half a file")
+        def fail(source, destination):
             raise OSError("disk full")
 
-        monkeypatch.setattr("pdl_ext.frequency.save_file", fail)
+        monkeypatch.setattr("pdl_ext.frequency.os.replace", fail)
         with pytest.raises(OSError, match="disk full"):
             frequency.save(path)
         assert path.read_bytes() == before
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
+    def test_others_may_read_the_file(self, tmp_path):
+        path, plain = tmp_path / "counts.safetensors", tmp_path / "plain"
+        TokenFrequency(3).save(path)
+        plain.touch()
+        assert path.stat().st_mode == plain.stat().st_mode
+
     def test_save_into_a_missing_folder(self, tmp_path):
-        with pytest.raises(OSError, match=r"path: cannot write .*missing"):
+        with pytest.raises(FileNotFoundError, match="missing"):
             TokenFrequency(3).save(tmp_path / "missing" / "counts.safetensors")
 
     def test_missing_file(self, tmp_path):
