@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp')
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
 DEMO ?=
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
@@ -40,13 +41,13 @@ bench: $(VENV)/dev.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/cpp/*.cpp)
+	$(BIN)/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist

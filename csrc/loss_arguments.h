@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -21,6 +20,8 @@ using OptionalTensor = std::optional<Tensor>;
 enum RowOutput { kMax, kLogSum, kNll, kCe, kTokenWeight, kRowOutputs };
 // Entries of the totals tensor: the fields of Totals, in order.
 constexpr int64_t kTotals = 3;
+// So that an index within a row, and one stride more, fit into 32 bits.
+constexpr int64_t kMaxVocabSize = int64_t(1) << 30;
 
 struct LossOptions {
   Reduction reduction;
@@ -59,8 +60,7 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
                                  const OptionalTensor& row_weight, const OptionalTensor& logit_offset) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must have shape [N, V]");
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
-  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= std::numeric_limits<int32_t>::max(),
-                  "logits must have 1 <= V < 2^31");
+  STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits must have 1 <= V <= 2^30");
   STD_TORCH_CHECK(logits.stride(1) == 1 || vocab_size == 1, "logits must have a last dimension of stride 1");
   STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == rows && targets.is_contiguous(),
                   "targets must be contiguous with shape [N]");

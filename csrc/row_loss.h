@@ -30,8 +30,10 @@ struct LogitTransform {
 
   PDL_INLINE A derivative(A x) const {
     if (softcap == A(0)) return scale;
-    const A t = hyperbolic_tangent(scale * x / softcap);
-    return scale * (A(1) - t * t);
+    // 1 - tanh(u)^2 as 4 e / (1 + e)^2 with e = exp(-2 |u|): near the cap the difference would cancel.
+    const A u = scale * x / softcap;
+    const A e = exp_nonpositive(A(-2) * (u < A(0) ? -u : u));
+    return scale * (A(4) * e / ((A(1) + e) * (A(1) + e)));
   }
 };
 
@@ -127,6 +129,30 @@ PDL_INLINE Totals<A> totals(Reduction reduction, A weighted_ce, A weight, A rows
     result.correction = weighted_ce * result.weighted;
   }
   return result;
+}
+
+// Sums over the rows that count, in float64: a million rows of float32 would lose the small ones.
+struct RowSums {
+  double weighted_ce = 0;
+  double weight = 0;
+  double lse_squares = 0;
+  double rows = 0;
+
+  PDL_INLINE void add(double row_weight, double ce, double lse) {
+    weighted_ce += row_weight * ce;
+    weight += row_weight;
+    lse_squares += lse * lse;
+    rows += 1;
+  }
+};
+
+PDL_INLINE Totals<double> totals(Reduction reduction, const RowSums& sums, const double* normalizer) {
+  return totals(reduction, sums.weighted_ce, sums.weight, sums.rows, normalizer);
+}
+
+PDL_INLINE double reduced_loss(const RowSums& sums, const Totals<double>& factors, double z_loss) {
+  const double weighted = sums.weighted_ce * factors.weighted;
+  return z_loss != 0.0 ? weighted + z_loss * sums.lse_squares * factors.rows : weighted;
 }
 
 template <typename A>

@@ -129,30 +129,24 @@ void forward(const Tensor& logits_tensor, const I* targets, const float* token_w
   });
 
   A* loss = static_cast<A*>(outputs.loss.mutable_data_ptr());
-  // float64 sums: a million rows of float32 must not lose the small ones.
-  double weighted_ce = 0, weight_sum = 0, lse_squares = 0, counted = 0;
+  RowSums sums;
   for (int64_t i = 0; i < n; ++i) {
     const bool counts = targets[i] != ignore_index;
-    const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
     const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
+    const A factor = row_weight != nullptr ? row_weight[i] : A(1);
     if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(weight, ce, z_loss, lse) : A(0);
+      loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor, ce, z_loss, lse) : A(0);
     } else if (counts) {
-      weighted_ce += weight * ce;
-      weight_sum += weight;
-      lse_squares += lse * lse;
-      counted += 1;
+      sums.add(double(rows[kTokenWeight * n + i]) * factor, ce, lse);
     }
   }
-  const A* divisor = data_or_null<A>(normalizer);
-  const auto sums = totals<A>(options.reduction, A(weighted_ce), A(weight_sum), A(counted), divisor);
+  const double divisor = normalizer ? *data_or_null<A>(normalizer) : 0.0;
+  const auto factors = totals(options.reduction, sums, normalizer ? &divisor : nullptr);
   A* saved = static_cast<A*>(outputs.totals.mutable_data_ptr());
-  saved[0] = sums.weighted;
-  saved[1] = sums.rows;
-  saved[2] = sums.correction;
-  if (options.reduction != Reduction::none) {
-    *loss = A(weighted_ce) * sums.weighted + (z_loss != A(0) ? z_loss * A(lse_squares) * sums.rows : A(0));
-  }
+  saved[0] = A(factors.weighted);
+  saved[1] = A(factors.rows);
+  saved[2] = A(factors.correction);
+  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
 }
 
 template <typename T, typename I, bool kPlain>

@@ -42,11 +42,9 @@ struct Rows {
 
 template <bool kPlain, typename A>
 __device__ __forceinline__ void add_element(RowStatistics<A>& row, A z, int j, A centre) {
-  RowStatistics<A> element{z, z == -infinity<A>() ? A(0) : A(1), kPlain ? A(0) : z - centre, j};
-  // NaN is never the largest, and has to reach the sum all the same.
-  if (z != z) element = {-infinity<A>(), z, z, -1};
-  if (z == infinity<A>()) element.sum = not_a_number<A>();
-  row = merge(row, element);
+  // exp(z - z): not so for infinity, whose row has no loss. The 1 of -inf vanishes beside anything finite.
+  const A sum = z == infinity<A>() ? not_a_number<A>() : A(1);
+  row = merge(row, RowStatistics<A>{z, sum, kPlain ? A(0) : z - centre, j});
 }
 
 template <bool kPlain, typename T, typename A>
@@ -121,37 +119,29 @@ __global__ void statistics_kernel(Rows<T, I> rows, LogitTransform<Accumulator<T>
 }
 
 template <typename A, typename I>
-__global__ void totals_kernel(const A* outputs, const A* row_weight, const I* targets, int64_t count,
-                              int64_t ignore_index, Reduction reduction, A z_loss, const A* normalizer, A* saved,
-                              A* loss) {
-  // float64, or a million rows of float32 would lose the small ones; rounded once, at the end.
-  double weighted_ce = 0, weight_sum = 0, lse_squares = 0, counted = 0;
+__global__ void __launch_bounds__(kTotalsThreads)
+    totals_kernel(const A* outputs, const A* row_weight, const I* targets, int64_t count, int64_t ignore_index,
+                  Reduction reduction, A z_loss, const A* normalizer, A* saved, A* loss) {
+  RowSums sums;
   if (reduction != Reduction::none) {
     for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
       if (targets[i] == ignore_index) continue;
-      const double weight =
-          double(outputs[kTokenWeight * count + i]) * (row_weight != nullptr ? double(row_weight[i]) : 1.0);
-      const double lse = double(outputs[kMax * count + i]) + double(outputs[kLogSum * count + i]);
-      weighted_ce += weight * double(outputs[kCe * count + i]);
-      weight_sum += weight;
-      lse_squares += lse * lse;
-      counted += 1;
+      const double factor = row_weight != nullptr ? double(row_weight[i]) : 1.0;
+      sums.add(double(outputs[kTokenWeight * count + i]) * factor, outputs[kCe * count + i],
+               outputs[kMax * count + i] + outputs[kLogSum * count + i]);
     }
-    weighted_ce = block_sum(weighted_ce);
-    weight_sum = block_sum(weight_sum);
-    lse_squares = block_sum(lse_squares);
-    counted = block_sum(counted);
+    sums.weighted_ce = block_sum(sums.weighted_ce);
+    sums.weight = block_sum(sums.weight);
+    sums.lse_squares = block_sum(sums.lse_squares);
+    sums.rows = block_sum(sums.rows);
   }
   if (threadIdx.x == 0) {
     const double divisor = normalizer != nullptr ? double(*normalizer) : 0.0;
-    const Totals<double> sums =
-        totals(reduction, weighted_ce, weight_sum, counted, normalizer != nullptr ? &divisor : nullptr);
-    saved[0] = A(sums.weighted);
-    saved[1] = A(sums.rows);
-    saved[2] = A(sums.correction);
-    if (reduction != Reduction::none) {
-      *loss = A(weighted_ce * sums.weighted + (z_loss != A(0) ? double(z_loss) * lse_squares * sums.rows : 0.0));
-    }
+    const Totals<double> factors = totals(reduction, sums, normalizer != nullptr ? &divisor : nullptr);
+    saved[0] = A(factors.weighted);
+    saved[1] = A(factors.rows);
+    saved[2] = A(factors.correction);
+    if (reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, z_loss));
   }
 }
 
@@ -184,10 +174,11 @@ __global__ void gradient_kernel(Rows<T, I> rows, LogitTransform<Accumulator<T>> 
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t id = rows.targets[i];
-    if (id == rows.ignore_index || !rows.in_vocabulary(id)) {
-      fill_row(gradient, rows.vocab_size, narrow<T>(id == rows.ignore_index ? A(0) : not_a_number<A>()));
+    if (id == rows.ignore_index) {
+      fill_row(gradient, rows.vocab_size, narrow<T>(A(0)));
       continue;
     }
+    // Out of range it may be cut to another one: that row's statistics are NaN, and so is all of its gradient.
     const int target = int(id);
     const A max = outputs[kMax * rows.count + i], log_sum = outputs[kLogSum * rows.count + i];
     const A weight = outputs[kTokenWeight * rows.count + i] * (rows.row_weight != nullptr ? rows.row_weight[i] : A(1));

@@ -1,0 +1,126 @@
+"""Builds csrc/cuda for the CPU, and makes its kernels the ops torch.ops.pdl_ext_emulated.*; see README.md."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import mmap
+import os
+import shlex
+import subprocess
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdl_ext import _ops
+
+__all__ = ["build", "guarded", "load", "run_faulty"]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+NAMES = ("loss_forward", "loss_backward", "loss_backward_", "token_weights", "count_tokens_")
+LIBC = ctypes.CDLL(None, use_errno=True)
+# An op dies with the library that defined it.
+LIBRARIES: list[torch.library.Library] = []
+TORCH = Path(torch.__file__).resolve().parent
+
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
+FLAGS += ["-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divide-by-zero,shift"]
+FLAGS += ["-fno-sanitize-recover=all"]
+# The twins of setup.py's macros.
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPDL_EXT_WITH_CUDA", "-DUSE_CUDA"]
+FLAGS += [f"-I{HERE / 'include'}", "-isystem", str(TORCH / "include")]
+
+
+def build() -> Path:
+    """The shared library, compiled unless one from the same sources is there.
+
+    Takes the compiler from CXX, more flags from PDL_EXT_EMULATOR_FLAGS (`--coverage -O0`), and the sources from the
+    folder PDL_EXT_EMULATOR_SOURCES instead of csrc.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    more = shlex.split(os.environ.get("PDL_EXT_EMULATOR_FLAGS", ""))
+    csrc = Path(os.environ.get("PDL_EXT_EMULATOR_SOURCES", ROOT / "csrc"))
+    folder = ROOT / "build" / "cuda_emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    headers = [path for part in (csrc, HERE) for path in sorted(part.rglob("*.*h"))]
+    common = repr((compiler, FLAGS, more, torch.__version__)).encode() + b"".join(path.read_bytes() for path in headers)
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    names = [f"{path.stem}-{hashlib.sha256(common + path.read_bytes()).hexdigest()[:16]}" for path in sources]
+    objects = [folder / f"{name}.o" for name in names]
+    library = folder / f"pdl_ext_emulated-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+
+    def compile_source(source: Path, target: Path) -> None:
+        if not target.exists():
+            run([*compiler, *FLAGS, *more, "-x", "c++", "-c", str(source)], target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_source, sources, objects))
+    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *map(str, objects)]
+    run([*compiler, *more, *link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], library)
+    return library
+
+
+def run(command: list[str], target: Path) -> None:
+    """Runs a compiler; `target` appears only when it is whole, since another process may be waiting for it."""
+    unfinished = target.with_name(f"{os.getpid()}-{target.name}")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")
+    unfinished.replace(target)
+
+
+@functools.cache
+def load() -> types.SimpleNamespace:
+    """The emulated kernels in the form of pdl_ext._ops.ops, with the schemas and the gradients of torch.ops.pdl_ext."""
+    library = torch.library.Library("pdl_ext_emulated", "DEF")
+    for name in NAMES:
+        schema = str(getattr(torch.ops.pdl_ext, name).default._schema)
+        library.define(schema.removeprefix("pdl_ext::"))
+    torch.ops.load_library(build())
+    torch.library.register_autograd(
+        "pdl_ext_emulated::loss_forward", _ops._loss_backward, setup_context=_ops._save_for_loss_backward, lib=library
+    )
+    torch.library.register_autograd("pdl_ext_emulated::loss_backward", _ops._refuse_double_backward, lib=library)
+    LIBRARIES.append(library)
+    ops = types.SimpleNamespace(**{name: getattr(torch.ops.pdl_ext_emulated, name) for name in NAMES})
+    ops.count_tokens_ = count_without_refusing
+    return ops
+
+
+def count_without_refusing(*arguments) -> None:
+    """count_tokens_ for callers that see CPU tensors, and so leave it to the kernel to be strict: CUDA's never is."""
+    *arguments, _strict = arguments
+    torch.ops.pdl_ext_emulated.count_tokens_(*arguments, False)
+
+
+def guarded(tensor: Tensor, at_end: bool = True) -> Tensor:
+    """A copy that ends (or starts) where no memory is: a kernel that reads or writes past it is caught."""
+    size, page = max(tensor.nbytes, tensor.element_size()), mmap.PAGESIZE
+    room = -(-size // page) * page
+    memory = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for address in (start, start + page + room):
+        if LIBC.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+    offset = page + (room - size if at_end else 0)
+    count = max(tensor.numel(), 1)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=count, offset=offset)[: tensor.numel()]
+    return copy.view(tensor.shape).copy_(tensor)
+
+
+def run_faulty(kernel: str) -> tuple[list[int], str]:
+    """Runs a kernel of faults.cpp: the eight numbers that it may write, and the message of its fault, if any."""
+    memory = torch.zeros(8, dtype=torch.int32)
+    message = ctypes.create_string_buffer(2000)
+    run_kernel = ctypes.CDLL(str(build())).cuda_emulator_run
+    run_kernel(kernel.encode(), ctypes.c_void_p(memory.data_ptr()), message, ctypes.c_size_t(len(message)))
+    return memory.tolist(), message.value.decode()

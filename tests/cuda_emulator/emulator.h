@@ -1,0 +1,73 @@
+// Runs CUDA kernels on one CPU thread: every thread of a block is a fiber, blocks run one after another.
+//
+// A fiber runs until it reaches a barrier or a warp-wide operation. In what order they do is random, from the seed in
+// PDL_EXT_EMULATOR_SEED (0 without it): warps in a random order that changes at each barrier, each as far as it can go,
+// and its lanes in a random order. So a barrier that is missing shows as a wrong result for most seeds.
+//
+// Faults end the launch with an exception that names block and thread: see README.md, also for what cannot be seen.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+
+struct dim3;
+
+namespace cuda_emulator {
+
+using Location = std::source_location;
+
+// Runs `thread` for every thread of every block. Throws std::runtime_error on a fault.
+void run_grid(const dim3& grid, const dim3& block, const std::function<void()>& thread);
+
+// Waits for every thread of the block at this place of the source.
+void barrier(Location where);
+
+// Of the running thread, in its warp.
+int lane();
+
+// What the lanes that take part in a warp-wide operation brought along.
+template <typename V>
+struct Lanes {
+  const void* const* inputs;
+  unsigned mask;
+
+  bool has(int lane) const { return (mask >> lane & 1u) != 0; }
+  const V& operator[](int lane) const { return *static_cast<const V*>(inputs[lane]); }
+};
+
+// Waits for the lanes named in mask at this place of the source; the last of them then calls finish(inputs, outputs).
+using Finish = std::function<void(const void* const* inputs, void* const* outputs)>;
+void meet(const char* operation, unsigned mask, const void* input, void* output, Location where, const Finish& finish);
+
+// A warp-wide operation: each lane gets result_of(what all lanes brought, the lane).
+template <typename Result, typename V, typename ResultOf>
+Result collective(const char* operation, unsigned mask, const V& value, Location where, ResultOf result_of) {
+  Result result;
+  meet(operation, mask, &value, &result, where, [&](const void* const* inputs, void* const* outputs) {
+    const Lanes<V> lanes{inputs, mask};
+    for (int other = 0; other < 32; ++other) {
+      if (lanes.has(other)) *static_cast<Result*>(outputs[other]) = result_of(lanes, other);
+    }
+  });
+  return result;
+}
+
+// The value of lane `source`, or poison where that lane takes no part.
+template <typename V>
+V shuffle(const char* operation, unsigned mask, V value, int source, Location where) {
+  struct Sent {
+    V value;
+    int source;
+  };
+  return collective<V>(operation, mask, Sent{value, source}, where, [](auto lanes, int lane) {
+    const int source = lanes[lane].source;
+    if (lanes.has(source)) return lanes[source].value;
+    V poison;
+    memset(&poison, 0xff, sizeof(V));
+    return poison;
+  });
+}
+
+}  // namespace cuda_emulator

@@ -1,0 +1,129 @@
+"""Proves the tests of the CUDA kernels: breaks the kernels one line at a time, and lists the breaks that no test sees.
+
+python tests/cuda_emulator/mutants.py [WORD ...]     only those whose name contains a word
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTS = ROOT / "tests" / "test_cuda_emulated.py"
+
+# file, the text that is there once, and what takes its place; every __syncthreads() is removed besides.
+MUTATIONS = [
+    ("cuda/vector_access.cuh", "for (int j = threadIdx.x; j < head; j += blockDim.x) on_element(j);", ""),
+    ("cuda/vector_access.cuh", "for (int j = tail + threadIdx.x; j < size; j += blockDim.x) on_element(j);", ""),
+    ("cuda/vector_access.cuh", "pack < packs", "pack <= packs"),
+    ("cuda/vector_access.cuh", "pack < packs", "pack < packs - 1"),
+    ("cuda/vector_access.cuh", "(size - head) / kVector<T>", "(size - head + kVector<T> - 1) / kVector<T>"),
+    ("cuda/vector_access.cuh", "return min(size, past", "return max(0, past"),
+    ("cuda/vector_access.cuh", "past == 0 ? 0 : (kVectorBytes - past)", "0 * (kVectorBytes - past)"),
+    (
+        "cuda/vector_access.cuh",
+        "return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;",
+        "return true;",
+    ),
+    ("cuda/block_reduce.cuh", "lane < int(blockDim.x) / kWarp ? of_warp[lane] : identity", "of_warp[lane]"),
+    ("cuda/block_reduce.cuh", "if (lane == 0) of_warp", "if (lane == 1) of_warp"),
+    ("cuda/loss.cu", "z == infinity<A>() ? not_a_number<A>() : A(1)", "A(1)"),
+    ("cuda/loss.cu", "if (z[k] > max) {", "if (z[k] >= max) {"),
+    ("cuda/loss.cu", "const A shift = exp_shift(max);", "const A shift = max;"),
+    ("cuda/loss.cu", "row.sum = row.sum * (row.max == max ? A(1) : exp_nonpositive(row.max - shift)) + sum;", ""),
+    ("cuda/loss.cu", "if (!kPlain) row.centred += z[k] - centre;", ""),
+    ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!counted"),
+    ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!rows.in_vocabulary(target)"),
+    ("cuda/loss.cu", "target >= 0 && target < vocab_size", "target < vocab_size"),
+    ("cuda/loss.cu", "target >= 0 && target < vocab_size", "target >= 0"),
+    ("cuda/loss.cu", "if (targets[i] == ignore_index) continue;", ""),
+    ("cuda/loss.cu", "rows.row_weight != nullptr ? rows.row_weight[i] : A(1)", "A(1)"),
+    ("cuda/loss.cu", "i += blockDim.x", "i += 2 * blockDim.x"),
+    ("cuda/loss.cu", "if (id == rows.ignore_index) {", "if (false) {"),
+    ("cuda/loss.cu", "j == target ? row.at_target(z)", "j == target + 1 ? row.at_target(z)"),
+    ("cuda/loss.cu", "g * transform.derivative(x)", "g"),
+    (
+        "cuda/loss.cu",
+        "j < rows.vocab_size; j += blockDim.x) element(j);",
+        "j < rows.vocab_size - 1; j += blockDim.x) element(j);",
+    ),
+    ("cuda/loss.cu", "grad_loss.stride(0) : 0", "1 : 0"),
+    ("cuda/loss.cu", "options.reduction == Reduction::none ? grad_loss.stride(0) : 0", "0"),
+    ("row_loss.h", "a * probability(z) - b_uniform", "a * probability(z) + b_uniform"),
+    ("row_loss.h", "a * probability(z) - b_target", "a * probability(z) + b_target"),
+    ("row_loss.h", "uint32_t(b.argmax) < uint32_t(a.argmax)", "false"),
+    ("cuda/histogram.cu", "const bool present = i < n;", "const bool present = true;"),
+    ("cuda/histogram.cu", "first < n; first += stride", "first + kWarp <= n; first += stride"),
+    ("cuda/histogram.cu", "counted && lane == __ffs(equal) - 1", "counted"),
+    ("cuda/histogram.cu", "__popc(equal)", "1"),
+    ("cuda/histogram.cu", "id >= 0 && id < vocab_size", "id < vocab_size"),
+    ("cuda/histogram.cu", "id >= 0 && id < vocab_size", "id >= 0"),
+    (
+        "cuda/histogram.cu",
+        "counted ? static_cast<unsigned long long>(id) : ~0ull",
+        "static_cast<unsigned long long>(id)",
+    ),
+    ("cuda/histogram.cu", "present && id == ignore_index", "id == ignore_index"),
+    ("cuda/weights.cu", "t < vocab_size; t += stride", "t < vocab_size - 1; t += stride"),
+    ("cuda/weights.cu", "i < int(gridDim.x); i += blockDim.x", "i < int(gridDim.x) - 1; i += blockDim.x"),
+    ("cuda/weights.cu", "is_fixed(fixed, t) ? 0.0 : ", ""),
+    ("cuda/weights.cu", "blend != nullptr ? double(*blend) : 1.0", "1.0"),
+]
+
+
+def mutants(csrc: Path) -> list[tuple[str, str, str]]:
+    """Each mutant's name, file and text."""
+    found = []
+    for path in sorted((csrc / "cuda").iterdir()):
+        text = path.read_text()
+        for number, match in enumerate(re.finditer(r"__syncthreads\(\);", text), 1):
+            name = f"cuda/{path.name}: barrier {number} removed"
+            found.append((name, f"cuda/{path.name}", text[: match.start()] + text[match.end() :]))
+    for file, before, after in MUTATIONS:
+        text = (csrc / file).read_text()
+        if before not in text:
+            sys.exit(f"{file} no longer holds `{before}`: bring the list of mutations up to date")
+        found.append((f"{file}: {before} -> {after}", file, text.replace(before, after)))
+    return found
+
+
+def survives(csrc: Path, file: str, text: str) -> tuple[bool, str]:
+    """Whether all tests pass with the mutant, and pytest's last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "csrc"
+        shutil.copytree(csrc, copy)
+        (copy / file).write_text(text)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", str(TESTS)]
+        environment = {**os.environ, "PDL_EXT_EMULATOR_SOURCES": str(copy)}
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        except subprocess.TimeoutExpired:
+            return False, "hangs"
+    lines = done.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, (failed or lines or [done.stderr[-200:]])[0]
+
+
+def main(words: list[str]) -> int:
+    csrc = ROOT / "csrc"
+    survivors = 0
+    for name, file, text in mutants(csrc):
+        if words and not any(word in name for word in words):
+            continue
+        start = time.monotonic()
+        survived, by = survives(csrc, file, text)
+        verdict = "SURVIVED" if survived else "killed"
+        survivors += survived
+        print(f"{verdict:8} {time.monotonic() - start:4.0f} s  {name}\n{'':17}{by}", flush=True)
+    print(f"{survivors} survivors")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
