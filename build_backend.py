@@ -9,6 +9,7 @@ import sys
 import sysconfig
 from typing import Any
 
+from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the other hooks are setuptools' own
 
 TORCH = ["torch>=2.10", "numpy"]
@@ -38,6 +39,24 @@ def _sees_system_packages() -> bool:
             return any(line.replace(" ", "").strip() == "include-system-site-packages=true" for line in lines)
     except FileNotFoundError:
         return False
+
+
+def _demand_torch() -> None:
+    if not find_torch():
+        raise SystemExit(
+            "pdl_ext: no PyTorch to build against: install one first (pip install torch), "
+            "or build without --no-build-isolation"
+        )
+
+
+def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: Any = None) -> str:
+    _demand_torch()
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
+
+
+def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: Any = None) -> str:
+    _demand_torch()
+    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

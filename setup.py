@@ -37,6 +37,8 @@ def extension_arguments() -> dict:
     import torch
     from torch.utils import cpp_extension
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        sys.exit(f"pdl_ext: found PyTorch {torch.__version__}, expected 2.10 or later")
     with_cuda, status = choose_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
     print(f"pdl_ext: CUDA kernels {status}")
     import pybind11

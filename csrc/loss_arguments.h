@@ -57,7 +57,8 @@ inline void check_table(const OptionalTensor& table, const char* name, const Ten
 }
 
 inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
-                                 const OptionalTensor& row_weight, const OptionalTensor& logit_offset) {
+                                 const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
+                                 const OptionalTensor& normalizer = std::nullopt) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must have shape [N, V]");
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits must have 1 <= V <= 2^30");
@@ -70,6 +71,10 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
   check_table(token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
   check_table(logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);
   check_table(row_weight, "row_weight", logits, rows, accumulator_dtype(logits.scalar_type()));
+  STD_TORCH_CHECK(!normalizer || (normalizer->numel() == 1 &&
+                                  normalizer->scalar_type() == accumulator_dtype(logits.scalar_type()) &&
+                                  normalizer->device() == logits.device()),
+                  "normalizer must be one number of the loss's dtype, on the logits' device");
 }
 
 inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Tensor& totals, const Tensor& grad_loss,

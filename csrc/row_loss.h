@@ -20,8 +20,6 @@ struct LogitTransform {
   A softcap = 0;
   const float* offset = nullptr;
 
-  PDL_INLINE bool is_identity() const { return scale == A(1) && softcap == A(0) && offset == nullptr; }
-
   PDL_INLINE A apply(A x, int64_t j) const {
     A z = scale * x;
     if (softcap != A(0)) z = softcap * hyperbolic_tangent(z / softcap);

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pdl_ext import _ops
-from pdl_ext.weighting import NORMALIZE, PowerLaw
+from pdl_ext._checks import check_choice, check_flag, check_integer, check_number
+from pdl_ext.weighting import MAX, NORMALIZE, PowerLaw
 
 __all__ = ["RowStats", "count_tokens", "pdl_loss", "token_weights"]
 
@@ -23,7 +25,8 @@ class RowStats(NamedTuple):
     """What the loss knows of each row, detached and shaped like the targets; 0 at ignored rows.
 
     nll: unweighted negative log-likelihood in nats; weight: token weight times row weight; lse: log-sum-exp of the
-    transformed logits; predicted: int64 index of the largest one, -1 at ignored rows. With shift=True they line up
+    transformed logits; predicted: int64 index of the largest one, -1 at ignored rows and where
+    none is above -inf. With shift=True they line up
     with `targets`, like row_weight and reduction "none". float32, or float64 for float64 logits.
     """
 
@@ -78,7 +81,7 @@ def pdl_loss(
     such a row's loss and gradient are NaN.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
-    check_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_loss_options(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
     check_loss_inputs(logits, targets, row_weight, normalizer, reduction, shift)
     _check_table("token_weight", token_weight, logits)
     _check_table("logit_offset", logit_offset, logits)
@@ -104,9 +107,9 @@ def pdl_loss(
         loss, rows, _totals, predicted = _ops.ops.loss_forward(
             rows_of_logits,
             targets.reshape(-1).contiguous(),
-            token_weight,
+            None if token_weight is None else token_weight.contiguous(),
             None if row_weight is None else row_weight.reshape(-1).contiguous(),
-            logit_offset,
+            None if logit_offset is None else logit_offset.contiguous(),
             normalizer,
             _ops.REDUCTIONS[reduction],
             ignore_index,
@@ -142,11 +145,10 @@ def pdl_loss(
     return loss, stats
 
 
-def token_weights(counts: Tensor, weighting: PowerLaw, *, blend: Tensor | None = None) -> Tensor:
+def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
     """The weight of every vocabulary entry from its count.
 
-    counts: int64 [V]. blend: a float32 0-d tensor on the counts' device, which replaces `weighting.blend` and is read
-    on that device. Returns float32 [V].
+    counts: int64 [V], none of them negative. Returns float32 [V].
     Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside
     the vocabulary.
     Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; smoothing and normalisation as in PowerLaw.
@@ -154,7 +156,8 @@ def token_weights(counts: Tensor, weighting: PowerLaw, *, blend: Tensor | None =
     _check_counts(counts)
     if not isinstance(weighting, PowerLaw):
         raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
-    if blend is None and weighting.blend != 1.0:
+    blend = None
+    if weighting.blend != 1.0:
         blend = torch.full((), weighting.blend, dtype=torch.float32, device=counts.device)
     return weights_with_fixed(counts, weighting, blend, fixed_table(weighting, counts))
 
@@ -197,6 +200,7 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     Raises TypeError or ValueError that names the argument.
     """
     check_vocab_size(vocab_size)
+    check_ignore_index(ignore_index)
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
@@ -223,8 +227,12 @@ def add_tokens(
 
 def check_vocab_size(vocab_size: int) -> None:
     """Raises ValueError unless vocab_size is an int in [1, 2^31)."""
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size < 2**31:
-        raise ValueError(f"vocab_size: got {vocab_size!r}, expected an int in [1, 2^31)")
+    check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Raises ValueError unless ignore_index is an int that fits into int32."""
+    check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -260,8 +268,19 @@ def check_loss_inputs(
         raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
     if row_weight is not None:
         _check_row_weight(row_weight, targets)
+    _refuse_tangents(logits, row_weight)
     if normalizer is not None:
         _check_normalizer(normalizer, targets, reduction)
+
+
+def _refuse_tangents(logits: Tensor, row_weight: Tensor | None) -> None:
+    # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        for tensor in (logits, row_weight):
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    "pdl_ext: the fused loss has no forward-mode derivative; pdl_ext.reference.pdl_loss has one"
+                )
 
 
 def _check_table(name: str, table: Tensor | None, logits: Tensor) -> None:
@@ -327,20 +346,24 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
 
 
 def check_loss_options(
-    reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+    reduction: str,
+    ignore_index: int,
+    shift: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
 ) -> None:
-    """Raises ValueError that names the first option outside its range."""
-    if reduction not in _ops.REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {sorted(_ops.REDUCTIONS)}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or not -(2**31) <= ignore_index < 2**31:
-        raise ValueError(f"ignore_index: got {ignore_index!r}, expected an int in [-2^31, 2^31)")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"z_loss: got {z_loss!r}, expected a finite number >= 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap: got {softcap!r}, expected None or a finite number > 0")
-    if not 0 < abs(logit_scale) < math.inf:
+    """Raises TypeError or ValueError that names the first option of a wrong type or outside its range."""
+    check_choice("reduction", reduction, _ops.REDUCTIONS)
+    check_ignore_index(ignore_index)
+    check_flag("shift", shift)
+    check_number("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
+    check_number("z_loss", z_loss, 0, MAX, "a finite number >= 0")
+    if softcap is not None:
+        check_number("softcap", softcap, 0, MAX, "None or a finite number > 0", open_low=True)
+    check_number("logit_scale", logit_scale, -MAX, MAX, "a finite number other than 0")
+    if logit_scale == 0:
         raise ValueError(f"logit_scale: got {logit_scale!r}, expected a finite number other than 0")
 
 

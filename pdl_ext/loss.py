@@ -60,7 +60,7 @@ class PDLLoss(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_loss_options(reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        functional.check_loss_options(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
         elif not isinstance(weighting, PowerLaw):
@@ -130,6 +130,15 @@ class PDLLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
         # Everything that can be refused is refused before an online loss counts its targets.
+        functional.check_loss_options(
+            self.reduction,
+            self.ignore_index,
+            self.shift,
+            self.label_smoothing,
+            self.z_loss,
+            self.softcap,
+            self.logit_scale,
+        )
         functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
         return functional.pdl_loss(
             logits,
@@ -154,11 +163,12 @@ class PDLLoss(nn.Module):
     @torch.no_grad()
     def _current_weights(self, logits: Tensor, targets: Tensor) -> Tensor:
         vocab_size = logits.shape[-1]
-        if self.frequency is None:
-            self._blend = self._blend.to(logits.device)
-            self._take_frequency(TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(logits.device))
-        assert self.frequency is not None
-        counts = self.frequency.counts
+        frequency = self.frequency
+        if frequency is None:
+            # A validation pass under inference_mode may come first, and training must be able to go on from it.
+            with torch.inference_mode(False):
+                frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(logits.device)
+        counts = frequency.counts
         if vocab_size != counts.shape[0]:
             raise ValueError(f"logits: got a vocabulary of {vocab_size}, expected {counts.shape[0]}, the frequency's")
         if logits.device != counts.device:
@@ -168,9 +178,13 @@ class PDLLoss(nn.Module):
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
-                self.frequency.update(learned, strict=counts.device.type == "cpu")
+                frequency.update(learned, strict=counts.device.type == "cpu")
             except IndexError:
                 raise functional.bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
+        if self.frequency is None:
+            with torch.inference_mode(False):
+                self._blend = self._blend.to(logits.device)
+                self._take_frequency(frequency)
         return self._weights()
 
     def _weights(self) -> Tensor:
@@ -202,4 +216,6 @@ class PDLLoss(nn.Module):
 
 # At module level, so that the loss can be pickled.
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
+    if loss.frequency is not None:
+        loss._fixed = functional.fixed_table(loss.weighting, loss.frequency.counts)
     loss.refresh()

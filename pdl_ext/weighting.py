@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pdl_ext._checks import check_choice, check_flag, check_integer, check_number
+
 if TYPE_CHECKING:
     from pdl_ext.frequency import TokenFrequency
 
 __all__ = ["PowerLaw"]
 
+MAX = sys.float_info.max
 NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
 
 
@@ -26,8 +30,8 @@ class PowerLaw:
     the corpus, over the vocabulary's "types", or "none"), and blended with 1: 1 + blend * (w - 1). `fixed` maps token
     ids to final weights; those tokens take no part in the mean.
 
-    Raises ValueError for a value outside its range. Source: arXiv 2505.16900, the definition of w(t); smoothing and
-    normalisation are this library's.
+    Raises TypeError or ValueError that names the option.
+    Source: arXiv 2505.16900, the definition of w(t); smoothing and normalisation are this library's.
     """
 
     alpha: float = 1.0
@@ -41,20 +45,21 @@ class PowerLaw:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "epsilon", "smoothing"):
-            _check_number(name, getattr(self, name), "a finite number >= 0", lambda x: 0 <= x < math.inf)
+            check_number(name, getattr(self, name), 0, MAX, "a finite number >= 0")
         if self.alpha > 0 and self.epsilon == 0 and self.smoothing == 0:
             raise ValueError(
                 "epsilon: got 0 with smoothing 0, expected one of them > 0: a token never counted would weigh infinity"
             )
-        if self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize: got {self.normalize!r}, expected one of {sorted(NORMALIZE)}")
+        check_flag("relative", self.relative)
+        check_choice("normalize", self.normalize, NORMALIZE)
         if self.max_weight is not None:
-            _check_number("max_weight", self.max_weight, "a number > 0", lambda x: x > 0)
+            check_number("max_weight", self.max_weight, 0, math.inf, "a number > 0", open_low=True)
         check_blend(self.blend)
+        if not isinstance(self.fixed, Mapping):
+            raise TypeError(f"fixed: got {type(self.fixed).__name__}, expected a mapping from token ids to weights")
         for token, weight in self.fixed.items():
-            if not isinstance(token, int) or token < 0:
-                raise ValueError(f"fixed: got token id {token!r}, expected an int >= 0")
-            _check_number(f"fixed[{token}]", weight, "a finite number >= 0", lambda x: 0 <= x < math.inf)
+            check_integer("fixed", token, 0, 2**31 - 1, "token ids that are ints >= 0")
+            check_number(f"fixed[{token}]", weight, 0, MAX, "a finite number >= 0")
 
     def __hash__(self) -> int:
         return hash(
@@ -78,10 +83,5 @@ class PowerLaw:
 
 
 def check_blend(blend: float) -> None:
-    """Raises ValueError unless blend is a number in [0, 1]."""
-    _check_number("blend", blend, "a number in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-def _check_number(name: str, value: float, expected: str, accepts: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not accepts(value):  # type: ignore[operator]
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    """Raises TypeError or ValueError unless blend is a number in [0, 1]."""
+    check_number("blend", blend, 0, 1, "a number in [0, 1]")

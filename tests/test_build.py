@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,32 @@ def test_a_wish_for_cuda_that_cannot_be_met_is_refused(wish, said):
     )
     assert result.returncode != 0
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+def test_a_build_without_pytorch_is_refused(hook, tmp_path):
+    pytest.importorskip("setuptools", reason="the build backend is setuptools'")
+    result = run_python(
+        f"import build_backend as backend; backend.find_torch = lambda: False; backend.{hook}({str(tmp_path)!r})",
+        PYTHONPATH=str(ROOT),
+    )
+    assert result.returncode != 0
+    assert "no PyTorch to build against" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_sdist_holds_every_source(tmp_path):
+    setuptools = pytest.importorskip("setuptools", reason="the build backend is setuptools'")
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        pytest.skip("pyproject.toml asks for setuptools 77")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    code = f"import os; os.chdir({str(source)!r}); import build_backend as b; print(b.build_sdist({str(tmp_path)!r}))"
+    result = run_python(code, PYTHONPATH=str(source))
+    assert result.returncode == 0, result.stderr
+    with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {str(path.relative_to(source)) for path in source.glob("csrc/**/*.*")}
+    wanted |= {"setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"}
+    assert wanted - held == set()

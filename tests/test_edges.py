@@ -181,3 +181,20 @@ def test_modules_take_empty_and_ignored_batches(device):
     assert loss == 0
     assert not logits.grad.any()
     assert loss_fn.frequency.ignored == 3
+
+
+def test_rows_more_than_2_to_31_elements_apart():
+    vocab_size = 1009
+    # Memory that is never touched costs nothing, so only the two rows are real.
+    rows = torch.empty(2**31 + vocab_size, dtype=torch.bfloat16).as_strided((2, vocab_size), (2**31, 1))
+    rows.copy_(torch.randn(2, vocab_size))
+    targets = torch.tensor([3, 1008])
+    logits = rows.detach().requires_grad_()
+    loss = functional.pdl_loss(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    near = rows.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    expected = functional.pdl_loss(near, targets)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert near.grad.any()
+    assert torch.equal(gradient, near.grad)

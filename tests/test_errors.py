@@ -212,6 +212,14 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
             "row_weight has the wrong dtype",
         ),
         (
+            lambda x, y: OP.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False, False),
+            "normalizer must be one number of the loss's dtype",
+        ),
+        (
+            lambda x, y: OP.loss_forward(x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False, False),
+            "normalizer must be one number of the loss's dtype",
+        ),
+        (
             lambda x, y: OP.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False, False),
             "logits must be float32",
         ),
@@ -230,3 +238,38 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
 def test_ops_called_directly_keep_memory_safe(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": "0.1"},
+        {"label_smoothing": True},
+        {"z_loss": None},
+        {"softcap": "a"},
+        {"logit_scale": None},
+        {"reduction": ["mean"]},
+        {"shift": "no"},
+    ],
+    ids=str,
+)
+def test_option_of_a_wrong_type_is_named(options):
+    (name,) = options
+    for call in (lambda: functional.pdl_loss(LOGITS, TARGETS, **options), lambda: PDLLoss(**options)):
+        with pytest.raises((TypeError, ValueError), match=f"{name}: got "):
+            call()
+
+
+@pytest.mark.parametrize("ignore_index", [2**70, "a", None, True])
+def test_ignore_index_of_a_wrong_type_is_named(ignore_index):
+    with pytest.raises(ValueError, match="ignore_index: got "):
+        functional.count_tokens(TARGETS, 5, ignore_index=ignore_index)
+    with pytest.raises(ValueError, match="ignore_index: got "):
+        TokenFrequency(5, ignore_index=ignore_index)
+
+
+def test_forward_mode_is_refused_not_zero():
+    logits = torch.randn(2, 5)
+    tangent = torch.randn(2, 5)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: functional.pdl_loss(x, torch.tensor([1, 2])), (logits,), (tangent,))

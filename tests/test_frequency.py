@@ -181,6 +181,8 @@ def test_probabilities(device):
         ([10, 60, 4, 20, 6, 0], (0.8, 0.15, 0.05), [1, 0, 2, 0, 1, 2]),
         ([10, 60, 4, 20, 6, 0], (0.5, 0.5), [1, 0, 1, 1, 1, 1]),
         ([10, 60, 4], (1.0,), [0, 0, 0]),
+        # An entry that begins exactly at an edge, where 0.8 + 0.15 > 0.95 in float64.
+        ([16, 3, 1], (0.8, 0.15, 0.05), [0, 1, 2]),
         # Equal counts keep the vocabulary's order.
         ([1, 1, 1, 1], (0.5, 0.25, 0.25), [0, 0, 1, 2]),
         # Nothing counted: all unseen.
@@ -200,7 +202,7 @@ def test_default_buckets_cover_their_shares(device):
     torch.testing.assert_close(shares.cpu(), torch.tensor([0.8, 0.15, 0.05]), atol=0.002, rtol=0)
 
 
-@pytest.mark.parametrize("shares", [(), (0.5, 0.4), (1.2, -0.2), (1.0, 0.0)], ids=str)
+@pytest.mark.parametrize("shares", [(), (0.5, 0.4), (1.2, -0.2), (1.0, 0.0), (float("nan"), 0.5)], ids=str)
 def test_buckets_refuse_other_shares(shares):
     with pytest.raises(ValueError, match=r"shares: got .*, expected positive numbers that sum to 1"):
         TokenFrequency(3).buckets(shares)

@@ -208,3 +208,16 @@ class TestInplaceBackward:
         assert (wide[:, 257:] == 5).all()
         assert not padded.grad[:, 257:].any()
         assert padded.grad[:, :257].any()
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_tables_of_any_layout(make_case, layout):
+    case = make_case((3,), 257)
+    columns = torch.rand(257, 2, device=case.leaf.device) + 0.5
+    table = columns[:, 0] if layout == "strided" else columns[0, :1].expand(257)
+    assert table.stride(0) != 1
+    for name in ("token_weight", "logit_offset"):
+        straight = functional.pdl_loss(
+            case.leaf, case.targets, **{name: table.clone(memory_format=torch.contiguous_format)}
+        )
+        assert torch.equal(functional.pdl_loss(case.leaf, case.targets, **{name: table}), straight)

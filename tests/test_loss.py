@@ -239,9 +239,35 @@ def test_blend_set_while_training(batch, device, given):
 @pytest.mark.parametrize("blend", [-0.1, 1.1, float("nan"), "half"])
 def test_blend_out_of_range_is_refused(blend):
     loss_fn = PDLLoss(vocab_size=VOCAB)
-    with pytest.raises(ValueError, match=r"blend: got .*, expected a number in"):
+    with pytest.raises((TypeError, ValueError), match=r"blend: got .*, expected a number in"):
         loss_fn.blend = blend
     assert loss_fn.blend == 1
+
+
+def test_refused_first_call_leaves_the_vocabulary_open():
+    loss_fn = PDLLoss()
+    with pytest.raises(IndexError, match="targets: got 11"):
+        loss_fn(torch.zeros(1, 11), torch.tensor([11]))
+    assert loss_fn(torch.zeros(1, 13), torch.tensor([12])).isfinite()
+
+
+def test_option_changed_to_nonsense_is_refused_before_counting():
+    loss_fn = PDLLoss(vocab_size=VOCAB)
+    loss_fn.label_smoothing = 2.0
+    with pytest.raises(ValueError, match=r"label_smoothing: got 2.0"):
+        loss_fn(torch.zeros(1, VOCAB), torch.tensor([1]))
+    assert loss_fn.frequency.total == 0
+
+
+def test_training_goes_on_after_a_first_call_in_inference_mode():
+    loss_fn = PDLLoss().eval()
+    with torch.inference_mode():
+        loss_fn(torch.zeros(1, VOCAB), torch.tensor([1]))
+    loss_fn.train()
+    logits = torch.zeros(1, VOCAB, requires_grad=True)
+    loss_fn(logits, torch.tensor([1])).backward()
+    loss_fn.load_state_dict(PDLLoss(vocab_size=VOCAB).state_dict())
+    assert loss_fn.frequency.total == 0
 
 
 class TestState:

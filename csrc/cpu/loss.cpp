@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                                                         int64_t ignore_index, double label_smoothing, double z_loss,
                                                         double logit_scale, double softcap, bool predict,
                                                         bool /*inplace_backward*/) {
-  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset);
+  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
   const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
   dispatch(logits, targets, [&]<typename T, typename I>(T, I) {

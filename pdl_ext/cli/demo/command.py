@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import platform
 import sys
 import time
@@ -115,7 +116,7 @@ def _demo(args: argparse.Namespace) -> None:
         "seconds": round(time.perf_counter() - start, 1),
     }
     (args.output / "report.json").write_text(
-        json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
     )
     plot.draw(
         args.output / "report.png",
@@ -127,6 +128,15 @@ def _demo(args: argparse.Namespace) -> None:
     )
     print(report.summary(content))
     print(f"Written to {args.output}/: report.json, report.png, counts.safetensors; {content['seconds']:.0f} s in all.")
+
+
+def _without_nan(value: Any) -> Any:
+    # A run that diverged is a result as well; JSON has no NaN, so it becomes null.
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _device(name: str) -> torch.device:

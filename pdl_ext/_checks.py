@@ -1,0 +1,34 @@
+"""Checks of single values, whose errors name the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+__all__ = ["check_choice", "check_flag", "check_integer", "check_number"]
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False) -> None:
+    """Raises TypeError unless value is a number, ValueError unless low <= value <= high (open_low: low < value)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
+    if not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> None:
+    """Raises ValueError unless value is an int with low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {sorted(choices)}")
