@@ -109,6 +109,30 @@ inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reducti
           torch::stable::new_empty(logits, Shape{predict ? n : 0}, ScalarType::Long)};
 }
 
+// Calls f with values of the logits' and the targets' types; the 16-bit ones differ between devices.
+template <typename BFloat16, typename Float16, typename F>
+void dispatch_loss(const Tensor& logits, const Tensor& targets, F&& f) {
+  const auto with_targets = [&]<typename T>(T) {
+    if (targets.scalar_type() == ScalarType::Int) {
+      f(T{}, int32_t{});
+    } else {
+      f(T{}, int64_t{});
+    }
+  };
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return with_targets(float{});
+    case ScalarType::Double:
+      return with_targets(double{});
+    case ScalarType::BFloat16:
+      return with_targets(BFloat16{});
+    case ScalarType::Half:
+      return with_targets(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
 template <typename A>
 const A* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;

@@ -185,30 +185,6 @@ void backward(const Tensor& grad_loss, const Tensor& logits_tensor, const I* tar
   });
 }
 
-// Calls f with values of the logits' and the targets' types.
-template <typename F>
-void dispatch(const Tensor& logits, const Tensor& targets, F&& f) {
-  const auto with_targets = [&]<typename T>(T) {
-    if (targets.scalar_type() == ScalarType::Int) {
-      f(T{}, int32_t{});
-    } else {
-      f(T{}, int64_t{});
-    }
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return with_targets(float{});
-    case ScalarType::Double:
-      return with_targets(double{});
-    case ScalarType::BFloat16:
-      return with_targets(BFloat16{});
-    case ScalarType::Half:
-      return with_targets(Float16{});
-    default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, int64_t reduction,
@@ -218,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
   check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
   const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
     const I* ids = static_cast<const I*>(targets.const_data_ptr());
     check_ids("targets", ids, targets.size(0), logits.size(1), ignore_index);
     const auto run = options.is_plain(logit_offset) ? forward<T, I, true> : forward<T, I, false>;
@@ -233,7 +209,7 @@ void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Ten
                         const LossOptions& options, const Tensor& grad_logits) {
   check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
   check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
-  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
     const auto run = options.is_plain(logit_offset) ? backward<T, I, true> : backward<T, I, false>;
     run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
         options, grad_logits);

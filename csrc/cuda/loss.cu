@@ -204,30 +204,6 @@ __global__ void gradient_kernel(Rows<T, I> rows, LogitTransform<Accumulator<T>> 
   }
 }
 
-// Calls f with values of the logits' and the targets' types.
-template <typename F>
-void dispatch(const Tensor& logits, const Tensor& targets, F&& f) {
-  const auto with_targets = [&]<typename T>(T) {
-    if (targets.scalar_type() == ScalarType::Int) {
-      f(T{}, int32_t{});
-    } else {
-      f(T{}, int64_t{});
-    }
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return with_targets(float{});
-    case ScalarType::Double:
-      return with_targets(double{});
-    case ScalarType::BFloat16:
-      return with_targets(__nv_bfloat16{});
-    case ScalarType::Half:
-      return with_targets(__half{});
-    default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
-  }
-}
-
 template <typename T, typename I>
 Rows<T, I> rows_of(const Tensor& logits, const Tensor& targets, int64_t ignore_index,
                    const OptionalTensor& row_weight) {
@@ -250,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
   const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
   const Launcher launch(logits);
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
     using A = Accumulator<T>;
     const Rows<T, I> rows = rows_of<T, I>(logits, targets, ignore_index, row_weight);
     A* of_rows = static_cast<A*>(outputs.rows.mutable_data_ptr());
@@ -274,7 +250,7 @@ void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Ten
   check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
   check_saved_rows(logits, rows_tensor, totals_tensor, grad_loss, options.reduction);
   const Launcher launch(logits);
-  dispatch(logits, targets, [&]<typename T, typename I>(T, I) {
+  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
     using A = Accumulator<T>;
     const Rows<T, I> rows = rows_of<T, I>(logits, targets, options.ignore_index, row_weight);
     const auto kernel = options.is_plain(logit_offset) ? gradient_kernel<T, I, true> : gradient_kernel<T, I, false>;
