@@ -1,7 +1,8 @@
 """Forward plus backward on the CPU beside PyTorch's own, in one run.
 
 Providers are interleaved round by round, so that a noisy neighbour hits all of them; medians and the ratio to
-`F.cross_entropy(weight=)` are printed. Each result is checked against the float64 definition before its time counts.
+`F.cross_entropy(weight=)` are printed. pdl_ext's gradient is checked against the float64 definition before its time
+counts.
 """
 
 from __future__ import annotations

@@ -255,8 +255,8 @@ def check_loss_inputs(
         raise TypeError(f"logits: got dtype {logits.dtype}, expected one of {_names(LOGITS_DTYPES)}")
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets: got dtype {targets.dtype}, expected one of {_names(TARGET_DTYPES)}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1")
+    if logits.dim() == 0 or not 1 <= logits.shape[-1] <= 2**30:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1 and at most 2^30")
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"targets: got shape {list(targets.shape)}, expected {list(logits.shape[:-1])}: that of logits "

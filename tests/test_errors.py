@@ -273,3 +273,8 @@ def test_forward_mode_is_refused_not_zero():
     tangent = torch.randn(2, 5)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda x: functional.pdl_loss(x, torch.tensor([1, 2])), (logits,), (tangent,))
+
+
+def test_vocabulary_past_the_limit_is_refused():
+    with pytest.raises(ValueError, match=r"logits: got shape \[1, 1073741825\], expected .* at most 2\^30"):
+        functional.pdl_loss(torch.zeros(1, 1).expand(1, 2**30 + 1), torch.tensor([0]))

@@ -1,7 +1,7 @@
 // Weighted cross-entropy on CUDA.
 //
 // statistics_kernel fuses the logit transform, softmax statistics, argmax and the row's losses: reads e*N*V bytes.
-// totals_kernel sums the rows in one block, always in the same order: reads 12*N bytes.
+// totals_kernel sums the rows in one block, always in the same order: reads at most 28*N bytes.
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
