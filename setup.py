@@ -6,6 +6,9 @@ nvcc is found.
 
 import glob
 import os
+import re
+import shutil
+import subprocess
 import sys
 
 from setuptools import setup
@@ -33,7 +36,19 @@ def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
     return False, f"not built: {missing}"
 
 
+def find_toolkit() -> None:
+    """Sets CUDA_HOME where nvcc on PATH is a link or a script: PyTorch looks for the toolkit in the folder above it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
+        return
+    if not os.path.exists(os.path.join(os.path.dirname(nvcc), "..", "include", "cuda_runtime.h")):
+        plan = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.+)$", plan, flags=re.MULTILINE):
+            os.environ["CUDA_HOME"] = os.path.realpath(top[1])
+
+
 def extension_arguments() -> dict:
+    find_toolkit()
     import torch
     from torch.utils import cpp_extension
 
