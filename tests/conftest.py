@@ -1,10 +1,16 @@
-"""The yardstick that every kernel is measured with, and the inputs it is measured on."""
+"""The devices that tests run on, the yardstick that every kernel is measured with, and the inputs it is measured on.
+
+A test that takes `device` runs on each of them: "cpu"; "emulated", the CUDA kernels run on the CPU by cuda_emulator;
+"cuda" where there is a card. `@pytest.mark.devices(...)` names fewer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 
+import cuda_emulator
 import pytest
 import torch
 from torch import Tensor
@@ -18,9 +24,35 @@ def missing_cuda() -> str:
     return "" if _ops._C.cuda_architectures() else "built without CUDA"
 
 
-@pytest.fixture(params=["cpu"] if missing_cuda() else ["cpu", "cuda"])
-def device(request):
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc):
+    if "device_name" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("devices")
+        names = marker.args if marker else ("cpu", "emulated", "cuda")
+        metafunc.parametrize("device_name", [name for name in names if name != "cuda" or not missing_cuda()])
+
+
+@pytest.fixture
+def device(device_name, request, monkeypatch):
+    if device_name != "emulated":
+        yield torch.device(device_name)
+        return
+    monkeypatch.setattr(_ops, "ops", cuda_emulator.load())
+    # Another order of the threads for each test, the same in every run.
+    monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(zlib.crc32(request.node.name.encode()) % 2**31))
+    # What an op leaves unwritten is NaN, or the largest integer.
+    torch.use_deterministic_algorithms(True)
+    yield torch.device("cpu")
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def guarded(device):
+    """Copies a tensor to where no memory follows (or precedes) it; on a card, compute-sanitizer is what would tell."""
+
+    def copy(tensor: Tensor, at_end: bool = True) -> Tensor:
+        return tensor.to(device) if device.type == "cuda" else cuda_emulator.guarded(tensor, at_end)
+
+    return copy
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 
 from pdl_ext import PDLLoss, functional, reference
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "token_mean", "sum", "none"]
 FULL = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 9.0}
 
@@ -41,8 +42,9 @@ def test_everything_ignored(make_case, reduction, options):
     assert not got["grad_row_weight"].any()
 
 
-def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case):
-    case = make_case((6,), 257, row_weight=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case, dtype):
+    case = make_case((6,), 1001, dtype, row_weight=True)
     ignored = case.targets == -100
     clean = case.run(functional.pdl_loss, return_stats=True, **FULL)
     case.leaf[ignored] = torch.nan
@@ -53,7 +55,7 @@ def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case):
     assert clean["grad_logits"].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", ["tail", "first_chunk", "all_but_target"])
 def test_masked_vocabulary(make_case, assert_matches, dtype, masked):
     case = make_case((6,), 3001, dtype, ignored=False)
@@ -71,6 +73,27 @@ def test_masked_vocabulary(make_case, assert_matches, dtype, masked):
         assert not got["grad_logits"].any()
     got = assert_matches(case, z_loss=0.01)
     assert not got["grad_logits"][case.leaf == -torch.inf].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "masked",
+    [
+        slice(0, 8),  # the first thread's first vector
+        slice(0, 2000),  # all that some threads see first
+        slice(1, 4500),  # all that some threads see at all
+        slice(4600, None),  # the end
+    ],
+    ids=str,
+)
+def test_masked_stretches(make_case, assert_matches, dtype, masked):
+    case = make_case((3,), 5001, dtype, ignored=False)
+    case.targets[:] = torch.tensor([4501, 4555, 4599])
+    case.leaf[:, masked] = -torch.inf
+    got = assert_matches(case, z_loss=0.01)
+    assert not got["grad_logits"][:, masked].any()
+    # Through the transform as well; label smoothing would make the loss infinite.
+    assert_matches(case, logit_scale=0.7)
 
 
 def test_masked_by_the_logit_offset(make_case, assert_matches):
@@ -96,7 +119,7 @@ def test_common_offset_cancels(make_case, assert_accurate, offset, options):
         assert_accurate(got[name], plain[name], truth[name], name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"softcap": 9.0}], ids=["plain", "smoothing", "softcap"]
 )
@@ -112,7 +135,7 @@ def test_nan_logits_give_nan(make_case, dtype, options, column):
     assert case.run(functional.pdl_loss, **options)["loss"].isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_logits_give_no_plausible_number(make_case, dtype):
     case = make_case((6,), 2049, dtype, ignored=False)
     case.leaf[0, 1500] = torch.inf
@@ -171,6 +194,24 @@ def test_large_weights_stay_finite(make_case, assert_matches):
     case = make_case((6,), 257)
     case.token_weight = torch.full_like(case.token_weight, 1e7)
     assert_matches(case, reduction="sum")
+
+
+@pytest.mark.devices("emulated", "cuda")
+@pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", [-1, 1000, 2**31 - 1, -(2**31), 2**32 + 3, -(2**63)])
+def test_target_out_of_range_gives_nan(make_case, dtype, target, options):
+    case = make_case((4,), 1000, dtype, ignored=False)
+    clean = case.run(functional.pdl_loss, reduction="none", return_stats=True, **options)
+    case.targets[2] = target
+    got = case.run(functional.pdl_loss, reduction="none", return_stats=True, **options)
+    others = [0, 1, 3]
+    assert clean["grad_logits"][others].any(-1).all()
+    for name in ("loss", "grad_logits", "nll", "weight", "lse"):
+        assert got[name][2].isnan().all(), name
+        assert torch.equal(got[name][others], clean[name][others]), name
+    got = case.run(functional.pdl_loss, **options)
+    assert got["loss"].isnan()
 
 
 def test_modules_take_empty_and_ignored_batches(device):

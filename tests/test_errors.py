@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _ops, functional
 
 LOGITS = torch.zeros(2, 3, 5)
 TARGETS = torch.tensor([[0, 1, 2], [3, 4, -100]])
@@ -184,7 +184,6 @@ def test_target_out_of_range_under_compile():
     assert not loss_fn.frequency.counts.any()
 
 
-OP = torch.ops.pdl_ext
 NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -192,52 +191,57 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
     ("call", "message"),
     [
         (
-            lambda x, y: OP.loss_forward(x[0], y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x[0], y, None, None, None, None, *NUMBERS, False, False),
             r"logits must have shape \[N, V\]",
         ),
         (
-            lambda x, y: OP.loss_forward(x.t(), y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x.t(), y, None, None, None, None, *NUMBERS, False, False),
             "last dimension of stride 1",
         ),
         (
-            lambda x, y: OP.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False, False),
             "targets must be contiguous",
         ),
         (
-            lambda x, y: OP.loss_forward(x, y, x[0, :2], None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, x[0, :2], None, None, None, *NUMBERS, False, False),
             "token_weight must be contig",
         ),
         (
-            lambda x, y: OP.loss_forward(x, y, None, y, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, y, None, None, *NUMBERS, False, False),
             "row_weight has the wrong dtype",
         ),
         (
-            lambda x, y: OP.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False, False),
             "normalizer must be one number of the loss's dtype",
         ),
         (
-            lambda x, y: OP.loss_forward(x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(
+                x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False, False
+            ),
             "normalizer must be one number of the loss's dtype",
         ),
         (
-            lambda x, y: OP.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False, False),
             "logits must be float32",
         ),
-        (lambda x, y: OP.loss_backward(x[0, 0], x, y, x, x[0], None, None, *NUMBERS), "rows must be what loss_forward"),
         (
-            lambda x, y: OP.token_weights(x[0], None, None, 1.0, 0.0, 1.0, True, 1, 1.0),
+            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, *NUMBERS),
+            "rows must be what loss_forward",
+        ),
+        (
+            lambda ops, x, y: ops.token_weights(x[0], None, None, 1.0, 0.0, 1.0, True, 1, 1.0),
             "counts must be contiguous int64",
         ),
-        (lambda x, y: OP.count_tokens_(y, y[:1], y, y, 0, False), "ignored and out_of_range must be int64"),
+        (lambda ops, x, y: ops.count_tokens_(y, y[:1], y, y, 0, False), "ignored and out_of_range must be int64"),
         (
-            lambda x, y: OP.count_tokens_(y, y[:1], y[1:], x, 0, False),
+            lambda ops, x, y: ops.count_tokens_(y, y[:1], y[1:], x, 0, False),
             "tokens must be uint8, uint16, int32, uint32 or int64",
         ),
     ],
 )
-def test_ops_called_directly_keep_memory_safe(call, message):
+def test_ops_called_directly_keep_memory_safe(device, call, message):
     with pytest.raises(RuntimeError, match=message):
-        call(torch.zeros(2, 3), torch.tensor([0, 1]))
+        call(_ops.ops, torch.zeros(2, 3, device=device), torch.tensor([0, 1], device=device))
 
 
 @pytest.mark.parametrize(

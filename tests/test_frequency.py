@@ -126,6 +126,33 @@ def test_ignore_index_inside_the_vocabulary(device):
     assert frequency.ignored == 2
 
 
+@pytest.mark.parametrize("token", [0, 99, 100, -100])
+def test_tokens_all_alike(device, token):
+    frequency = TokenFrequency(100).to(device)
+    frequency.update(torch.full((5001,), token, device=device))
+    expected = [0] * 102
+    expected[{100: 101, -100: 100}.get(token, token)] = 5001
+    assert [*frequency.counts.tolist(), int(frequency.ignored), int(frequency.out_of_range)] == expected
+
+
+def test_ignoring_id_zero(device):
+    # CUDA: what the idle lanes of the last warp hold must not be taken for it.
+    frequency = TokenFrequency(9, ignore_index=0).to(device)
+    frequency.update(torch.arange(45, device=device) % 9)
+    assert frequency.counts.tolist() == [0, *[5] * 8]
+    assert frequency.ignored == 5
+    assert frequency.out_of_range == 0
+
+
+@pytest.mark.devices("emulated", "cuda")
+def test_strict_counting_by_the_op_is_refused(device):
+    ops = torch.ops.pdl_ext_emulated if device.type == "cpu" else torch.ops.pdl_ext
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    with pytest.raises(RuntimeError, match="strict counting"):
+        ops.count_tokens_(counts, counts[0], counts[1], counts, -100, True)
+
+
+@pytest.mark.devices("cpu", "cuda")
 def test_strict_counts_good_tokens(device):
     frequency = TokenFrequency(5).to(device)
     frequency.update(torch.tensor([1, 4, -100], device=device), strict=True)
@@ -133,6 +160,7 @@ def test_strict_counts_good_tokens(device):
     assert frequency.ignored == 1
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("bad", [5, -1, 2**33])
 def test_strict_refuses_and_changes_nothing(device, bad):
     frequency = TokenFrequency(5).to(device)

@@ -52,20 +52,25 @@ def test_core_options_match_reference(make_case, assert_matches, dtype, options,
     assert_matches(case, **options_of(options, case))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 5], ids=["one_row", "rows"])
 @pytest.mark.parametrize(
     "vocab_size",
     [
         7,  # shorter than any vector
+        127,  # CUDA: one element short of one a thread
+        128,  # CUDA: one element a thread, in whole vectors, so that most threads have none
         257,  # one past a power of two: a byte tokenizer and its end token
-        1000,  # no power of two
+        1000,  # no power of two; CUDA: a vector for some of the threads
         1023,  # one short of the CPU kernel's chunk
         1024,  # the chunk itself
         1025,  # a second chunk of one element
         2049,  # a third chunk of one element
-        32000,  # LLaMA 2: even and aligned
-        50257,  # GPT-2: odd, so every other row is misaligned
+        4096,  # CUDA: the longest row for 128 threads
+        4097,  # CUDA: the shortest for 512, each row differently misaligned
+        32000,  # LLaMA 2: even and aligned; CUDA: several vectors a thread, nothing left over
+        50257,  # GPT-2: odd, so every other row is misaligned; CUDA: a head and a tail besides
+        128256,  # LLaMA 3: a row of 256 KB in bfloat16
     ],
 )
 def test_sizes_match_reference(make_case, assert_matches, vocab_size, rows, dtype):
@@ -89,6 +94,7 @@ def test_vocabulary_of_one(make_case, assert_matches, dtype):
     [
         2,  # fewer rows than threads on most machines
         300,  # several grains of the thread pool
+        1500,  # CUDA: 1024 threads sum the rows, so some take two
         4099,  # prime, so that the parts of the threads are uneven
     ],
 )
@@ -157,12 +163,24 @@ def test_stats_match_reference(make_case, assert_matches, shift, dtype, peaked):
         assert values.shape == case.targets.shape
 
 
-def test_predicted_is_the_first_of_equal_logits(device):
-    logits = torch.zeros(2, 3000, device=device)
-    logits[0, [5, 2000]] = 1.0
-    logits[1, [1500, 2900]] = 1.0
-    _, stats = functional.pdl_loss(logits, torch.tensor([0, 0], device=device), return_stats=True)
-    assert stats.predicted.tolist() == [5, 1500]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("vocab_size", [7, 3001, 4097])
+def test_predicted_ties_take_the_lowest_index(make_case, dtype, vocab_size, start):
+    case = make_case((5,), vocab_size, dtype, ignored=False)
+    case.leaf.clamp_(max=1.0)
+    places = torch.linspace(0, vocab_size - 1, 5, device=case.leaf.device).long()
+    for row, first in enumerate(places):
+        case.leaf[row, places[places >= first]] = 2.0
+    logits = torch.nn.functional.pad(case.leaf, (start, 0))[:, start:]
+    _, stats = functional.pdl_loss(logits, case.targets, return_stats=True)
+    assert torch.equal(stats.predicted, places)
+    # All alike, and all masked but one.
+    _, stats = functional.pdl_loss(torch.full_like(logits, 0.5), case.targets, return_stats=True)
+    assert not stats.predicted.any()
+    logits[:, :-1] = -torch.inf
+    _, stats = functional.pdl_loss(logits, torch.full_like(case.targets, vocab_size - 1), return_stats=True)
+    assert (stats.predicted == vocab_size - 1).all()
 
 
 def test_stats_change_neither_loss_nor_gradient(make_case):
@@ -173,12 +191,15 @@ def test_stats_change_neither_loss_nor_gradient(make_case):
         assert without[name].any()
 
 
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_int32_targets_equal_int64(make_case, dtype):
+def test_int32_targets_equal_int64(make_case, dtype, reduction, options):
     case = make_case((8,), 257, dtype)
-    wide = case.run(functional.pdl_loss)
+    keywords = options_of(options, case)
+    wide = case.run(functional.pdl_loss, reduction=reduction, **keywords)
     case.targets = case.targets.int()
-    narrow = case.run(functional.pdl_loss)
+    narrow = case.run(functional.pdl_loss, reduction=reduction, **keywords)
     for name in wide:
         assert torch.equal(wide[name], narrow[name])
         assert wide[name].any()

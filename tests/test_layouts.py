@@ -41,6 +41,28 @@ def test_layouts_match_reference(make_case, assert_matches, layout, dtype, inpla
     assert_matches(case, inplace_backward=inplace_backward, label_smoothing=0.1)
 
 
+def misalign(case, before, after):
+    """Puts the rows into wider ones, so that they lie `before` elements past an aligned address, each another way."""
+    rows, vocab_size = case.leaf.shape
+    wide = case.leaf.new_full((rows, before + vocab_size + after), torch.nan)
+    wide[:, before : before + vocab_size] = case.leaf
+    case.leaf = wide
+    # A leaf may not be written to in place; what a model hands over never is one.
+    case.view = lambda leaf: leaf.clone()[:, before : before + vocab_size]
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+@pytest.mark.parametrize("after", [0, 3], ids=["rows_alike", "rows_differ"])
+@pytest.mark.parametrize("before", [0, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_alignments_match_reference(make_case, assert_matches, dtype, before, after, inplace_backward):
+    # 1001 with `before` and a whole number of vectors after; the gradient is contiguous, unless in place.
+    case = make_case((4,), 1001, dtype)
+    whole = -(before + 1001) % 8
+    misalign(case, before, whole + after)
+    assert_matches(case, label_smoothing=0.1, inplace_backward=inplace_backward)
+
+
 def test_three_dimensional_layouts(make_case, assert_matches):
     case = make_case((2, 5), 101)
     case.leaf = case.leaf.transpose(0, 1).contiguous()

@@ -1,0 +1,25 @@
+"""The same input gives the same bits: every sum is taken in an order that no schedule changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdl_ext import PowerLaw, functional
+
+
+@pytest.mark.devices("emulated")
+def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch):
+    case = make_case((5,), 4097, row_weight=True)
+    counts = torch.arange(3000) % 7
+    results = []
+    for seed in range(8):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(seed))
+        result = case.run(functional.pdl_loss, label_smoothing=0.1, z_loss=0.1, return_stats=True)
+        result["weights"] = functional.token_weights(counts, PowerLaw())
+        result["counts"] = functional.count_tokens(case.targets.clamp(min=0).repeat(999), 4097)
+        results.append(result)
+    for result in results[1:]:
+        for name in result:
+            assert torch.equal(result[name], results[0][name]), name
+    assert results[0]["grad_logits"].any()
