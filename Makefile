@@ -8,12 +8,16 @@ TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp')
+# The PyTorch versions that a build against $(TORCH) is tested under as well: the oldest that it serves and the newest.
+OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
 DEMO ?=
+# Options for the check on a card: make gpu-check GPU_CHECK="--only tests,bench --output DIR".
+GPU_CHECK ?=
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile bench sdist clean
+.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile gpu-check torch-versions bench sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -35,6 +39,25 @@ sanitize: $(VENV)/gtest.stamp
 
 cuda-compile: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_compile.py
+
+# By the Python that has PyTorch with CUDA, and without a network: nothing is installed.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py $(GPU_CHECK)
+
+# 13 GB of virtual environments, since the registry's PyTorch brings CUDA. `pytest` alone leaves this folder off the
+# import path, so that the tests take the installed wheel.
+torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	for version in $(OTHER_TORCH); do \
+	  .venv-torch-$$version/bin/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl || exit 1; \
+	  .venv-torch-$$version/bin/pdl-ext info && .venv-torch-$$version/bin/pytest || exit 1; \
+	done
+
+.venv-torch-%/stamp:
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet torch==$* numpy safetensors pytest "setuptools>=77" pybind11
+	touch $@
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/cpu.py
