@@ -1,23 +1,30 @@
-"""Compiles every CUDA source for several architectures, without a GPU, and refuses kernels that spill registers.
+"""Compiles every CUDA source for every architecture, without a GPU, and refuses kernels that spill registers.
 
 python tests/cuda_compile.py [--arch 80,90a,100a] [FILE.cu ...]
+
+What was compiled once is remembered in build/cuda_compile, until a source, a flag or the compiler changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+# Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
+ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120a")
 # The twins of setup.py's macros and nvcc flags: change both.
 FLAGS = ["-std=c++20", "-O3", "--extended-lambda", "--expt-relaxed-constexpr"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DPDL_EXT_WITH_CUDA"]
@@ -73,23 +80,31 @@ def short_name(demangled: str) -> str:
     return name
 
 
-def demangle(kernels: list[Kernel], tools: Path) -> None:
-    filter_names = shutil.which("cu++filt", path=tools) or shutil.which("c++filt")
-    if filter_names is None or not kernels:
-        return
-    names = "\n".join(kernel.name for kernel in kernels)
-    lines = subprocess.run([filter_names], input=names, capture_output=True, text=True, check=True).stdout.splitlines()
-    for kernel, line in zip(kernels, lines, strict=True):
-        kernel.name = short_name(line)
+def demangle(names: list[str], tools: Path) -> list[str]:
+    program = shutil.which("cu++filt", path=tools) or shutil.which("c++filt")
+    if program is None or not names:
+        return names
+    lines = subprocess.run([program], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [short_name(line) for line in lines.splitlines()]
 
 
 def table(kernels: list[Kernel]) -> str:
-    headings = ("kernel", "sm", "registers", "shared", "stack", "spill stores", "spill loads")
-    rows = [tuple(str(value) for value in vars(kernel).values()) for kernel in sorted(kernels, key=lambda k: k.name)]
+    """A line a kernel, a column an architecture."""
+    architectures = list(dict.fromkeys(kernel.architecture for kernel in kernels))
+    cells: dict[str, dict[str, str]] = {}
+    for kernel in kernels:
+        if kernel.registers == 0 and not kernel.spills:
+            continue
+        cell = f"{kernel.registers}/{kernel.shared}"
+        cell += f" stack {kernel.stack}" if kernel.stack else ""
+        cell += f" SPILLS {kernel.spill_stores}+{kernel.spill_loads}" if kernel.spills else ""
+        cells.setdefault(kernel.name, {})[kernel.architecture] = cell
+    headings = ["registers/shared bytes", *(f"sm_{architecture}" for architecture in architectures)]
+    rows = [[name, *(cells[name].get(architecture, "") for architecture in architectures)] for name in sorted(cells)]
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     lines = []
-    for name, *numbers in (headings, *rows):
-        right = "  ".join(f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))
+    for name, *values in (headings, *rows):
+        right = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True))
         lines.append(f"{name:<{widths[0]}}  {right}")
     return "\n".join(lines)
 
@@ -108,45 +123,66 @@ def torch_flags() -> list[str]:
     return [*COMMON_NVCC_FLAGS, *(part for folder in include_paths() for part in ("-isystem", folder))]
 
 
+@dataclass
+class Compilation:
+    source: str
+    architecture: str
+    ok: bool
+    output: str  # what nvcc printed besides ptxas' figures
+    kernels: list[Kernel]
+
+
+def compile_source(nvcc: Path, flags: list[str], source: Path, architecture: str) -> Compilation:
+    """Compiles, or remembers what came of it."""
+    target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+    command = [str(nvcc), *flags, *target, "-c", "-o", os.devnull, str(source)]
+    headers = (path for ending in ("h", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}")))
+    key = hashlib.sha256(repr((command, nvcc.stat().st_mtime)).encode())
+    for path in (Path(__file__), source, *headers):
+        key.update(path.read_bytes())
+    record = ROOT / "build" / "cuda_compile" / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
+    if record.exists():
+        values = json.loads(record.read_text())
+        return Compilation(**{**values, "kernels": [Kernel(**kernel) for kernel in values["kernels"]]})
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kernels, output = parse(done.stdout, architecture)
+    for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels], nvcc.parent), strict=True):
+        kernel.name = name
+    result = Compilation(source.name, architecture, done.returncode == 0, output, kernels)
+    if result.ok:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = record.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(dataclasses.asdict(result)))
+        unfinished.replace(record)
+    return result
+
+
+def compile_all(nvcc: Path, architectures: tuple[str, ...], sources: list[Path] | None = None) -> list[Compilation]:
+    flags = FLAGS + torch_flags()
+    jobs = product(sources or sorted((CSRC / "cuda").glob("*.cu")), architectures)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: compile_source(nvcc, flags, *job), jobs))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="80,90a,100a", help="compute capabilities, separated by commas")
+    parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities (default: %(default)s)")
     parser.add_argument("sources", nargs="*", type=Path, metavar="FILE.cu", help="default: all of csrc/cuda")
     options = parser.parse_args()
-    architectures = options.arch.split(",")
-    sources = options.sources or sorted((CSRC / "cuda").glob("*.cu"))
-    if not sources:
-        parser.error(f"there is no .cu file in {CSRC / 'cuda'}")
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc was not found: set CUDA_HOME, or put the CUDA toolkit's bin folder on PATH", file=sys.stderr)
         return 2
-    flags = FLAGS + torch_flags()
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=2) as pool:
-
-        def compile_one(job: tuple[Path, str]) -> subprocess.CompletedProcess[str]:
-            source, architecture = job
-            target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-            output = ["-Xptxas", "-v", "-c", "-o", f"{folder}/{source.stem}_{architecture}.o", str(source)]
-            command = [str(nvcc), *flags, *target, *output]
-            return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-        kernels: list[Kernel] = []
-        failures = 0
-        jobs = list(product(sources, architectures))
-        for (source, architecture), result in zip(jobs, pool.map(compile_one, jobs), strict=True):
-            found, rest = parse(result.stdout, architecture)
-            kernels += found
-            failures += result.returncode != 0
-            if rest or result.returncode != 0:
-                print(f"{source.name} for sm_{architecture}:\n{rest}", file=sys.stderr)
-
-    demangle(kernels, nvcc.parent)
+    compilations = compile_all(nvcc, tuple(options.arch.split(",")), options.sources)
+    for compilation in compilations:
+        if compilation.output or not compilation.ok:
+            print(f"{compilation.source} for sm_{compilation.architecture}:\n{compilation.output}", file=sys.stderr)
+    kernels = [kernel for compilation in compilations for kernel in compilation.kernels]
     if kernels:
         print(table(kernels))
+    failures = sum(not compilation.ok for compilation in compilations)
     spilling = sum(kernel.spills for kernel in kernels)
-    print(f"{len(jobs)} compilations, {failures} failed; {len(kernels)} kernels, {spilling} with spills")
+    print(f"{len(compilations)} compilations, {failures} failed; {len(kernels)} kernels, {spilling} with spills")
     return 1 if failures or spilling else 0
 
 

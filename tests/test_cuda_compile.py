@@ -1,4 +1,5 @@
-from cuda_compile import parse, short_name
+import pytest
+from cuda_compile import ARCHITECTURES, compile_all, find_nvcc, parse, short_name, table
 
 # From nvcc 13.0: the first kernel asks for more blocks a multiprocessor than its registers allow.
 OUTPUT = """\
@@ -41,3 +42,21 @@ def test_short_name_keeps_template_arguments_only():
     mangled_away = "void pdl::cuda::(anonymous namespace)::forward<float, (pdl::Reduction)2, true>(float const*, int)"
     assert short_name(mangled_away) == "forward<float, (Reduction)2, true>"
     assert short_name("pdl::cuda::_GLOBAL__N__3f8a_7_loss_cu_1b::fill(long*, long)") == "fill"
+
+
+def test_table_has_a_column_for_each_architecture():
+    kernels = parse(OUTPUT, "90a")[0] + parse(OUTPUT, "80")[0]
+    heading, axpy, crowded = table(kernels).splitlines()
+    assert heading.split() == ["registers/shared", "bytes", "sm_90a", "sm_80"]
+    assert crowded.count("32/128 stack 552 SPILLS 1140+1148") == 2
+    assert axpy.split()[1:] == ["10/0", "10/0"]
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_registers(architecture):
+    compilations = compile_all(find_nvcc(), (architecture,))
+    for compilation in compilations:
+        assert compilation.ok, compilation.output
+        assert compilation.kernels
+    assert [kernel for compilation in compilations for kernel in compilation.kernels if kernel.spills] == []
