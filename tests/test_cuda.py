@@ -1,11 +1,34 @@
-"""What only a CUDA device does: NaN instead of an error, no waiting for the host, CUDA graphs, large inputs."""
+"""What only a CUDA device does: NaN instead of an error, streams, graphs, several devices, inputs beyond 32 bits."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
+
+
+def need_memory(gibibytes):
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < gibibytes * 2**30:
+        pytest.skip(f"needs {gibibytes} GiB of free device memory")
+
+
+def loss_and_gradient(logits, targets, **options):
+    """Of a leaf with the values of `logits`, which belongs to the current stream."""
+    leaf = logits.detach().clone().requires_grad_()
+    loss = functional.pdl_loss(leaf, targets, **options)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach(), leaf.grad
+
+
+def assert_equal(got, expected):
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+        assert bool(other.any())
 
 
 @pytest.mark.parametrize("bad", [257, -1, 2**40])
@@ -32,6 +55,14 @@ def test_bad_target_while_counting(cuda):
     assert loss_fn.frequency.out_of_range == 1
 
 
+@pytest.mark.devices("cpu", "cuda")
+def test_results_are_bitwise_repeatable(make_case, device):
+    case = make_case((64,), 50257, torch.bfloat16, row_weight=True)
+    first, second = (case.run(functional.pdl_loss) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
 def test_a_step_does_not_wait_for_the_device(cuda):
     loss_fn = PDLLoss(vocab_size=1009).to(cuda)
     logits = torch.randn(16, 1009, device=cuda, requires_grad=True)
@@ -45,53 +76,265 @@ def test_a_step_does_not_wait_for_the_device(cuda):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_step_in_a_cuda_graph(cuda):
-    eager, captured = PDLLoss(vocab_size=1009).to(cuda), PDLLoss(vocab_size=1009).to(cuda)
-    logits = torch.randn(16, 1009, device=cuda, requires_grad=True)
-    targets = torch.randint(1009, (16,), device=cuda)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        captured(logits, targets).backward()
-    torch.cuda.current_stream().wait_stream(side)
-    captured.frequency.counts.zero_()
-    logits.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = captured(logits, targets)
-        loss.backward()
-    for seed in range(3):
-        torch.manual_seed(seed)
+class TestGraphs:
+    def test_step_of_the_loss(self, cuda):
+        eager, captured = PDLLoss(vocab_size=1009).to(cuda), PDLLoss(vocab_size=1009).to(cuda)
+        logits = torch.randn(16, 1009, device=cuda, requires_grad=True)
+        targets = torch.randint(1009, (16,), device=cuda)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            captured(logits, targets).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        captured.frequency.counts.zero_()
+        logits.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = captured(logits, targets)
+            loss.backward()
+        for seed in range(3):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                logits.normal_()
+                targets.random_(1009)
+            graph.replay()
+            leaf = logits.detach().clone().requires_grad_()
+            expected = eager(leaf, targets)
+            expected.backward()
+            assert torch.equal(loss, expected)
+            assert torch.equal(logits.grad, leaf.grad)
+            assert leaf.grad.any()
+        assert torch.equal(captured.frequency.counts, eager.frequency.counts)
+
+    @pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+    @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+    def test_whole_training_step(self, cuda, optimizer_name, inplace_backward):
+        """Model, online loss, gradients and optimizer in one graph: its replays are what the same steps are eagerly."""
+        vocab_size, rows = 1009, 64
+
+        def make_optimizer(model):
+            if optimizer_name == "adamw":
+                return torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
+            return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, foreach=True)
+
+        def step(model, loss_fn, optimizer, tokens, targets):
+            loss = loss_fn(model(tokens), targets)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(vocab_size, 32), torch.nn.Linear(32, vocab_size)).to(cuda)
+        loss_fn = PDLLoss(vocab_size=vocab_size, alpha=0.5, inplace_backward=inplace_backward).to(cuda)
+        optimizer = make_optimizer(model)
+        tokens = torch.randint(vocab_size, (rows,), device=cuda)
+        targets = torch.randint(vocab_size, (rows,), device=cuda)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none=True)
+                step(model, loss_fn, optimizer, tokens, targets)
+        torch.cuda.current_stream().wait_stream(side)
+        optimizer.zero_grad(set_to_none=True)
+
+        twin, twin_loss_fn = copy.deepcopy(model), copy.deepcopy(loss_fn)
+        twin_optimizer = make_optimizer(twin)
+        twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(model, loss_fn, optimizer, tokens, targets)
+
+        generator = torch.Generator(cuda).manual_seed(1)
+        before = [parameter.detach().clone() for parameter in twin.parameters()]
+        for turn in range(4):
+            tokens.copy_(torch.randint(vocab_size, (rows,), device=cuda, generator=generator))
+            targets.copy_(torch.randint(vocab_size, (rows,), device=cuda, generator=generator))
+            targets[turn] = -100
+            if turn == 2:  # a graph reads the blend, it does not remember it
+                loss_fn.blend = twin_loss_fn.blend = 0.5
+            graph.replay()
+            twin_optimizer.zero_grad(set_to_none=True)
+            expected = step(twin, twin_loss_fn, twin_optimizer, tokens, targets)
+            # cuBLAS may choose another algorithm under capture.
+            torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+            for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
+        assert torch.equal(loss_fn.frequency.counts, twin_loss_fn.frequency.counts)
+        assert loss_fn.frequency.total == 3 * rows + 4 * (rows - 1)
+        assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+class TestStreams:
+    def test_current_stream_is_honoured(self, cuda):
+        """The inputs appear on a side stream after a while: kernels on any other stream would see what was before."""
+        vocab_size, law = 5003, PowerLaw(alpha=0.5)
+        source = torch.randn(64, vocab_size, device=cuda)
+        ids = torch.randint(vocab_size, (64,), device=cuda)
+        logits, targets = torch.empty_like(source).requires_grad_(), torch.empty_like(ids)
+        side = torch.cuda.Stream()
+
+        def forget_inputs():
+            torch.cuda.synchronize()
+            with torch.no_grad():
+                logits.zero_()
+                targets.fill_(-100)
+            torch.cuda.synchronize()
+
+        def work():
+            with torch.no_grad():
+                logits.copy_(source)
+                targets.copy_(ids)
+            loss = functional.pdl_loss(logits, targets)
+            (gradient,) = torch.autograd.grad(loss, logits)
+            counts = functional.count_tokens(targets, vocab_size)
+            return loss.detach(), gradient, counts, functional.token_weights(counts, law)
+
+        # The first round loads the kernels and gathers memory, which may wait for the device.
+        for cycles in (1, 200_000_000):
+            forget_inputs()
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(cycles)
+                results = work()
+        assert not side.query(), "the device was not busy for long enough"
+        side.synchronize()
+        counts = reference.count_tokens(ids, vocab_size)
+        assert_equal(results, (*loss_and_gradient(source, ids), counts, functional.token_weights(counts, law)))
+
+    def test_two_streams_at_once(self, cuda):
+        need_memory(4)
+        vocab_size = 128_256
+        generator = torch.Generator(cuda).manual_seed(0)
+        inputs = [
+            (
+                torch.randn(1024, vocab_size, device=cuda, generator=generator, dtype=torch.bfloat16),
+                torch.randint(vocab_size, (1024,), device=cuda, generator=generator),
+            )
+            for _ in range(2)
+        ]
+        expected = [loss_and_gradient(*one, reduction="none") for one in inputs]
+        expected_counts = [functional.count_tokens(targets, vocab_size) for _, targets in inputs]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        results = [[], []]
+        for _ in range(3):
+            for stream, one, mine in zip(streams, inputs, results, strict=True):
+                with torch.cuda.stream(stream):
+                    counts = functional.count_tokens(one[1], vocab_size)
+                    mine.append((*loss_and_gradient(*one, reduction="none"), counts))
+        torch.cuda.synchronize()
+        for mine, one, counts in zip(results, expected, expected_counts, strict=True):
+            for got in mine:
+                assert_equal(got, (*one, counts))
+
+    def test_inputs_freed_while_their_stream_runs(self, cuda):
+        """Whatever the ops hold until the device is done belongs to their stream: what is freed can be used again."""
+        source = torch.randn(256, 32_000, device=cuda)
+        ids = torch.randint(32_000, (256,), device=cuda)
+        expected = loss_and_gradient(source, ids, reduction="none")
+        logits, targets = source.clone().requires_grad_(), ids.clone()
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100_000_000)
+            loss = functional.pdl_loss(logits, targets, reduction="none")
+            (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+            loss = loss.detach()
+        for tensor in (logits, targets):
+            tensor.record_stream(side)
+        shapes = [tensor.shape for tensor in (logits, loss, targets)]
+        del logits, targets, tensor
+        # If the allocator gave out what the side stream still needs, it would be these.
+        garbage = [torch.full(shape, torch.nan, device=cuda) for shape in shapes for _ in range(3)]
+        side.synchronize()
+        assert_equal((loss, gradient), expected)
+        assert all(tensor.isnan().all() for tensor in garbage)
+
+
+def test_second_device(cuda):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(33, 5003, generator=generator)
+    targets = torch.randint(5003, (33,), generator=generator)
+    law = PowerLaw(alpha=0.5)
+    results = []
+    with torch.cuda.device(0):
+        for device in ("cuda:0", "cuda:1"):
+            counts = functional.count_tokens(targets.to(device), 5003)
+            weights = functional.token_weights(counts, law)
+            loss_fn = PDLLoss(TokenFrequency.from_counts(counts), weighting=law)
+            leaf = logits.to(device).requires_grad_()
+            loss = loss_fn(leaf, targets.to(device))
+            loss.backward()
+            results.append((counts, weights, loss, leaf.grad))
+            assert all(str(tensor.device) == device for tensor in results[-1])
+            assert torch.cuda.current_device() == 0
+    for first, second in zip(*results, strict=True):
+        # The devices may be of different kinds.
+        torch.testing.assert_close(second.cpu(), first.cpu(), rtol=1e-5, atol=1e-8)
+
+
+class TestBeyond32Bits:
+    @pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+    @pytest.mark.parametrize("vocab_size", [131_072, 50_257])
+    @pytest.mark.parametrize("power", [31, 32])
+    def test_logits(self, cuda, power, vocab_size, inplace_backward):
+        rows = 2**power // vocab_size + 8
+        # The logits, their gradient, and a few vectors of a number a row.
+        need_memory((1 if inplace_backward else 2) * 2 * rows * vocab_size / 2**30 + 1)
+        logits = torch.zeros(rows, vocab_size, device=cuda, dtype=torch.bfloat16)
+        # The first and the last row, and those around 2^31 and 2^32 elements.
+        edges = [at // vocab_size + shift for at in (2**31, 2**32) for shift in (-1, 0, 1)]
+        special = sorted({0, *(edge for edge in edges if edge < rows), rows - 1})
+        generator = torch.Generator(cuda).manual_seed(0)
+        for row in special:
+            logits[row].normal_(generator=generator)
+        targets = torch.randint(vocab_size, (rows,), device=cuda, generator=generator)
+        alone = torch.stack([logits[row] for row in special])
+        expected_loss, expected_gradient = loss_and_gradient(alone, targets[special], reduction="none")
+
         with torch.no_grad():
-            logits.normal_()
-            targets.random_(1009)
-        graph.replay()
-        leaf = logits.detach().clone().requires_grad_()
-        expected = eager(leaf, targets)
-        expected.backward()
-        assert torch.equal(loss, expected)
-        assert torch.equal(logits.grad, leaf.grad)
-        assert leaf.grad.any()
-    assert torch.equal(captured.frequency.counts, eager.frequency.counts)
+            forward_alone = functional.pdl_loss(logits, targets, reduction="none")
+        logits.requires_grad_()
+        loss = functional.pdl_loss(logits, targets, reduction="none", inplace_backward=inplace_backward)
+        (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        assert (gradient.data_ptr() == logits.data_ptr()) == inplace_backward
+        loss = loss.detach()
+        assert torch.equal(loss, forward_alone)
+        # A row that lies elsewhere may be summed in another order.
+        torch.testing.assert_close(loss[special], expected_loss, rtol=1e-5, atol=0.0)
+        for row, expected_row in zip(special, expected_gradient, strict=True):
+            torch.testing.assert_close(gradient[row], expected_row, rtol=2**-7, atol=1e-9)
+        assert expected_gradient.any(-1).all()
 
+        # All other rows are zeros, so their losses are log V, and their gradients 1 / V but at the target.
+        others = torch.ones(rows, dtype=torch.bool, device=cuda)
+        others[special] = False
+        log_of_size = torch.full_like(loss[others], vocab_size).log()
+        torch.testing.assert_close(loss[others], log_of_size, rtol=1e-5, atol=0.0)
+        for shift, expected in ((0, 1 / vocab_size - 1), (1, 1 / vocab_size)):
+            columns = ((targets + shift) % vocab_size).unsqueeze(1)
+            # In parts, so that what is tested here is not PyTorch's own indexing.
+            parts = zip(gradient.split(4096), columns.split(4096), strict=True)
+            values = torch.cat([part.gather(1, column).squeeze(1) for part, column in parts])[others].float()
+            torch.testing.assert_close(values, torch.full_like(values, expected), rtol=2**-7, atol=0.0)
 
-def test_results_are_bitwise_repeatable(make_case, device):
-    case = make_case((64,), 50257, torch.bfloat16, row_weight=True)
-    first, second = (case.run(functional.pdl_loss) for _ in range(2))
-    for name in first:
-        assert torch.equal(first[name], second[name])
-
-
-def test_more_than_two_to_the_31_logits(cuda):
-    rows, vocab_size = 16_500, 131_072
-    if torch.cuda.get_device_properties(cuda).total_memory < 12 * 2**30:
-        pytest.skip("needs 12 GiB of device memory")
-    logits = torch.zeros(rows, vocab_size, device=cuda, dtype=torch.bfloat16)
-    logits[-1].normal_()
-    targets = torch.zeros(rows, dtype=torch.int64, device=cuda)
-    last = logits[-1:].clone().requires_grad_()
-    functional.pdl_loss(last, targets[-1:], reduction="sum").backward()
-    logits.requires_grad_()
-    functional.pdl_loss(logits, targets, reduction="sum").backward()
-    assert torch.equal(logits.grad[-1:], last.grad)
-    assert last.grad.any()
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=["uint8", "uint16"])
+    def test_tokens(self, cuda, dtype):
+        count, vocab_size = 2**31 + 1001, 200 if dtype == torch.uint8 else 30_000
+        need_memory(count * dtype.itemsize / 2**30 + 4)
+        signed = {torch.uint8: torch.uint8, torch.uint16: torch.int16}[dtype]
+        tokens = torch.empty(count, dtype=signed, device=cuda).random_(generator=torch.Generator(cuda).manual_seed(0))
+        tokens[-1000:] = 7
+        frequency = TokenFrequency(vocab_size, ignore_index=9).to(cuda)
+        frequency.update(tokens.view(dtype))
+        expected = torch.zeros(int(tokens.max()) + 1, dtype=torch.int64, device=cuda)
+        for part in tokens.split(2**28):
+            expected += torch.bincount(part, minlength=len(expected))
+        assert int(frequency.ignored) == int(expected[9])
+        assert int(frequency.out_of_range) == int(expected[vocab_size:].sum()) > 0
+        expected[9] = 0
+        assert torch.equal(frequency.counts, expected[:vocab_size])
+        assert int(frequency.counts.sum() + frequency.ignored + frequency.out_of_range) == count

@@ -1,0 +1,419 @@
+"""The benchmarks' harness, and every workload and provider of the GPU benchmarks, at tiny sizes on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import gpu
+import harness
+
+SIZES = gpu.Sizes(
+    rows=12,
+    vocab_sizes=(67, 40),
+    tokens=3000,
+    histogram_vocab_sizes=(300, 70_000),
+    few_tokens=500,
+    table=300,
+    tiny_rows=4,
+    tiny_vocab_size=37,
+    tiny_calls=3,
+    copy_bytes=2**16,
+)
+BRIEF = harness.Protocol(warm_up=0.0, least_rounds=2, most_rounds=3, seconds=0.0)
+ABSENT = dict.fromkeys(gpu.PEERS, "absent")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def clock():
+    # Small enough for a few buffers of each input, so that they rotate.
+    return harness.HostClock(cache_bytes=2000)
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+def provider(name="mine", call=lambda i: i, error=lambda result: 0.0, **more):
+    return harness.Provider(name, call, error, **more)
+
+
+def workload(*providers, limit=0.1, least_bytes=1000, calls=1):
+    return harness.Workload("work", providers, limit, least_bytes, calls)
+
+
+def report_of(folder):
+    return harness.Report(folder, "Title", {"device": "none"}, BRIEF)
+
+
+def strict_json(path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+class TestPlan:
+    def test_every_workload_and_provider(self, clock, tmp_path, monkeypatch, compiled_without_a_compiler):
+        monkeypatch.setattr(gpu, "installed_peers", lambda: ABSENT)
+        report = gpu.benchmark(clock, SIZES, tmp_path, budget=600, protocol=BRIEF)
+        assert report.finished
+        assert report.failures == {}
+        assert report.left_out == []
+        assert [row for row in report.rows if row.failure or row.wall is None] == []
+        assert all(row.error <= row.limit for row in report.rows)
+        names = {row.provider for row in report.rows}
+        assert names == {
+            "pdl_ext",
+            "pdl_ext, in place",
+            "F.cross_entropy",
+            "F.cross_entropy, compiled",
+            "torch.bincount",
+            "plain PyTorch",
+            "PDLLoss",
+            "PDLLoss, online",
+        }
+        workloads = [name for name, _ in itertools.groupby(row.workload for row in report.rows)]
+        assert len(set(workloads)) == len(workloads)
+        data = strict_json(tmp_path / "benchmark.json")
+        assert len(data["rows"]) == len(report.rows)
+        assert data["about"]["liger-kernel"] == "absent"
+        assert data["copy"]["bytes_per_second"] > 0
+        markdown = (tmp_path / "benchmark.md").read_text()
+        assert "- flash-attn: absent" in markdown
+        assert markdown.count("\n| ") == 2 + len(report.rows)
+
+    def test_least_bytes_leave_out_what_need_not_be_read(self, clock, compiled_without_a_compiler):
+        group = gpu.loss_group(clock, SIZES, 40, torch.bfloat16, ignored=0.3)
+        least = [one.least_bytes for one in group.workloads()]
+        ignored = int((gpu.LossInputs(clock, 12, 40, torch.bfloat16, False, 0.3).targets[0] == -100).sum())
+        assert 0 < ignored < 12
+        all_rows, read = 2 * 12 * 40, 2 * (12 - ignored) * 40
+        assert least == [2 * read + all_rows, read, read + all_rows]
+
+    def test_ids(self, clock):
+        zipf = torch.bincount(gpu.zipf_ids(clock, 100_000, 50), minlength=50)
+        expected = 100_000 / torch.arange(1, 51) / (1 / torch.arange(1, 51)).sum()
+        torch.testing.assert_close(zipf.double(), expected.double(), rtol=0.2, atol=0)
+        assert gpu.equal_ids(clock, 10, 50).unique().numel() == 1
+        assert gpu.uniform_ids(clock, 1000, 50).unique().numel() == 50
+
+    def test_peers_that_are_installed(self, clock, tmp_path, monkeypatch, compiled_without_a_compiler):
+        """Stand-ins with the peers' signatures, of which two overwrite the logits, are called as the peers would be."""
+
+        class Overwriting(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, targets, weight):
+                exact = logits.detach().float().requires_grad_()
+                with torch.enable_grad():
+                    loss = F.cross_entropy(exact, targets, weight=weight)
+                (gradient,) = torch.autograd.grad(loss, exact)
+                # As a kernel does, behind autograd's back.
+                logits.detach().copy_(gradient)
+                ctx.save_for_backward(logits.detach())
+                return loss.detach()
+
+            @staticmethod
+            def backward(ctx, upstream):
+                return upstream * ctx.saved_tensors[0], None, None
+
+        def liger(weight=None):
+            return lambda logits, targets: Overwriting.apply(logits, targets, weight)
+
+        def quack(
+            x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="none", inplace_backward=False
+        ):
+            return F.cross_entropy(x.float(), target, weight=weight, reduction=reduction)
+
+        def flash(ignore_index=-100, reduction="mean", inplace_backward=False):
+            return lambda logits, targets: F.cross_entropy(logits.float(), targets)
+
+        modules = {
+            "liger_kernel": {},
+            "liger_kernel.transformers": {"LigerCrossEntropyLoss": liger},
+            "quack": {},
+            "quack.cross_entropy": {"cross_entropy": quack},
+            "flash_attn": {},
+            "flash_attn.losses": {},
+            "flash_attn.losses.cross_entropy": {"CrossEntropyLoss": flash},
+        }
+        for name, contents in modules.items():
+            module = types.ModuleType(name)
+            module.__dict__.update(contents)
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(gpu, "installed_peers", lambda: dict.fromkeys(gpu.PEERS, "1.0"))
+        report = report_of(tmp_path)
+        group = gpu.loss_group(clock, SIZES, 40, torch.bfloat16, peaked=True, ignored=0.3)
+        harness.run([group], clock, report, 600, 2**10)
+        assert report.failures == {}
+        assert [(row.provider, row.failure) for row in report.rows if row.failure] == []
+        of_both = {row.provider: row for row in report.rows if row.workload.endswith("forward + backward")}
+        assert of_both["flash-attn, in place"].note == "unweighted"
+        assert of_both["quack-kernels"].note == ""
+        assert of_both["liger-kernel"].no_kernel == "it waits for the device"
+        forward = {row.provider for row in report.rows if row.workload.endswith(": forward")}
+        assert forward == {"pdl_ext", "F.cross_entropy", "liger-kernel", "quack-kernels", "flash-attn"}
+
+    def test_peer_that_cannot_be_imported_costs_its_rows_only(
+        self, clock, tmp_path, monkeypatch, compiled_without_a_compiler
+    ):
+        for module in ("liger_kernel", "quack", "flash_attn"):
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setattr(gpu, "installed_peers", lambda: dict.fromkeys(gpu.PEERS, "1.0"))
+        report = report_of(tmp_path)
+        harness.run([gpu.loss_group(clock, SIZES, 40, torch.float32)], clock, report, 600, 2**10)
+        failed = {row.provider for row in report.rows if row.failure}
+        assert failed == {
+            "liger-kernel",
+            "quack-kernels",
+            "quack-kernels, in place",
+            "flash-attn",
+            "flash-attn, in place",
+        }
+        assert all("Error" in row.failure for row in report.rows if row.provider in failed)
+
+    def test_peers_here(self):
+        assert set(gpu.installed_peers()) == {"liger-kernel", "quack-kernels", "flash-attn"}
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+    def test_without_a_card(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "results")])
+        assert gpu.main() == 2
+        assert "there is no CUDA device" in capsys.readouterr().err
+        assert not (tmp_path / "results").exists()
+
+
+class TestMeasure:
+    def test_providers_take_turns(self, clock):
+        calls = []
+        first, second = (provider(name, lambda i, name=name: calls.append((name, i))) for name in "ab")
+        rows = harness.measure(workload(first, second, calls=2), clock, BRIEF)
+        rounds = [("a", 0), ("a", 1), ("b", 0), ("b", 1)] * rows[0].wall.samples
+        assert calls[-len(rounds) :] == rounds
+        assert [row.wall.samples for row in rows] == [2, 2]
+
+    def test_figures(self):
+        class Clock(harness.HostClock):
+            def wall(self, work):
+                work()
+                return seconds.pop(0)
+
+            def capture(self, work):
+                return lambda: 0.5
+
+        # Warm-up of either, then three turns of samples of two calls.
+        seconds = [9.0, 9.0, 2.0, 4.0, 4.0, 8.0, 6.0, 12.0]
+        protocol = harness.Protocol(warm_up=0.0, least_rounds=3, most_rounds=3, seconds=0.0)
+        mine, other = harness.measure(
+            workload(provider(), provider("other", not_capturable="it waits"), calls=2),
+            Clock(0),
+            protocol,
+            copy_rate=8000.0,
+        )
+        assert mine.wall == harness.Times(2.0, 1.4, 2.6, 3)
+        assert mine.kernel.median == 0.25
+        assert mine.bytes_per_second == 4000.0
+        assert mine.share_of_copy == 0.5
+        assert mine.wall_ratio is None
+        assert other.wall_ratio == 2.0
+        assert (other.kernel, other.kernel_ratio, other.no_kernel) == (None, None, "it waits")
+        assert other.bytes_per_second == 250.0
+
+    def test_wrong_result_gets_no_time(self, clock):
+        rows = harness.measure(
+            workload(*(provider(error=lambda _, e=e: e) for e in (0.1, 0.2, math.nan))), clock, BRIEF
+        )
+        assert [row.wall is not None for row in rows] == [True, False, False]
+        assert rows[1].failure == "wrong: off by 0.2 of the largest entry, above 0.1"
+        assert rows[2].failure.startswith("wrong: off by nan")
+        assert rows[2].error is None
+
+    @pytest.mark.parametrize(
+        ("error", "said"),
+        [(RuntimeError("first\nsecond"), "RuntimeError: first"), (torch.OutOfMemoryError("long"), "out of memory")],
+    )
+    @pytest.mark.parametrize("survives", [0, 1, 3])
+    def test_failure_costs_its_own_row(self, clock, error, said, survives):
+        calls = itertools.count()
+
+        def fail(i):
+            if next(calls) >= survives:
+                raise error
+
+        broken, sound = harness.measure(workload(provider("broken", fail), provider("sound")), clock, BRIEF)
+        assert broken.failure == said
+        assert broken.wall is None
+        assert sound.wall is not None
+        assert sound.wall_ratio is None
+
+    def test_failing_capture_leaves_the_wall_time(self):
+        class Clock(harness.HostClock):
+            def capture(self, work):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        (row,) = harness.measure(workload(provider()), Clock(0), BRIEF)
+        assert row.wall is not None
+        assert row.no_kernel == "RuntimeError: operation not permitted when stream is capturing"
+
+    def test_inputs_are_restored_before_each_sample(self):
+        class Clock(harness.HostClock):
+            def capture(self, work):
+                def replay():
+                    seen.append(state[0])
+                    work()
+                    return 1.0
+
+                return replay
+
+        state, seen = [0], []
+
+        def call(i):
+            state[0] += 1
+            return state[0]
+
+        one = provider(call=call, restore=lambda: state.__setitem__(0, 0), error=lambda result: result - 1.0)
+        (row,) = harness.measure(workload(one), Clock(0), BRIEF)
+        assert row.error == 0.0
+        assert seen[1:] == [0] * row.kernel.samples
+
+    def test_memory_of_a_call(self, clock):
+        size = 64 * 2**20
+        held = []
+        (row,) = harness.measure(workload(provider(call=lambda i: held.append(bytearray(b"1") * size))), clock, BRIEF)
+        if row.peak_bytes is None:
+            pytest.skip("the system does not tell")
+        assert row.peak_bytes >= size // 2
+
+    def test_buffers_exceed_three_times_the_cache(self):
+        clock = harness.HostClock(cache_bytes=1000)
+        assert [harness.buffers_for(clock, size) for size in (1, 1000, 2999, 3001)] == [3001, 4, 2, 1]
+
+
+class TestClockOfACard:
+    @pytest.fixture
+    def card(self, monkeypatch):
+        """Stands in for torch.cuda: notes what is asked of it, and refuses what the real one would not take."""
+        asked = []
+        capture_signature = inspect.signature(torch.cuda.graph)
+
+        @contextlib.contextmanager
+        def graph(*args, **kwargs):
+            arguments = capture_signature.bind(*args, **kwargs).arguments
+            assert arguments["stream"] == "stream of cuda:0"
+            asked.append("begin")
+            yield
+            asked.append("end")
+
+        class Graph:
+            def replay(self):
+                asked.append("replay")
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                asked.append("record")
+
+            def synchronize(self):
+                asked.append("wait")
+
+            def elapsed_time(self, end):
+                return 7.0
+
+        replacements = {
+            "graph": graph,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "Stream": lambda device: f"stream of {device}",
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda: asked.append("synchronize"),
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: 100,
+            "max_memory_allocated": lambda: 350,
+            "reset_peak_memory_stats": lambda: asked.append("reset"),
+            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=50),
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+        return asked
+
+    def test_replays_a_capture_between_events(self, card):
+        replay = harness.CudaClock(torch.device("cuda", 0)).capture(lambda: card.append("work"))
+        assert replay() == 0.007
+        assert card == ["begin", "work", "end", "record", "replay", "record", "wait"]
+
+    def test_waits_for_the_device(self, card):
+        clock = harness.CudaClock(torch.device("cuda", 0))
+        assert clock.wall(lambda: card.append("work")) > 0
+        assert card == ["synchronize", "work", "synchronize"]
+
+    def test_measures(self, card):
+        clock = harness.CudaClock(torch.device("cuda", 0))
+        (row,) = harness.measure(workload(provider(), calls=2), clock, BRIEF)
+        assert row.kernel.median == 0.0035
+        assert row.wall.samples == row.kernel.samples == 2
+        assert row.peak_bytes == 250
+        assert harness.buffers_for(clock, 10) == 16
+
+
+class TestRun:
+    def test_budget_that_is_spent(self, clock, tmp_path):
+        groups = [harness.Group(name, lambda: iter([workload(provider())])) for name in ("one", "two")]
+        report = report_of(tmp_path)
+        harness.run(groups, clock, report, 0.0, 2**10)
+        assert report.left_out == ["one", "two"]
+        assert strict_json(tmp_path / "benchmark.json")["left_out"] == ["one", "two"]
+        assert "Left out, for time: one, two." in (tmp_path / "benchmark.md").read_text()
+
+    def test_group_that_fails_is_recorded(self, clock, tmp_path):
+        def broken():
+            yield workload(provider(error=lambda _: math.nan))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        groups = [harness.Group("large", broken), harness.Group("next", lambda: iter([workload(provider())]))]
+        report = report_of(tmp_path)
+        harness.run(groups, clock, report, 600, 2**10)
+        data = strict_json(tmp_path / "benchmark.json")
+        assert data["failures"] == {"large": "out of memory"}
+        assert len(data["rows"]) == 2
+        assert data["finished"]
+
+    def test_what_was_measured_survives_an_end_in_between(self, clock, tmp_path):
+        def ended():
+            yield workload(provider("done"))
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            harness.run([harness.Group("group", ended)], clock, report_of(tmp_path), 600, 2**10)
+        data = strict_json(tmp_path / "benchmark.json")
+        assert [row["provider"] for row in data["rows"]] == ["done"]
+        assert not data["finished"]
+        assert "The run did not end." in (tmp_path / "benchmark.md").read_text()
+
+    def test_machine(self):
+        about = harness.machine(torch.device("cpu"))
+        assert about["torch"] == torch.__version__
+        assert {"device", "commit", "date", "python", "cuda"} <= set(about)
