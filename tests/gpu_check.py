@@ -29,6 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import cuda_compile
+
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 WORDS = ("build", "tests", "sanitizer", "bench")
@@ -296,7 +298,7 @@ def sanitizer(tool: str) -> Callable[[Part, Check, float], None]:
     """The part that runs all kernels under one tool of compute-sanitizer."""
 
     def run(part: Part, check: Check, limit: float) -> None:
-        program = find_sanitizer(check.machine.get("cuda_home"))
+        program = find_sanitizer()
         if program is None:
             part.status, part.detail = "absent", "compute-sanitizer is neither on PATH nor beside nvcc"
             return
@@ -315,10 +317,11 @@ def sanitizer(tool: str) -> Callable[[Part, Check, float], None]:
     return run
 
 
-def find_sanitizer(cuda_home: str | None) -> str | None:
-    folders = [Path(cuda_home, name) for name in ("bin", "compute-sanitizer")] if cuda_home else []
+def find_sanitizer() -> str | None:
+    nvcc = cuda_compile.find_nvcc()
+    beside = [nvcc.parent, nvcc.parent.parent / "compute-sanitizer"] if nvcc else []
     return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.pathsep.join(map(str, folders))
+        "compute-sanitizer", path=os.pathsep.join(map(str, beside))
     )
 
 
@@ -436,18 +439,18 @@ def probe() -> dict[str, Any]:
     missing = [f"the Python package {name}" for name in MODULES if importlib.util.find_spec(name) is None]
     if shutil.which("ninja", path=search_path()) is None:
         missing.append("ninja")
+    nvcc = cuda_compile.find_nvcc()
+    if nvcc is None:
+        missing.append("nvcc (set CUDA_HOME)")
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME
     except ImportError:
         return {"missing": ["PyTorch, so that no CUDA device can be looked for", *missing]}
     if torch.version.cuda is None:
         missing.append(f"PyTorch built with CUDA (torch {torch.__version__} was built without)")
     if not torch.cuda.is_available():
         missing.append("a CUDA device that PyTorch sees")
-    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        missing.append("nvcc (set CUDA_HOME)")
-    if missing:
+    if missing or nvcc is None:
         return {"missing": missing}
     import harness
 
@@ -456,14 +459,13 @@ def probe() -> dict[str, Any]:
     return {
         "missing": [],
         **harness.machine(torch.device("cuda", 0)),
-        "cuda_home": CUDA_HOME,
-        "nvcc": nvcc_version(CUDA_HOME),
+        "nvcc": f"{nvcc}, {nvcc_version(nvcc)}",
         "capabilities": [f"{major}.{minor}" for major, minor in capabilities],
     }
 
 
-def nvcc_version(cuda_home: str) -> str:
-    output = subprocess.run([Path(cuda_home, "bin", "nvcc"), "--version"], capture_output=True, text=True).stdout
+def nvcc_version(nvcc: Path) -> str:
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"release (\S+),", output)
     return found[1] if found else last_lines(output)
 

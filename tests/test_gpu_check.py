@@ -346,6 +346,7 @@ class TestSanitizer:
 
     def test_absent_is_not_passed(self, check, monkeypatch, tmp_path):
         monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(gpu_check.cuda_compile, "find_nvcc", lambda: None)
         part = Part("sanitizer: memcheck", 100, 1, gpu_check.sanitizer("memcheck"))
         part.run(part, check, 100)
         assert part.status == "absent"
@@ -356,7 +357,8 @@ class TestSanitizer:
         program.parent.mkdir()
         program.write_text("")
         program.chmod(0o755)
-        assert gpu_check.find_sanitizer(str(tmp_path)) == str(program)
+        monkeypatch.setattr(gpu_check.cuda_compile, "find_nvcc", lambda: program.with_name("nvcc"))
+        assert gpu_check.find_sanitizer() == str(program)
 
     def test_subset_agrees_with_the_reference(self, device):
         gpu_check.exercise_kernels(str(device))
