@@ -7,17 +7,18 @@ VENV := .venv
 TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp')
+TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # The PyTorch versions that a build against $(TORCH) is tested under as well: the oldest that it serves and the newest.
 OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
 DEMO ?=
 # Options for the check on a card: make gpu-check GPU_CHECK="--only tests,bench --output DIR".
 GPU_CHECK ?=
+MUTANTS ?=
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile gpu-check torch-versions bench sdist clean
+.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -39,6 +40,13 @@ sanitize: $(VENV)/gtest.stamp
 
 cuda-compile: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_compile.py
+
+# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". Half an hour.
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
+
+coverage: $(VENV)/dev.stamp
+	$(BIN)/python tests/cuda_emulator/coverage.py
 
 # By the Python that has PyTorch with CUDA, and without a network: nothing is installed.
 gpu-check:
