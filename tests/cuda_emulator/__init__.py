@@ -18,11 +18,15 @@ from torch import Tensor
 
 from pdl_ext import _ops
 
-__all__ = ["build", "guarded", "load", "run_faulty"]
+__all__ = ["build", "guarded", "launch", "library", "load", "request"]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+INCLUDE = HERE / "include"
+KERNELS = HERE / "kernels"
 NAMES = ("loss_forward", "loss_backward", "loss_backward_", "token_weights", "count_tokens_")
+# Of a grid, a block or a cluster.
+Shape = int | tuple[int, int, int]
 LIBC = ctypes.CDLL(None, use_errno=True)
 # An op dies with the library that defined it.
 LIBRARIES: list[torch.library.Library] = []
@@ -34,7 +38,7 @@ FLAGS += ["-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divi
 FLAGS += ["-fno-sanitize-recover=all"]
 # The twins of setup.py's macros.
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPDL_EXT_WITH_CUDA", "-DUSE_CUDA"]
-FLAGS += [f"-I{HERE / 'include'}", "-isystem", str(TORCH / "include")]
+FLAGS += [f"-I{INCLUDE}", "-isystem", str(TORCH / "include")]
 
 
 def build() -> Path:
@@ -49,9 +53,10 @@ def build() -> Path:
     folder = ROOT / "build" / "cuda_emulator"
     folder.mkdir(parents=True, exist_ok=True)
 
-    headers = [path for part in (csrc, HERE) for path in sorted(part.rglob("*.*h"))]
+    # cuda/ptx has no suffix.
+    headers = sorted({*csrc.rglob("*.*h"), *HERE.rglob("*.h"), *filter(Path.is_file, INCLUDE.rglob("*"))})
     common = repr((compiler, FLAGS, more, torch.__version__)).encode() + b"".join(path.read_bytes() for path in headers)
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp"))]
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
     names = [f"{path.stem}-{hashlib.sha256(common + path.read_bytes()).hexdigest()[:16]}" for path in sources]
     objects = [folder / f"{name}.o" for name in names]
     library = folder / f"pdl_ext_emulated-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}.so"
@@ -117,10 +122,51 @@ def guarded(tensor: Tensor, at_end: bool = True) -> Tensor:
     return copy.view(tensor.shape).copy_(tensor)
 
 
-def run_faulty(kernel: str) -> tuple[list[int], str]:
-    """Runs a kernel of faults.cpp: the eight numbers that it may write, and the message of its fault, if any."""
-    memory = torch.zeros(8, dtype=torch.int32)
-    message = ctypes.create_string_buffer(2000)
-    run_kernel = ctypes.CDLL(str(build())).cuda_emulator_run
-    run_kernel(kernel.encode(), ctypes.c_void_p(memory.data_ptr()), message, ctypes.c_size_t(len(message)))
-    return memory.tolist(), message.value.decode()
+class Request(ctypes.Structure):
+    """The twin of kernels/launch.cu's."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("cluster", ctypes.c_uint * 3),
+        ("dynamic_shared", ctypes.c_uint),
+        ("max_dynamic_shared", ctypes.c_int),
+        ("any_cluster_size", ctypes.c_int),
+    )
+
+
+def request(
+    grid: Shape,
+    block: Shape,
+    cluster: Shape = (0, 0, 0),
+    dynamic_shared: int = 0,
+    max_dynamic_shared: int = -1,
+    any_cluster_size: int = -1,
+) -> Request:
+    """A launch; without an attribute for clusters where there are none, and no attributes of the kernel below 0."""
+
+    def dimensions(shape: Shape) -> tuple[int, ...]:
+        return (shape, 1, 1) if isinstance(shape, int) else shape
+
+    shapes = [(ctypes.c_uint * 3)(*dimensions(shape)) for shape in (grid, block, cluster)]
+    return Request(*shapes, dynamic_shared, max_dynamic_shared, any_cluster_size)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build()))
+
+
+def launch(kernel: str, output: Tensor, input: Tensor | None = None, n: int = 0, **shape) -> str:
+    """Runs a kernel of kernels/: "", or the message of its fault, or the number of the launch's error."""
+    message = ctypes.create_string_buffer(4000)
+    error = library().cuda_emulator_launch(
+        kernel.encode(),
+        ctypes.byref(request(**shape)),
+        ctypes.c_void_p(output.data_ptr()),
+        ctypes.c_void_p(0 if input is None else input.data_ptr()),
+        n,
+        message,
+        ctypes.c_size_t(len(message)),
+    )
+    return f"error {error}" if error else message.value.decode()

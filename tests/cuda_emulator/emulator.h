@@ -1,8 +1,9 @@
-// Runs CUDA kernels on one CPU thread: every thread of a block is a fiber, blocks run one after another.
+// Runs CUDA kernels on one CPU thread: every thread of a block is a fiber; blocks run one after another, those of a
+// cluster in turns.
 //
-// A fiber runs until it reaches a barrier or a warp-wide operation. In what order they do is random, from the seed in
-// PDL_EXT_EMULATOR_SEED (0 without it): warps in a random order that changes at each barrier, each as far as it can go,
-// and its lanes in a random order. So a barrier that is missing shows as a wrong result for most seeds.
+// A fiber runs until it reaches a barrier, a warp-wide operation or a wait. In what order they do is random, from the
+// seed in PDL_EXT_EMULATOR_SEED (0 without it): warps in a random order that changes at each barrier, each as far as it
+// can go, and its lanes in a random order. So a barrier that is missing shows as a wrong result for most seeds.
 //
 // Faults end the launch with an exception that names block and thread: see README.md, also for what cannot be seen.
 #pragma once
@@ -11,21 +12,42 @@
 #include <cstring>
 #include <functional>
 #include <source_location>
+#include <string>
 
-struct dim3;
+#include "include/vector_types.h"
 
 namespace cuda_emulator {
 
 using Location = std::source_location;
 
-// Runs `thread` for every thread of every block. Throws std::runtime_error on a fault.
-void run_grid(const dim3& grid, const dim3& block, const std::function<void()>& thread);
+struct Launch {
+  dim3 grid, block, cluster;
+  size_t dynamic_shared = 0;
+};
 
-// Waits for every thread of the block at this place of the source.
-void barrier(Location where);
+// Runs `thread` for every thread of every block. Throws std::runtime_error on a fault.
+void run_grid(const Launch& launch, const std::function<void()>& thread);
+
+// Ends the launch; never returns to the thread that made the mistake.
+[[noreturn]] void fail(const std::string& what, Location where);
+
+// That the emulated device has this compute capability (10 * major + minor), and that an address is a multiple of size.
+void require_capability(int capability, const char* operation, Location where);
+void check_aligned(const void* address, size_t size, const char* operation, Location where);
+
+// Waits for every thread of the block at this place of the source; returns how many of them brought a predicate.
+int barrier(const char* operation, int predicate, Location where);
 
 // Of the running thread, in its warp.
 int lane();
+
+// Of the running thread's block, in its cluster; a launch without clusters has one block in each.
+unsigned cluster_rank();
+dim3 cluster_dim();
+// Every thread of the cluster has to arrive once before it waits for the others to have arrived.
+void cluster_arrive(const char* operation, Location where);
+void cluster_wait(const char* operation, Location where);
+void* map_shared_rank(const void* address, int rank, Location where);
 
 // What the lanes that take part in a warp-wide operation brought along.
 template <typename V>
@@ -35,6 +57,16 @@ struct Lanes {
 
   bool has(int lane) const { return (mask >> lane & 1u) != 0; }
   const V& operator[](int lane) const { return *static_cast<const V*>(inputs[lane]); }
+
+  // The lanes for whose value a condition holds.
+  template <typename Condition>
+  unsigned votes(Condition condition) const {
+    unsigned result = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (has(lane) && condition((*this)[lane])) result |= 1u << lane;
+    }
+    return result;
+  }
 };
 
 // Waits for the lanes named in mask at this place of the source; the last of them then calls finish(inputs, outputs).

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <string>
 
+#include "cuda_runtime.h"
+
 extern "C" {
 
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
@@ -27,8 +29,8 @@ AOTITorchError torch_c10_cuda_check_msg(int32_t error, const char* file, const c
                                         char** message) {
   *message = nullptr;
   if (error != 0) {
-    const std::string text =
-        "CUDA emulator: launch error " + std::to_string(error) + " at " + file + ":" + std::to_string(line);
+    const std::string text = "CUDA emulator: " + std::string(cudaGetErrorName(cudaError_t(error))) + " (" +
+                             std::to_string(error) + ") at " + file + ":" + std::to_string(line);
     *message = strdup(text.c_str());
   }
   return AOTI_TORCH_SUCCESS;

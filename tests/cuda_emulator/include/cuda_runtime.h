@@ -1,134 +1,87 @@
 // Stands in for CUDA's header of this name: the subset that csrc/cuda uses, for g++ (see ../README.md).
 #pragma once
 
-#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#include <algorithm>
-
-#include "../emulator.h"
+#include "driver_types.h"
+#include "vector_types.h"
 
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-// All thread_local variables of the module lie in one segment, which the emulator poisons at the start of each block.
+#define __align__(bytes) __attribute__((aligned(bytes)))
+// All thread_local variables of the module lie in one segment, which the emulator gives to each block in turn.
 #define __shared__ thread_local
 
-struct uint3 {
-  unsigned x, y, z;
-};
+#include "device_atomic_functions.h"
+#include "device_functions.h"
+#include "sm_32_intrinsics.h"
 
-struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
-};
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
-// Those of the thread that is running.
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
+// Streams are no-ops: what is asked for has happened when the call returns.
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* destination, const void* source, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 
-using std::max;
-using std::min;
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel);
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
+                                                          size_t dynamic_shared);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel, const cudaLaunchConfig_t* config);
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, const void* kernel, const cudaLaunchConfig_t* config);
 
-inline int __ffs(int bits) {
-  return __builtin_ffs(bits);
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
-inline int __ffs(unsigned bits) {
-  return __builtin_ffs(static_cast<int>(bits));
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Parameters...)) {
+  return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
 }
-inline int __popc(unsigned bits) {
-  return __builtin_popcount(bits);
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*kernel)(Parameters...), int threads,
+                                                          size_t dynamic_shared) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads,
+                                                       dynamic_shared);
 }
-
-using cuda_emulator::Location;
-
-inline void __syncthreads(Location where = Location::current()) {
-  cuda_emulator::barrier(where);
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
+                                           const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
 }
-
-template <typename V>
-V __shfl_down_sync(unsigned mask, V value, unsigned distance, int width = 32, Location where = Location::current()) {
-  const int lane = cuda_emulator::lane();
-  const int source = lane % width + int(distance) < width ? lane + int(distance) : lane;
-  return cuda_emulator::shuffle("__shfl_down_sync", mask, value, source, where);
-}
-
-template <typename V>
-V __shfl_xor_sync(unsigned mask, V value, int bits, int width = 32, Location where = Location::current()) {
-  const int lane = cuda_emulator::lane();
-  const int source = (lane ^ bits) / width <= lane / width ? lane ^ bits : lane;
-  return cuda_emulator::shuffle("__shfl_xor_sync", mask, value, source, where);
-}
-
-template <typename V>
-V __shfl_sync(unsigned mask, V value, int source, int width = 32, Location where = Location::current()) {
-  const int lane = cuda_emulator::lane();
-  return cuda_emulator::shuffle("__shfl_sync", mask, value, lane / width * width + source % width, where);
+template <typename... Parameters>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, void (*kernel)(Parameters...),
+                                                 const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxPotentialClusterSize(blocks, reinterpret_cast<const void*>(kernel), config);
 }
 
-template <typename V>
-unsigned __match_any_sync(unsigned mask, V value, Location where = Location::current()) {
-  return cuda_emulator::collective<unsigned>("__match_any_sync", mask, value, where, [](auto lanes, int lane) {
-    unsigned equal = 0;
-    for (int other = 0; other < 32; ++other) {
-      if (lanes.has(other) && lanes[other] == lanes[lane]) equal |= 1u << other;
-    }
-    return equal;
-  });
-}
+namespace cuda_emulator {
 
-inline unsigned __ballot_sync(unsigned mask, int predicate, Location where = Location::current()) {
-  return cuda_emulator::collective<unsigned>("__ballot_sync", mask, predicate, where, [](auto lanes, int) {
-    unsigned votes = 0;
-    for (int other = 0; other < 32; ++other) {
-      if (lanes.has(other) && lanes[other] != 0) votes |= 1u << other;
-    }
-    return votes;
-  });
-}
+// Whether the device takes the launch; what it refuses is the thread's last error.
+cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, Launch* launch);
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, Location where = Location::current()) {
-  cuda_emulator::collective<int>("__syncwarp", mask, 0, where, [](auto, int) { return 0; });
-}
-
-// One fiber runs at a time, so that a plain addition is atomic.
-template <typename V>
-V atomicAdd(V* address, V value) {
-  const V before = *address;
-  *address = before + value;
-  return before;
-}
-
-using cudaStream_t = struct CUstream_st*;
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorNotSupported = 801 };
-
-struct cudaLaunchAttribute;
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-  cudaLaunchAttribute* attrs;
-  unsigned numAttrs;
-};
+}  // namespace cuda_emulator
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters take at most 4 KiB");
-  if (config->dynamicSmemBytes != 0 || config->numAttrs != 0) return cudaErrorNotSupported;
-  const uint64_t threads = uint64_t(config->blockDim.x) * config->blockDim.y * config->blockDim.z;
-  const dim3 grid = config->gridDim;
-  const bool fits = threads >= 1 && threads <= 1024 && config->blockDim.z <= 64 && grid.x >= 1 &&
-                    grid.x <= 0x7fffffffu && grid.y >= 1 && grid.y <= 0xffffu && grid.z >= 1 && grid.z <= 0xffffu;
-  if (!fits) return cudaErrorInvalidConfiguration;
-  cuda_emulator::run_grid(grid, config->blockDim, [&] { kernel(Parameters(arguments)...); });
-  return cudaSuccess;
+  cuda_emulator::Launch launch;
+  const cudaError_t error = cuda_emulator::check_launch(*config, reinterpret_cast<const void*>(kernel), &launch);
+  if (error == cudaSuccess) cuda_emulator::run_grid(launch, [&] { kernel(Parameters(arguments)...); });
+  return error;
 }
