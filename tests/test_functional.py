@@ -205,12 +205,13 @@ def test_int32_targets_equal_int64(make_case, dtype, reduction, options):
         assert wide[name].any()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("ignore_index", [-1, 0, 5, 300])
-def test_other_ignore_index(make_case, assert_matches, ignore_index):
+def test_other_ignore_index(make_case, assert_matches, ignore_index, reduction):
     # Also one inside the vocabulary, and one above it.
     case = make_case((9,), 257, ignored=False)
     case.targets[::3] = ignore_index
-    got = assert_matches(case, ignore_index=ignore_index)
+    got = assert_matches(case, ignore_index=ignore_index, reduction=reduction, return_stats=True)
     assert not got["grad_logits"][::3].any()
     assert got["grad_logits"][1].any()
 
