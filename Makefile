@@ -7,7 +7,7 @@ VENV := .venv
 TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu') tests/cuda_emulator/include/cuda/ptx
 # The PyTorch versions that a build against $(TORCH) is tested under as well: the oldest that it serves and the newest.
 OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
@@ -41,7 +41,7 @@ sanitize: $(VENV)/gtest.stamp
 cuda-compile: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_compile.py
 
-# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". Half an hour.
+# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 25 minutes.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
 
@@ -85,7 +85,7 @@ sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pdl_ext/*.so
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info pdl_ext/*.so
 
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)

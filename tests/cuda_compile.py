@@ -110,7 +110,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def find_nvcc() -> Path | None:
-    home = os.environ.get("CUDA_HOME")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [Path(home) / "bin" / "nvcc" if home else None, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
 

@@ -23,3 +23,11 @@ def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch):
         for name in result:
             assert torch.equal(result[name], results[0][name]), name
     assert results[0]["grad_logits"].any()
+
+
+@pytest.mark.devices("cpu", "cuda")
+def test_results_are_bitwise_repeatable(make_case, device):
+    case = make_case((64,), 50257, torch.bfloat16, row_weight=True)
+    first, second = (case.run(functional.pdl_loss) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -225,18 +227,22 @@ def test_modules_take_empty_and_ignored_batches(device):
     assert loss_fn.frequency.ignored == 3
 
 
-def test_rows_more_than_2_to_31_elements_apart():
-    vocab_size = 1009
+@pytest.mark.devices("cpu", "emulated")
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+def test_rows_more_than_2_to_31_elements_apart(device, inplace_backward):
+    vocab_size, apart = 1009, 2**31
     # Memory that is never touched costs nothing, so only the two rows are real.
-    rows = torch.empty(2**31 + vocab_size, dtype=torch.bfloat16).as_strided((2, vocab_size), (2**31, 1))
-    rows.copy_(torch.randn(2, vocab_size))
+    memory = mmap.mmap(-1, 2 * (apart + vocab_size))
+    rows = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((2, vocab_size), (apart, 1))
+    rows.copy_(torch.randn(2, vocab_size, generator=torch.Generator().manual_seed(0)))
     targets = torch.tensor([3, 1008])
-    logits = rows.detach().requires_grad_()
-    loss = functional.pdl_loss(logits, targets)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    near = rows.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    near = rows.clone(memory_format=torch.contiguous_format).requires_grad_()
     expected = functional.pdl_loss(near, targets)
     expected.backward()
+    assert near.grad.any(-1).all()
+    logits = rows.requires_grad_()
+    loss = functional.pdl_loss(logits, targets, inplace_backward=inplace_backward)
+    (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(loss, expected)
-    assert near.grad.any()
     assert torch.equal(gradient, near.grad)
+    assert (gradient.data_ptr() == rows.data_ptr()) == inplace_backward

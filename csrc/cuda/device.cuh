@@ -1,4 +1,4 @@
-// Everything that only exists on the device: the one place that another platform would have to supply.
+// What the kernels take from the device: widths of warps, conversions, exchange between lanes, atomics.
 #pragma once
 
 #include <cuda_bf16.h>

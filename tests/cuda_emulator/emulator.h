@@ -28,6 +28,10 @@ struct Launch {
 // Runs `thread` for every thread of every block. Throws std::runtime_error on a fault.
 void run_grid(const Launch& launch, const std::function<void()>& thread);
 
+// That no kernel wrote past the end of a tensor that the running op allocated; throws std::runtime_error.
+void check_canaries();
+void forget_canaries();
+
 // Ends the launch; never returns to the thread that made the mistake.
 [[noreturn]] void fail(const std::string& what, Location where);
 

@@ -17,6 +17,8 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
 }
 
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) {
+  // The op ends here.
+  cuda_emulator::forget_canaries();
   return AOTI_TORCH_SUCCESS;
 }
 

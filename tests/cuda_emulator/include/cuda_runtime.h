@@ -82,6 +82,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "kernel parameters take at most 4 KiB");
   cuda_emulator::Launch launch;
   const cudaError_t error = cuda_emulator::check_launch(*config, reinterpret_cast<const void*>(kernel), &launch);
-  if (error == cudaSuccess) cuda_emulator::run_grid(launch, [&] { kernel(Parameters(arguments)...); });
+  if (error == cudaSuccess) {
+    cuda_emulator::run_grid(launch, [&] { kernel(Parameters(arguments)...); });
+    cuda_emulator::check_canaries();
+  }
   return error;
 }
