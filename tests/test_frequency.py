@@ -87,6 +87,7 @@ def test_extreme_ids_are_out_of_range(device, dtype):
         (100_003, 97),  # far more, and parts of uneven size
         (1_000_003, 50257),  # a large vocabulary on the threaded path
         (100_003, 128256),  # a large vocabulary on the direct path
+        (600_011, 128256),  # CUDA: the first ids on chip, the others beside it
         (50_000, 1),  # every token in one bin
     ],
 )
@@ -101,6 +102,24 @@ def test_large_batches_match_bincount(device, rows, vocab_size):
     assert frequency.counts.tolist() == np.bincount(kept.numpy(), minlength=vocab_size).tolist()
     assert frequency.ignored == (tokens == -100).sum()
     assert_conserved(frequency, rows)
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("ignore_index", [3, 59_990])
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("card", ["sm_75", "sm_80", "sm_90"])
+def test_tables_of_every_card(device, monkeypatch, card, dtype, ignore_index):
+    # Their shared memory holds the first 16,384, 41,728 and 58,112 ids.
+    monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
+    tokens = (torch.rand(480_013, generator=torch.Generator().manual_seed(0)) ** 2 * 60_004).to(dtype)
+    tokens[::9] = ignore_index
+    frequency = TokenFrequency(60_000, ignore_index=ignore_index)
+    # Not at an aligned address.
+    frequency.update(tokens[1:])
+    assert torch.equal(frequency.counts, reference.count_tokens(tokens[1:], 60_000, ignore_index=ignore_index))
+    assert frequency.ignored == (tokens[1:] == ignore_index).sum()
+    assert frequency.counts[59_000:].any()
+    assert_conserved(frequency, 480_012)
 
 
 def test_updates_add_up(device):

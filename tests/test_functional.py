@@ -176,6 +176,11 @@ def test_predicted_ties_take_the_lowest_index(make_case, dtype, vocab_size, star
     logits = torch.nn.functional.pad(case.leaf, (start, 0))[:, start:]
     _, stats = functional.pdl_loss(logits, case.targets, return_stats=True)
     assert torch.equal(stats.predicted, places)
+    # Equals that one thread of a CUDA block sees at once.
+    spread = torch.zeros(1, 20_000, dtype=dtype, device=logits.device)
+    spread[0, [100, 4196, 8292]] = 1.0
+    _, stats = functional.pdl_loss(spread, case.targets[:1], return_stats=True)
+    assert stats.predicted.tolist() == [100]
     # All alike, and all masked but one.
     _, stats = functional.pdl_loss(torch.full_like(logits, 0.5), case.targets, return_stats=True)
     assert not stats.predicted.any()

@@ -54,5 +54,15 @@ __device__ __forceinline__ unsigned lanes_with_equal(unsigned long long key) {
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
+__device__ __forceinline__ void atomic_add(uint32_t* address, uint32_t value) {
+  atomicAdd(address, value);
+}
+
+// What the launch asked for, aligned to 16 bytes.
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared_memory() {
+  extern __shared__ uint4 pdl_dynamic_shared[];
+  return reinterpret_cast<T*>(pdl_dynamic_shared);
+}
 
 }  // namespace pdl::cuda

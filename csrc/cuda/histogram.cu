@@ -1,47 +1,177 @@
 // Histogram of token ids on CUDA: one read of the ids in their own dtype, no pre-pass, nothing read back.
 //
-// Equal ids within a warp are counted together, so that a run of one id costs one atomic for 32 tokens; what is ignored
-// or out of range is counted in registers and added once a warp. Integer additions make the result the same every time.
-// One regime so far: every id goes to the 64-bit totals in global memory, served by L2.
+// Regimes, chosen by the sizes alone:
+// - Few tokens, as in a training step: equal ids within a warp are counted together and added to the 64-bit totals in
+//   global memory, which L2 serves.
+// - Many: a block on every multiprocessor keeps 32-bit counts of the first ids in its shared memory (58,112 of them on
+//   sm_90), reads ids in accesses of 16 bytes, and adds its counts to the totals at the end. Higher ids go to the
+//   totals at once. A byte-pair vocabulary is ordered by merges, so the first ids are the frequent ones. A run of one
+//   id in a thread costs one addition, so that inputs all alike do not wait for one address.
+// Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result
+// the same every time.
 #include <torch/csrc/stable/library.h>
+
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "../histogram_arguments.h"
 #include "launch.cuh"
+#include "vector_access.cuh"
 
 namespace pdl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int64_t kTokensPerThread = 8;
+constexpr int kOnChipThreads = 1024;
+// Packs that a thread has under way at once: enough to keep memory busy, few enough for the code of 16 ids.
+template <typename T>
+constexpr int kBatch = 16 / kVector<T>;
+// From so many tokens a counter on, counting on chip saves more than adding up its counters costs.
+constexpr int64_t kTokensPerCounter = 2;
+
+// The vocabulary in words as narrow as the ids allow; a negative id becomes one that is too large.
+template <typename T>
+struct Vocabulary {
+  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+
+  Word size;
+  bool ignores;
+  Word ignored;
+
+  Vocabulary(int64_t vocab_size, int64_t ignore_index)
+      : size(Word(std::min<uint64_t>(vocab_size, std::numeric_limits<Word>::max()))),
+        ignores(std::in_range<T>(ignore_index)),
+        ignored(Word(T(ignore_index))) {}
+
+  __device__ bool is_ignored(Word id) const { return ignores && id == ignored; }
+};
+
+struct Totals {
+  int64_t* counts;
+  int64_t* ignored;
+  int64_t* out_of_range;
+};
 
 __device__ __forceinline__ int64_t warp_sum(int64_t value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += shuffle_down(value, distance);
   return value;
 }
 
+// Every lane of the warp must call it.
+__device__ __forceinline__ void add_rejected(const Totals& totals, int64_t ignored, int64_t out_of_range) {
+  ignored = warp_sum(ignored);
+  out_of_range = warp_sum(out_of_range);
+  if (threadIdx.x % kWarp == 0) {
+    if (ignored != 0) atomic_add(totals.ignored, ignored);
+    if (out_of_range != 0) atomic_add(totals.out_of_range, out_of_range);
+  }
+}
+
 template <typename T>
-__global__ void count_kernel(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, int64_t* counts,
-                             int64_t* ignored, int64_t* out_of_range) {
+__global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, Totals totals) {
+  using Word = typename Vocabulary<T>::Word;
   const int lane = threadIdx.x % kWarp;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  int64_t to_ignored = 0, to_out_of_range = 0;
+  int64_t ignored = 0, out_of_range = 0;
   // A warp stays together until its last token: the lanes past the end take part with nothing to count.
   for (int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x - lane; first < n; first += stride) {
-    const int64_t i = first + lane;
-    const bool present = i < n;
-    const int64_t id = present ? static_cast<int64_t>(tokens[i]) : 0;
-    const bool is_ignored = present && id == ignore_index;
-    const bool counted = present && !is_ignored && id >= 0 && id < vocab_size;
-    to_ignored += is_ignored;
-    to_out_of_range += present && !is_ignored && !counted;
+    const bool present = first + lane < n;
+    const Word id = present ? Word(tokens[first + lane]) : Word(0);
+    const bool is_ignored = present && vocabulary.is_ignored(id);
+    const bool counted = present && !is_ignored && id < vocabulary.size;
+    ignored += is_ignored;
+    out_of_range += present && !is_ignored && !counted;
     const unsigned equal = lanes_with_equal(counted ? static_cast<unsigned long long>(id) : ~0ull);
-    if (counted && lane == __ffs(equal) - 1) atomic_add(counts + id, __popc(equal));
+    if (counted && lane == __ffs(equal) - 1) atomic_add(totals.counts + id, int64_t(__popc(equal)));
   }
-  to_ignored = warp_sum(to_ignored);
-  to_out_of_range = warp_sum(to_out_of_range);
-  if (lane == 0) {
-    if (to_ignored != 0) atomic_add(ignored, to_ignored);
-    if (to_out_of_range != 0) atomic_add(out_of_range, to_out_of_range);
+  add_rejected(totals, ignored, out_of_range);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kOnChipThreads)
+    count_on_chip_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, uint32_t on_chip, Totals totals) {
+  using Word = typename Vocabulary<T>::Word;
+  // No overflow: no device has memory for 2^32 ids a multiprocessor.
+  uint32_t* table = dynamic_shared_memory<uint32_t>();
+  for (uint32_t id = threadIdx.x; id < on_chip; id += blockDim.x) table[id] = 0;
+  __syncthreads();
+
+  int64_t ignored = 0, out_of_range = 0;
+  Word id_of_run = 0;
+  uint32_t length_of_run = 0;
+  const auto end_run = [&] {
+    if (id_of_run < on_chip) {
+      // The ignored id as well, if it is one of these: it is told apart when the table is added up.
+      atomic_add(table + id_of_run, length_of_run);
+    } else if (vocabulary.is_ignored(id_of_run)) {
+      ignored += length_of_run;
+    } else if (id_of_run < vocabulary.size) {
+      atomic_add(totals.counts + id_of_run, int64_t(length_of_run));
+    } else {
+      out_of_range += length_of_run;
+    }
+  };
+  const auto count = [&](T token) {
+    const Word id = Word(token);
+    if (id != id_of_run) {
+      end_run();
+      id_of_run = id;
+      length_of_run = 0;
+    }
+    ++length_of_run;
+  };
+
+  const int head = misaligned_head(tokens, int(std::min<int64_t>(n, kVector<T>)));
+  const int64_t packs = (n - head) / kVector<T>;
+  if (blockIdx.x == 0) {
+    if (int(threadIdx.x) < head) count(tokens[threadIdx.x]);
+    const int64_t tail = head + packs * kVector<T>;
+    if (threadIdx.x < n - tail) count(tokens[tail + threadIdx.x]);
+  }
+  const int64_t stride = int64_t(gridDim.x) * kBatch<T> * blockDim.x;
+  for (int64_t first = int64_t(blockIdx.x) * kBatch<T> * blockDim.x + threadIdx.x; first < packs; first += stride) {
+    Pack<T> batch[kBatch<T>];
+#pragma unroll
+    for (int i = 0; i < kBatch<T>; ++i) {
+      const int64_t pack = first + i * blockDim.x;
+      if (pack < packs) batch[i] = load_pack(tokens + head + pack * kVector<T>);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch<T>; ++i) {
+      if (first + i * blockDim.x >= packs) break;
+#pragma unroll
+      for (int k = 0; k < kVector<T>; ++k) count(batch[i].value[k]);
+    }
+  }
+  end_run();
+  add_rejected(totals, ignored, out_of_range);
+
+  __syncthreads();
+  // Each block begins elsewhere, or all would queue for the same totals.
+  const uint32_t rotation = uint32_t(uint64_t(on_chip) * blockIdx.x / gridDim.x);
+  for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) {
+    const uint32_t id = i + rotation < on_chip ? i + rotation : i + rotation - on_chip;
+    if (table[id] != 0) atomic_add(vocabulary.is_ignored(id) ? totals.ignored : totals.counts + id, int64_t(table[id]));
+  }
+}
+
+template <typename T>
+void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, int64_t ignore_index, Totals totals) {
+  const Vocabulary<T> vocabulary(vocab_size, ignore_index);
+  const int64_t room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(uint32_t));
+  const int64_t on_chip = std::min({vocab_size, room, int64_t(std::numeric_limits<T>::max()) + (sizeof(T) < 8)});
+  const int shared_bytes = int(on_chip * sizeof(uint32_t));
+  const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
+  if (n < kTokensPerCounter * multiprocessors * on_chip) {
+    const int64_t per_block = kThreads * kTokensPerThread;
+    const Grid grid{grid_for((n + per_block - 1) / per_block), kThreads};
+    launch(count_in_warps_kernel<T>, grid, ids, n, vocabulary, totals);
+  } else {
+    const int64_t resident = launch.resident_blocks(count_on_chip_kernel<T>, kOnChipThreads, shared_bytes);
+    const Grid grid{std::max<int64_t>(resident, 1), kOnChipThreads, shared_bytes};
+    launch(count_on_chip_kernel<T>, grid, ids, n, vocabulary, uint32_t(on_chip), totals);
   }
 }
 
@@ -50,12 +180,11 @@ void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor to
   STD_TORCH_CHECK(!strict, "strict counting would have to wait for the device; TokenFrequency.update does it");
   check_histogram_arguments(counts, ignored, out_of_range, tokens);
   const Launcher launch(counts);
+  const Totals totals{static_cast<int64_t*>(counts.mutable_data_ptr()),
+                      static_cast<int64_t*>(ignored.mutable_data_ptr()),
+                      static_cast<int64_t*>(out_of_range.mutable_data_ptr())};
   dispatch_tokens(tokens, [&]<typename T>(const T* ids) {
-    const int64_t n = tokens.numel();
-    const int64_t per_block = kThreads * kTokensPerThread;
-    launch(count_kernel<T>, grid_for((n + per_block - 1) / per_block), kThreads, ids, n, counts.size(0), ignore_index,
-           static_cast<int64_t*>(counts.mutable_data_ptr()), static_cast<int64_t*>(ignored.mutable_data_ptr()),
-           static_cast<int64_t*>(out_of_range.mutable_data_ptr()));
+    count(launch, ids, tokens.numel(), counts.size(0), ignore_index, totals);
   });
 }
 

@@ -6,8 +6,9 @@
 // its output may be the logits themselves.
 //
 // Regimes: a row a block, 128 threads for short rows and 512 for long ones; accesses of 16 bytes for any V and any
-// alignment, element by element only where gradient and logits are misaligned differently. Rows of ignored targets are
-// not read. Only pointers and scalars are passed, and nothing is read back, so a step can be captured in a graph.
+// alignment, four of them under way in a thread, element by element only where gradient and logits are misaligned
+// differently. Rows of ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so
+// a step can be captured in a graph.
 #include <torch/csrc/stable/library.h>
 
 #include "../loss_arguments.h"
@@ -22,6 +23,8 @@ constexpr int kLongRow = 4096;
 constexpr int kShortRowThreads = 128;
 constexpr int kLongRowThreads = 512;
 constexpr int kTotalsThreads = 1024;
+// Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
+constexpr int kPacks = 4;
 
 int threads_for(int64_t vocab_size) {
   return vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
@@ -47,28 +50,43 @@ __device__ __forceinline__ void add_element(RowStatistics<A>& row, A z, int j, A
   row = merge(row, RowStatistics<A>{z, sum, kPlain ? A(0) : z - centre, j});
 }
 
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ void add_pack(RowStatistics<A>& row, const Pack<T>& pack, int first,
-                                         const LogitTransform<A>& transform, A centre) {
-  A z[kVector<T>];
+template <bool kPlain, typename T, int kPacks, typename A>
+__device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (&packs)[kPacks], int first, int step,
+                                          bool predict, const LogitTransform<A>& transform, A centre) {
+  A z[kPacks][kVector<T>];
   A max = row.max;
 #pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) {
-    const A x = widen(pack.value[k]);
-    z[k] = kPlain ? x : transform.apply(x, first + k);
-    if (z[k] > max) {
-      max = z[k];
-      row.argmax = first + k;
+  for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      const A x = widen(packs[i].value[k]);
+      z[i][k] = kPlain ? x : transform.apply(x, first + i * step + k);
+      max = z[i][k] > max ? z[i][k] : max;
+    }
+  }
+  if (predict && max > row.max) {
+    // Backwards, so that the first of equals is the last to be found.
+#pragma unroll
+    for (int i = kPacks - 1; i >= 0; --i) {
+#pragma unroll
+      for (int k = kVector<T> - 1; k >= 0; --k) {
+        if (z[i][k] == max) row.argmax = first + i * step + k;
+      }
     }
   }
   const A shift = exp_shift(max);
-  A sum = 0;
+  A sums[kPacks] = {};
 #pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) {
-    sum += exp_nonpositive(z[k] - shift);
-    if (!kPlain) row.centred += z[k] - centre;
+  for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      sums[i] += exp_nonpositive(z[i][k] - shift);
+      if (!kPlain) row.centred += z[i][k] - centre;
+    }
   }
-  row.sum = row.sum * (row.max == max ? A(1) : exp_nonpositive(row.max - shift)) + sum;
+  row.sum *= row.max == max ? A(1) : exp_nonpositive(row.max - shift);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) row.sum += sums[i];
   row.max = max;
 }
 
@@ -94,8 +112,11 @@ __global__ void statistics_kernel(Rows<T, I> rows, LogitTransform<Accumulator<T>
     const A z_target = kPlain ? x_target : transform.apply(x_target, target);
     const A centre = smoothing_centre(z_target);
     RowStatistics<A> row;
-    for_each_pack(
-        x, rows.vocab_size, [&](int first) { add_pack<kPlain>(row, load_pack(x + first), first, transform, centre); },
+    for_each_pack<kPacks>(
+        x, rows.vocab_size,
+        [&](const auto& packs, int first, int step) {
+          add_packs<kPlain>(row, packs, first, step, predicted != nullptr, transform, centre);
+        },
         [&](int j) {
           const A value = widen(x[j]);
           add_element<kPlain>(row, kPlain ? value : transform.apply(value, j), j, centre);
@@ -150,8 +171,10 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, T fill) {
   Pack<T> pack;
 #pragma unroll
   for (int k = 0; k < kVector<T>; ++k) pack.value[k] = fill;
-  for_each_pack(
-      gradient, vocab_size, [&](int first) { store_pack(gradient + first, pack); }, [&](int j) { gradient[j] = fill; });
+  const PackRange<T> range(gradient, vocab_size);
+  for (int first = range.first_of_thread(); first < range.end; first += range.step())
+    store_pack(gradient + first, pack);
+  range.for_each_outside(vocab_size, [&](int j) { gradient[j] = fill; });
 }
 
 template <bool kPlain, typename T, typename A>
@@ -187,15 +210,19 @@ __global__ void gradient_kernel(Rows<T, I> rows, LogitTransform<Accumulator<T>> 
     const T* x = rows.logits + i * rows.stride;
     const auto element = [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, transform, row); };
     if (equally_aligned<T>(x, gradient)) {
-      for_each_pack(
+      for_each_pack<kPacks>(
           x, rows.vocab_size,
-          [&](int first) {
-            Pack<T> pack = load_pack(x + first);
+          [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
 #pragma unroll
-            for (int k = 0; k < kVector<T>; ++k) {
-              pack.value[k] = gradient_of<kPlain>(pack.value[k], first + k, target, transform, row);
+            for (int i = 0; i < kCount; ++i) {
+              const int begin = first + i * step;
+#pragma unroll
+              for (int k = 0; k < kVector<T>; ++k) {
+                T& value = packs[i].value[k];
+                value = gradient_of<kPlain>(value, begin + k, target, transform, row);
+              }
+              store_pack(gradient + begin, packs[i]);
             }
-            store_pack(gradient + first, pack);
           },
           element);
     } else {
@@ -234,11 +261,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
     int64_t* predicted = predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr;
     const auto statistics =
         options.is_plain(logit_offset) ? statistics_kernel<T, I, true> : statistics_kernel<T, I, false>;
-    launch(statistics, grid_for(rows.count), threads_for(rows.vocab_size), rows, options.transform<A>(logit_offset),
-           data_or_null<float>(token_weight), A(label_smoothing), A(z_loss), of_rows, predicted,
-           options.reduction == Reduction::none ? loss : nullptr);
-    launch(totals_kernel<A, I>, 1, kTotalsThreads, of_rows, rows.row_weight, rows.targets, rows.count, ignore_index,
-           options.reduction, A(z_loss), data_or_null<A>(normalizer),
+    launch(statistics, Grid{grid_for(rows.count), threads_for(rows.vocab_size)}, rows,
+           options.transform<A>(logit_offset), data_or_null<float>(token_weight), A(label_smoothing), A(z_loss),
+           of_rows, predicted, options.reduction == Reduction::none ? loss : nullptr);
+    launch(totals_kernel<A, I>, Grid{1, kTotalsThreads}, of_rows, rows.row_weight, rows.targets, rows.count,
+           ignore_index, options.reduction, A(z_loss), data_or_null<A>(normalizer),
            static_cast<A*>(outputs.totals.mutable_data_ptr()), loss);
   });
   return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
@@ -254,7 +281,7 @@ void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Ten
     using A = Accumulator<T>;
     const Rows<T, I> rows = rows_of<T, I>(logits, targets, options.ignore_index, row_weight);
     const auto kernel = options.is_plain(logit_offset) ? gradient_kernel<T, I, true> : gradient_kernel<T, I, false>;
-    launch(kernel, grid_for(rows.count), threads_for(rows.vocab_size), rows, options.transform<A>(logit_offset),
+    launch(kernel, Grid{grid_for(rows.count), threads_for(rows.vocab_size)}, rows, options.transform<A>(logit_offset),
            static_cast<const A*>(grad_loss.const_data_ptr()),
            options.reduction == Reduction::none ? grad_loss.stride(0) : 0,
            static_cast<const A*>(rows_tensor.const_data_ptr()), static_cast<const A*>(totals_tensor.const_data_ptr()),

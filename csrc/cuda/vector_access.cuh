@@ -28,7 +28,8 @@ template <typename T>
 __device__ __forceinline__ void store_pack(T* aligned, const Pack<T>& pack) {
   uint4 raw;
   memcpy(&raw, &pack, kVectorBytes);
-  *reinterpret_cast<uint4*>(aligned) = raw;
+  // Written once and not read by us. As a plain assignment nvcc makes four accesses of it.
+  __stcs(reinterpret_cast<uint4*>(aligned), raw);
 }
 
 // Elements before the first 16-byte boundary.
@@ -43,16 +44,46 @@ __device__ __forceinline__ bool equally_aligned(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
 }
 
-// on_pack(first) for each whole vector, on_element(j) for each element outside of them; the block shares the work.
-template <typename T, typename OnPack, typename OnElement>
-__device__ __forceinline__ void for_each_pack(const T* data, int size, OnPack on_pack, OnElement on_element) {
-  const int head = misaligned_head(data, size);
-  const int packs = (size - head) / kVector<T>;
-  const int tail = head + packs * kVector<T>;
-  for (int j = threadIdx.x; j < head; j += blockDim.x) on_element(j);
-#pragma unroll 4
-  for (int pack = threadIdx.x; pack < packs; pack += blockDim.x) on_pack(head + pack * kVector<T>);
-  for (int j = tail + threadIdx.x; j < size; j += blockDim.x) on_element(j);
+// The whole vectors of a row lie in [begin, end); a block's threads take them in turns.
+template <typename T>
+struct PackRange {
+  int begin;
+  int end;
+
+  __device__ __forceinline__ PackRange(const T* data, int size)
+      : begin(misaligned_head(data, size)), end(begin + (size - begin) / kVector<T> * kVector<T>) {}
+
+  __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }
+  __device__ __forceinline__ int step() const { return int(blockDim.x) * kVector<T>; }
+
+  // on_element(j) for each element outside of the vectors.
+  template <typename OnElement>
+  __device__ __forceinline__ void for_each_outside(int size, OnElement on_element) const {
+    for (int j = threadIdx.x; j < begin; j += blockDim.x) on_element(j);
+    for (int j = end + threadIdx.x; j < size; j += blockDim.x) on_element(j);
+  }
+};
+
+template <int kPacks, typename T, typename OnPacks>
+__device__ __forceinline__ void visit_packs(const T* data, int first, int step, OnPacks& on_packs) {
+  Pack<T> packs[kPacks];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) packs[i] = load_pack(data + first + i * step);
+  on_packs(packs, first, step);
+}
+
+// The block shares the work: on_packs(packs, first, step), where element k of packs[i] is number first + i * step + k,
+// and on_element(j) for each element outside of whole vectors. A thread has kPacks loads under way before it uses any.
+template <int kPacks, typename T, typename OnPacks, typename OnElement>
+__device__ __forceinline__ void for_each_pack(const T* data, int size, OnPacks on_packs, OnElement on_element) {
+  const PackRange<T> range(data, size);
+  const int step = range.step();
+  int first = range.first_of_thread();
+  for (; first + (kPacks - 1) * step < range.end; first += kPacks * step) {
+    visit_packs<kPacks>(data, first, step, on_packs);
+  }
+  for (; first < range.end; first += step) visit_packs<1>(data, first, step, on_packs);
+  range.for_each_outside(size, on_element);
 }
 
 }  // namespace pdl::cuda

@@ -93,7 +93,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t vocab_size = counts_tensor.size(0);
   const PowerLaw law{alpha, epsilon, smoothing, relative, Normalize(normalize), max_weight, vocab_size};
   const Launcher launch(counts_tensor);
-  const int64_t blocks = std::min<int64_t>(kMaxBlocks, (vocab_size + kThreads - 1) / kThreads);
+  const Grid grid{std::min<int64_t>(kMaxBlocks, (vocab_size + kThreads - 1) / kThreads), kThreads};
   const Tensor memory = torch::stable::new_empty(counts_tensor, std::vector<int64_t>{3 * kMaxBlocks}, ScalarType::Long);
   int64_t* words = static_cast<int64_t*>(memory.mutable_data_ptr());
   const Scratch scratch{words, reinterpret_cast<double*>(words + kMaxBlocks),
@@ -102,10 +102,9 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;
   const float* mix = blend ? static_cast<const float*>(blend->const_data_ptr()) : nullptr;
-  launch(total_kernel, blocks, kThreads, counts, vocab_size, scratch);
-  launch(mean_kernel, blocks, kThreads, counts, fixed, law, scratch);
-  launch(weights_kernel, blocks, kThreads, counts, mix, fixed, law, scratch,
-         static_cast<float*>(result.mutable_data_ptr()));
+  launch(total_kernel, grid, counts, vocab_size, scratch);
+  launch(mean_kernel, grid, counts, fixed, law, scratch);
+  launch(weights_kernel, grid, counts, mix, fixed, law, scratch, static_cast<float*>(result.mutable_data_ptr()));
   return result;
 }
 
