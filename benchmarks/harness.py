@@ -144,6 +144,8 @@ class HostClock:
     def peak_bytes(self, work: Callable[[], Any]) -> int | None:
         """The growth of resident memory while `work` runs; None where Linux does not tell."""
         try:
+            # Or garbage that is collected meanwhile would hide what the work takes.
+            self.release()
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
             work()
