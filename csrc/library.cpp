@@ -11,8 +11,13 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_forward(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, "
       "Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap, bool predict, bool inplace_backward) -> (Tensor loss, Tensor rows, Tensor totals, Tensor "
-      "predicted)");
+      "float softcap, bool predict) -> (Tensor loss, Tensor rows, Tensor totals, Tensor predicted)");
+  m.def(
+      "loss_and_gradient_(Tensor logits, Tensor(a!) gradient, Tensor targets, Tensor? token_weight, Tensor? "
+      "row_weight, Tensor? logit_offset, Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, "
+      "float z_loss, float logit_scale, float softcap, bool predict) -> (Tensor loss, Tensor rows, Tensor totals, "
+      "Tensor predicted)");
+  m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def(
       "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
       "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "

@@ -77,8 +77,9 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
                   "normalizer must be one number of the loss's dtype, on the logits' device");
 }
 
-inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Tensor& totals, const Tensor& grad_loss,
-                             Reduction reduction) {
+// Without grad_loss the upstream gradient of a scalar reduction is 1.
+inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Tensor& totals,
+                             const OptionalTensor& grad_loss, Reduction reduction) {
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == logits.size(0) &&
                       rows.is_contiguous() && rows.scalar_type() == dtype && rows.device() == logits.device(),
@@ -86,10 +87,30 @@ inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Ten
   STD_TORCH_CHECK(totals.dim() == 1 && totals.size(0) == kTotals && totals.is_contiguous() &&
                       totals.scalar_type() == dtype && totals.device() == logits.device(),
                   "totals must be what loss_forward returned");
-  STD_TORCH_CHECK(grad_loss.scalar_type() == dtype && grad_loss.device() == logits.device() &&
-                      (reduction == Reduction::none ? grad_loss.dim() == 1 && grad_loss.size(0) == logits.size(0)
-                                                    : grad_loss.numel() == 1),
-                  "grad_loss must have the loss's shape, dtype and device");
+  STD_TORCH_CHECK(
+      !grad_loss || (grad_loss->scalar_type() == dtype && grad_loss->device() == logits.device() &&
+                     (reduction == Reduction::none ? grad_loss->dim() == 1 && grad_loss->size(0) == logits.size(0)
+                                                   : grad_loss->numel() == 1)),
+      "grad_loss must have the loss's shape, dtype and device");
+}
+
+inline void check_gradient(const Tensor& logits, const Tensor& gradient, Reduction reduction) {
+  STD_TORCH_CHECK(reduction != Reduction::none, "a gradient at once needs a scalar reduction");
+  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == logits.size(0) && gradient.size(1) == logits.size(1) &&
+                      gradient.scalar_type() == logits.scalar_type() && gradient.device() == logits.device() &&
+                      (gradient.stride(1) == 1 || gradient.size(1) == 1) &&
+                      (gradient.stride(0) >= gradient.size(1) || gradient.size(0) <= 1),
+                  "gradient must be like the logits, with rows that do not overlap");
+}
+
+inline void check_scale_arguments(const Tensor& gradient, const Tensor& factor) {
+  STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || gradient.size(1) == 1) &&
+                      gradient.size(1) <= kMaxVocabSize &&
+                      (gradient.stride(0) >= gradient.size(1) || gradient.size(0) <= 1),
+                  "gradient must have shape [N, V] and rows that do not overlap");
+  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulator_dtype(gradient.scalar_type()) &&
+                      factor.device() == gradient.device(),
+                  "factor must be one number of the loss's dtype, on the gradient's device");
 }
 
 struct LossOutputs {
@@ -109,28 +130,33 @@ inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reducti
           torch::stable::new_empty(logits, Shape{predict ? n : 0}, ScalarType::Long)};
 }
 
-// Calls f with values of the logits' and the targets' types; the 16-bit ones differ between devices.
+// Calls f with a value of the logits' type; the 16-bit ones differ between devices.
+template <typename BFloat16, typename Float16, typename F>
+void dispatch_logits(const Tensor& logits, F&& f) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
+  }
+}
+
+// Calls f with values of the logits' and the targets' types.
 template <typename BFloat16, typename Float16, typename F>
 void dispatch_loss(const Tensor& logits, const Tensor& targets, F&& f) {
-  const auto with_targets = [&]<typename T>(T) {
+  dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
     if (targets.scalar_type() == ScalarType::Int) {
       f(T{}, int32_t{});
     } else {
       f(T{}, int64_t{});
     }
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return with_targets(float{});
-    case ScalarType::Double:
-      return with_targets(double{});
-    case ScalarType::BFloat16:
-      return with_targets(BFloat16{});
-    case ScalarType::Half:
-      return with_targets(Float16{});
-    default:
-      STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
-  }
+  });
 }
 
 template <typename A>

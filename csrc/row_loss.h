@@ -183,7 +183,8 @@ struct GradientRow {
   }
 
   PDL_INLINE A probability(A z) const { return exp_nonpositive((z - max) - log_sum); }
-  PDL_INLINE A off_target(A z) const { return a * probability(z) - b_uniform; }
+  PDL_INLINE A off_target_of(A probability) const { return a * probability - b_uniform; }
+  PDL_INLINE A off_target(A z) const { return off_target_of(probability(z)); }
   PDL_INLINE A at_target(A z) const { return a * probability(z) - b_target; }
 };
 

@@ -71,8 +71,11 @@ def pdl_loss(
         z_loss: factor of lse ** 2, added to each row unweighted; "mean" and "token_mean" divide it by the number of
             rows, or by `normalizer`.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
-        inplace_backward: the gradient overwrites the logits, which saves their size in memory; using the logits after
-            backward raises. Ignored under torch.compile, where the compiler plans memory.
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory and a third of the
+            traffic: already in this call, if they require grad and the reduction is a scalar (float16 waits for
+            backward, since the loss scale has to come first). Do not read them afterwards; another gradient that needs
+            them raises. An upstream gradient other than 1 costs one more pass: prefer `normalizer` to dividing the
+            loss. Ignored under torch.compile, where the compiler plans memory.
         return_stats: also return RowStats.
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
@@ -85,6 +88,43 @@ def pdl_loss(
     check_loss_inputs(logits, targets, row_weight, normalizer, reduction, shift)
     _check_table("token_weight", token_weight, logits)
     _check_table("logit_offset", logit_offset, logits)
+    return pdl_loss_of_checked(
+        logits,
+        targets,
+        token_weight,
+        row_weight,
+        normalizer,
+        logit_offset,
+        reduction,
+        ignore_index,
+        shift,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        inplace_backward,
+        return_stats,
+    )
+
+
+def pdl_loss_of_checked(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    logit_offset: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    shift: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    inplace_backward: bool,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """pdl_loss of arguments that check_loss_options and check_loss_inputs have passed."""
     vocab_size = logits.shape[-1]
     dtype = _ops.accumulator_dtype(logits.dtype)
     if row_weight is not None:
@@ -99,27 +139,25 @@ def pdl_loss(
     if shift:
         targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
         row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
-    rows_of_logits = logits.reshape(-1, vocab_size)
-    if rows_of_logits.stride(1) != 1:
-        rows_of_logits = rows_of_logits.contiguous()
-    overlapping = rows_of_logits.shape[0] > 1 and rows_of_logits.stride(0) < vocab_size
+    tensors = (
+        logits,
+        targets.reshape(-1).contiguous(),
+        None if token_weight is None else token_weight.contiguous(),
+        None if row_weight is None else row_weight.reshape(-1).contiguous(),
+        None if logit_offset is None else logit_offset.contiguous(),
+        normalizer,
+    )
+    options = (
+        _ops.REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        0.0 if softcap is None else softcap,
+    )
+    in_place = inplace_backward and not torch.compiler.is_compiling()
     try:
-        loss, rows, _totals, predicted = _ops.ops.loss_forward(
-            rows_of_logits,
-            targets.reshape(-1).contiguous(),
-            None if token_weight is None else token_weight.contiguous(),
-            None if row_weight is None else row_weight.reshape(-1).contiguous(),
-            None if logit_offset is None else logit_offset.contiguous(),
-            normalizer,
-            _ops.REDUCTIONS[reduction],
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            logit_scale,
-            0.0 if softcap is None else softcap,
-            return_stats,
-            inplace_backward and not overlapping and not torch.compiler.is_compiling(),
-        )
+        loss, rows, predicted = _ops.weighted_loss(tensors, options, return_stats, in_place)
     except IndexError:
         raise bad_target(given_targets, vocab_size, ignore_index, shift) from None
 
@@ -129,7 +167,7 @@ def pdl_loss(
 
     if reduction == "none":
         loss = per_row(loss)
-    if not return_stats:
+    if rows is None or predicted is None or not return_stats:
         return loss
     weight = rows[_ops.ROW_TOKEN_WEIGHT]
     if row_weight is not None:

@@ -140,21 +140,22 @@ class PDLLoss(nn.Module):
             self.logit_scale,
         )
         functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
-        return functional.pdl_loss(
+        return functional.pdl_loss_of_checked(
             logits,
             targets,
             self._current_weights(logits, targets),
-            row_weight=row_weight,
-            normalizer=normalizer,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            shift=self.shift,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            inplace_backward=self.inplace_backward,
-            return_stats=return_stats,
+            row_weight,
+            normalizer,
+            None,
+            self.reduction,
+            self.ignore_index,
+            self.shift,
+            self.label_smoothing,
+            self.z_loss,
+            self.softcap,
+            self.logit_scale,
+            self.inplace_backward,
+            return_stats,
         )
 
     def extra_repr(self) -> str:
@@ -162,19 +163,18 @@ class PDLLoss(nn.Module):
 
     @torch.no_grad()
     def _current_weights(self, logits: Tensor, targets: Tensor) -> Tensor:
-        vocab_size = logits.shape[-1]
+        weights = self._token_weight
+        if weights is not None:
+            _check_vocabulary(logits, weights)
+            return weights
         frequency = self.frequency
+        vocab_size = logits.shape[-1]
         if frequency is None:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
                 frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(logits.device)
         counts = frequency.counts
-        if vocab_size != counts.shape[0]:
-            raise ValueError(f"logits: got a vocabulary of {vocab_size}, expected {counts.shape[0]}, the frequency's")
-        if logits.device != counts.device:
-            raise ValueError(f"logits: got device {logits.device}, expected {counts.device}: move the loss with .to()")
-        if self._token_weight is not None:
-            return self._token_weight
+        _check_vocabulary(logits, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
@@ -212,6 +212,13 @@ class PDLLoss(nn.Module):
         if self.frequency is None and counts is not None:
             self._take_frequency(TokenFrequency(counts.shape[0], ignore_index=self.ignore_index).to(self._blend.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_vocabulary(logits: Tensor, table: Tensor) -> None:
+    if logits.shape[-1] != table.shape[0]:
+        raise ValueError(f"logits: got a vocabulary of {logits.shape[-1]}, expected {table.shape[0]}, the frequency's")
+    if logits.device != table.device:
+        raise ValueError(f"logits: got device {logits.device}, expected {table.device}: move the loss with .to()")
 
 
 # At module level, so that the loss can be pickled.

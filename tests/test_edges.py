@@ -244,5 +244,6 @@ def test_rows_more_than_2_to_31_elements_apart(device, inplace_backward):
     loss = functional.pdl_loss(logits, targets, inplace_backward=inplace_backward)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(loss, expected)
-    assert torch.equal(gradient, near.grad)
+    # In place the exponentials are rounded in another order.
+    torch.testing.assert_close(gradient, near.grad, rtol=2**-7 if inplace_backward else 0, atol=0)
     assert (gradient.data_ptr() == rows.data_ptr()) == inplace_backward

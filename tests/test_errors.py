@@ -191,37 +191,35 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
     ("call", "message"),
     [
         (
-            lambda ops, x, y: ops.loss_forward(x[0], y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x[0], y, None, None, None, None, *NUMBERS, False),
             r"logits must have shape \[N, V\]",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x.t(), y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x.t(), y, None, None, None, None, *NUMBERS, False),
             "last dimension of stride 1",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False),
             "targets must be contiguous",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, x[0, :2], None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, x[0, :2], None, None, None, *NUMBERS, False),
             "token_weight must be contig",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, y, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, y, None, None, *NUMBERS, False),
             "row_weight has the wrong dtype",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False),
             "normalizer must be one number of the loss's dtype",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(
-                x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False, False
-            ),
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False),
             "normalizer must be one number of the loss's dtype",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False, False),
+            lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False),
             "logits must be float32",
         ),
         (

@@ -21,7 +21,7 @@ def test_loss_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at
     offset = guarded(torch.ones(vocab_size), at_end)
     options = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
     loss, rows, totals, _ = _ops.ops.loss_forward(
-        logits, targets, token_weight, row_weight, offset, normalizer, *options, True, inplace
+        logits, targets, token_weight, row_weight, offset, normalizer, *options, True
     )
     saved = [guarded(x, at_end) for x in (torch.ones_like(loss), rows, totals)]
     arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, *options)

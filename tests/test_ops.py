@@ -29,13 +29,13 @@ def forget_compiled_code():
 def op_inputs(device):
     generator = torch.Generator().manual_seed(0)
 
-    def build(dtype=torch.float32, optional=False, requires_grad=True):
+    def build(dtype=torch.float32, optional=False):
         wide = _ops.accumulator_dtype(dtype)
-        logits = torch.randn(4, 9, generator=generator).to(device, dtype).requires_grad_(requires_grad)
+        logits = torch.randn(4, 9, generator=generator).to(device, dtype)
         targets = torch.tensor([1, 8, -100, 4], device=device)
         if not optional:
             return logits, targets, None, None, None, None
-        row_weight = torch.rand(4, generator=generator).to(device, wide).requires_grad_(requires_grad)
+        row_weight = torch.rand(4, generator=generator).to(device, wide)
         return (
             logits,
             targets,
@@ -54,22 +54,35 @@ def op_inputs(device):
 def test_opcheck_loss_forward(op_inputs, optional, reduction, predict):
     inputs = op_inputs(optional=optional)
     transform = TRANSFORM if optional else NO_TRANSFORM
-    torch.library.opcheck(ops.loss_forward.default, (*inputs, reduction, *transform, predict, False))
+    torch.library.opcheck(ops.loss_forward.default, (*inputs, reduction, *transform, predict))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_opcheck_loss_forward_dtypes(op_inputs, dtype):
     inputs = op_inputs(dtype, optional=True)
-    torch.library.opcheck(ops.loss_forward.default, (*inputs, 2, *TRANSFORM, True, False))
+    torch.library.opcheck(ops.loss_forward.default, (*inputs, 2, *TRANSFORM, True))
+
+
+@pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
+def test_opcheck_loss_and_gradient(op_inputs, optional):
+    logits, *others = op_inputs(optional=optional)
+    transform = TRANSFORM if optional else NO_TRANSFORM
+    arguments = (logits, torch.empty_like(logits), *others, _ops.REDUCTIONS["mean"], *transform, optional)
+    torch.library.opcheck(ops.loss_and_gradient_.default, arguments)
+
+
+def test_opcheck_scale(device):
+    gradient, factor = torch.randn(4, 9, device=device), torch.tensor(2.5, device=device)
+    torch.library.opcheck(ops.scale_.default, (gradient, factor))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", ["loss_backward", "loss_backward_"])
 def test_opcheck_loss_backward(op_inputs, name, reduction):
-    logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=True, requires_grad=False)
+    logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=True)
     number = _ops.REDUCTIONS[reduction]
     loss, rows, totals, _ = ops.loss_forward(
-        logits, targets, token_weight, row_weight, offset, normalizer, number, *TRANSFORM, False, False
+        logits, targets, token_weight, row_weight, offset, normalizer, number, *TRANSFORM, False
     )
     upstream = torch.rand_like(loss)
     arguments = (upstream, logits, targets, rows, totals, row_weight, offset, number, *TRANSFORM)

@@ -2,8 +2,14 @@
 //
 // Forward fuses the logit transform, the row's statistics, its weight and the reduction; backward the softmax, the
 // gradient and the transform's derivative. A row is cut into chunks that are widened into a buffer of 4 KiB, so that
-// memory is read once forward, and read and written once backward. Threads take whole rows.
+// memory is read once forward, and read and written once backward. loss_and_gradient_ does both at once: memory is read
+// and written once, and each exponential, computed once, waits for the row's sum in the gradient itself or, where that
+// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take whole rows.
 #include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <type_traits>
+#include <vector>
 
 #include "../loss_arguments.h"
 #include "check_ids.h"
@@ -40,9 +46,10 @@ PDL_INLINE void load_chunk(const T* x, int64_t first, int64_t n, const LogitTran
   }
 }
 
-template <bool kPlain, typename T, typename A>
+// With kKeep also exp(z - the largest of its chunk) of each element in `kept`, and those largest in `chunk_max`.
+template <bool kPlain, bool kKeep, typename T, typename A>
 PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const LogitTransform<A>& transform, A centre,
-                                           bool predict) {
+                                           bool predict, A* kept = nullptr, A* chunk_max = nullptr) {
   alignas(64) A z[kChunk];
   RowStatistics<A> row;
   for (int64_t first = 0; first < vocab_size; first += kChunk) {
@@ -55,7 +62,12 @@ PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const
     const A shift = exp_shift(max);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(z[j] - shift);
+    for (int64_t j = 0; j < n; ++j) {
+      const A e = exp_nonpositive(z[j] - shift);
+      if (kKeep) kept[first + j] = e;
+      sum += e;
+    }
+    if (kKeep) chunk_max[first / kChunk] = max;
     if (!kPlain) {
       A centred = 0;
 #pragma omp simd reduction(+ : centred)
@@ -93,60 +105,169 @@ PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_
   gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : transform.derivative(x_target)));
 }
 
-template <typename T, typename I, bool kPlain>
-void forward(const Tensor& logits_tensor, const I* targets, const float* token_weight,
-             const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
-             const OptionalTensor& normalizer, const LossOptions& options, bool predict, const LossOutputs& outputs) {
-  using A = Accumulator<T>;
-  const Logits<T> logits(logits_tensor);
-  const auto transform = options.transform<A>(logit_offset);
-  const A label_smoothing = A(options.label_smoothing), z_loss = A(options.z_loss);
-  const A* row_weight = data_or_null<A>(row_weight_tensor);
-  A* rows = static_cast<A*>(outputs.rows.mutable_data_ptr());
-  int64_t* predicted = predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr;
-  const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
-
-  simd_parallel_for(n, vocab_size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t target = targets[i];
-      if (target == ignore_index) {
-        for (int k = 0; k < kRowOutputs; ++k) rows[k * n + i] = 0;
-        if (predict) predicted[i] = -1;
-        continue;
-      }
-      const T* x = logits.row(i);
-      const A x_target = widen(x[target]);
-      const A z_target = kPlain ? x_target : transform.apply(x_target, target);
-      const auto statistics = row_statistics<kPlain>(x, vocab_size, transform, smoothing_centre(z_target), predict);
-      const auto loss = row_loss(statistics, z_target, vocab_size, label_smoothing);
-      rows[kMax * n + i] = statistics.max;
-      rows[kLogSum * n + i] = loss.log_sum;
-      rows[kNll * n + i] = loss.nll;
-      rows[kCe * n + i] = loss.ce;
-      rows[kTokenWeight * n + i] = token_weight != nullptr ? token_weight[target] : 1.0f;
-      if (predict) predicted[i] = statistics.argmax;
-    }
-  });
-
-  A* loss = static_cast<A*>(outputs.loss.mutable_data_ptr());
-  RowSums sums;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool counts = targets[i] != ignore_index;
-    const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
-    const A factor = row_weight != nullptr ? row_weight[i] : A(1);
-    if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor, ce, z_loss, lse) : A(0);
-    } else if (counts) {
-      sums.add(double(rows[kTokenWeight * n + i]) * factor, ce, lse);
+// The gradient from what row_statistics kept; kept and gradient may be one.
+template <bool kPlain, typename T, typename A>
+PDL_INLINE void row_gradient_of_kept(const T* x, const A* kept, const A* chunk_max, const RowStatistics<A>& statistics,
+                                     T* gradient, int64_t vocab_size, const LogitTransform<A>& transform,
+                                     const GradientRow<A>& row) {
+  for (int64_t first = 0; first < vocab_size; first += kChunk) {
+    const int64_t n = std::min(kChunk, vocab_size - first);
+    const A factor = exp_nonpositive(chunk_max[first / kChunk] - statistics.max) / statistics.sum;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const A g = row.off_target_of(kept[first + j] * factor);
+      gradient[first + j] = narrow<T>(kPlain ? g : g * transform.derivative(widen(x[first + j])));
     }
   }
-  const double divisor = normalizer ? *data_or_null<A>(normalizer) : 0.0;
-  const auto factors = totals(options.reduction, sums, normalizer ? &divisor : nullptr);
-  A* saved = static_cast<A*>(outputs.totals.mutable_data_ptr());
-  saved[0] = A(factors.weighted);
-  saved[1] = A(factors.rows);
-  saved[2] = A(factors.correction);
-  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
+}
+
+// What both ways of a forward pass need of their arguments.
+template <typename T, typename I>
+struct Forward {
+  using A = Accumulator<T>;
+
+  Logits<T> logits;
+  const I* targets;
+  const float* token_weight;
+  const A* row_weight;
+  const A* normalizer;
+  LossOptions options;
+  LogitTransform<A> transform;
+  A* rows;
+  int64_t* predicted;
+  A* saved;
+  A* loss;
+
+  Forward(const Tensor& logits_tensor, const Tensor& targets_tensor, const OptionalTensor& token_weight,
+          const OptionalTensor& row_weight, const OptionalTensor& logit_offset, const OptionalTensor& normalizer,
+          const LossOptions& options, bool predict, const LossOutputs& outputs)
+      : logits(logits_tensor),
+        targets(static_cast<const I*>(targets_tensor.const_data_ptr())),
+        token_weight(data_or_null<float>(token_weight)),
+        row_weight(data_or_null<A>(row_weight)),
+        normalizer(data_or_null<A>(normalizer)),
+        options(options),
+        transform(options.transform<A>(logit_offset)),
+        rows(static_cast<A*>(outputs.rows.mutable_data_ptr())),
+        predicted(predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr),
+        saved(static_cast<A*>(outputs.totals.mutable_data_ptr())),
+        loss(static_cast<A*>(outputs.loss.mutable_data_ptr())) {}
+
+  PDL_INLINE A factor_of_row(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
+  PDL_INLINE A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
+
+  Totals<double> totals_of(const RowSums& sums) const {
+    const double divisor = normalizer != nullptr ? double(*normalizer) : 0.0;
+    return totals(options.reduction, sums, normalizer != nullptr ? &divisor : nullptr);
+  }
+
+  // The factors of the gradient, which need no logits.
+  Totals<A> totals_ahead() const {
+    RowSums sums;
+    for (int64_t i = 0; i < logits.rows; ++i) {
+      if (targets[i] != options.ignore_index) sums.add(double(weight_of(targets[i])) * factor_of_row(i), 0.0, 0.0);
+    }
+    const auto factors = totals_of(sums);
+    return {A(factors.weighted), A(factors.rows), A(factors.correction)};
+  }
+
+  PDL_INLINE A z_of(const T* x, int64_t j) const { return transform.apply(widen(x[j]), j); }
+
+  PDL_INLINE RowLoss<A> finish_row(int64_t i, const RowStatistics<A>& statistics, A z_target) const {
+    const int64_t n = logits.rows;
+    const auto of_row = row_loss(statistics, z_target, logits.vocab_size, A(options.label_smoothing));
+    rows[kMax * n + i] = statistics.max;
+    rows[kLogSum * n + i] = of_row.log_sum;
+    rows[kNll * n + i] = of_row.nll;
+    rows[kCe * n + i] = of_row.ce;
+    rows[kTokenWeight * n + i] = weight_of(targets[i]);
+    if (predicted != nullptr) predicted[i] = statistics.argmax;
+    return of_row;
+  }
+
+  PDL_INLINE void ignore_row(int64_t i) const {
+    for (int k = 0; k < kRowOutputs; ++k) rows[k * logits.rows + i] = 0;
+    if (predicted != nullptr) predicted[i] = -1;
+  }
+
+  void finish() const {
+    const int64_t n = logits.rows;
+    RowSums sums;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool counts = targets[i] != options.ignore_index;
+      const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
+      if (options.reduction == Reduction::none) {
+        loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor_of_row(i), ce, A(options.z_loss), lse) : A(0);
+      } else if (counts) {
+        sums.add(double(rows[kTokenWeight * n + i]) * factor_of_row(i), ce, lse);
+      }
+    }
+    const auto factors = totals_of(sums);
+    saved[0] = A(factors.weighted);
+    saved[1] = A(factors.rows);
+    saved[2] = A(factors.correction);
+    if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
+  }
+};
+
+template <bool kPlain, typename T, typename I>
+void forward(const Forward<T, I>& call) {
+  simd_parallel_for(call.logits.rows, call.logits.vocab_size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t target = call.targets[i];
+      if (target == call.options.ignore_index) {
+        call.ignore_row(i);
+        continue;
+      }
+      const T* x = call.logits.row(i);
+      const auto z_target = call.z_of(x, target);
+      const auto statistics = row_statistics<kPlain, false>(x, call.logits.vocab_size, call.transform,
+                                                            smoothing_centre(z_target), call.predicted != nullptr);
+      call.finish_row(i, statistics, z_target);
+    }
+  });
+  call.finish();
+}
+
+template <bool kPlain, typename T, typename I>
+void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t gradient_stride) {
+  using A = Accumulator<T>;
+  // The transform's derivative needs the logits once more, so they must not be overwritten yet.
+  constexpr bool kKeepInGradient = kPlain && std::is_same_v<T, A>;
+  const int64_t vocab_size = call.logits.vocab_size;
+  const A label_smoothing = A(call.options.label_smoothing), z_loss = A(call.options.z_loss);
+  const Totals<A> factors = call.totals_ahead();
+  simd_parallel_for(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end) {
+    std::vector<A> chunk_max((vocab_size + kChunk - 1) / kChunk);
+    const std::unique_ptr<A[]> buffer(kKeepInGradient ? nullptr : new A[vocab_size]);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t target = call.targets[i];
+      T* gradient = gradients + i * gradient_stride;
+      if (target == call.options.ignore_index) {
+        call.ignore_row(i);
+        std::fill_n(gradient, vocab_size, narrow<T>(A(0)));
+        continue;
+      }
+      const T* x = call.logits.row(i);
+      const A x_target = widen(x[target]);
+      const A z_target = call.z_of(x, target);
+      A* kept;
+      if constexpr (kKeepInGradient) {
+        kept = gradient;
+      } else {
+        kept = buffer.get();
+      }
+      const auto statistics = row_statistics<kPlain, true>(x, vocab_size, call.transform, smoothing_centre(z_target),
+                                                           call.predicted != nullptr, kept, chunk_max.data());
+      const auto loss = call.finish_row(i, statistics, z_target);
+      const A weight = call.weight_of(target) * call.factor_of_row(i);
+      const auto scalars = row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors);
+      const GradientRow<A> row(statistics.max, loss.log_sum, scalars, label_smoothing, vocab_size);
+      row_gradient_of_kept<kPlain>(x, kept, chunk_max.data(), statistics, gradient, vocab_size, call.transform, row);
+      gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
+    }
+  });
+  call.finish();
 }
 
 template <typename T, typename I, bool kPlain>
@@ -189,19 +310,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, int64_t reduction,
                                                         int64_t ignore_index, double label_smoothing, double z_loss,
-                                                        double logit_scale, double softcap, bool predict,
-                                                        bool /*inplace_backward*/) {
+                                                        double logit_scale, double softcap, bool predict) {
   check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
   const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
   dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
-    const I* ids = static_cast<const I*>(targets.const_data_ptr());
-    check_ids("targets", ids, targets.size(0), logits.size(1), ignore_index);
-    const auto run = options.is_plain(logit_offset) ? forward<T, I, true> : forward<T, I, false>;
-    run(logits, ids, data_or_null<float>(token_weight), row_weight, logit_offset, normalizer, options, predict,
-        outputs);
+    const Forward<T, I> call(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict,
+                             outputs);
+    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, ignore_index);
+    options.is_plain(logit_offset) ? forward<true>(call) : forward<false>(call);
   });
   return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
+                                                              OptionalTensor token_weight, OptionalTensor row_weight,
+                                                              OptionalTensor logit_offset, OptionalTensor normalizer,
+                                                              int64_t reduction, int64_t ignore_index,
+                                                              double label_smoothing, double z_loss, double logit_scale,
+                                                              double softcap, bool predict) {
+  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
+  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
+  check_gradient(logits, gradient, options.reduction);
+  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
+  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
+    const Forward<T, I> call(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict,
+                             outputs);
+    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, ignore_index);
+    T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
+    options.is_plain(logit_offset) ? forward_with_gradient<true>(call, gradients, gradient.stride(0))
+                                   : forward_with_gradient<false>(call, gradients, gradient.stride(0));
+  });
+  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+}
+
+void scale_(Tensor gradient, Tensor factor) {
+  check_scale_arguments(gradient, factor);
+  dispatch_logits<BFloat16, Float16>(gradient, [&]<typename T>(T) {
+    using A = Accumulator<T>;
+    const A by = *static_cast<const A*>(factor.const_data_ptr());
+    if (by == A(1)) return;
+    T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
+    const int64_t stride = gradient.stride(0), vocab_size = gradient.size(1);
+    simd_parallel_for(gradient.size(0), vocab_size, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T* row = gradients + i * stride;
+#pragma omp simd
+        for (int64_t j = 0; j < vocab_size; ++j) row[j] = narrow<T>(widen(row[j]) * by);
+      }
+    });
+  });
 }
 
 void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets, const Tensor& rows,
@@ -236,6 +394,8 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows
 
 STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CPU, m) {
   m.impl("loss_forward", TORCH_BOX(&loss_forward));
+  m.impl("loss_and_gradient_", TORCH_BOX(&loss_and_gradient_));
+  m.impl("scale_", TORCH_BOX(&scale_));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
 }

@@ -21,19 +21,26 @@ __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>&
   return shifted;
 }
 
+// combine() over the lanes of a warp, valid in lane 0.
+template <typename V, typename Combine>
+__device__ __forceinline__ V warp_reduce(V value, Combine combine) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+  return value;
+}
+
 // combine() over all threads of the block, valid in thread 0. Every thread must call it; `identity` pads warps.
 template <typename V, typename Combine>
 __device__ V block_reduce(V value, const V& identity, Combine combine) {
   __shared__ V of_warp[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+  value = warp_reduce(value, combine);
   // A second reduction in the same kernel must not overwrite what the first warp still reads.
   __syncthreads();
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();
   if (warp == 0) {
     value = lane < int(blockDim.x) / kWarp ? of_warp[lane] : identity;
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+    value = warp_reduce(value, combine);
   }
   return value;
 }

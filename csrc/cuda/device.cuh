@@ -1,8 +1,11 @@
-// What the kernels take from the device: widths of warps, conversions, exchange between lanes, atomics.
+// What the kernels take from the device: widths of warps, conversions, exchange between lanes and between the blocks of
+// a cluster, atomics, asynchronous copies.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -57,6 +60,46 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
 __device__ __forceinline__ void atomic_add(uint32_t* address, uint32_t value) {
   atomicAdd(address, value);
 }
+
+// Copies 16 bytes into shared memory while the thread goes on; it may read them after the wait for their group.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, 16);
+}
+__device__ __forceinline__ void end_group_of_copies() {
+  __pipeline_commit();
+}
+// Waits for all groups but the last `under_way`, which may be more than that.
+__device__ __forceinline__ void wait_for_copies(int under_way) {
+  __pipeline_wait_prior(under_way);
+}
+
+// The blocks of a thread block cluster, which sm_90 has; `blocks` is 1 in a launch without.
+struct Cluster {
+  int blocks;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  __device__ int rank() const { return blocks == 1 ? 0 : int(cooperative_groups::this_cluster().block_rank()); }
+  __device__ void arrive() const {
+    if (blocks > 1) cooperative_groups::this_cluster().barrier_arrive();
+  }
+  __device__ void wait() const {
+    if (blocks > 1) cooperative_groups::this_cluster().barrier_wait();
+  }
+  // The same variable in the shared memory of another block.
+  template <typename V>
+  __device__ const V* of_rank(V* variable, int rank) const {
+    return blocks == 1 ? variable : cooperative_groups::this_cluster().map_shared_rank(variable, rank);
+  }
+#else
+  __device__ int rank() const { return 0; }
+  __device__ void arrive() const {}
+  __device__ void wait() const {}
+  template <typename V>
+  __device__ const V* of_rank(V* variable, int) const {
+    return variable;
+  }
+#endif
+};
 
 // What the launch asked for, aligned to 16 bytes.
 template <typename T>

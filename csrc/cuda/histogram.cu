@@ -169,8 +169,8 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
     const Grid grid{grid_for((n + per_block - 1) / per_block), kThreads};
     launch(count_in_warps_kernel<T>, grid, ids, n, vocabulary, totals);
   } else {
-    const int64_t resident = launch.resident_blocks(count_on_chip_kernel<T>, kOnChipThreads, shared_bytes);
-    const Grid grid{std::max<int64_t>(resident, 1), kOnChipThreads, shared_bytes};
+    Grid grid{1, kOnChipThreads, shared_bytes};
+    grid.blocks = std::max<int64_t>(launch.resident_blocks(count_on_chip_kernel<T>, grid), 1);
     launch(count_on_chip_kernel<T>, grid, ids, n, vocabulary, uint32_t(on_chip), totals);
   }
 }

@@ -18,6 +18,10 @@ struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
+  // Blocks along y.
+  int parts = 1;
+  // Blocks along x that form a thread block cluster.
+  int cluster = 1;
 };
 
 // Makes a tensor's device current for as long as it lives, and knows the stream to launch on.
@@ -32,12 +36,9 @@ class Launcher {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, Arguments... arguments) const {
     if (grid.blocks == 0) return;
-    allow_shared(kernel, grid.shared_bytes);
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
-    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
-    config.stream = stream_;
+    allow(kernel, grid);
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = config_of(grid, &attribute);
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
@@ -50,19 +51,52 @@ class Launcher {
 
   // Of such blocks, as many as the whole device holds at once.
   template <typename Kernel>
-  int64_t resident_blocks(Kernel* kernel, int threads, int shared_bytes) const {
-    allow_shared(kernel, shared_bytes);
+  int64_t resident_blocks(Kernel* kernel, const Grid& grid) const {
+    allow(kernel, grid);
     int of_multiprocessor = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, threads, shared_bytes));
+    STD_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, grid.threads, grid.shared_bytes));
     return int64_t(of_multiprocessor) * attribute(cudaDevAttrMultiProcessorCount);
   }
 
- private:
+  // Whether the device holds at least one such cluster.
   template <typename Kernel>
-  static void allow_shared(Kernel* kernel, int bytes) {
-    constexpr int kWithoutAsking = 48 * 1024;
-    if (bytes <= kWithoutAsking) return;
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  bool fits(Kernel* kernel, const Grid& grid) const {
+    if (grid.cluster == 1) return true;
+    allow(kernel, grid);
+    cudaLaunchAttribute attribute;
+    const cudaLaunchConfig_t config = config_of(grid, &attribute);
+    int clusters = 0;
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+    return clusters > 0;
+  }
+
+ private:
+  cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute* cluster) const {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts));
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
+    config.stream = stream_;
+    if (grid.cluster > 1) {
+      cluster->id = cudaLaunchAttributeClusterDimension;
+      cluster->val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+      config.attrs = cluster;
+      config.numAttrs = 1;
+    }
+    return config;
+  }
+
+  // What a kernel may only have if it is asked for.
+  template <typename Kernel>
+  static void allow(Kernel* kernel, const Grid& grid) {
+    constexpr int kSharedWithoutAsking = 48 * 1024, kClusterWithoutAsking = 8;
+    if (grid.shared_bytes > kSharedWithoutAsking) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+    }
+    if (grid.cluster > kClusterWithoutAsking) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    }
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

@@ -44,14 +44,24 @@ __device__ __forceinline__ bool equally_aligned(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
 }
 
-// The whole vectors of a row lie in [begin, end); a block's threads take them in turns.
+// The whole vectors of a row that are one part's share, [begin, end), of `parts` equal ones; the part's threads take
+// them in turns. What lies before the first and behind the last vector of the row is the first part's.
 template <typename T>
 struct PackRange {
+  int row_begin;
+  int row_end;
   int begin;
   int end;
+  bool has_outside;
 
-  __device__ __forceinline__ PackRange(const T* data, int size)
-      : begin(misaligned_head(data, size)), end(begin + (size - begin) / kVector<T> * kVector<T>) {}
+  __device__ __forceinline__ PackRange(const T* data, int size, int part = 0, int parts = 1)
+      : row_begin(misaligned_head(data, size)), has_outside(part == 0) {
+    const int packs = (size - row_begin) / kVector<T>;
+    const int share = (packs + parts - 1) / parts;
+    row_end = row_begin + packs * kVector<T>;
+    begin = row_begin + min(packs, part * share) * kVector<T>;
+    end = row_begin + min(packs, (part + 1) * share) * kVector<T>;
+  }
 
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }
   __device__ __forceinline__ int step() const { return int(blockDim.x) * kVector<T>; }
@@ -59,8 +69,9 @@ struct PackRange {
   // on_element(j) for each element outside of the vectors.
   template <typename OnElement>
   __device__ __forceinline__ void for_each_outside(int size, OnElement on_element) const {
-    for (int j = threadIdx.x; j < begin; j += blockDim.x) on_element(j);
-    for (int j = end + threadIdx.x; j < size; j += blockDim.x) on_element(j);
+    if (!has_outside) return;
+    for (int j = threadIdx.x; j < row_begin; j += blockDim.x) on_element(j);
+    for (int j = row_end + threadIdx.x; j < size; j += blockDim.x) on_element(j);
   }
 };
 
@@ -72,11 +83,11 @@ __device__ __forceinline__ void visit_packs(const T* data, int first, int step, 
   on_packs(packs, first, step);
 }
 
-// The block shares the work: on_packs(packs, first, step), where element k of packs[i] is number first + i * step + k,
+// The block shares the range: on_packs(packs, first, step), where element k of packs[i] is number first + i * step + k,
 // and on_element(j) for each element outside of whole vectors. A thread has kPacks loads under way before it uses any.
 template <int kPacks, typename T, typename OnPacks, typename OnElement>
-__device__ __forceinline__ void for_each_pack(const T* data, int size, OnPacks on_packs, OnElement on_element) {
-  const PackRange<T> range(data, size);
+__device__ __forceinline__ void for_each_pack(const T* data, int size, const PackRange<T>& range, OnPacks on_packs,
+                                              OnElement on_element) {
   const int step = range.step();
   int first = range.first_of_thread();
   for (; first + (kPacks - 1) * step < range.end; first += kPacks * step) {

@@ -24,7 +24,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 INCLUDE = HERE / "include"
 KERNELS = HERE / "kernels"
-NAMES = ("loss_forward", "loss_backward", "loss_backward_", "token_weights", "count_tokens_")
+NAMES = (
+    "loss_forward",
+    "loss_and_gradient_",
+    "scale_",
+    "loss_backward",
+    "loss_backward_",
+    "token_weights",
+    "count_tokens_",
+)
 # Of a grid, a block or a cluster.
 Shape = int | tuple[int, int, int]
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -85,16 +93,12 @@ def run(command: list[str], target: Path) -> None:
 
 @functools.cache
 def load() -> types.SimpleNamespace:
-    """The emulated kernels in the form of pdl_ext._ops.ops, with the schemas and the gradients of torch.ops.pdl_ext."""
+    """The emulated kernels in the form of pdl_ext._ops.ops, with the schemas of torch.ops.pdl_ext."""
     library = torch.library.Library("pdl_ext_emulated", "DEF")
     for name in NAMES:
-        schema = str(getattr(torch.ops.pdl_ext, name).default._schema)
+        schema = str(getattr(_ops.ops, name).default._schema)
         library.define(schema.removeprefix("pdl_ext::"))
     torch.ops.load_library(build())
-    torch.library.register_autograd(
-        "pdl_ext_emulated::loss_forward", _ops._loss_backward, setup_context=_ops._save_for_loss_backward, lib=library
-    )
-    torch.library.register_autograd("pdl_ext_emulated::loss_backward", _ops._refuse_double_backward, lib=library)
     LIBRARIES.append(library)
     ops = types.SimpleNamespace(**{name: getattr(torch.ops.pdl_ext_emulated, name) for name in NAMES})
     ops.count_tokens_ = count_without_refusing

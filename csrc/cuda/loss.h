@@ -1,0 +1,29 @@
+// The loss and its gradient by two calls, for the call that does both at once where rows are few.
+#pragma once
+
+#include "../loss_arguments.h"
+#include "launch.cuh"
+
+namespace pdl::cuda {
+
+// Into how many parts to cut each row, so that few rows keep the whole card busy; 1 where there are rows enough.
+inline int parts_of_row(const Launcher& launch, const Tensor& logits) {
+  // A part is worth a block from 16 KiB on.
+  constexpr int64_t kLeastBytes = 16 * 1024;
+  const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
+  if (logits.size(0) == 0 || logits.size(0) >= multiprocessors) return 1;
+  const int64_t wanted = (2 * multiprocessors + logits.size(0) - 1) / logits.size(0);
+  const int64_t possible = logits.size(1) * logits.element_size() / kLeastBytes;
+  return int(std::max<int64_t>(1, std::min(wanted, possible)));
+}
+
+LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
+                                 const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
+                                 const OptionalTensor& normalizer, const LossOptions& options, bool predict);
+
+// Without grad_loss that of a scalar reduction is 1.
+void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
+                        const Tensor& rows, const Tensor& totals, const OptionalTensor& row_weight,
+                        const OptionalTensor& logit_offset, const LossOptions& options, const Tensor& grad_logits);
+
+}  // namespace pdl::cuda

@@ -1,0 +1,286 @@
+// Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for an upstream
+// gradient of 1. Least traffic: e*N*V bytes read and e*N*V written.
+//
+// totals_ahead_kernel sums the weights, of which the gradient needs the denominator: reads at most 16*N bytes.
+// on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
+// totals_kernel sums the rows' losses: reads at most 28*N bytes.
+// scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
+//
+// Regimes, chosen by the sizes and the device:
+// - Fewer rows than multiprocessors: by the kernels of loss.cu, which cut rows into parts; such logits stay in L2.
+// - The row stays in shared memory between its two passes (on_chip_kernel), copied there asynchronously, a thread's own
+//   vectors: no barrier but that of the reduction. Three rows or parts of a row share a multiprocessor, so that one
+//   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
+//   which merge their statistics through distributed shared memory: 262,144 logits of bfloat16 or float32.
+// - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under way as
+// half
+//   of L2 holds, and what is written makes way first.
+#include <torch/csrc/stable/library.h>
+
+#include "loss.h"
+#include "loss_totals.cuh"
+
+namespace pdl::cuda {
+namespace {
+
+constexpr int kLongRowThreads = 256;
+constexpr int kCachedThreads = 512;
+constexpr int kScaleThreads = 256;
+constexpr int kRowsOfMultiprocessor = 3;
+// float64 has no registers for the third, nor the throughput to need one.
+template <typename T>
+constexpr int kResident = sizeof(T) == 8 ? 2 : kRowsOfMultiprocessor;
+constexpr int kMaxCluster = 16;
+
+template <bool kPlain, int kCount, typename T, typename I, typename A>
+__device__ __forceinline__ void add_kept(RowStatistics<A>& row, const Rows<T, I>& rows, const Pack<T>* kept,
+                                         int first_pack, int begin, A centre) {
+  Pack<T> packs[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) packs[i] = kept[first_pack + i * int(blockDim.x)];
+  add_packs<kPlain>(row, packs, begin + first_pack * kVector<T>, int(blockDim.x) * kVector<T>,
+                    rows.predicted != nullptr, rows.transform, centre);
+}
+
+// The thread's share of the range, which is on its way into `kept` meanwhile: pack p of the range lies at kept[p].
+template <bool kPlain, typename T, typename I, typename A>
+__device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T, I>& rows, const T* x,
+                                                            const PackRange<T>& range, Pack<T>* kept, A centre) {
+  const int packs = (range.end - range.begin) / kVector<T>;
+  const int stride = int(blockDim.x);
+  int groups = 0;
+  for (int p = threadIdx.x; p < packs; ++groups) {
+    for (int i = 0; i < kPacks && p < packs; ++i, p += stride) copy_async(kept + p, x + range.begin + p * kVector<T>);
+    end_group_of_copies();
+  }
+  RowStatistics<A> row;
+  const auto add = [&](int j) { add_element<kPlain>(row, rows.template z<kPlain>(widen(x[j]), j), j, centre); };
+  range.for_each_outside(rows.vocab_size, add);
+  for (int p = threadIdx.x; p < packs;) {
+    wait_for_copies(--groups);
+    if (p + (kPacks - 1) * stride < packs) {
+      add_kept<kPlain, kPacks>(row, rows, kept, p, range.begin, centre);
+      p += kPacks * stride;
+    } else {
+      for (; p < packs; p += stride) add_kept<kPlain, 1>(row, rows, kept, p, range.begin, centre);
+    }
+  }
+  return row;
+}
+
+// The block's share of the gradient, from what keep_and_gather kept.
+template <bool kPlain, typename T, typename I, typename A>
+__device__ __forceinline__ void write_gradient_of_kept(const Rows<T, I>& rows, const T* x, T* gradient,
+                                                       const PackRange<T>& range, const Pack<T>* kept, int target,
+                                                       const GradientRow<A>& row) {
+  const int packs = (range.end - range.begin) / kVector<T>;
+  const bool aligned = equally_aligned<T>(x, gradient);
+  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+    const int first = range.begin + p * kVector<T>;
+    Pack<T> pack = kept[p];
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      pack.value[k] = gradient_of<kPlain>(pack.value[k], first + k, target, rows.transform, row);
+    }
+    if (aligned) {
+      store_pack(gradient + first, pack);
+    } else {
+      for (int k = 0; k < kVector<T>; ++k) gradient[first + k] = pack.value[k];
+    }
+  }
+  range.for_each_outside(rows.vocab_size,
+                         [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, rows.transform, row); });
+}
+
+template <typename T, typename I, typename A>
+__device__ __forceinline__ GradientRow<A> gradient_row(const Rows<T, I>& rows, int64_t i, int64_t target,
+                                                       const RowStatistics<A>& statistics, const RowLoss<A>& loss,
+                                                       const A* saved) {
+  const Totals<A> sums{saved[0], saved[1], saved[2]};
+  const A weight = rows.weight_of(target) * rows.factor(i);
+  const RowScalars<A> scalars = row_scalars(A(1), weight, rows.z_loss, statistics.max + loss.log_sum, sums);
+  return GradientRow<A>(statistics.max, loss.log_sum, scalars, rows.label_smoothing, rows.vocab_size);
+}
+
+// A cluster a row; `shared_bytes` of the launch hold a block's share of it.
+template <typename T, typename I, bool kPlain>
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
+    on_chip_kernel(Rows<T, I> rows, Cluster cluster, const Accumulator<T>* saved, T* gradients,
+                   int64_t gradient_stride) {
+  using A = Accumulator<T>;
+  Pack<T>* kept = dynamic_shared_memory<Pack<T>>();
+  __shared__ RowStatistics<A> of_block, of_row;
+  const int rank = cluster.rank();
+  const int64_t clusters = gridDim.x / cluster.blocks;
+  for (int64_t i = blockIdx.x / cluster.blocks; i < rows.count; i += clusters) {
+    T* gradient = gradients + i * gradient_stride;
+    const int64_t target = rows.targets[i];
+    const bool counted = target != rows.ignore_index;
+    if (!counted || !rows.in_vocabulary(target)) {
+      const A fill = counted ? not_a_number<A>() : A(0);
+      if (rank == 0 && threadIdx.x == 0) write_row_without_target(rows, i, fill);
+      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, rank, cluster.blocks),
+               narrow<T>(fill));
+      continue;
+    }
+    const T* x = rows.logits + i * rows.stride;
+    const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
+    const PackRange<T> range(x, rows.vocab_size, rank, cluster.blocks);
+    RowStatistics<A> row = merged_over_block(keep_and_gather<kPlain>(rows, x, range, kept, smoothing_centre(z_target)));
+    if (threadIdx.x == 0) of_block = row;
+    // Also so that no block writes its gradient over a target's logit that another has yet to read.
+    cluster.arrive();
+    cluster.wait();
+    if (threadIdx.x < kWarp) {
+      if (cluster.blocks > 1) {
+        row = int(threadIdx.x) < cluster.blocks ? *cluster.of_rank(&of_block, threadIdx.x) : RowStatistics<A>();
+        row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
+      }
+      if (threadIdx.x == 0) of_row = row;
+    }
+    __syncthreads();
+    row = of_row;
+    // The other blocks' of_block are read; what is waited for below is that they have read this one's.
+    cluster.arrive();
+    const RowLoss<A> loss = row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing);
+    if (rank == 0 && threadIdx.x == 0) write_row(rows, i, target, row, loss);
+    write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
+                                   gradient_row(rows, i, target, row, loss, saved));
+    cluster.wait();
+  }
+}
+
+template <typename T, typename I, bool kPlain>
+__global__ void __launch_bounds__(kCachedThreads, 1)
+    cached_kernel(Rows<T, I> rows, const Accumulator<T>* saved, T* gradients, int64_t gradient_stride) {
+  using A = Accumulator<T>;
+  __shared__ RowStatistics<A> of_row;
+  for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
+    T* gradient = gradients + i * gradient_stride;
+    const int64_t target = rows.targets[i];
+    const bool counted = target != rows.ignore_index;
+    if (!counted || !rows.in_vocabulary(target)) {
+      const A fill = counted ? not_a_number<A>() : A(0);
+      if (threadIdx.x == 0) write_row_without_target(rows, i, fill);
+      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size), narrow<T>(fill));
+      continue;
+    }
+    const T* x = rows.logits + i * rows.stride;
+    const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
+    const PackRange<T> range(x, rows.vocab_size);
+    RowStatistics<A> row = merged_over_block(statistics_of_share<kPlain>(rows, x, range, smoothing_centre(z_target)));
+    if (threadIdx.x == 0) of_row = row;
+    __syncthreads();
+    row = of_row;
+    const RowLoss<A> loss = row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing);
+    if (threadIdx.x == 0) write_row(rows, i, target, row, loss);
+    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row(rows, i, target, row, loss, saved));
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kScaleThreads)
+    scale_kernel(T* gradients, int64_t stride, int64_t count, int vocab_size, const Accumulator<T>* factor) {
+  const Accumulator<T> by = *factor;
+  if (by == Accumulator<T>(1)) return;
+  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
+    T* row = gradients + i * stride;
+    for_each_pack<kPacks>(
+        row, vocab_size, PackRange<T>(row, vocab_size, int(blockIdx.y), int(gridDim.y)),
+        [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
+#pragma unroll
+          for (int p = 0; p < kCount; ++p) {
+#pragma unroll
+            for (int k = 0; k < kVector<T>; ++k) packs[p].value[k] = narrow<T>(widen(packs[p].value[k]) * by);
+            store_pack(row + first + p * step, packs[p]);
+          }
+        },
+        [&](int j) { row[j] = narrow<T>(widen(row[j]) * by); });
+  }
+}
+
+// The grid with which a row stays on chip, or no blocks if it cannot.
+template <typename T, typename Kernel>
+Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
+  constexpr int kAmpere = 8, kReservedBytes = 1024;
+  if (launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
+  const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0;
+  // Where a row cannot be cut, two of them a multiprocessor are still better than a second pass over L2.
+  const int64_t room = of_multiprocessor / (clusters ? kRowsOfMultiprocessor : 2) - 2 * kReservedBytes;
+  const int64_t packs = vocab_size / kVector<T>;
+  for (int blocks = 1; blocks <= (clusters ? kMaxCluster : 1); blocks *= 2) {
+    const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
+    if (bytes > room) continue;
+    const int threads = vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
+    const Grid grid{std::min<int64_t>(rows, 0x7fffffff / blocks) * blocks, threads, int(bytes), 1, blocks};
+    return launch.fits(kernel, grid) ? grid : Grid{};
+  }
+  return {};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
+                                                              OptionalTensor token_weight, OptionalTensor row_weight,
+                                                              OptionalTensor logit_offset, OptionalTensor normalizer,
+                                                              int64_t reduction, int64_t ignore_index,
+                                                              double label_smoothing, double z_loss, double logit_scale,
+                                                              double softcap, bool predict) {
+  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
+  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
+  check_gradient(logits, gradient, options.reduction);
+  const Launcher launch(logits);
+  if (parts_of_row(launch, logits) > 1) {
+    const LossOutputs outputs =
+        loss_forward_outputs(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict);
+    loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
+                       gradient);
+    return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+  }
+  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
+  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
+    using A = Accumulator<T>;
+    Rows<T, I> rows = rows_of<T, I>(logits, targets, token_weight, row_weight, logit_offset, options, outputs.rows);
+    if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
+    A* saved = static_cast<A*>(outputs.totals.mutable_data_ptr());
+    const A* divisor = data_or_null<A>(normalizer);
+    T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
+    const Grid one_block{1, kTotalsThreads};
+    launch(totals_ahead_kernel<T, I>, one_block, rows, options.reduction, divisor, saved);
+    const bool plain = options.is_plain(logit_offset);
+    const auto on_chip = plain ? on_chip_kernel<T, I, true> : on_chip_kernel<T, I, false>;
+    const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
+    if (grid.blocks > 0) {
+      launch(on_chip, grid, rows, Cluster{grid.cluster}, saved, gradients, gradient.stride(0));
+    } else {
+      const auto cached = plain ? cached_kernel<T, I, true> : cached_kernel<T, I, false>;
+      const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
+      const int64_t under_way = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
+                                                  launch.attribute(cudaDevAttrMultiProcessorCount));
+      launch(cached, Grid{std::min(rows.count, under_way), kCachedThreads}, rows, saved, gradients, gradient.stride(0));
+    }
+    launch(totals_kernel<T, I>, one_block, rows, options.reduction, divisor, saved,
+           static_cast<A*>(outputs.loss.mutable_data_ptr()));
+  });
+  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+}
+
+void scale_(Tensor gradient, Tensor factor) {
+  check_scale_arguments(gradient, factor);
+  const Launcher launch(gradient);
+  dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
+    // No more blocks than run at once, since mostly they find a 1 and return.
+    const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
+    const Grid grid{std::min(gradient.size(0), 8 * multiprocessors), kScaleThreads, 0, parts_of_row(launch, gradient)};
+    launch(scale_kernel<T>, grid, static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0), gradient.size(0),
+           int(gradient.size(1)), static_cast<const Accumulator<T>*>(factor.const_data_ptr()));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {
+  m.impl("loss_and_gradient_", TORCH_BOX(&loss_and_gradient_));
+  m.impl("scale_", TORCH_BOX(&scale_));
+}
+
+}  // namespace pdl::cuda

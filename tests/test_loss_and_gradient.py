@@ -1,0 +1,276 @@
+"""The loss that leaves its gradient where the logits were, in one call: accuracy in each regime, and when it may."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, _ops, functional, reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EVERYTHING = {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3}
+
+
+def from_a_model(case):
+    """Gives the case logits that are no leaf, and so may be written to."""
+    case.view = lambda leaf: leaf * 1
+    return case
+
+
+@pytest.fixture
+def assert_in_place_matches(assert_matches):
+    return functools.partial(assert_matches, inplace_backward=True)
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_options_match_reference(make_case, assert_in_place_matches, dtype, reduction, options):
+    # 1009: prime. Eight rows, two of them ignored.
+    case = from_a_model(make_case((8,), 1009, dtype, row_weight=True))
+    assert_in_place_matches(case, reduction=reduction, **options)
+
+
+def test_offset_matches_reference(make_case, assert_in_place_matches):
+    case = from_a_model(make_case((8,), 1009))
+    offset = torch.randn(1009, generator=torch.Generator().manual_seed(1)).to(case.leaf.device)
+    offset[5] = -torch.inf
+    case.targets[case.targets == 5] = 6
+    assert_in_place_matches(case, logit_offset=offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"),
+    [
+        (5, 1),  # nothing but a target
+        (5, 7),  # shorter than any vector
+        (5, 1025),  # CPU: a second chunk of one element
+        (5, 4097),  # CUDA: the shortest row of 256 threads, each row differently misaligned
+        (1, 4097),  # CUDA: one row in one part
+        (1, 32000),  # CUDA: one row in parts, merged in another launch
+        (3, 50257),  # CUDA: misaligned rows in parts
+        (5, 32000),  # CUDA: a row of one block, or of a cluster of 2 (float32) or 4 (float64)
+        (6, 50257),  # CUDA: misaligned rows, clusters of 2, 4 and 8
+        (5, 128256),  # CUDA: clusters of 4, 8 and 16
+    ],
+)
+def test_sizes_match_reference(make_case, assert_in_place_matches, rows, vocab_size, dtype):
+    case = from_a_model(
+        make_case((rows,), vocab_size, dtype, peaked=rows > 1 and vocab_size > 1025, row_weight=rows > 1)
+    )
+    assert_in_place_matches(case, return_stats=True)
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize(
+    ("card", "dtype", "vocab_size"),
+    [
+        ("sm_75", torch.bfloat16, 1009),  # no asynchronous copies: the second pass reads from L2
+        ("sm_80", torch.bfloat16, 32000),  # two rows a multiprocessor
+        ("sm_80", torch.float32, 50257),  # too long for that: from L2
+        ("sm_90", torch.float64, 262144),  # too long for 16 blocks: from L2
+        ("sm_100", torch.float32, 262144),  # 16 blocks
+    ],
+)
+def test_cards_match_reference(make_case, assert_in_place_matches, monkeypatch, card, dtype, vocab_size):
+    monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
+    case = from_a_model(make_case((5,), vocab_size, dtype, peaked=True))
+    assert_in_place_matches(case, label_smoothing=0.1)
+    assert_in_place_matches(case)
+
+
+@pytest.mark.parametrize("vocab_size", [1009, 40001])
+def test_masked_vocabulary(make_case, assert_in_place_matches, vocab_size):
+    # Whole parts of a row are -inf, and one logit of a row may be +inf or NaN, which its whole gradient has to show.
+    case = make_case((6,), vocab_size, ignored=False)
+    case.leaf[:, : vocab_size // 2] = -torch.inf
+    case.targets.fill_(vocab_size - 2)
+    assert_in_place_matches(from_a_model(case))
+    for bad in (torch.inf, torch.nan):
+        leaf = case.leaf.clone()
+        leaf[2, -1] = bad
+        leaf.requires_grad_()
+        loss = functional.pdl_loss(leaf * 1, case.targets, reduction="sum", inplace_backward=True)
+        loss.backward()
+        assert loss.isnan()
+        assert leaf.grad[2].isnan().all()
+        assert leaf.grad[[0, 1, 3, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("before", [0, 1, 3], ids=["aligned", "misaligned", "misaligned_differently"])
+@pytest.mark.parametrize("vocab_size", [257, 20011])
+def test_gradient_into_another_buffer(make_case, assert_accurate, dtype, options, before, vocab_size):
+    case = make_case((6,), vocab_size, dtype)
+    wide = torch.full((6, vocab_size + 16), 7.0, dtype=dtype, device=case.leaf.device)
+    gradient = wide[:, before : before + vocab_size]
+    given = case.leaf.clone()
+    numbers = (_ops.REDUCTIONS["mean"], -100, *(options.get(name, 0.0) for name in ("label_smoothing", "z_loss")))
+    numbers += (options.get("logit_scale", 1.0), options.get("softcap", 0.0))
+    _ops.ops.loss_and_gradient_(case.leaf, gradient, case.targets, case.token_weight, None, None, None, *numbers, False)
+    assert torch.equal(case.leaf, given)
+    assert (wide[:, :before] == 7).all()
+    assert (wide[:, before + vocab_size :] == 7).all()
+    gradients = []
+    for exact in (torch.float64, dtype):
+        leaf = given.to(exact).requires_grad_()
+        reference.pdl_loss(leaf, case.targets, case.token_weight, **options).backward()
+        gradients.append(leaf.grad)
+    assert_accurate(gradient, gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("at_end", [False, True], ids=["before", "past_the_end"])
+@pytest.mark.parametrize("vocab_size", [1, 7, 129, 4097, 20001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at_end):
+    case = make_case((5,), vocab_size, dtype, row_weight=True)
+    case.row_weight = case.row_weight.to(_ops.accumulator_dtype(dtype))
+    logits, targets, token_weight, row_weight = (
+        guarded(x, at_end) for x in (case.leaf, case.targets, case.token_weight, case.row_weight)
+    )
+    normalizer = guarded(torch.tensor([2.5], dtype=row_weight.dtype), at_end)
+    offset = guarded(torch.ones(vocab_size), at_end)
+    numbers = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
+    _ops.ops.loss_and_gradient_(logits, logits, targets, token_weight, row_weight, offset, normalizer, *numbers, True)
+    assert logits.any()
+    assert logits.isfinite().all()
+    before = logits.clone()
+    _ops.ops.scale_(logits, guarded(torch.tensor([2.0], dtype=row_weight.dtype), at_end))
+    assert torch.equal(logits, 2 * before)
+
+
+def test_a_bad_target_leaves_the_logits_alone(make_case, device_name):
+    case = make_case((6,), 257)
+    case.targets[3] = 257
+    leaf = case.leaf.clone().requires_grad_()
+    logits = leaf * 1
+    if device_name == "cpu":
+        with pytest.raises(IndexError, match=r"got 257 at position \[3\]"):
+            functional.pdl_loss(logits, case.targets, inplace_backward=True)
+        assert torch.equal(logits.detach(), case.leaf)
+        return
+    loss = functional.pdl_loss(logits, case.targets, reduction="sum", inplace_backward=True)
+    loss.backward()
+    assert loss.isnan()
+    assert leaf.grad[3].isnan().all()
+    assert leaf.grad[0].isfinite().all()
+    # In the mean the bad row's weight, which nobody knows, divides all.
+    leaf.grad = None
+    functional.pdl_loss(leaf * 1, case.targets, inplace_backward=True).backward()
+    assert leaf.grad[[0, 2, 3, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_when_the_logits_are_overwritten(make_case, dtype, reduction):
+    case = make_case((2, 3), 257, dtype, ignored=False)
+    logits = case.leaf.clone().requires_grad_() * 1
+    loss = functional.pdl_loss(logits, case.targets, reduction=reduction, inplace_backward=True)
+    at_once = reduction == "mean" and dtype != torch.float16
+    assert torch.equal(logits.detach(), case.leaf) != at_once
+    loss.sum().backward()
+    assert not torch.equal(logits.detach(), case.leaf)
+
+
+def test_logits_without_a_gradient_are_not_overwritten(make_case):
+    case = make_case((6,), 257, row_weight=True)
+    before = case.leaf.clone()
+    functional.pdl_loss(case.leaf, case.targets, inplace_backward=True)
+    row_weight = case.row_weight.requires_grad_()
+    functional.pdl_loss(case.leaf, case.targets, row_weight=row_weight, inplace_backward=True).backward()
+    assert row_weight.grad.any()
+    with torch.no_grad():
+        functional.pdl_loss(case.leaf.requires_grad_(), case.targets, inplace_backward=True)
+    assert torch.equal(case.leaf.detach(), before)
+
+
+def test_an_upstream_gradient_of_one_changes_no_bit(make_case):
+    case = make_case((6,), 4099, torch.bfloat16)
+    leaf = case.leaf.clone().requires_grad_()
+    logits = leaf * 1
+    loss = functional.pdl_loss(logits, case.targets, inplace_backward=True)
+    at_once = logits.detach().clone()
+    assert at_once.any()
+    loss.backward()
+    assert torch.equal(leaf.grad, at_once)
+
+
+@pytest.mark.parametrize("factor", [3.0, -0.37, 0.0])
+@pytest.mark.parametrize("vocab_size", [1009, 33001])
+def test_scaling(device, factor, vocab_size):
+    generator = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        values = torch.randn(5, vocab_size, generator=generator).to(device, dtype)
+        wide = torch.cat([values, values], 1)
+        wide_dtype = _ops.accumulator_dtype(dtype)
+        _ops.ops.scale_(wide[:, :vocab_size], torch.tensor(factor, dtype=wide_dtype, device=device))
+        assert torch.equal(wide[:, :vocab_size], (values.to(wide_dtype) * factor).to(dtype))
+        assert torch.equal(wide[:, vocab_size:], values)
+
+
+def test_writing_to_the_logits_before_backward_raises(make_case):
+    case = make_case((6,), 257)
+    logits = case.leaf.clone().requires_grad_() * 1
+    loss = functional.pdl_loss(logits, case.targets, inplace_backward=True)
+    with torch.no_grad():
+        logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_another_gradient_that_needs_the_logits_raises_before_any_backward(make_case):
+    case = make_case((6,), 257)
+    logits = case.leaf.clone().requires_grad_() * 1
+    other = logits.square().sum()
+    functional.pdl_loss(logits, case.targets, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_empty_and_ignored(device):
+    for targets in (torch.empty(0, dtype=torch.int64), torch.full((6,), -100)):
+        leaf = torch.randn(targets.numel(), 17).to(device).requires_grad_()
+        loss = functional.pdl_loss(leaf * 1, targets.to(device), inplace_backward=True)
+        loss.backward()
+        assert loss.item() == 0
+        assert leaf.grad.shape == leaf.shape
+        assert not leaf.grad.any()
+
+
+def test_checkpointed_loss(make_case):
+    case = make_case((6,), 257)
+    gradients = []
+    for inplace_backward in (False, True):
+        leaf = case.leaf.clone().requires_grad_()
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long(), inplace_backward=inplace_backward)
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda x, loss_fn=loss_fn: loss_fn(x * 1, case.targets), leaf, use_reentrant=False
+        )
+        (2 * loss).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"),
+    [
+        (5, 33001),  # clusters
+        (2, 33001),  # parts
+    ],
+)
+def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch, rows, vocab_size):
+    case = from_a_model(make_case((rows,), vocab_size, peaked=True))
+    results = []
+    for seed in range(6):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(seed))
+        results.append(case.run(functional.pdl_loss, inplace_backward=True, label_smoothing=0.1, return_stats=True))
+    assert results[0]["grad_logits"].any()
+    for result in results[1:]:
+        for name in result:
+            assert torch.equal(result[name], results[0][name]), name
