@@ -28,13 +28,13 @@ struct PowerLaw {
   }
 
   PDL_INLINE double weight(int64_t count, double frequency_scale) const {
-    const double w = pow((double(count) + smoothing) * frequency_scale + epsilon, -alpha);
+    const double w = power((to_double(count) + smoothing) * frequency_scale + epsilon, -alpha);
     return w < max_weight ? w : max_weight;
   }
 
   // What the entry counts for in the mean that normalises the weights.
   PDL_INLINE double share(int64_t count, int64_t total) const {
-    return normalize == Normalize::corpus && total > 0 ? double(count) : 1.0;
+    return normalize == Normalize::corpus && total > 0 ? to_double(count) : 1.0;
   }
 
   PDL_INLINE double mean(double weight_sum, double share_sum) const {

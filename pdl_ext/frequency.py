@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from pdl_ext import functional
+from pdl_ext import functional, host_stream
 
 __all__ = ["TokenFrequency"]
 
@@ -75,7 +75,8 @@ class TokenFrequency(nn.Module):
         """Counts a batch.
 
         tokens: any shape, uint8, uint16, int32, uint32 or int64, read in that dtype: a tensor on the counts' device, or
-        a NumPy array (copied to that device). An id outside [0, V) adds to `out_of_range`; with `strict` it raises
+        a NumPy array, of which a CUDA device counts a part while the next is copied to it. An id outside [0, V) adds to
+        `out_of_range`; with `strict` it raises
         IndexError before anything is counted (on CUDA this waits for the device).
         Raises TypeError or ValueError for a wrong dtype or device.
         """
@@ -83,7 +84,12 @@ class TokenFrequency(nn.Module):
             with warnings.catch_warnings():
                 # The array is only read, so one that cannot be written to is as good.
                 warnings.filterwarnings("ignore", message=".*not writable.*")
-                tokens = torch.from_numpy(np.ascontiguousarray(tokens)).to(self.counts.device)
+                tokens = torch.from_numpy(np.ascontiguousarray(tokens))
+            if self.counts.device.type == "cuda" and tokens.nbytes > host_stream.PART_BYTES and not strict:
+                for part in host_stream.parts_on_device(tokens.view(-1), self.counts.device):
+                    self.update(part)
+                return
+            tokens = tokens.to(self.counts.device)
         if strict and self.counts.device.type != "cpu":
             self._update_strictly(tokens)
         else:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, host_stream, reference
 
 
 def need_memory(gibibytes):
@@ -203,6 +204,18 @@ class TestStreams:
         for mine, one, counts in zip(results, expected, expected_counts, strict=True):
             for got in mine:
                 assert_equal(got, (*one, counts))
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int64"])
+def test_counting_from_host_memory(cuda, dtype):
+    # More than three parts, so that each buffer is used again, and a last one that is not whole.
+    count = 3 * host_stream.PART_BYTES // np.dtype(dtype).itemsize + 12345
+    ids = np.random.default_rng(0).integers(0, 50_000, count).astype(dtype)
+    expected = np.bincount(ids, minlength=60_000)
+    frequency = TokenFrequency(60_000).to(cuda)
+    for _ in range(2):
+        frequency.update(ids)
+    assert torch.equal(frequency.counts.cpu(), torch.from_numpy(2 * expected))
 
 
 def test_second_device(cuda):

@@ -1,14 +1,20 @@
-// Token weights on the CPU: the table of w(t) from the counts. Work is V powers, done on all threads; the mean that
-// normalises them is summed in the vocabulary's order, so that it does not depend on the number of threads.
+// Token weights on the CPU: the table of w(t) from the counts. Work is V powers, in vector code and on all threads; the
+// mean that normalises them is summed over parts of fixed size, so that it does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <vector>
 
 #include "../token_weights.h"
 #include "../weights_arguments.h"
+#include "simd.h"
 
 namespace pdl::cpu {
 namespace {
+
+constexpr int64_t kPart = 4096;
+// What an entry costs, in logits.
+constexpr int64_t kCost = 16;
 
 Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor fixed_tensor, double alpha,
                      double epsilon, double smoothing, bool relative, int64_t normalize, double max_weight) {
@@ -24,18 +30,41 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   int64_t total = 0;
   for (int64_t t = 0; t < vocab_size; ++t) total += counts[t];
   const double scale = law.frequency_scale(total);
-  std::vector<double> raw(vocab_size);
-  torch::stable::parallel_for(0, vocab_size, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) raw[t] = law.weight(counts[t], scale);
+  const std::unique_ptr<double[]> raw(new double[vocab_size]);
+  const int64_t parts = (vocab_size + kPart - 1) / kPart;
+  std::vector<double> weight_sums(parts), share_sums(parts);
+  simd_parallel_for(parts, kPart * kCost, [&](int64_t begin, int64_t end) {
+    // Copies that no store can change, or the loops would not become vector code.
+    const PowerLaw own_law = law;
+    const double own_scale = scale;
+    const int64_t* own_counts = counts;
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = part * kPart, n = std::min(kPart, vocab_size - first);
+      double w[kPart];
+#pragma omp simd
+      for (int64_t t = 0; t < n; ++t) w[t] = own_law.weight(own_counts[first + t], own_scale);
+      double weight_sum = 0, share_sum = 0;
+      for (int64_t t = 0; t < n; ++t) {
+        const double share = is_fixed(fixed, first + t) ? 0.0 : own_law.share(own_counts[first + t], total);
+        raw[first + t] = w[t];
+        // 0 * inf would be NaN.
+        weight_sum += share == 0.0 ? 0.0 : share * w[t];
+        share_sum += share;
+      }
+      weight_sums[part] = weight_sum;
+      share_sums[part] = share_sum;
+    }
   });
   double weight_sum = 0, share_sum = 0;
-  for (int64_t t = 0; t < vocab_size; ++t) {
-    const double share = is_fixed(fixed, t) ? 0.0 : law.share(counts[t], total);
-    weight_sum += share == 0.0 ? 0.0 : share * raw[t];
-    share_sum += share;
+  for (int64_t part = 0; part < parts; ++part) {
+    weight_sum += weight_sums[part];
+    share_sum += share_sums[part];
   }
   const double mean = law.mean(weight_sum, share_sum);
-  for (int64_t t = 0; t < vocab_size; ++t) weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(raw[t], mean, mix);
+  simd_parallel_for(vocab_size, 2, [&](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t t = begin; t < end; ++t) weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(raw[t], mean, mix);
+  });
   return result;
 }
 

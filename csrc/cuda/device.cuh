@@ -57,9 +57,30 @@ __device__ __forceinline__ unsigned lanes_with_equal(unsigned long long key) {
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
-__device__ __forceinline__ void atomic_add(uint32_t* address, uint32_t value) {
-  atomicAdd(address, value);
-}
+
+// Counters in the block's shared memory. The address is taken once: of a generic pointer sm_90 takes it at each
+// addition.
+class SharedCounters {
+ public:
+#if defined(__CUDA_ARCH__)
+  __device__ explicit SharedCounters(uint32_t* counters) {
+    // Opaque to the compiler, which would else take the address anew for each use.
+    asm volatile("mov.u32 %0, %1;" : "=r"(address_) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(counters))));
+  }
+  __device__ __forceinline__ void add(uint32_t index, uint32_t value) const {
+    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address_ + index * 4), "r"(value) : "memory");
+  }
+
+ private:
+  uint32_t address_;
+#else
+  __device__ explicit SharedCounters(uint32_t* counters) : counters_(counters) {}
+  __device__ void add(uint32_t index, uint32_t value) const { atomicAdd(counters_ + index, value); }
+
+ private:
+  uint32_t* counters_;
+#endif
+};
 
 // Copies 16 bytes into shared memory while the thread goes on; it may read them after the wait for their group.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {

@@ -98,13 +98,14 @@ __global__ void __launch_bounds__(kOnChipThreads)
   for (uint32_t id = threadIdx.x; id < on_chip; id += blockDim.x) table[id] = 0;
   __syncthreads();
 
+  const SharedCounters counters(table);
   int64_t ignored = 0, out_of_range = 0;
   Word id_of_run = 0;
   uint32_t length_of_run = 0;
   const auto end_run = [&] {
     if (id_of_run < on_chip) {
       // The ignored id as well, if it is one of these: it is told apart when the table is added up.
-      atomic_add(table + id_of_run, length_of_run);
+      counters.add(uint32_t(id_of_run), length_of_run);
     } else if (vocabulary.is_ignored(id_of_run)) {
       ignored += length_of_run;
     } else if (id_of_run < vocabulary.size) {

@@ -9,7 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Those of kernels, the quick and the telling first.
-FILES = ["memory", "edges", "layouts", "weighting", "frequency", "determinism", "errors", "functional"]
+FILES = [
+    "memory",
+    "edges",
+    "loss_and_gradient",
+    "layouts",
+    "weighting",
+    "frequency",
+    "determinism",
+    "errors",
+    "functional",
+]
 
 
 def run(timeout: float | None = None, stop_at_first: bool = False, **environment: str) -> subprocess.CompletedProcess:
