@@ -421,6 +421,12 @@ def exercise_kernels(device: str) -> None:
                 rows, vocab_size, dtype, 0, target_dtype, reduction=reduction, inplace_backward=True, **everything
             )
 
+    # Loss and gradient at once, with more rows than a card has multiprocessors: in one block, in clusters, from L2.
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for rows, vocab_size in ((170, 1009), (170, 30_011), (150, 160_001)):
+            for options in ({}, everything):
+                check_loss(rows, vocab_size, dtype, 0, torch.int64, inplace_backward=True, **options)
+
     for dtype in (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64):
         for count, vocab_size in ((1000, 200), (70_001, 50_257), (70_000, 300_000)):
             highest = min(vocab_size + 50, 2 ** min(8 * dtype.itemsize, 31))

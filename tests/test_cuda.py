@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -286,6 +287,38 @@ class TestBeyond32Bits:
             parts = zip(gradient.split(4096), columns.split(4096), strict=True)
             values = torch.cat([part.gather(1, column).squeeze(1) for part, column in parts])[others].float()
             torch.testing.assert_close(values, torch.full_like(values, expected), rtol=2**-7, atol=0.0)
+
+    @pytest.mark.parametrize("vocab_size", [131_072, 50_257])
+    @pytest.mark.parametrize("power", [31, 32])
+    def test_logits_at_once(self, cuda, power, vocab_size):
+        rows = 2**power // vocab_size + 8
+        need_memory(2 * rows * vocab_size / 2**30 + 1)
+        logits = torch.zeros(rows, vocab_size, device=cuda, dtype=torch.bfloat16)
+        special = [0, 2**31 // vocab_size, rows - 1]
+        generator = torch.Generator(cuda).manual_seed(0)
+        for row in special:
+            logits[row].normal_(generator=generator)
+        targets = torch.randint(vocab_size, (rows,), device=cuda, generator=generator)
+        alone = torch.stack([logits[row] for row in special])
+        expected_losses, expected_gradient = loss_and_gradient(alone, targets[special], reduction="none")
+        logits.requires_grad_()
+        loss = functional.pdl_loss(logits, targets, reduction="sum", inplace_backward=True)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.data_ptr() == logits.data_ptr()
+        # All other rows are zeros, so their losses are log V, and their gradients 1 / V but at the target.
+        expected = expected_losses.double().sum() + (rows - len(special)) * math.log(vocab_size)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0.0)
+        for row, expected_row in zip(special, expected_gradient, strict=True):
+            torch.testing.assert_close(gradient[row], expected_row, rtol=2**-7, atol=1e-9)
+        others = torch.ones(rows, dtype=torch.bool, device=cuda)
+        others[special] = False
+        for part, columns in zip(gradient.split(4096), targets.split(4096), strict=True):
+            here = others[: len(part)]
+            others = others[len(part) :]
+            at_target = part.gather(1, columns.unsqueeze(1)).squeeze(1)[here].float()
+            torch.testing.assert_close(at_target, torch.full_like(at_target, 1 / vocab_size - 1), rtol=2**-7, atol=0.0)
+            beside = part.gather(1, ((columns + 1) % vocab_size).unsqueeze(1)).squeeze(1)[here].float()
+            torch.testing.assert_close(beside, torch.full_like(beside, 1 / vocab_size), rtol=2**-7, atol=0.0)
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=["uint8", "uint16"])
     def test_tokens(self, cuda, dtype):

@@ -247,3 +247,20 @@ def test_rows_more_than_2_to_31_elements_apart(device, inplace_backward):
     # In place the exponentials are rounded in another order.
     torch.testing.assert_close(gradient, near.grad, rtol=2**-7 if inplace_backward else 0, atol=0)
     assert (gradient.data_ptr() == rows.data_ptr()) == inplace_backward
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_of_nan_shows_in_its_row(make_case, dtype, inplace_backward):
+    # All bits set, as in memory that nobody has written: rounding to bfloat16 must not carry it into a number.
+    case = make_case((4,), 1009, dtype, ignored=False)
+    bits = torch.full((), -1, dtype=torch.int32).view(torch.float32)
+    case.token_weight[case.targets[2]] = bits.to(case.token_weight.device)
+    leaf = case.leaf.clone().requires_grad_()
+    loss = functional.pdl_loss(
+        leaf * 1, case.targets, case.token_weight, reduction="sum", inplace_backward=inplace_backward
+    )
+    loss.backward()
+    assert loss.isnan()
+    assert leaf.grad[2].isnan().all()
+    assert leaf.grad[[0, 1, 3]].isfinite().all()

@@ -100,7 +100,7 @@ def test_masked_vocabulary(make_case, assert_in_place_matches, vocab_size):
         assert leaf.grad[[0, 1, 3, 4, 5]].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("before", [0, 1, 3], ids=["aligned", "misaligned", "misaligned_differently"])
 @pytest.mark.parametrize("vocab_size", [257, 20011])

@@ -65,4 +65,15 @@ PDL_INLINE Float16 narrow<Float16>(float x) {
   return {uint16_t(sign | (magnitude >= (143u << 23) ? special : finite))};
 }
 
+// narrow of a number, or of a NaN whose mantissa does not carry into the sign: PyTorch's, and any that was bfloat16.
+template <typename T>
+PDL_INLINE T narrow_number(Accumulator<T> x) {
+  return narrow<T>(x);
+}
+template <>
+PDL_INLINE BFloat16 narrow_number<BFloat16>(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
 }  // namespace pdl::cpu

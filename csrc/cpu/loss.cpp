@@ -4,7 +4,8 @@
 // gradient and the transform's derivative. A row is cut into chunks that are widened into a buffer of 4 KiB, so that
 // memory is read once forward, and read and written once backward. loss_and_gradient_ does both at once: memory is read
 // and written once, and each exponential, computed once, waits for the row's sum in the gradient itself or, where that
-// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take whole rows.
+// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take rows, or parts of them if there are
+// fewer rows than threads.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -14,6 +15,7 @@
 #include "../loss_arguments.h"
 #include "check_ids.h"
 #include "float16.h"
+#include "huge_pages.h"
 #include "simd.h"
 
 namespace pdl::cpu {
@@ -37,28 +39,79 @@ struct Logits {
   PDL_INLINE const T* row(int64_t i) const { return data + i * row_stride; }
 };
 
+// Cuts rows into parts where there are fewer of them than threads: share s is columns [first(s), last(s)) of row(s).
+struct Shares {
+  int64_t rows;
+  int64_t vocab_size;
+  int64_t parts = 1;
+  int64_t size;
+
+  Shares(int64_t rows, int64_t vocab_size) : rows(rows), vocab_size(vocab_size) {
+    constexpr int64_t kLeast = 8 * kChunk;
+    const int64_t threads = torch::stable::get_num_threads();
+    if (rows > 0 && rows < threads) {
+      parts = std::max<int64_t>(1, std::min((threads + rows - 1) / rows, vocab_size / kLeast));
+    }
+    const int64_t chunks = (vocab_size + kChunk - 1) / kChunk;
+    size = (chunks + parts - 1) / parts * kChunk;
+  }
+
+  int64_t count() const { return rows * parts; }
+  int64_t row(int64_t s) const { return s / parts; }
+  int64_t first(int64_t s) const { return std::min(s % parts * size, vocab_size); }
+  int64_t last(int64_t s) const { return std::min(first(s) + size, vocab_size); }
+};
+
+// z of [first, first + n), in `buffer` unless it is what lies in memory, and the largest of them where asked for.
 template <bool kPlain, typename T, typename A>
-PDL_INLINE void load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* z) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const A value = widen(x[first + j]);
-    z[j] = kPlain ? value : transform.apply(value, first + j);
+PDL_INLINE const A* load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
+                               A* largest = nullptr) {
+  A max = -infinity<A>();
+  if constexpr (kPlain && std::is_same_v<T, A>) {
+    const A* z = x + first;
+    if (largest != nullptr) {
+#pragma omp simd reduction(max : max)
+      for (int64_t j = 0; j < n; ++j) max = z[j] > max ? z[j] : max;
+      *largest = max;
+    }
+    return z;
+  } else {
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < n; ++j) {
+      const A value = widen(x[first + j]);
+      const A z = kPlain ? value : transform.apply(value, first + j);
+      buffer[j] = z;
+      max = z > max ? z : max;
+    }
+    if (largest != nullptr) *largest = max;
+    return buffer;
   }
 }
 
-// With kKeep also exp(z - the largest of its chunk) of each element in `kept`, and those largest in `chunk_max`.
+// Of columns [begin, end). With kKeep also exp(z - the largest of its chunk) of each element in `kept`, and those
+// largest in `chunk_max`; `kept` may be x.
 template <bool kPlain, bool kKeep, typename T, typename A>
-PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const LogitTransform<A>& transform, A centre,
-                                           bool predict, A* kept = nullptr, A* chunk_max = nullptr) {
-  alignas(64) A z[kChunk];
+PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t begin, int64_t end, const LogitTransform<A>& transform,
+                                           A centre, bool predict, A* kept = nullptr, A* chunk_max = nullptr) {
+  alignas(64) A buffer[kChunk];
   RowStatistics<A> row;
-  for (int64_t first = 0; first < vocab_size; first += kChunk) {
-    const int64_t n = std::min(kChunk, vocab_size - first);
-    load_chunk<kPlain>(x, first, n, transform, z);
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t n = std::min(kChunk, end - first);
+    A max;
+    const A* z = load_chunk<kPlain>(x, first, n, transform, buffer, &max);
     RowStatistics<A> part;
-    A max = -infinity<A>();
-#pragma omp simd reduction(max : max)
-    for (int64_t j = 0; j < n; ++j) max = z[j] > max ? z[j] : max;
+    part.max = max;
+    if (predict && max > row.max) {
+      int64_t j = 0;
+      while (z[j] != max) ++j;
+      part.argmax = int32_t(first + j);
+    }
+    if (!kPlain) {
+      A centred = 0;
+#pragma omp simd reduction(+ : centred)
+      for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
+      part.centred = centred;
+    }
     const A shift = exp_shift(max);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -68,39 +121,30 @@ PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t vocab_size, const
       sum += e;
     }
     if (kKeep) chunk_max[first / kChunk] = max;
-    if (!kPlain) {
-      A centred = 0;
-#pragma omp simd reduction(+ : centred)
-      for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
-      part.centred = centred;
-    }
-    part.max = max;
     part.sum = sum;
-    if (predict && max > row.max) {
-      int64_t j = 0;
-      while (z[j] != max) ++j;
-      part.argmax = int32_t(first + j);
-    }
     row = merge(row, part);
   }
   return row;
 }
 
+// Of columns [begin, end).
 template <bool kPlain, typename T, typename A>
-PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t vocab_size, int64_t target,
+PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t begin, int64_t end, int64_t target,
                              const LogitTransform<A>& transform, const GradientRow<A>& row) {
+  const bool has_target = target >= begin && target < end;
   // Read before the loop, which may be writing over x.
-  const A x_target = widen(x[target]);
-  alignas(64) A z[kChunk];
-  for (int64_t first = 0; first < vocab_size; first += kChunk) {
-    const int64_t n = std::min(kChunk, vocab_size - first);
-    load_chunk<kPlain>(x, first, n, transform, z);
+  const A x_target = has_target ? A(widen(x[target])) : A(0);
+  alignas(64) A buffer[kChunk];
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t n = std::min(kChunk, end - first);
+    const A* z = load_chunk<kPlain>(x, first, n, transform, buffer);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const A g = row.off_target(z[j]);
-      gradient[first + j] = narrow<T>(kPlain ? g : g * transform.derivative(widen(x[first + j])));
+      gradient[first + j] = kPlain ? narrow_number<T>(g) : narrow<T>(g * transform.derivative(widen(x[first + j])));
     }
   }
+  if (!has_target) return;
   const A z_target = kPlain ? x_target : transform.apply(x_target, target);
   gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : transform.derivative(x_target)));
 }
@@ -116,9 +160,16 @@ PDL_INLINE void row_gradient_of_kept(const T* x, const A* kept, const A* chunk_m
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const A g = row.off_target_of(kept[first + j] * factor);
-      gradient[first + j] = narrow<T>(kPlain ? g : g * transform.derivative(widen(x[first + j])));
+      gradient[first + j] = kPlain ? narrow_number<T>(g) : narrow<T>(g * transform.derivative(widen(x[first + j])));
     }
   }
+}
+
+// With a NaN that narrow_number keeps, whatever the user's weights had.
+template <typename A>
+PDL_INLINE RowScalars<A> canonical(RowScalars<A> scalars) {
+  return {scalars.a == scalars.a ? scalars.a : not_a_number<A>(),
+          scalars.b == scalars.b ? scalars.b : not_a_number<A>()};
 }
 
 // What both ways of a forward pass need of their arguments.
@@ -212,20 +263,38 @@ struct Forward {
 
 template <bool kPlain, typename T, typename I>
 void forward(const Forward<T, I>& call) {
-  simd_parallel_for(call.logits.rows, call.logits.vocab_size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t target = call.targets[i];
+  using A = Accumulator<T>;
+  const Shares shares(call.logits.rows, call.logits.vocab_size);
+  std::vector<RowStatistics<A>> of_share(shares.parts > 1 ? shares.count() : 0);
+  simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t i = shares.row(s), target = call.targets[i];
       if (target == call.options.ignore_index) {
-        call.ignore_row(i);
+        if (shares.parts == 1) call.ignore_row(i);
         continue;
       }
       const T* x = call.logits.row(i);
-      const auto z_target = call.z_of(x, target);
-      const auto statistics = row_statistics<kPlain, false>(x, call.logits.vocab_size, call.transform,
+      const A z_target = call.z_of(x, target);
+      const auto statistics = row_statistics<kPlain, false>(x, shares.first(s), shares.last(s), call.transform,
                                                             smoothing_centre(z_target), call.predicted != nullptr);
-      call.finish_row(i, statistics, z_target);
+      if (shares.parts == 1) {
+        call.finish_row(i, statistics, z_target);
+      } else {
+        of_share[s] = statistics;
+      }
     }
   });
+  if (shares.parts > 1) {
+    for (int64_t i = 0; i < shares.rows; ++i) {
+      if (call.targets[i] == call.options.ignore_index) {
+        call.ignore_row(i);
+        continue;
+      }
+      RowStatistics<A> row;
+      for (int64_t part = 0; part < shares.parts; ++part) row = merge(row, of_share[i * shares.parts + part]);
+      call.finish_row(i, row, call.z_of(call.logits.row(i), call.targets[i]));
+    }
+  }
   call.finish();
 }
 
@@ -257,11 +326,11 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
       } else {
         kept = buffer.get();
       }
-      const auto statistics = row_statistics<kPlain, true>(x, vocab_size, call.transform, smoothing_centre(z_target),
+      const auto statistics = row_statistics<kPlain, true>(x, 0, vocab_size, call.transform, smoothing_centre(z_target),
                                                            call.predicted != nullptr, kept, chunk_max.data());
       const auto loss = call.finish_row(i, statistics, z_target);
       const A weight = call.weight_of(target) * call.factor_of_row(i);
-      const auto scalars = row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors);
+      const auto scalars = canonical(row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors));
       const GradientRow<A> row(statistics.max, loss.log_sum, scalars, label_smoothing, vocab_size);
       row_gradient_of_kept<kPlain>(x, kept, chunk_max.data(), statistics, gradient, vocab_size, call.transform, row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
@@ -270,16 +339,17 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
   call.finish();
 }
 
-template <typename T, typename I, bool kPlain>
-void backward(const Tensor& grad_loss, const Tensor& logits_tensor, const I* targets, const Tensor& rows_tensor,
+// Without grad_loss that of a scalar reduction is 1.
+template <bool kPlain, typename T, typename I>
+void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, const I* targets, const Tensor& rows_tensor,
               const Tensor& totals_tensor, const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
               const LossOptions& options, const Tensor& grad_logits) {
   using A = Accumulator<T>;
   const Logits<T> logits(logits_tensor);
   const auto transform = options.transform<A>(logit_offset);
   const A label_smoothing = A(options.label_smoothing), z_loss = A(options.z_loss);
-  const A* upstream = static_cast<const A*>(grad_loss.const_data_ptr());
-  const int64_t upstream_stride = options.reduction == Reduction::none && logits.rows > 0 ? grad_loss.stride(0) : 0;
+  const A* upstream = data_or_null<A>(grad_loss);
+  const int64_t upstream_stride = options.reduction == Reduction::none && logits.rows > 0 ? grad_loss->stride(0) : 0;
   const A* rows = static_cast<const A*>(rows_tensor.const_data_ptr());
   const A* saved = static_cast<const A*>(totals_tensor.const_data_ptr());
   const Totals<A> sums{saved[0], saved[1], saved[2]};
@@ -288,21 +358,35 @@ void backward(const Tensor& grad_loss, const Tensor& logits_tensor, const I* tar
   const int64_t gradient_stride = grad_logits.stride(0);
   const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
 
-  simd_parallel_for(n, vocab_size, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  const Shares shares(n, vocab_size);
+  simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t i = shares.row(s), first = shares.first(s), last = shares.last(s);
       T* gradient = gradients + i * gradient_stride;
       const int64_t target = targets[i];
       if (target < 0 || target >= vocab_size || target == ignore_index) {
-        const T fill = narrow<T>(target == ignore_index ? A(0) : not_a_number<A>());
-        for (int64_t j = 0; j < vocab_size; ++j) gradient[j] = fill;
+        std::fill(gradient + first, gradient + last, narrow<T>(target == ignore_index ? A(0) : not_a_number<A>()));
         continue;
       }
       const A max = rows[kMax * n + i], log_sum = rows[kLogSum * n + i];
       const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
-      const auto scalars = row_scalars(upstream[i * upstream_stride], weight, z_loss, max + log_sum, sums);
+      const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
+      const auto scalars = canonical(row_scalars(factor, weight, z_loss, max + log_sum, sums));
       const GradientRow<A> row(max, log_sum, scalars, label_smoothing, vocab_size);
-      row_gradient<kPlain>(logits.row(i), gradient, vocab_size, target, transform, row);
+      row_gradient<kPlain>(logits.row(i), gradient, first, last, target, transform, row);
     }
+  });
+}
+
+void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
+                        const Tensor& rows, const Tensor& totals, const OptionalTensor& row_weight,
+                        const OptionalTensor& logit_offset, const LossOptions& options, const Tensor& grad_logits) {
+  check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
+  check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
+  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
+    const auto run = options.is_plain(logit_offset) ? backward<true, T, I> : backward<false, T, I>;
+    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
+        options, grad_logits);
   });
 }
 
@@ -337,9 +421,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
     const Forward<T, I> call(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict,
                              outputs);
     check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, ignore_index);
+    const bool plain = options.is_plain(logit_offset);
+    if (Shares(call.logits.rows, call.logits.vocab_size).parts > 1) {
+      plain ? forward<true>(call) : forward<false>(call);
+      loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
+                         gradient);
+      return;
+    }
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
-    options.is_plain(logit_offset) ? forward_with_gradient<true>(call, gradients, gradient.stride(0))
-                                   : forward_with_gradient<false>(call, gradients, gradient.stride(0));
+    plain ? forward_with_gradient<true>(call, gradients, gradient.stride(0))
+          : forward_with_gradient<false>(call, gradients, gradient.stride(0));
   });
   return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
 }
@@ -351,26 +442,16 @@ void scale_(Tensor gradient, Tensor factor) {
     const A by = *static_cast<const A*>(factor.const_data_ptr());
     if (by == A(1)) return;
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
-    const int64_t stride = gradient.stride(0), vocab_size = gradient.size(1);
-    simd_parallel_for(gradient.size(0), vocab_size, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        T* row = gradients + i * stride;
+    const int64_t stride = gradient.stride(0);
+    const Shares shares(gradient.size(0), gradient.size(1));
+    simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        T* row = gradients + shares.row(s) * stride;
+        const int64_t last = shares.last(s);
 #pragma omp simd
-        for (int64_t j = 0; j < vocab_size; ++j) row[j] = narrow<T>(widen(row[j]) * by);
+        for (int64_t j = shares.first(s); j < last; ++j) row[j] = narrow<T>(widen(row[j]) * by);
       }
     });
-  });
-}
-
-void loss_backward_into(const Tensor& grad_loss, const Tensor& logits, const Tensor& targets, const Tensor& rows,
-                        const Tensor& totals, const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
-                        const LossOptions& options, const Tensor& grad_logits) {
-  check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
-  check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
-  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
-    const auto run = options.is_plain(logit_offset) ? backward<T, I, true> : backward<T, I, false>;
-    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
-        options, grad_logits);
   });
 }
 
@@ -378,6 +459,7 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor row
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                      double label_smoothing, double z_loss, double logit_scale, double softcap) {
   const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
+  prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * int64_t(grad_logits.element_size()));
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
   return grad_logits;

@@ -1,4 +1,4 @@
-// exp and tanh against long double, as the baseline compiles them and as the AVX2 kernels do, with fused
+// exp, tanh and power against long double, as the baseline compiles them and as the AVX2 kernels do, with fused
 // multiply-adds.
 #include "portable.h"
 
@@ -128,6 +128,47 @@ TEST(Tanh, AtTheEnds) {
     EXPECT_TRUE(std::isnan(variant.tanh(not_a_number<float>())));
   }
   EXPECT_EQ(hyperbolic_tangent(0.75), std::tanh(0.75));
+}
+
+TEST(ToDouble, OfAnyCount) {
+  for (int shift = 0; shift < 63; ++shift) {
+    for (const int64_t x : {int64_t(1) << shift, (int64_t(1) << shift) - 1, (int64_t(1) << shift) + 12345}) {
+      if (x >= 0) EXPECT_EQ(to_double(x), double(x));
+    }
+  }
+  EXPECT_EQ(to_double(0x7fffffffffffffff), 0x1p63);
+}
+
+template <typename Power>
+void expect_accurate(Power power) {
+  for (const double y : {-40.0, -1.5, -1.0, -0.5, -1e-3, 0.25, 3.0}) {
+    for (double x = 0x1p-30; x < 0x1p60; x *= 1.0007) {
+      const Wide truth = std::pow(Wide(x), Wide(y));
+      if (truth < 1e-300L || truth > 1e300L) continue;
+      const Wide limit = 1e-14L * (1 + std::fabs(Wide(y) * std::log2(Wide(x))));
+      ASSERT_LE(std::fabs(power(x, y) / truth - 1), limit) << x << " ^ " << y;
+    }
+  }
+  EXPECT_EQ(power(1e-7, 0.0), 1.0);
+  EXPECT_EQ(power(0.0, 0.0), 1.0);
+  EXPECT_EQ(power(1.0, -5.0), 1.0);
+  EXPECT_EQ(power(1e-7, -200.0), infinity<double>());
+  EXPECT_EQ(power(1e7, -200.0), 0.0);
+  EXPECT_EQ(power(1e7, -1e308), 0.0);
+  EXPECT_GT(power(1e7, -44.3), 0.0);  // subnormal
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target("avx2,fma"))) double fused_power(double x, double y) {
+  return power(x, y);
+}
+#endif
+
+TEST(Power, IsAccurate) {
+  expect_accurate([](double x, double y) { return power(x, y); });
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (has_fused()) expect_accurate(fused_power);
+#endif
 }
 
 }  // namespace
