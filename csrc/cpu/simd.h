@@ -48,7 +48,7 @@ template <typename Body>
 void simd_parallel_for(int64_t n, int64_t cost, const Body& body) {
   constexpr int64_t kGrain = 32768;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
-  const Capability chosen = capability();
+  [[maybe_unused]] const Capability chosen = capability();
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
 #ifdef PDL_SIMD_TARGETS
     if (chosen == Capability::avx512) return detail::run_avx512(body, begin, end);
