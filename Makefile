@@ -15,10 +15,14 @@ DEMO ?=
 # Options for the check on a card: make gpu-check GPU_CHECK="--only tests,bench --output DIR".
 GPU_CHECK ?=
 MUTANTS ?=
+# Options for the benchmarks: make bench BENCH="--only loss --output DIR".
+BENCH ?=
+# What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
+RESULTS ?=
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench sdist clean
+.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -68,7 +72,10 @@ torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
 	touch $@
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+bench-plot: $(VENV)/demo.stamp
+	$(BIN)/python benchmarks/plot.py $(RESULTS) docs/speed.png
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

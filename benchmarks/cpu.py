@@ -1,72 +1,258 @@
-"""Forward plus backward on the CPU beside PyTorch's own, in one run.
+"""The loss, the histogram and the weights on the CPU, beside PyTorch, NumPy and the standard library.
 
-Providers are interleaved round by round, so that a noisy neighbour hits all of them; medians and the ratio to
-`F.cross_entropy(weight=)` are printed. pdl_ext's gradient is checked against the float64 definition before its time
-counts.
+python benchmarks/cpu.py [--only WORD...] [--budget SECONDS] [--output DIR]
+
+Writes DIR/benchmark.json and DIR/benchmark.md, by the protocol of harness.py, and ends on a table of ratios. Workloads
+come in the order of their importance; what the budget has no room for is listed as left out. The loss is the weighted
+mean with its gradient. A new gradient is new memory in every call, as in training; what a call leaves in place is
+measured against copying the logits into a buffer that exists.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+import collections
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import harness
+import numpy as np
 import torch
-import torch.nn.functional as F
+from harness import Clock, Group, Provider, Row, Workload
+from torch import Tensor
+from workloads import (
+    IDS,
+    Counter,
+    LossInputs,
+    count_by_pdl_ext,
+    count_by_torch,
+    failures,
+    forward_and_backward,
+    histogram_group,
+    is_ours,
+    loss_limit,
+    loss_provider,
+    pdl_ext_functions,
+    pytorch_functions,
+    tiny_group,
+    weights_group,
+)
 
-import pdl_ext
 from pdl_ext._ops import _C
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The provider that is no peer: it moves the logits as often as a loss in place has to.
+COPY = "copy of the logits"
+# More rounds than on a card: neighbours on the same host are what disturbs.
+PROTOCOL = harness.Protocol(least_rounds=11, seconds=2.0)
 
 
-def check(name: str, logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> None:
-    """Fails unless the gradient is right to the dtype's precision, on the first rows."""
-    exact = logits.detach()[:8].double().requires_grad_()
-    pdl_ext.reference.pdl_loss(
-        exact, targets[:8], weight, reduction="mean", normalizer=float(weight[targets].sum())
-    ).backward()
-    error = (logits.grad[:8].double() - exact.grad).abs().max() / exact.grad.abs().max()
-    limit = 4 * torch.finfo(logits.dtype).eps
-    if not error <= limit:
-        raise SystemExit(f"{name}: gradient is off by {error:.2g} of its largest entry, expected at most {limit:.2g}")
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large the workloads are."""
+
+    # Of the logits, which must not fit into a cache.
+    elements: int = 2**25
+    vocab_sizes: tuple[int, ...] = (32000, 50257, 128256, 262144)
+    tokens: int = 2**26
+    # What collections.Counter counts in a reasonable time.
+    few_tokens: int = 2**20
+    # The targets of a training step.
+    step_tokens: int = 4096
+    histogram_vocab_size: int = 50257
+    table: int = 262144
+    tiny_rows: int = 16
+    tiny_vocab_size: int = 1009
+    tiny_calls: int = 50
+    # Two decades of each, the other one fixed.
+    growth_rows: tuple[int, ...] = (16, 50, 160, 500, 1600)
+    growth_vocab_size: int = 32000
+    growth_vocab_sizes: tuple[int, ...] = (2560, 8192, 25600, 81920, 256000)
+    growth_fixed_rows: int = 256
+    copy_bytes: int = 2**28
 
 
-def main() -> None:
+def _copy_provider(inputs: LossInputs) -> Provider:
+    logits = [each.detach() for each in inputs.logits]
+    buffers = [each.detach() for each in inputs.scratch]
+    return Provider(COPY, lambda i: buffers[i].copy_(logits[i]), lambda copied: 0.0 if copied.equal(logits[0]) else 1.0)
+
+
+def _loss_workload(clock: Clock, rows: int, vocab_size: int, dtype: torch.dtype, with_peers: bool) -> Workload:
+    inputs = LossInputs(clock, rows, vocab_size, dtype, peaked=False, ignored=0.0)
+    functions = pdl_ext_functions(inputs.weight)
+    if with_peers:
+        functions += pytorch_functions(inputs.weight, dtype)
+    providers = [loss_provider(inputs, loss, forward_and_backward) for loss in functions]
+    elements = rows * vocab_size
+    return Workload(
+        f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}]",
+        [*providers, _copy_provider(inputs)],
+        loss_limit(dtype),
+        # A row stays in cache between its passes: the logits are read once, and the gradient is written once.
+        2 * elements * dtype.itemsize,
+        len(inputs.logits),
+        items=elements,
+    )
+
+
+def loss_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtype) -> Group:
+    """The loss with its gradient, on at least so many elements."""
+    rows = -(-elements // vocab_size)
+
+    def workloads() -> Iterator[Workload]:
+        yield _loss_workload(clock, rows, vocab_size, dtype, with_peers=True)
+
+    return Group(f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}]", workloads)
+
+
+def growth_group(clock: Clock, name: str, shapes: Sequence[tuple[int, int]]) -> Group:
+    """The loss with its gradient at one shape after the other: how the time of an element changes."""
+
+    def workloads() -> Iterator[Workload]:
+        for rows, vocab_size in shapes:
+            workload = _loss_workload(clock, rows, vocab_size, torch.float32, with_peers=False)
+            yield dataclasses.replace(workload, name=f"{name}: {workload.name}")
+
+    return Group(name, workloads)
+
+
+def _count_on_one_thread(buffers: list[Tensor], vocab_size: int, error: Callable[[Tensor], float]) -> Provider:
+    on_all = count_by_pdl_ext(buffers, vocab_size, error)
+
+    def call(i: int) -> Tensor:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return on_all.call(i)
+        finally:
+            torch.set_num_threads(threads)
+
+    return dataclasses.replace(on_all, name="pdl_ext, 1 thread", call=call)
+
+
+def _count_by_numpy(buffers: list[Tensor], vocab_size: int, error: Callable[[Tensor], float]) -> Provider:
+    arrays = [buffer.numpy() for buffer in buffers]
+    return Provider(
+        "np.bincount",
+        lambda i: np.bincount(arrays[i], minlength=vocab_size),
+        lambda counts: error(torch.from_numpy(counts)),
+    )
+
+
+def _count_by_counter(buffers: list[Tensor], vocab_size: int, error: Callable[[Tensor], float]) -> Provider:
+    # One list for all calls: its integers are objects, which exceed the cache without rotation.
+    ids = buffers[0].tolist()
+
+    def error_of(counter: collections.Counter[int]) -> float:
+        return error(torch.tensor([counter[token] for token in range(vocab_size)]))
+
+    return Provider("collections.Counter", lambda _: collections.Counter(ids), error_of, note="of a list")
+
+
+def plan(clock: Clock, sizes: Sizes) -> list[Group]:
+    """All workloads, the most important first."""
+    vocab_size = sizes.histogram_vocab_size
+    large: list[Counter] = [count_by_pdl_ext, _count_on_one_thread, _count_by_numpy, count_by_torch]
+    few: list[Counter] = [count_by_pdl_ext, _count_by_numpy, count_by_torch, _count_by_counter]
+    of_step: list[Counter] = [count_by_pdl_ext, _count_by_numpy, count_by_torch]
+    dtypes = [torch.uint16, torch.int64, torch.int32]
+    return [
+        *(
+            loss_group(clock, sizes.elements, *shape)
+            for shape in itertools.product(sizes.vocab_sizes, (torch.float32, torch.bfloat16))
+        ),
+        *(histogram_group(clock, vocab_size, kind, sizes.tokens, dtypes, large) for kind in IDS),
+        histogram_group(clock, vocab_size, "Zipf", sizes.step_tokens, [torch.int64], of_step),
+        histogram_group(clock, vocab_size, "Zipf", sizes.few_tokens, [torch.int64], few),
+        weights_group(clock, sizes.table),
+        tiny_group(clock, sizes.tiny_rows, sizes.tiny_vocab_size, sizes.tiny_calls),
+        growth_group(clock, "growth with N", [(rows, sizes.growth_vocab_size) for rows in sizes.growth_rows]),
+        growth_group(clock, "growth with V", [(sizes.growth_fixed_rows, size) for size in sizes.growth_vocab_sizes]),
+    ]
+
+
+def chosen(groups: Sequence[Group], words: Sequence[str]) -> list[Group]:
+    """The groups that have one of the words in their name; all without words. ValueError where a word has no group."""
+    for word in words:
+        if not any(word in group.name for group in groups):
+            raise ValueError(f"--only: no group has {word!r} in its name, which are:\n" + _names(groups))
+    return [group for group in groups if not words or any(word in group.name for word in words)]
+
+
+def _names(groups: Sequence[Group]) -> str:
+    return "\n".join(f"  {group.name}" for group in groups)
+
+
+def benchmark(
+    clock: Clock,
+    groups: Sequence[Group],
+    folder: Path | None,
+    budget: float,
+    copy_bytes: int,
+    protocol: harness.Protocol = PROTOCOL,
+) -> harness.Report:
+    """Measures the groups, and leaves the files in `folder`, by default one named after the machine and the day."""
+    about: dict[str, Any] = {**harness.machine(clock.device), "instructions": _C.cpu_capability()}
+    about["cache_bytes"] = clock.cache_bytes
+    folder = folder or harness.results_folder("cpu", about)
+    report = harness.Report(folder, "pdl_ext: CPU benchmarks", about, protocol, kernel_times=False)
+    harness.run(groups, clock, report, budget, copy_bytes)
+    return report
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """A table for people: of each workload our times, and every peer's as a multiple of them."""
+    lines = ["", "Times of pdl_ext, and the others' over them: above 1 the other is slower."]
+    for workload, group in itertools.groupby(rows, key=lambda row: row.workload):
+        lines.append(workload)
+        of_workload = list(group)
+        first = of_workload[0]
+        for row in filter(is_ours, of_workload):
+            # Beside the first one, also our own variants.
+            others = [other for other in of_workload if other is not row and (row is first or not is_ours(other))]
+            figures = [_figure(row), *(_multiple(row, other) for other in others)]
+            lines.append(f"  {row.provider:18} {'; '.join(figures)}")
+    return lines
+
+
+def _figure(row: Row) -> str:
+    if row.wall is None:
+        return "failed"
+    each = "" if row.seconds_per_item is None else f", {1e9 * row.seconds_per_item:.3g} ns an item"
+    peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**20:.0f} MiB"
+    return f"{1e3 * row.wall.median:.4g} ms{each}{peak}"
+
+
+def _multiple(row: Row, other: Row) -> str:
+    if row.wall is None or other.wall is None:
+        return f"{other.provider}: none"
+    ratio = other.wall.median / row.wall.median
+    # The copy is no peer but the least that the memory allows.
+    return f"{1 / ratio:.2f} times a {COPY}" if other.provider == COPY else f"{other.provider} {ratio:.2f}"
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--vocab-size", type=int, default=32000)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, capability {_C.cpu_capability()}")
-    print(f"forward + backward, logits [{arguments.rows}, {arguments.vocab_size}], median of {arguments.rounds} rounds")
-    for dtype_name, dtype in DTYPES.items():
-        torch.manual_seed(0)
-        logits = (3 * torch.randn(arguments.rows, arguments.vocab_size)).to(dtype).requires_grad_()
-        targets = torch.randint(0, arguments.vocab_size, (arguments.rows,))
-        weight = torch.rand(arguments.vocab_size) + 0.5
-        in_dtype = weight.to(dtype)
-        providers: dict[str, Callable[[], torch.Tensor]] = {
-            "F.cross_entropy(weight=)": lambda x=logits, y=targets, w=in_dtype: F.cross_entropy(x, y, weight=w),
-            "pdl_ext": lambda x=logits, y=targets, w=weight: pdl_ext.functional.pdl_loss(x, y, w),
-        }
-        times: dict[str, list[float]] = {name: [] for name in providers}
-        for turn in range(arguments.rounds + 2):
-            for name, loss in providers.items():
-                logits.grad = None
-                start = time.perf_counter()
-                loss().backward()
-                if turn >= 2:
-                    times[name].append(time.perf_counter() - start)
-                elif name == "pdl_ext":
-                    check(name, logits, targets, weight)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name, median in medians.items():
-            print(
-                f"{dtype_name:9} {name:26} {1e3 * median:8.1f} ms  {medians['F.cross_entropy(weight=)'] / median:5.2f}x"
-            )
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="groups with one of these in their name")
+    parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="default: 900")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/cpu-DEVICE-DATE")
+    options = parser.parse_args()
+    clock, sizes = harness.HostClock(), Sizes()
+    try:
+        groups = chosen(plan(clock, sizes), options.only)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    report = benchmark(clock, groups, options.output, options.budget, sizes.copy_bytes)
+    broken = failures(report)
+    print("\n".join([f"{len(report.rows)} rows in {report.seconds:.0f} s, written to {report.folder}", *broken]))
+    print("\n".join(ratios(report.rows)))
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -59,10 +60,12 @@ class Workload:
     providers: Sequence[Provider]
     # The largest error with which a time counts.
     limit: float
-    # What one call has to read and write at least.
+    # What one call has to read and write at least; 0 where the time does not depend on it.
     least_bytes: int
     # Calls in a sample, each on the buffer of its number.
     calls: int = 1
+    # The elements, ids or tokens of one call; 0 where the time of each says nothing.
+    items: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Row:
     kernel: Times | None = None
     bytes_per_second: float | None = None
     share_of_copy: float | None = None
+    seconds_per_item: float | None = None
     # This provider's time over the first one's.
     wall_ratio: float | None = None
     kernel_ratio: float | None = None
@@ -144,7 +148,7 @@ class HostClock:
     def peak_bytes(self, work: Callable[[], Any]) -> int | None:
         """The growth of resident memory while `work` runs; None where Linux does not tell."""
         try:
-            # Or garbage that is collected meanwhile would hide what the work takes.
+            # Or garbage that is collected meanwhile, or free memory, would hide what the work takes.
             self.release()
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
@@ -155,6 +159,10 @@ class HostClock:
 
     def release(self) -> None:
         gc.collect()
+        # The C library keeps what was freed; where it can give it back to the system, it does.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _status_bytes(name: str) -> int:
@@ -306,8 +314,12 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
         row = contestant.row
         row.wall = Times.of(contestant.wall)
         row.kernel = Times.of(contestant.kernel) if contestant.kernel else None
-        row.bytes_per_second = workload.least_bytes / (row.kernel or row.wall).median
-        row.share_of_copy = row.bytes_per_second / copy_rate if copy_rate else None
+        median = (row.kernel or row.wall).median
+        if workload.least_bytes:
+            row.bytes_per_second = workload.least_bytes / median
+            row.share_of_copy = row.bytes_per_second / copy_rate if copy_rate else None
+        if workload.items:
+            row.seconds_per_item = median / workload.items
     first = rows[0]
     for row in rows[1:]:
         if row.wall and first.wall:
@@ -333,6 +345,8 @@ class Report:
     title: str
     about: dict[str, Any]
     protocol: Protocol
+    # Whether the clock can have kernel times: no table speaks of them otherwise.
+    kernel_times: bool = True
     copy: Row | None = None
     rows: list[Row] = dataclasses.field(default_factory=list)
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -351,17 +365,16 @@ class Report:
         lines += [f"- {name}: {value}" for name, value in self.about.items()]
         if self.copy is not None:
             rate = self.copy.bytes_per_second
-            lines.append(f"- {self.copy.workload}: {f'{rate / 1e9:.0f} GB/s' if rate else self.copy.failure}")
+            lines.append(f"- {self.copy.workload}: {f'{rate / 1e9:.1f} GB/s' if rate else self.copy.failure}")
         lines += [
             f"- at least {self.protocol.least_rounds} interleaved samples a provider after "
             f"{1e3 * self.protocol.warm_up:g} ms of warm-up; {self.seconds:.0f} s in all",
             "- ratio: the provider's time over that of the workload's first one",
             "",
         ]
-        headings = ["workload", "provider", "wall, ms (p20, p80)", "kernel, ms (p20, p80)", "GB/s", "of copy"]
-        headings += ["ratio, wall", "ratio, kernel", "peak, MiB", "error", "note"]
-        lines += [_cells(headings), _cells(["---"] * len(headings))]
-        lines += [_cells(_row_cells(row)) for row in self.rows]
+        headings = list(_row_cells(Row("", "", "", 0, 0.0), self.kernel_times))
+        lines += [_line(headings), _line(["---"] * len(headings))]
+        lines += [self.line(row) for row in self.rows]
         if self.failures:
             lines += ["", "Failed as a whole:", ""] + [f"- {name}: {why}" for name, why in self.failures.items()]
         if self.left_out:
@@ -370,32 +383,40 @@ class Report:
             lines += ["", "The run did not end."]
         return "\n".join(lines) + "\n"
 
+    def line(self, row: Row) -> str:
+        """The row of the Markdown table."""
+        return _line(list(_row_cells(row, self.kernel_times).values()))
 
-def _cells(values: Sequence[str]) -> str:
+
+def _line(values: Sequence[str]) -> str:
     return f"| {' | '.join(value.replace('|', '/') for value in values)} |"
 
 
-def _row_cells(row: Row) -> list[str]:
+def _row_cells(row: Row, kernel_times: bool) -> dict[str, str]:
+    """What a table says of a row, by the columns' headings."""
+
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "" if value is None else format(value * scale, form)
 
     def times(value: Times | None) -> str:
         return "" if value is None else f"{1e3 * value.median:.4g} ({1e3 * value.p20:.4g}, {1e3 * value.p80:.4g})"
 
-    notes = [row.note, row.failure, f"no kernel time: {row.no_kernel}" if row.no_kernel else ""]
-    return [
-        row.workload,
-        row.provider,
-        times(row.wall),
-        times(row.kernel),
-        number(row.bytes_per_second, ".0f", 1e-9),
-        number(row.share_of_copy, ".0%"),
-        number(row.wall_ratio, ".2f"),
-        number(row.kernel_ratio, ".2f"),
-        number(row.peak_bytes, ".0f", 2**-20),
-        number(row.error, ".1e"),
-        "; ".join(note for note in notes if note),
-    ]
+    no_kernel = f"no kernel time: {row.no_kernel}" if row.no_kernel and kernel_times else ""
+    cells = {
+        "workload": row.workload,
+        "provider": row.provider,
+        "wall, ms (p20, p80)": times(row.wall),
+        "kernel, ms (p20, p80)": times(row.kernel),
+        "GB/s": number(row.bytes_per_second, ".1f", 1e-9),
+        "of copy": number(row.share_of_copy, ".0%"),
+        "ns an item": number(row.seconds_per_item, ".3g", 1e9),
+        "ratio, wall": number(row.wall_ratio, ".2f"),
+        "ratio, kernel": number(row.kernel_ratio, ".2f"),
+        "peak, MiB": number(row.peak_bytes, ".0f", 2**-20),
+        "error": number(row.error, ".1e"),
+        "note": "; ".join(note for note in (row.note, row.failure, no_kernel) if note),
+    }
+    return {heading: cell for heading, cell in cells.items() if kernel_times or "kernel" not in heading}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -448,7 +469,7 @@ def _run_group(group: Group, clock: Clock, report: Report, spent: Callable[[], b
         spent()
         report.write()
         for row in rows:
-            print(_cells(_row_cells(row)), flush=True)
+            print(report.line(row), flush=True)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -474,6 +495,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     about["uncommitted_changes"] = None if changes is None else changes != ""
     return about
+
+
+def results_folder(kind: str, about: dict[str, Any]) -> Path:
+    """Where the results of a kind of benchmark on a machine go, unless told otherwise."""
+    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / f"{kind}-{device}-{about['date'][:10]}"
 
 
 def _read(path: str) -> str:
