@@ -596,6 +596,14 @@ class TestMeasure:
         code += "print(harness.HostClock(0).peak_bytes(lambda: held.extend(piece() for _ in range(1024))))"
         assert 48 * 2**20 <= self.printed(code) < 128 * 2**20
 
+    def test_last_cache(self, tmp_path):
+        assert harness.last_cache_bytes(tmp_path) == 2**25
+        for index, size in enumerate(("32K", "32K", "1024K", "65536K")):
+            (tmp_path / f"index{index}").mkdir()
+            (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+        assert harness.last_cache_bytes(tmp_path) == 2**26
+        assert harness.HostClock().cache_bytes >= 2**18
+
     def test_buffers_exceed_three_times_the_cache(self):
         clock = harness.HostClock(cache_bytes=1000)
         assert [harness.buffers_for(clock, size) for size in (1, 1000, 2999, 3001)] == [3001, 4, 2, 1]
