@@ -274,3 +274,26 @@ def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch, r
     for result in results[1:]:
         for name in result:
             assert torch.equal(result[name], results[0][name]), name
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["two_calls", "at_once"])
+def test_few_rows_without_a_target(make_case, device_name, inplace_backward):
+    # Rows in parts, whose statistics another kernel merges: it has to know an ignored row, also one that is in the
+    # vocabulary, and a bad target.
+    case = make_case((3,), 40001, ignored=False)
+    case.targets[0] = 7
+    leaf = case.leaf.clone().requires_grad_()
+    options = {"reduction": "sum", "ignore_index": 7, "inplace_backward": inplace_backward, "return_stats": True}
+    if device_name != "cpu":
+        case.targets[1] = 40001
+    loss, stats = functional.pdl_loss(leaf * 1, case.targets, case.token_weight, **options)
+    loss.backward()
+    assert stats.nll[0] == stats.weight[0] == 0
+    assert stats.predicted[0] == -1
+    assert not leaf.grad[0].any()
+    assert leaf.grad[2].any()
+    assert leaf.grad[2].isfinite().all()
+    if device_name != "cpu":
+        assert loss.isnan()
+        assert stats.nll[1].isnan()
+        assert leaf.grad[1].isnan().all()
