@@ -421,7 +421,7 @@ def exercise_kernels(device: str) -> None:
                 rows, vocab_size, dtype, 0, target_dtype, reduction=reduction, inplace_backward=True, **everything
             )
 
-    # Loss and gradient at once: in one block, in clusters, and from L2, which fewer rows than multiprocessors do not take.
+    # Loss and gradient at once: in one block, in clusters, and from L2, with more rows than multiprocessors.
     rows = torch.cuda.get_device_properties(device).multi_processor_count + 3 if device == "cuda" else 7
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for vocab_size in (1009, 30_011, 160_001):
