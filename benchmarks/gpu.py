@@ -23,9 +23,10 @@ from pathlib import Path
 
 import harness
 import torch
-from harness import Clock, Group, Workload
+from harness import Clock, Group, Provider, Workload
 from torch import Tensor
 from workloads import (
+    IDS,
     LossFunction,
     LossInputs,
     backward,
@@ -43,6 +44,8 @@ from workloads import (
     weights_group,
 )
 
+from pdl_ext import TokenFrequency, reference
+
 PEERS = {"liger-kernel": "liger_kernel", "quack-kernels": "quack", "flash-attn": "flash_attn"}
 
 
@@ -54,6 +57,7 @@ class Sizes:
     vocab_sizes: tuple[int, ...] = (128256, 32000, 151936, 50257, 256000)
     tokens: int = 2**28
     histogram_vocab_sizes: tuple[int, ...] = (128256, 32000, 50257, 262144)
+    host_vocab_size: int = 50257
     few_tokens: int = 65536
     table: int = 262144
     tiny_rows: int = 16
@@ -125,12 +129,20 @@ def loss_functions(weight: Tensor, dtype: torch.dtype) -> list[LossFunction]:
     return [*pdl_ext_functions(weight), *pytorch_functions(weight, dtype), *_peer_functions(weight)]
 
 
-MODES = {"forward + backward": forward_and_backward, "forward": forward, "backward": backward}
+MODES = {
+    "forward + backward": forward_and_backward,
+    # The same call, beside the bytes that it has to move if forward leaves the gradient where the logits were.
+    "at once, in place": forward_and_backward,
+    "forward": forward,
+    "backward": backward,
+}
 
 
 def _takes_part(mode: str, loss: LossFunction) -> bool:
     if mode == "forward":
         return loss.forward_alone and loss.overwrites != "backward"
+    if mode == "at once, in place":
+        return loss.overwrites == "forward"
     return mode != "backward" or loss.repeats_backward
 
 
@@ -147,7 +159,12 @@ def loss_group(
         # Logits of ignored rows need not be read; their gradient has to be written.
         read = inputs.counted * vocab_size * dtype.itemsize
         written = sizes.rows * vocab_size * dtype.itemsize
-        least = {"forward + backward": 2 * read + written, "forward": read, "backward": read + written}
+        least = {
+            "forward + backward": 2 * read + written,
+            "at once, in place": read + written,
+            "forward": read,
+            "backward": read + written,
+        }
         for mode, make in MODES.items():
             providers = [loss_provider(inputs, loss, make) for loss in functions if _takes_part(mode, loss)]
             yield Workload(
@@ -168,6 +185,38 @@ def counting_group(clock: Clock, vocab_size: int, kind: str, count: int) -> Grou
     return histogram_group(clock, vocab_size, kind, count, dtypes, [count_by_pdl_ext, count_by_torch])
 
 
+def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
+    """Counting of uint16 ids in the host's memory, beside a copy of them from pinned memory."""
+    name = f"histogram of {count} ids in host memory, V {vocab_size}"
+
+    def workloads() -> Iterator[Workload]:
+        ids = IDS["Zipf"](clock, count, vocab_size).to(torch.uint16)
+        truth = reference.count_tokens(ids, vocab_size).double()
+        in_host_memory = ids.cpu()
+        pinned = in_host_memory.pin_memory() if clock.device.type == "cuda" else in_host_memory
+        arrived = torch.empty_like(ids)
+        frequency = TokenFrequency(vocab_size).to(clock.device)
+        array = in_host_memory.numpy()
+
+        def counted(_: int) -> Tensor:
+            frequency.update(array)
+            return frequency.counts
+
+        why = "it begins on the host"
+        providers = [
+            Provider("pdl_ext", counted, functools.partial(harness.relative_error, truth=truth), not_capturable=why),
+            Provider(
+                "copy from pinned memory",
+                lambda _: arrived.copy_(pinned, non_blocking=True),
+                lambda copied: 0.0 if copied.view(torch.int16).equal(ids.view(torch.int16)) else 1.0,
+                not_capturable=why,
+            ),
+        ]
+        yield Workload(name, providers, 0.0, ids.nbytes, items=count)
+
+    return Group(name, workloads)
+
+
 def plan(clock: Clock, sizes: Sizes) -> list[Group]:
     """All workloads, the most important first."""
     loss = functools.partial(loss_group, clock, sizes)
@@ -182,6 +231,7 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         loss(first, torch.bfloat16, peaked=True, ignored=0.3),
         histogram(ids_first, "Zipf", sizes.few_tokens),
         weights_group(clock, sizes.table),
+        host_group(clock, sizes.host_vocab_size, sizes.tokens),
         histogram(ids_first, "uniform", sizes.tokens),
         histogram(ids_first, "all equal", sizes.tokens),
         *(loss(vocab_size, torch.bfloat16) for vocab_size in others[1:]),

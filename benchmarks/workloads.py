@@ -44,7 +44,9 @@ def pdl_ext_functions(weight: Tensor) -> list[LossFunction]:
         LossFunction(
             "pdl_ext, in place",
             lambda x, y: pdl_ext.functional.pdl_loss(x, y, weight, inplace_backward=True),
-            overwrites="backward",
+            # float16 is overwritten in backward only, which is as good as forward for whoever gives back the logits.
+            overwrites="forward",
+            forward_alone=False,
         ),
     ]
 

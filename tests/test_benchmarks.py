@@ -122,10 +122,13 @@ class TestGpuPlan:
             "F.cross_entropy",
             "F.cross_entropy, compiled",
             "torch.bincount",
+            "copy from pinned memory",
             "plain PyTorch",
             "PDLLoss",
             "PDLLoss, online",
         }
+        at_once = {row.provider for row in report.rows if row.workload.endswith(": at once, in place")}
+        assert at_once == {"pdl_ext, in place"}
         names = [name for name, _ in itertools.groupby(row.workload for row in report.rows)]
         assert len(set(names)) == len(names)
         data = strict_json(tmp_path / "benchmark.json")
@@ -144,7 +147,7 @@ class TestGpuPlan:
         ignored = int((workloads.LossInputs(clock, 12, 40, torch.bfloat16, False, 0.3).targets[0] == -100).sum())
         assert 0 < ignored < 12
         all_rows, read = 2 * 12 * 40, 2 * (12 - ignored) * 40
-        assert least == [2 * read + all_rows, read, read + all_rows]
+        assert least == [2 * read + all_rows, read + all_rows, read, read + all_rows]
 
     def test_peers_that_are_installed(self, clock, tmp_path, monkeypatch, compiled_without_a_compiler):
         """Stand-ins with the peers' signatures, of which two overwrite the logits, are called as the peers would be."""
