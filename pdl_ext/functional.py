@@ -88,43 +88,6 @@ def pdl_loss(
     check_loss_inputs(logits, targets, row_weight, normalizer, reduction, shift)
     _check_table("token_weight", token_weight, logits)
     _check_table("logit_offset", logit_offset, logits)
-    return pdl_loss_of_checked(
-        logits,
-        targets,
-        token_weight,
-        row_weight,
-        normalizer,
-        logit_offset,
-        reduction,
-        ignore_index,
-        shift,
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_scale,
-        inplace_backward,
-        return_stats,
-    )
-
-
-def pdl_loss_of_checked(
-    logits: Tensor,
-    targets: Tensor,
-    token_weight: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    logit_offset: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    shift: bool,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    inplace_backward: bool,
-    return_stats: bool,
-) -> Tensor | tuple[Tensor, RowStats]:
-    """pdl_loss of arguments that check_loss_options and check_loss_inputs have passed."""
     vocab_size = logits.shape[-1]
     dtype = _ops.accumulator_dtype(logits.dtype)
     if row_weight is not None:

@@ -129,33 +129,33 @@ class PDLLoss(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
-        # Everything that can be refused is refused before an online loss counts its targets.
-        functional.check_loss_options(
-            self.reduction,
-            self.ignore_index,
-            self.shift,
-            self.label_smoothing,
-            self.z_loss,
-            self.softcap,
-            self.logit_scale,
-        )
-        functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
-        return functional.pdl_loss_of_checked(
+        if self._token_weight is None:
+            # Everything that can be refused is refused before an online loss counts its targets.
+            functional.check_loss_options(
+                self.reduction,
+                self.ignore_index,
+                self.shift,
+                self.label_smoothing,
+                self.z_loss,
+                self.softcap,
+                self.logit_scale,
+            )
+            functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
+        return functional.pdl_loss(
             logits,
             targets,
             self._current_weights(logits, targets),
-            row_weight,
-            normalizer,
-            None,
-            self.reduction,
-            self.ignore_index,
-            self.shift,
-            self.label_smoothing,
-            self.z_loss,
-            self.softcap,
-            self.logit_scale,
-            self.inplace_backward,
-            return_stats,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            shift=self.shift,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            inplace_backward=self.inplace_backward,
+            return_stats=return_stats,
         )
 
     def extra_repr(self) -> str:
@@ -215,6 +215,8 @@ class PDLLoss(nn.Module):
 
 
 def _check_vocabulary(logits: Tensor, table: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] == 0:
+        return  # pdl_loss says what is wrong
     if logits.shape[-1] != table.shape[0]:
         raise ValueError(f"logits: got a vocabulary of {logits.shape[-1]}, expected {table.shape[0]}, the frequency's")
     if logits.device != table.device:
