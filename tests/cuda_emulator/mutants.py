@@ -97,6 +97,9 @@ MUTATIONS = [
     ("cuda/device.cuh", "return __float2half_rn(x);", "return __float2half_rn(x * 0.9997f);"),
     ("cuda/loss.cu", "rows.logits + i * rows.stride", "rows.logits + int(i * rows.stride)"),
     ("cuda/loss.cu", "gradients + i * gradient_stride", "gradients + int(i * gradient_stride)"),
+    ("cuda/loss_and_gradient.cu", "rows.logits + i * rows.stride", "rows.logits + int(i * rows.stride)"),
+    ("cuda/loss_and_gradient.cu", "gradients + i * gradient_stride", "gradients + int(i * gradient_stride)"),
+    ("cuda/loss_and_gradient.cu", "gradients + i * stride", "gradients + int(i * stride)"),
     (
         "cuda/rows.cuh",
         "outputs[kTokenWeight * rows.count + i] = weight;",
