@@ -47,6 +47,7 @@ def test_offset_matches_reference(make_case, assert_in_place_matches):
     [
         (5, 1),  # nothing but a target
         (5, 7),  # shorter than any vector
+        (64, 5),  # CUDA: whole warps of rows
         (1300, 5),  # CUDA: more rows than the sum of their weights has threads
         (5, 1025),  # CPU: a second chunk of one element
         (5, 4097),  # CUDA: the shortest row of 256 threads, each row differently misaligned

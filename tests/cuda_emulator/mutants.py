@@ -171,6 +171,8 @@ def survives(csrc: Path, file: str, text: str) -> tuple[bool, str, float]:
             done = emulated_tests.run(900, stop_at_first=True, PDL_EXT_EMULATOR_SOURCES=str(copy))
         except subprocess.TimeoutExpired:
             return False, "hangs", time.monotonic() - start
+    if done.returncode < 0:
+        return False, f"the tests die of signal {-done.returncode}", time.monotonic() - start
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]
     # No proof of anything: it does not compile, or pytest itself broke.
