@@ -299,3 +299,12 @@ def test_few_rows_without_a_target(make_case, device_name, inplace_backward):
         assert loss.isnan()
         assert stats.nll[1].isnan()
         assert leaf.grad[1].isnan().all()
+
+
+@pytest.mark.devices("emulated", "cuda")
+def test_few_rows_with_a_bad_target_read_nothing_behind_the_logits(make_case, guarded):
+    case = make_case((3,), 40001, ignored=False)
+    case.targets[2] = 2**30
+    loss = functional.pdl_loss(guarded(case.leaf), case.targets, reduction="none")
+    assert loss[:2].isfinite().all()
+    assert loss[2].isnan()
