@@ -33,7 +33,7 @@ __global__ void statistics_kernel(Rows<T, I> rows, RowStatistics<Accumulator<T>>
     const int64_t target = rows.targets[i];
     const bool counted = target != rows.ignore_index;
     if (!counted || !rows.in_vocabulary(target)) {
-      if (threadIdx.x == 0 && parts == nullptr) {
+      if (threadIdx.x == 0 && blockIdx.y == 0) {
         write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
       }
       continue;
@@ -60,11 +60,8 @@ __global__ void finish_rows_kernel(Rows<T, I> rows, const RowStatistics<Accumula
   const int64_t i = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
   if (i >= rows.count) return;
   const int64_t target = rows.targets[i];
-  const bool counted = target != rows.ignore_index;
-  if (!counted || !rows.in_vocabulary(target)) {
-    if (lane == 0) write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
-    return;
-  }
+  // Such a row is written already.
+  if (target == rows.ignore_index || !rows.in_vocabulary(target)) return;
   RowStatistics<A> row;
   for (int part = lane; part < count_of_parts; part += kWarp) row = merge(row, parts[i * count_of_parts + part]);
   row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
