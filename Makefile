@@ -45,7 +45,7 @@ sanitize: $(VENV)/gtest.stamp
 cuda-compile: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_compile.py
 
-# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 25 minutes.
+# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 50 minutes.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
 
