@@ -94,8 +94,8 @@ PDL_INLINE double hyperbolic_tangent(double x) {
   return tanh(x);
 }
 
-// Of an integer that is not negative. On the host by its halves, each in the low bits of a double with the exponent that
-// gives it its place: vector units before AVX-512 convert no int64.
+// Of an integer that is not negative. On the host by its halves, each in the low bits of a double with the exponent
+// that gives it its place: vector units before AVX-512 convert no int64.
 PDL_INLINE double to_double(int64_t x) {
 #if defined(__CUDA_ARCH__)
   return double(x);
