@@ -159,7 +159,8 @@ def backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[No
 
 def forward_and_backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[Tensor, Tensor]]:
     def call(i: int) -> tuple[Tensor, Tensor]:
-        result = loss.function(logits[i], inputs.targets[i])
+        # No leaf, which a loss in place does not take.
+        result = loss.function(logits[i].view_as(logits[i]), inputs.targets[i])
         (gradient,) = torch.autograd.grad(result, logits[i])
         return result, gradient
 

@@ -107,8 +107,8 @@ PDL_INLINE double to_double(int64_t x) {
 #endif
 }
 
-// x^y for a normal x > 0, and 1 for y = 0: relative error below 1e-14 (1 + |y log2 x|); infinity and 0 where float64
-// ends. Shifts of unsigned numbers, which AVX2 has too.
+// x^y for x > 0, a subnormal one as the least normal one, and 1 for y = 0: relative error below 1e-14 (1 + |y log2 x|);
+// infinity and 0 where float64 ends. Shifts of unsigned numbers, which AVX2 has too.
 PDL_INLINE double power(double x, double y) {
 #if defined(__CUDA_ARCH__)
   return y == 0.0 ? 1.0 : exp2(y * log2(x));
@@ -116,7 +116,8 @@ PDL_INLINE double power(double x, double y) {
   // x = m 2^e with m around 1; log m as a series in (m - 1) / (m + 1).
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdu;
   constexpr uint64_t kOffset = 2048;
-  const uint64_t bits = std::bit_cast<uint64_t>(x);
+  const double normal = x < std::numeric_limits<double>::min() ? std::numeric_limits<double>::min() : x;
+  const uint64_t bits = std::bit_cast<uint64_t>(normal);
   const uint64_t exponent = (bits - kSqrtHalf + (kOffset << 52)) >> 52;
   const double m = std::bit_cast<double>(bits - ((exponent - kOffset) << 52));
   const double e = to_double(int64_t(exponent)) - double(kOffset);

@@ -198,8 +198,8 @@ def _loss_gradients(ctx: Any, grad_loss: Tensor, once: bool) -> tuple[Tensor | N
 
 
 class LossOverLogits(torch.autograd.Function):
-    """loss_and_gradient_ of a scalar reduction: forward leaves the gradient where the logits were, for an upstream
-    gradient of 1, and backward multiplies it by another one, which is read on the device.
+    """loss_and_gradient_ of a scalar reduction: forward leaves the gradient where the logits were (or in their copy, if
+    they had to be copied), for an upstream gradient of 1; backward multiplies it by another one, read on the device.
 
     Returns what Loss does.
     """
@@ -233,8 +233,9 @@ class LossOverLogits(torch.autograd.Function):
         if overwritten:
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
+        ctx.shape = logits.shape
         # Saved, so that PyTorch refuses a backward after the gradient was written to, and a second one.
-        ctx.save_for_backward(logits, row_weight, None if overwritten else gradient, rows, totals)
+        ctx.save_for_backward(logits if overwritten else gradient, row_weight, rows, totals)
         if not predict:
             return loss
         ctx.mark_non_differentiable(rows, predicted)
@@ -246,12 +247,11 @@ class LossOverLogits(torch.autograd.Function):
 
 
 def _scaled_gradients(ctx: Any, grad_loss: Tensor, once: bool) -> tuple[Tensor | None, Tensor | None]:
-    logits, _row_weight, buffer, rows, totals = ctx.saved_tensors
-    gradient = logits if buffer is None else buffer
+    gradient, _row_weight, rows, totals = ctx.saved_tensors
     grad_row_weight = _row_weight_gradient(grad_loss, rows, totals) if ctx.needs_input_grad[3] else None
     ops.scale_(_as_rows(gradient), grad_loss)
     torch.autograd.graph.increment_version(gradient)
-    return gradient.detach().view(logits.shape), grad_row_weight
+    return gradient.detach().view(ctx.shape), grad_row_weight
 
 
 def weighted_loss(
@@ -268,6 +268,10 @@ def weighted_loss(
     ):
         loss, rows, _totals, predicted = ops.loss_forward(_as_rows(logits), *tensors[1:], *options, predict)
         return loss, rows, predicted
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise RuntimeError(
+            "logits: got a leaf that requires grad, expected what a model computed: inplace_backward would overwrite it"
+        )
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     at_once = (
         inplace_backward and logits.requires_grad and options[0] != REDUCTIONS["none"] and logits.dtype != torch.float16

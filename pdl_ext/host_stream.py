@@ -27,21 +27,26 @@ def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
     copied, counted = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
     # The buffers may be memory that this stream is still using.
     copies.wait_stream(counting)
-    for number, part in enumerate(tokens.split(size)):
-        slot = number % 2
-        if not is_pinned:
-            if number >= 2:
-                copied[slot].synchronize()
-            part = pinned[slot][: part.numel()].copy_(part)
-        on_device = arrived[slot][: part.numel()]
-        with torch.cuda.stream(copies):
-            if number >= 2:
-                copies.wait_event(counted[slot])
-            on_device.copy_(part, non_blocking=True)
-            copied[slot].record(copies)
-        counting.wait_event(copied[slot])
-        yield on_device
-        counted[slot].record(counting)
+    try:
+        for number, part in enumerate(tokens.split(size)):
+            slot = number % 2
+            if not is_pinned:
+                if number >= 2:
+                    copied[slot].synchronize()
+                part = pinned[slot][: part.numel()].copy_(part)
+            on_device = arrived[slot][: part.numel()]
+            with torch.cuda.stream(copies):
+                if number >= 2:
+                    copies.wait_event(counted[slot])
+                on_device.copy_(part, non_blocking=True)
+                copied[slot].record(copies)
+            counting.wait_event(copied[slot])
+            yield on_device
+            counted[slot].record(counting)
+    finally:
+        if is_pinned:
+            # The caller may write to the tokens, or free them, as soon as this is over.
+            copies.synchronize()
 
 
 def _pinned_like(tokens: Tensor, size: int) -> Tensor:

@@ -265,7 +265,8 @@ class TestBeyond32Bits:
         with torch.no_grad():
             forward_alone = functional.pdl_loss(logits, targets, reduction="none")
         logits.requires_grad_()
-        loss = functional.pdl_loss(logits, targets, reduction="none", inplace_backward=inplace_backward)
+        # No leaf, which may not be written to.
+        loss = functional.pdl_loss(logits.view_as(logits), targets, reduction="none", inplace_backward=inplace_backward)
         (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
         assert (gradient.data_ptr() == logits.data_ptr()) == inplace_backward
         loss = loss.detach()
@@ -302,7 +303,8 @@ class TestBeyond32Bits:
         alone = torch.stack([logits[row] for row in special])
         expected_losses, expected_gradient = loss_and_gradient(alone, targets[special], reduction="none")
         logits.requires_grad_()
-        loss = functional.pdl_loss(logits, targets, reduction="sum", inplace_backward=True)
+        # No leaf, which may not be written to.
+        loss = functional.pdl_loss(logits.view_as(logits), targets, reduction="sum", inplace_backward=True)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert gradient.data_ptr() == logits.data_ptr()
         # All other rows are zeros, so their losses are log V, and their gradients 1 / V but at the target.

@@ -70,6 +70,7 @@ def test_sizes_match_reference(make_case, assert_in_place_matches, rows, vocab_s
 @pytest.mark.parametrize(
     ("card", "dtype", "vocab_size"),
     [
+        ("sm_75", torch.float32, 150001),  # fewer rows under way than there are: a block takes a second one
         ("sm_75", torch.bfloat16, 1009),  # no asynchronous copies: the second pass reads from L2
         ("sm_80", torch.bfloat16, 32000),  # two rows a multiprocessor
         ("sm_80", torch.float32, 50257),  # too long for that: from L2
@@ -79,9 +80,16 @@ def test_sizes_match_reference(make_case, assert_in_place_matches, rows, vocab_s
 )
 def test_cards_match_reference(make_case, assert_in_place_matches, monkeypatch, card, dtype, vocab_size):
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
-    case = from_a_model(make_case((5,), vocab_size, dtype, peaked=True))
+    case = from_a_model(make_case((6,), vocab_size, dtype, peaked=True))
     assert_in_place_matches(case, label_smoothing=0.1)
     assert_in_place_matches(case)
+
+
+@pytest.mark.devices("emulated")
+def test_a_build_for_an_older_card_uses_no_clusters(make_case, assert_in_place_matches, monkeypatch):
+    # Its kernels know nothing of clusters, also where the driver compiles them for a card that has them.
+    monkeypatch.setenv("PDL_EXT_EMULATOR_PTX", "80")
+    assert_in_place_matches(from_a_model(make_case((6,), 50257)))
 
 
 @pytest.mark.parametrize("vocab_size", [1009, 40001])
@@ -145,13 +153,14 @@ def test_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at_end)
     assert torch.equal(logits, 2 * before)
 
 
-def test_a_bad_target_leaves_the_logits_alone(make_case, device_name):
-    case = make_case((6,), 257)
-    case.targets[3] = 257
+@pytest.mark.parametrize("vocab_size", [257, 50257])  # CUDA: a block, and a cluster of them
+def test_a_bad_target_leaves_the_logits_alone(make_case, device_name, vocab_size):
+    case = make_case((6,), vocab_size)
+    case.targets[3] = vocab_size
     leaf = case.leaf.clone().requires_grad_()
     logits = leaf * 1
     if device_name == "cpu":
-        with pytest.raises(IndexError, match=r"got 257 at position \[3\]"):
+        with pytest.raises(IndexError, match=rf"got {vocab_size} at position \[3\]"):
             functional.pdl_loss(logits, case.targets, inplace_backward=True)
         assert torch.equal(logits.detach(), case.leaf)
         return
@@ -233,14 +242,43 @@ def test_another_gradient_that_needs_the_logits_raises_before_any_backward(make_
         other.backward()
 
 
-def test_empty_and_ignored(device):
+@pytest.mark.parametrize("vocab_size", [17, 50257])
+def test_empty_and_ignored(device, vocab_size):
     for targets in (torch.empty(0, dtype=torch.int64), torch.full((6,), -100)):
-        leaf = torch.randn(targets.numel(), 17).to(device).requires_grad_()
+        leaf = torch.randn(targets.numel(), vocab_size).to(device).requires_grad_()
         loss = functional.pdl_loss(leaf * 1, targets.to(device), inplace_backward=True)
         loss.backward()
         assert loss.item() == 0
         assert leaf.grad.shape == leaf.shape
         assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_leaf_is_refused(make_case, dtype, reduction):
+    # Its value would be gone, and its .grad would lie where it was.
+    case = make_case((6,), 257, dtype)
+    leaf = case.leaf.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="logits: got a leaf that requires grad"):
+        functional.pdl_loss(leaf, case.targets, reduction=reduction, inplace_backward=True)
+    assert torch.equal(leaf.detach(), case.leaf)
+
+
+def test_copied_logits_are_left_alone(make_case):
+    # Rows that are no view of the logits are copied, and the gradient lies in the copy.
+    case = make_case((2, 5), 101)
+    leaf = case.leaf.clone().requires_grad_()
+    logits = leaf * 1
+    part = logits[:, :-1].transpose(0, 1)
+    loss = functional.pdl_loss(part, case.targets[:, :-1].t(), inplace_backward=True)
+    with torch.no_grad():
+        logits.zero_()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    gradient = gradient[:, :-1].transpose(0, 1)
+    expected = case.leaf[:, :-1].transpose(0, 1).contiguous().requires_grad_()
+    functional.pdl_loss(expected, case.targets[:, :-1].t()).backward()
+    torch.testing.assert_close(gradient, expected.grad, rtol=1e-5, atol=1e-9)
+    assert gradient.any()
 
 
 def test_checkpointed_loss(make_case):

@@ -59,16 +59,29 @@ class Launcher {
     return int64_t(of_multiprocessor) * attribute(cudaDevAttrMultiProcessorCount);
   }
 
-  // Whether the device holds at least one such cluster.
+  // Whether the device holds at least one such cluster; no, if it refuses clusters of that size.
   template <typename Kernel>
   bool fits(Kernel* kernel, const Grid& grid) const {
     if (grid.cluster == 1) return true;
-    allow(kernel, grid);
     cudaLaunchAttribute attribute;
     const cudaLaunchConfig_t config = config_of(grid, &attribute);
     int clusters = 0;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-    return clusters > 0;
+    if (try_to_allow(kernel, grid) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) {
+      return clusters > 0;
+    }
+    // Or the next launch would find the error.
+    cudaGetLastError();
+    return false;
+  }
+
+  // What the kernel was written for: 10 * major + minor of the architecture, which is less than the device's where the
+  // driver compiles what was built for older cards.
+  template <typename Kernel>
+  int architecture_of(Kernel* kernel) const {
+    cudaFuncAttributes attributes;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion;
   }
 
  private:
@@ -89,14 +102,21 @@ class Launcher {
 
   // What a kernel may only have if it is asked for.
   template <typename Kernel>
-  static void allow(Kernel* kernel, const Grid& grid) {
+  static cudaError_t try_to_allow(Kernel* kernel, const Grid& grid) {
     constexpr int kSharedWithoutAsking = 48 * 1024, kClusterWithoutAsking = 8;
+    cudaError_t error = cudaSuccess;
     if (grid.shared_bytes > kSharedWithoutAsking) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     }
-    if (grid.cluster > kClusterWithoutAsking) {
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    if (error == cudaSuccess && grid.cluster > kClusterWithoutAsking) {
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     }
+    return error;
+  }
+
+  template <typename Kernel>
+  static void allow(Kernel* kernel, const Grid& grid) {
+    STD_CUDA_CHECK(try_to_allow(kernel, grid));
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

@@ -1,7 +1,7 @@
 // Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for an upstream
 // gradient of 1. Least traffic: e*N*V bytes read and e*N*V written.
 //
-// totals_ahead_kernel sums the weights, of which the gradient needs the denominator: reads at most 16*N bytes.
+// totals_ahead_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
 // on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
 // totals_kernel sums the rows' losses: reads at most 28*N bytes.
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
@@ -202,10 +202,11 @@ __global__ void __launch_bounds__(kScaleThreads)
 // The grid with which a row stays on chip, or no blocks if it cannot.
 template <typename T, typename Kernel>
 Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
-  constexpr int kAmpere = 8, kReservedBytes = 1024;
-  if (launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
+  constexpr int kAmpere = 8, kHopper = 90, kReservedBytes = 1024;
+  if (rows == 0 || launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
   const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0;
+  // Built for an older card, the kernel knows no clusters whatever this one has.
+  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0 && launch.architecture_of(kernel) >= kHopper;
   // Where a row cannot be cut, two of them a multiprocessor are still better than a second pass over L2.
   const int64_t room = of_multiprocessor / (clusters ? kRowsOfMultiprocessor : 2) - 2 * kReservedBytes;
   const int64_t packs = vocab_size / kVector<T>;

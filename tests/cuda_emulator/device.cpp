@@ -52,6 +52,12 @@ const Device& device() {
                            name);
 }
 
+// What the module was built for, 10 * major + minor: less than the device's where PDL_EXT_EMULATOR_PTX says so.
+int built_for() {
+  const char* name = getenv("PDL_EXT_EMULATOR_PTX");
+  return name == nullptr ? device().capability : atoi(name);
+}
+
 struct Function {
   int max_dynamic = kSharedWithoutOptin;
   bool any_cluster_size = false;
@@ -156,6 +162,8 @@ cudaError_t find_cluster(const cudaLaunchConfig_t& config, const Function& funct
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeIgnore) continue;
     if (attribute.id != cudaLaunchAttributeClusterDimension || !device().has_clusters()) return cudaErrorNotSupported;
+    // A card would take it, and the kernel would not know that it is one.
+    if (built_for() < 90) return cudaErrorNotSupported;
     const auto [x, y, z] = attribute.val.clusterDim;
     const uint64_t blocks = uint64_t(x) * y * z;
     const unsigned most = function.any_cluster_size ? kMaxCluster : kPortableCluster;
@@ -297,7 +305,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   *attributes = {};
   attributes->maxThreadsPerBlock = kMaxThreads;
   attributes->numRegs = 32;
-  attributes->ptxVersion = attributes->binaryVersion = device().capability;
+  attributes->ptxVersion = built_for();
+  attributes->binaryVersion = device().capability;
   attributes->maxDynamicSharedSizeBytes = set.max_dynamic;
   attributes->nonPortableClusterSizeAllowed = set.any_cluster_size;
   return cudaSuccess;
