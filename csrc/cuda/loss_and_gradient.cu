@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kScaleThreads)
 template <typename T, typename Kernel>
 Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
   constexpr int kAmpere = 8, kHopper = 90, kReservedBytes = 1024;
-  if (rows == 0 || launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
+  if (launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
   const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   // Built for an older card, the kernel knows no clusters whatever this one has.
   const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0 && launch.architecture_of(kernel) >= kHopper;

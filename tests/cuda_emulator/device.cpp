@@ -162,8 +162,6 @@ cudaError_t find_cluster(const cudaLaunchConfig_t& config, const Function& funct
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeIgnore) continue;
     if (attribute.id != cudaLaunchAttributeClusterDimension || !device().has_clusters()) return cudaErrorNotSupported;
-    // A card would take it, and the kernel would not know that it is one.
-    if (built_for() < 90) return cudaErrorNotSupported;
     const auto [x, y, z] = attribute.val.clusterDim;
     const uint64_t blocks = uint64_t(x) * y * z;
     const unsigned most = function.any_cluster_size ? kMaxCluster : kPortableCluster;
@@ -217,7 +215,12 @@ cudaError_t count_clusters(int* clusters, const void* kernel, const cudaLaunchCo
 }  // namespace
 
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, Launch* launch) {
-  return record(check(config, kernel, launch));
+  const cudaError_t error = check(config, kernel, launch);
+  if (error != cudaSuccess) return record(error);
+  // A card would run it, and the kernel would not know that its block is one of several. Occupancy does not tell.
+  const dim3& cluster = launch->cluster;
+  const bool clustered = uint64_t(cluster.x) * cluster.y * cluster.z > 1;
+  return record(clustered && built_for() < 90 ? cudaErrorNotSupported : cudaSuccess);
 }
 
 void require_capability(int capability, const char* operation, Location where) {
