@@ -12,9 +12,8 @@
 //   vectors: no barrier but that of the reduction. Three rows or parts of a row share a multiprocessor, so that one
 //   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
 //   which merge their statistics through distributed shared memory: 262,144 logits of bfloat16 or float32.
-// - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under way as
-// half
-//   of L2 holds, and what is written makes way first.
+// - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under
+//   way as half of L2 holds, and what is written makes way first.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
