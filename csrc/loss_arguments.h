@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "allocate.h"
 #include "row_loss.h"
 
 namespace pdl {
@@ -123,11 +124,9 @@ struct LossOutputs {
 inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reduction, bool predict) {
   const int64_t n = logits.size(0);
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  using Shape = std::vector<int64_t>;
-  return {torch::stable::new_empty(logits, reduction == Reduction::none ? Shape{n} : Shape{}, dtype),
-          torch::stable::new_empty(logits, Shape{kRowOutputs, n}, dtype),
-          torch::stable::new_empty(logits, Shape{kTotals}, dtype),
-          torch::stable::new_empty(logits, Shape{predict ? n : 0}, ScalarType::Long)};
+  return {reduction == Reduction::none ? allocate(logits, {n}, dtype) : allocate(logits, {}, dtype),
+          allocate(logits, {kRowOutputs, n}, dtype), allocate(logits, {kTotals}, dtype),
+          allocate(logits, {predict ? n : 0}, ScalarType::Long)};
 }
 
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.

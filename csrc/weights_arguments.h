@@ -6,6 +6,8 @@
 
 #include <optional>
 
+#include "allocate.h"
+
 namespace pdl {
 
 using torch::headeronly::ScalarType;

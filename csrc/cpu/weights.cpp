@@ -24,7 +24,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;
   const double mix = blend ? *static_cast<const float*>(blend->const_data_ptr()) : 1.0;
-  const Tensor result = torch::stable::new_empty(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
+  const Tensor result = allocate(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
   float* weights = static_cast<float*>(result.mutable_data_ptr());
 
   int64_t total = 0;

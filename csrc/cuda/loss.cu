@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                      double label_smoothing, double z_loss, double logit_scale, double softcap) {
-  const Tensor grad_logits = torch::stable::new_empty(logits, logits.sizes());
+  const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
   return grad_logits;
@@ -145,8 +145,7 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, co
       launch(statistics, grid, rows, nullptr);
     } else {
       constexpr int64_t kSize = sizeof(RowStatistics<A>) / sizeof(A);
-      const Tensor scratch = torch::stable::new_empty(logits, std::vector<int64_t>{rows.count * count_of_parts * kSize},
-                                                      accumulator_dtype(logits.scalar_type()));
+      const Tensor scratch = allocate(logits, {rows.count * count_of_parts * kSize}, accumulator_dtype(logits.scalar_type()));
       auto* parts = static_cast<RowStatistics<A>*>(scratch.mutable_data_ptr());
       grid.parts = count_of_parts;
       launch(statistics, grid, rows, parts);

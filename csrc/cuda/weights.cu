@@ -94,11 +94,11 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const PowerLaw law{alpha, epsilon, smoothing, relative, Normalize(normalize), max_weight, vocab_size};
   const Launcher launch(counts_tensor);
   const Grid grid{std::min<int64_t>(kMaxBlocks, (vocab_size + kThreads - 1) / kThreads), kThreads};
-  const Tensor memory = torch::stable::new_empty(counts_tensor, std::vector<int64_t>{3 * kMaxBlocks}, ScalarType::Long);
+  const Tensor memory = allocate(counts_tensor, {3 * kMaxBlocks}, ScalarType::Long);
   int64_t* words = static_cast<int64_t*>(memory.mutable_data_ptr());
   const Scratch scratch{words, reinterpret_cast<double*>(words + kMaxBlocks),
                         reinterpret_cast<double*>(words + 2 * kMaxBlocks)};
-  const Tensor result = torch::stable::new_empty(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
+  const Tensor result = allocate(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;
   const float* mix = blend ? static_cast<const float*>(blend->const_data_ptr()) : nullptr;

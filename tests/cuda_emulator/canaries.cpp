@@ -11,8 +11,6 @@
 
 #include "emulator.h"
 
-#undef new_empty
-
 namespace {
 
 using torch::stable::Tensor;
@@ -49,26 +47,24 @@ void forget_canaries() {
 
 }  // namespace cuda_emulator
 
-namespace torch::stable {
-
-Tensor new_empty_with_canary(const Tensor& like, headeronly::IntHeaderOnlyArrayRef shape,
-                             std::optional<headeronly::ScalarType> dtype) {
-  std::vector<int64_t> larger(shape.begin(), shape.end());
-  const bool is_scalar = larger.empty();
-  if (is_scalar) larger.push_back(1);
+// Linked with -Bsymbolic, so that this wins over what libtorch_cpu has.
+extern "C" AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t*, int32_t dtype,
+                                                   int32_t, int32_t, AtenTensorHandle* result) {
+  std::vector<int64_t> larger(sizes, sizes + dims);
+  if (dims == 0) larger.push_back(1);
   int64_t row = 1;
   for (size_t i = 1; i < larger.size(); ++i) row *= larger[i];
   // One-byte elements are the smallest.
   const int64_t length = larger[0];
   larger[0] += kBytes / std::max<int64_t>(row, 1) + 1;
-  Tensor whole = new_empty(like, larger, dtype);
-  Tensor part = narrow(whole, 0, 0, length);
+  using torch::stable::detail::from, torch::stable::detail::to;
+  Tensor whole = torch::stable::empty(larger, to<torch::headeronly::ScalarType>(from(dtype)));
+  Tensor part = torch::stable::narrow(whole, 0, 0, length);
   auto* begin = static_cast<unsigned char*>(whole.mutable_data_ptr()) + length * row * whole.element_size();
   if (row > 0) {
     memset(begin, kCanary, kBytes);
     canaries.push_back({whole, begin});
   }
-  return is_scalar ? select(part, 0, 0) : part;
+  if (dims == 0) part = torch::stable::select(part, 0, 0);
+  return aoti_torch_new_tensor_handle(part.get(), result);
 }
-
-}  // namespace torch::stable
