@@ -9,8 +9,8 @@
 
 namespace pdl {
 
-// An uninitialised contiguous tensor on the device of `like`. Not torch::stable::new_empty, which looks its op up by name:
-// that takes a microsecond more, four times a loss.
+// An uninitialised contiguous tensor on the device of `like`. Not torch::stable::new_empty, which looks its op up by
+// name: that takes a microsecond more, four times a loss.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                                       torch::headeronly::ScalarType dtype) {
   int32_t device_type, device_index;

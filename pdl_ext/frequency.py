@@ -70,7 +70,6 @@ class TokenFrequency(nn.Module):
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, ignore_index={self.ignore_index}"
 
-    @torch.no_grad()
     def update(self, tokens: Tensor | np.ndarray[Any, Any], *, strict: bool = False) -> None:
         """Counts a batch.
 

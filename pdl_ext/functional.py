@@ -36,6 +36,37 @@ class RowStats(NamedTuple):
     predicted: Tensor
 
 
+class LossOptions(NamedTuple):
+    """What a loss is told beside its tensors; see pdl_loss."""
+
+    reduction: str
+    ignore_index: int
+    shift: bool
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError that names the first option of a wrong type or outside its range."""
+        check_choice("reduction", self.reduction, _ops.REDUCTIONS)
+        check_ignore_index(self.ignore_index)
+        check_flag("shift", self.shift)
+        check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]")
+        check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0")
+        if self.softcap is not None:
+            check_number("softcap", self.softcap, 0, MAX, "None or a finite number > 0", open_low=True)
+        check_number("logit_scale", self.logit_scale, -MAX, MAX, "a finite number other than 0")
+        if self.logit_scale == 0:
+            raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected a finite number other than 0")
+
+    def of_op(self) -> tuple[int, int, float, float, float, float]:
+        """The options as the compiled ops take them."""
+        softcap = 0.0 if self.softcap is None else self.softcap
+        reduction = _ops.REDUCTIONS[self.reduction]
+        return reduction, self.ignore_index, self.label_smoothing, self.z_loss, self.logit_scale, softcap
+
+
 def pdl_loss(
     logits: Tensor,
     targets: Tensor,
@@ -85,11 +116,31 @@ def pdl_loss(
     such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
-    check_loss_options(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
-    check_loss_inputs(logits, targets, row_weight, normalizer, reduction, shift)
+    options = LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+    check_loss_inputs(logits, targets, row_weight, normalizer, options)
     _check_table("token_weight", token_weight, logits)
     _check_table("logit_offset", logit_offset, logits)
-    vocab_size = logits.shape[-1]
+    if token_weight is not None:
+        token_weight = token_weight.contiguous()
+    if logit_offset is not None:
+        logit_offset = logit_offset.contiguous()
+    return loss_of_checked(
+        logits, targets, token_weight, row_weight, normalizer, logit_offset, options, inplace_backward, return_stats
+    )
+
+
+def loss_of_checked(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    logit_offset: Tensor | None,
+    options: LossOptions,
+    inplace_backward: bool,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """pdl_loss of what check_loss_inputs has passed, with contiguous tables."""
     dtype = _ops.accumulator_dtype(logits.dtype)
     if row_weight is not None:
         row_weight = row_weight.to(dtype)
@@ -97,54 +148,46 @@ def pdl_loss(
         normalizer = normalizer.to(dtype)
     elif normalizer is not None:
         normalizer = torch.full((), normalizer, dtype=dtype, device=logits.device)
-
+    shift = options.shift and targets.shape[-1] > 0
     given_targets = targets
-    shift = shift and targets.shape[-1] > 0
     if shift:
-        targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
+        targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
         row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
     tensors = (
         logits,
         targets.reshape(-1).contiguous(),
-        None if token_weight is None else token_weight.contiguous(),
+        token_weight,
         None if row_weight is None else row_weight.reshape(-1).contiguous(),
-        None if logit_offset is None else logit_offset.contiguous(),
+        logit_offset,
         normalizer,
-    )
-    options = (
-        _ops.REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        0.0 if softcap is None else softcap,
     )
     in_place = inplace_backward and not torch.compiler.is_compiling()
     try:
-        loss, rows, predicted = _ops.weighted_loss(tensors, options, return_stats, in_place)
+        loss, rows, predicted = _ops.weighted_loss(tensors, options.of_op(), return_stats, in_place)
     except IndexError:
-        raise bad_target(given_targets, vocab_size, ignore_index, shift) from None
-
-    def per_row(values: Tensor, fill: float = 0.0) -> Tensor:
-        values = values.reshape(targets.shape)
-        return F.pad(values[..., :-1], (1, 0), value=fill) if shift else values
-
-    if reduction == "none":
-        loss = per_row(loss)
+        raise bad_target(given_targets, logits.shape[-1], options.ignore_index, shift) from None
+    if options.reduction == "none":
+        loss = _per_row(loss, targets.shape, shift)
     if rows is None or predicted is None or not return_stats:
         return loss
     weight = rows[_ops.ROW_TOKEN_WEIGHT]
     if row_weight is not None:
         # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
-        counted = targets.reshape(-1) != ignore_index
+        counted = targets.reshape(-1) != options.ignore_index
         weight = torch.where(counted, weight * row_weight.detach().reshape(-1), 0.0)
     stats = RowStats(
-        nll=per_row(rows[_ops.ROW_NLL]),
-        weight=per_row(weight),
-        lse=per_row(rows[_ops.ROW_MAX] + rows[_ops.ROW_LOG_SUM]),
-        predicted=per_row(predicted, fill=-1),
+        nll=_per_row(rows[_ops.ROW_NLL], targets.shape, shift),
+        weight=_per_row(weight, targets.shape, shift),
+        lse=_per_row(rows[_ops.ROW_MAX] + rows[_ops.ROW_LOG_SUM], targets.shape, shift),
+        predicted=_per_row(predicted, targets.shape, shift, fill=-1),
     )
     return loss, stats
+
+
+def _per_row(values: Tensor, shape: torch.Size, shift: bool, fill: float = 0.0) -> Tensor:
+    # What has one element a row, shaped like the targets and lined up with them.
+    values = values.reshape(shape)
+    return F.pad(values[..., :-1], (1, 0), value=fill) if shift else values
 
 
 def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
@@ -246,10 +289,10 @@ def check_loss_inputs(
     targets: Tensor,
     row_weight: Tensor | None,
     normalizer: float | Tensor | None,
-    reduction: str,
-    shift: bool,
+    options: LossOptions,
 ) -> None:
-    """Raises TypeError or ValueError that names the first input that the loss cannot take."""
+    """Raises TypeError or ValueError that names the first option or input that the loss cannot take."""
+    options.check()
     for name, tensor in (("logits", logits), ("targets", targets)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
@@ -266,13 +309,13 @@ def check_loss_inputs(
         )
     if logits.device != targets.device:
         raise ValueError(f"targets: got device {targets.device}, expected {logits.device}, where the logits are")
-    if shift and targets.dim() == 0:
+    if options.shift and targets.dim() == 0:
         raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
     if row_weight is not None:
         _check_row_weight(row_weight, targets)
     _refuse_tangents(logits, row_weight)
     if normalizer is not None:
-        _check_normalizer(normalizer, targets, reduction)
+        _check_normalizer(normalizer, targets, options.reduction)
 
 
 def _refuse_tangents(logits: Tensor, row_weight: Tensor | None) -> None:
@@ -345,28 +388,6 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
         raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a number or a 0-d tensor")
     elif not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number > 0")
-
-
-def check_loss_options(
-    reduction: str,
-    ignore_index: int,
-    shift: bool,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-) -> None:
-    """Raises TypeError or ValueError that names the first option of a wrong type or outside its range."""
-    check_choice("reduction", reduction, _ops.REDUCTIONS)
-    check_ignore_index(ignore_index)
-    check_flag("shift", shift)
-    check_number("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
-    check_number("z_loss", z_loss, 0, MAX, "a finite number >= 0")
-    if softcap is not None:
-        check_number("softcap", softcap, 0, MAX, "None or a finite number > 0", open_low=True)
-    check_number("logit_scale", logit_scale, -MAX, MAX, "a finite number other than 0")
-    if logit_scale == 0:
-        raise ValueError(f"logit_scale: got {logit_scale!r}, expected a finite number other than 0")
 
 
 def _check_counts(counts: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pdl_ext import functional
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import RowStats
+from pdl_ext.functional import LossOptions, RowStats
 from pdl_ext.weighting import PowerLaw, check_blend
 
 __all__ = ["PDLLoss"]
@@ -60,7 +60,7 @@ class PDLLoss(nn.Module):
         vocab_size: int | None = None,
     ) -> None:
         super().__init__()
-        functional.check_loss_options(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+        LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale).check()
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
         elif not isinstance(weighting, PowerLaw):
@@ -129,63 +129,48 @@ class PDLLoss(nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
-        if self._token_weight is None:
-            # Everything that can be refused is refused before an online loss counts its targets.
-            functional.check_loss_options(
-                self.reduction,
-                self.ignore_index,
-                self.shift,
-                self.label_smoothing,
-                self.z_loss,
-                self.softcap,
-                self.logit_scale,
-            )
-            functional.check_loss_inputs(logits, targets, row_weight, normalizer, self.reduction, self.shift)
-        return functional.pdl_loss(
-            logits,
-            targets,
-            self._current_weights(logits, targets),
-            row_weight=row_weight,
-            normalizer=normalizer,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            shift=self.shift,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            inplace_backward=self.inplace_backward,
-            return_stats=return_stats,
+        options = LossOptions(
+            self.reduction,
+            self.ignore_index,
+            self.shift,
+            self.label_smoothing,
+            self.z_loss,
+            self.softcap,
+            self.logit_scale,
+        )
+        # Everything that can be refused is refused before an online loss counts its targets.
+        functional.check_loss_inputs(logits, targets, row_weight, normalizer, options)
+        weights = self._current_weights(logits.shape[-1], logits.device, targets)
+        return functional.loss_of_checked(
+            logits, targets, weights, row_weight, normalizer, None, options, self.inplace_backward, return_stats
         )
 
     def extra_repr(self) -> str:
         return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
 
-    @torch.no_grad()
-    def _current_weights(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _current_weights(self, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
         weights = self._token_weight
         if weights is not None:
-            _check_vocabulary(logits, weights)
+            _check_vocabulary(vocab_size, device, weights)
             return weights
         frequency = self.frequency
-        vocab_size = logits.shape[-1]
         if frequency is None:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
-                frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(logits.device)
+                frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(device)
         counts = frequency.counts
-        _check_vocabulary(logits, counts)
+        _check_vocabulary(vocab_size, device, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
-                frequency.update(learned, strict=counts.device.type == "cpu")
+                frequency.update(learned, strict=device.type == "cpu")
             except IndexError:
                 raise functional.bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
         if self.frequency is None:
             with torch.inference_mode(False):
-                self._blend = self._blend.to(logits.device)
+                self._blend = self._blend.to(device)
                 self._take_frequency(frequency)
-        return self._weights()
+        return functional.weights_with_fixed(counts, self.weighting, self._blend, self._fixed)
 
     def _weights(self) -> Tensor:
         assert self.frequency is not None
@@ -214,13 +199,11 @@ class PDLLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_vocabulary(logits: Tensor, table: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.dim() == 0 or logits.shape[-1] == 0:
-        return  # pdl_loss says what is wrong
-    if logits.shape[-1] != table.shape[0]:
-        raise ValueError(f"logits: got a vocabulary of {logits.shape[-1]}, expected {table.shape[0]}, the frequency's")
-    if logits.device != table.device:
-        raise ValueError(f"logits: got device {logits.device}, expected {table.device}: move the loss with .to()")
+def _check_vocabulary(vocab_size: int, device: torch.device, table: Tensor) -> None:
+    if vocab_size != table.shape[0]:
+        raise ValueError(f"logits: got a vocabulary of {vocab_size}, expected {table.shape[0]}, the frequency's")
+    if device != table.device:
+        raise ValueError(f"logits: got device {device}, expected {table.device}: move the loss with .to()")
 
 
 # At module level, so that the loss can be pickled.

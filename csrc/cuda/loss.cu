@@ -145,7 +145,8 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, co
       launch(statistics, grid, rows, nullptr);
     } else {
       constexpr int64_t kSize = sizeof(RowStatistics<A>) / sizeof(A);
-      const Tensor scratch = allocate(logits, {rows.count * count_of_parts * kSize}, accumulator_dtype(logits.scalar_type()));
+      const Tensor scratch =
+          allocate(logits, {rows.count * count_of_parts * kSize}, accumulator_dtype(logits.scalar_type()));
       auto* parts = static_cast<RowStatistics<A>*>(scratch.mutable_data_ptr());
       grid.parts = count_of_parts;
       launch(statistics, grid, rows, parts);
