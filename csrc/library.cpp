@@ -21,12 +21,15 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
       "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap) -> Tensor");
+      "float softcap, int first_id, int vocab_size) -> Tensor");
   m.def(
       "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor rows, Tensor totals, Tensor? "
       "row_weight, "
       "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap) -> ()");
+      "float softcap, int first_id, int vocab_size) -> ()");
+  m.def(
+      "reduce_rows(Tensor rows, Tensor targets, Tensor? row_weight, Tensor? normalizer, int reduction, "
+      "int ignore_index, float z_loss) -> (Tensor loss, Tensor totals)");
   m.def(
       "token_weights(Tensor counts, Tensor? blend, Tensor? fixed, float alpha, float epsilon, float smoothing, "
       "bool relative, int normalize, float max_weight) -> Tensor");

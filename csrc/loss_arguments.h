@@ -21,6 +21,8 @@ using OptionalTensor = std::optional<Tensor>;
 enum RowOutput { kMax, kLogSum, kNll, kCe, kTokenWeight, kRowOutputs };
 // Entries of the totals tensor: the fields of Totals, in order.
 constexpr int64_t kTotals = 3;
+// Entries of the normalizer tensor: the denominators of the weighted term and of the z-loss term.
+constexpr int64_t kNormalizers = 2;
 // So that an index within a row, and one stride more, fit into 32 bits.
 constexpr int64_t kMaxVocabSize = int64_t(1) << 30;
 
@@ -44,17 +46,29 @@ struct LossOptions {
   }
 };
 
+// The logits are columns [first_id, first_id + V) of a vocabulary, which other processes may hold the rest of.
+struct VocabularySlice {
+  int64_t first_id;
+  int64_t vocab_size;
+};
+
 inline ScalarType accumulator_dtype(ScalarType logits) {
   return logits == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_table(const OptionalTensor& table, const char* name, const Tensor& logits, int64_t size,
+inline void check_table(const OptionalTensor& table, const char* name, const Tensor& like, int64_t size,
                         ScalarType dtype) {
   if (!table) return;
   STD_TORCH_CHECK(table->dim() == 1 && table->size(0) == size && table->is_contiguous(), name,
                   " must be contiguous with shape [", size, "]");
   STD_TORCH_CHECK(table->scalar_type() == dtype, name, " has the wrong dtype");
-  STD_TORCH_CHECK(table->device() == logits.device(), name, " must be on the logits' device");
+  STD_TORCH_CHECK(table->device() == like.device(), name, " must be on the logits' device");
+}
+
+inline void check_targets(const Tensor& targets) {
+  STD_TORCH_CHECK(targets.dim() == 1 && targets.is_contiguous(), "targets must be contiguous with shape [N]");
+  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long || targets.scalar_type() == ScalarType::Int,
+                  "targets must be int64 or int32");
 }
 
 inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
@@ -64,27 +78,27 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits must have 1 <= V <= 2^30");
   STD_TORCH_CHECK(logits.stride(1) == 1 || vocab_size == 1, "logits must have a last dimension of stride 1");
-  STD_TORCH_CHECK(targets.dim() == 1 && targets.size(0) == rows && targets.is_contiguous(),
-                  "targets must be contiguous with shape [N]");
-  STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long || targets.scalar_type() == ScalarType::Int,
-                  "targets must be int64 or int32");
+  check_targets(targets);
+  STD_TORCH_CHECK(targets.size(0) == rows, "targets must be contiguous with shape [N]");
   STD_TORCH_CHECK(targets.device() == logits.device(), "targets must be on the logits' device");
   check_table(token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
   check_table(logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);
   check_table(row_weight, "row_weight", logits, rows, accumulator_dtype(logits.scalar_type()));
-  STD_TORCH_CHECK(!normalizer || (normalizer->numel() == 1 &&
-                                  normalizer->scalar_type() == accumulator_dtype(logits.scalar_type()) &&
-                                  normalizer->device() == logits.device()),
-                  "normalizer must be one number of the loss's dtype, on the logits' device");
+  check_table(normalizer, "normalizer", logits, kNormalizers, accumulator_dtype(logits.scalar_type()));
+}
+
+inline void check_rows(const Tensor& rows, const Tensor& targets) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == targets.numel() &&
+                      rows.is_contiguous() && rows.device() == targets.device(),
+                  "rows must be what loss_forward returned");
 }
 
 // Without grad_loss the upstream gradient of a scalar reduction is 1.
-inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Tensor& totals,
-                             const OptionalTensor& grad_loss, Reduction reduction) {
+inline void check_saved_rows(const Tensor& logits, const Tensor& targets, const Tensor& rows, const Tensor& totals,
+                             const OptionalTensor& grad_loss, Reduction reduction, const VocabularySlice& slice) {
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == logits.size(0) &&
-                      rows.is_contiguous() && rows.scalar_type() == dtype && rows.device() == logits.device(),
-                  "rows must be what loss_forward returned");
+  check_rows(rows, targets);
+  STD_TORCH_CHECK(rows.scalar_type() == dtype, "rows must be what loss_forward returned");
   STD_TORCH_CHECK(totals.dim() == 1 && totals.size(0) == kTotals && totals.is_contiguous() &&
                       totals.scalar_type() == dtype && totals.device() == logits.device(),
                   "totals must be what loss_forward returned");
@@ -93,6 +107,18 @@ inline void check_saved_rows(const Tensor& logits, const Tensor& rows, const Ten
                      (reduction == Reduction::none ? grad_loss->dim() == 1 && grad_loss->size(0) == logits.size(0)
                                                    : grad_loss->numel() == 1)),
       "grad_loss must have the loss's shape, dtype and device");
+  STD_TORCH_CHECK(slice.first_id >= 0 && slice.vocab_size - logits.size(1) >= slice.first_id,
+                  "the logits must be a slice of the vocabulary");
+}
+
+inline void check_reduce_arguments(const Tensor& rows, const Tensor& targets, const OptionalTensor& row_weight,
+                                   const OptionalTensor& normalizer) {
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float || rows.scalar_type() == ScalarType::Double,
+                  "rows must be float32 or float64");
+  check_targets(targets);
+  check_rows(rows, targets);
+  check_table(row_weight, "row_weight", rows, targets.numel(), rows.scalar_type());
+  check_table(normalizer, "normalizer", rows, kNormalizers, rows.scalar_type());
 }
 
 inline void check_gradient(const Tensor& logits, const Tensor& gradient, Reduction reduction) {
@@ -121,12 +147,15 @@ struct LossOutputs {
   Tensor predicted;
 };
 
+inline Tensor allocate_loss(const Tensor& like, int64_t n, Reduction reduction, ScalarType dtype) {
+  return reduction == Reduction::none ? allocate(like, {n}, dtype) : allocate(like, {}, dtype);
+}
+
 inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reduction, bool predict) {
   const int64_t n = logits.size(0);
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  return {reduction == Reduction::none ? allocate(logits, {n}, dtype) : allocate(logits, {}, dtype),
-          allocate(logits, {kRowOutputs, n}, dtype), allocate(logits, {kTotals}, dtype),
-          allocate(logits, {predict ? n : 0}, ScalarType::Long)};
+  return {allocate_loss(logits, n, reduction, dtype), allocate(logits, {kRowOutputs, n}, dtype),
+          allocate(logits, {kTotals}, dtype), allocate(logits, {predict ? n : 0}, ScalarType::Long)};
 }
 
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.

@@ -112,12 +112,14 @@ PDL_INLINE A reciprocal_or_zero(A denominator) {
   return denominator == A(0) ? A(0) : A(1) / denominator;
 }
 
+// `normalizer`: the denominators of the weighted term and of the z-loss term, where they are given.
 template <typename A>
 PDL_INLINE Totals<A> totals(Reduction reduction, A weighted_ce, A weight, A rows, const A* normalizer) {
   Totals<A> result{A(1), A(1), A(0)};
   if (reduction == Reduction::none || reduction == Reduction::sum) return result;
   if (normalizer != nullptr) {
-    result.weighted = result.rows = reciprocal_or_zero(*normalizer);
+    result.weighted = reciprocal_or_zero(normalizer[0]);
+    result.rows = reciprocal_or_zero(normalizer[1]);
     return result;
   }
   result.rows = reciprocal_or_zero(rows);
@@ -144,8 +146,14 @@ struct RowSums {
   }
 };
 
-PDL_INLINE Totals<double> totals(Reduction reduction, const RowSums& sums, const double* normalizer) {
-  return totals(reduction, sums.weighted_ce, sums.weight, sums.rows, normalizer);
+template <typename A>
+PDL_INLINE Totals<double> totals(Reduction reduction, const RowSums& sums, const A* normalizer) {
+  double divisors[2] = {};
+  if (normalizer != nullptr) {
+    divisors[0] = normalizer[0];
+    divisors[1] = normalizer[1];
+  }
+  return totals(reduction, sums.weighted_ce, sums.weight, sums.rows, normalizer != nullptr ? divisors : nullptr);
 }
 
 PDL_INLINE double reduced_loss(const RowSums& sums, const Totals<double>& factors, double z_loss) {

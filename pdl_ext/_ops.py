@@ -77,6 +77,11 @@ def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
+@torch.library.register_fake("pdl_ext::reduce_rows")
+def _(rows: Tensor, targets: Tensor, _weight: Any, _normalizer: Any, reduction: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ()), rows.new_empty((3,))
+
+
 @torch.library.register_fake("pdl_ext::token_weights")
 def _(counts: Tensor, *_: Any) -> Tensor:
     return counts.new_empty(counts.shape, dtype=torch.float32)
@@ -185,6 +190,8 @@ def _loss_gradients(ctx: Any, grad_loss: Tensor, once: bool) -> tuple[Tensor | N
     if ctx.needs_input_grad[0]:
         rows_of_logits = _as_rows(logits)
         arguments = (grad_loss, rows_of_logits, targets, rows, totals, row_weight, logit_offset, *ctx.options)
+        # The whole vocabulary.
+        arguments += (0, rows_of_logits.shape[1])
         if ctx.inplace_backward and once and not _overlap(rows_of_logits):
             ops.loss_backward_(*arguments)
             # Whoever saved the logits for another gradient must be told that they are overwritten.

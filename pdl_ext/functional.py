@@ -145,9 +145,9 @@ def loss_of_checked(
     if row_weight is not None:
         row_weight = row_weight.to(dtype)
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(dtype)
+        normalizer = normalizer.to(dtype).expand(2).contiguous()
     elif normalizer is not None:
-        normalizer = torch.full((), normalizer, dtype=dtype, device=logits.device)
+        normalizer = torch.full((2,), normalizer, dtype=dtype, device=logits.device)
     shift = options.shift and targets.shape[-1] > 0
     given_targets = targets
     if shift:

@@ -212,19 +212,33 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
         ),
         (
             lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False),
-            "normalizer must be one number of the loss's dtype",
+            "normalizer must be contiguous with shape",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.tensor(4.0).double(), *NUMBERS, False),
-            "normalizer must be one number of the loss's dtype",
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.ones(2).double(), *NUMBERS, False),
+            "normalizer has the wrong dtype",
         ),
         (
             lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False),
             "logits must be float32",
         ),
         (
-            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, *NUMBERS),
+            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, *NUMBERS, 0, 3),
             "rows must be what loss_forward",
+        ),
+        (
+            lambda ops, x, y: ops.loss_backward(
+                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 1, 3
+            ),
+            "the logits must be a slice of the vocabulary",
+        ),
+        (
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 3), y, None, None, 2, -100, 0.0),
+            "rows must be what loss_forward",
+        ),
+        (
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 2), y.bool(), None, None, 2, -100, 0.0),
+            "targets must be int64 or int32",
         ),
         (
             lambda ops, x, y: ops.token_weights(x[0], None, None, 1.0, 0.0, 1.0, True, 1, 1.0),

@@ -142,7 +142,7 @@ def test_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at_end)
     logits, targets, token_weight, row_weight = (
         guarded(x, at_end) for x in (case.leaf, case.targets, case.token_weight, case.row_weight)
     )
-    normalizer = guarded(torch.tensor([2.5], dtype=row_weight.dtype), at_end)
+    normalizer = guarded(torch.tensor([2.5, 3.5], dtype=row_weight.dtype), at_end)
     offset = guarded(torch.ones(vocab_size), at_end)
     numbers = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
     _ops.ops.loss_and_gradient_(logits, logits, targets, token_weight, row_weight, offset, normalizer, *numbers, True)

@@ -17,14 +17,14 @@ def test_loss_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at
     case.row_weight = case.row_weight.to(_ops.accumulator_dtype(dtype))
     copies = [guarded(x, at_end) for x in (case.leaf, case.targets, case.token_weight, case.row_weight)]
     logits, targets, token_weight, row_weight = copies
-    normalizer = guarded(torch.tensor([2.5], dtype=row_weight.dtype), at_end)
+    normalizer = guarded(torch.tensor([2.5, 3.5], dtype=row_weight.dtype), at_end)
     offset = guarded(torch.ones(vocab_size), at_end)
     options = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
     loss, rows, totals, _ = _ops.ops.loss_forward(
         logits, targets, token_weight, row_weight, offset, normalizer, *options, True
     )
     saved = [guarded(x, at_end) for x in (torch.ones_like(loss), rows, totals)]
-    arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, *options)
+    arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, *options, 0, vocab_size)
     if inplace:
         _ops.ops.loss_backward_(*arguments)
         assert logits.any()

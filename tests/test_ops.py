@@ -42,7 +42,7 @@ def op_inputs(device):
             torch.rand(9, generator=generator).to(device),
             row_weight,
             torch.randn(9, generator=generator).to(device),
-            torch.tensor(2.5, device=device, dtype=wide),
+            torch.tensor([2.5, 3.5], device=device, dtype=wide),
         )
 
     return build
@@ -85,8 +85,19 @@ def test_opcheck_loss_backward(op_inputs, name, reduction):
         logits, targets, token_weight, row_weight, offset, normalizer, number, *TRANSFORM, False
     )
     upstream = torch.rand_like(loss)
-    arguments = (upstream, logits, targets, rows, totals, row_weight, offset, number, *TRANSFORM)
+    arguments = (upstream, logits, targets, rows, totals, row_weight, offset, number, *TRANSFORM, 0, 9)
     torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
+def test_opcheck_reduce_rows(op_inputs, optional, reduction):
+    logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=optional)
+    number = _ops.REDUCTIONS[reduction]
+    _, rows, _, _ = ops.loss_forward(
+        logits, targets, token_weight, row_weight, offset, normalizer, number, *NO_TRANSFORM, False
+    )
+    torch.library.opcheck(ops.reduce_rows.default, (rows, targets, row_weight, normalizer, number, -100, 0.1))
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])

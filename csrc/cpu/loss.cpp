@@ -172,6 +172,28 @@ PDL_INLINE RowScalars<A> canonical(RowScalars<A> scalars) {
           scalars.b == scalars.b ? scalars.b : not_a_number<A>()};
 }
 
+// From the rows' outputs to the loss: each row's term or their sum, and the factors that the gradient needs.
+template <typename A, typename I>
+void reduce(const A* rows, int64_t n, const I* targets, const A* row_weight, const A* normalizer,
+            const LossOptions& options, A* saved, A* loss) {
+  RowSums sums;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool counts = targets[i] != options.ignore_index;
+    const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
+    const A factor = row_weight != nullptr ? row_weight[i] : A(1);
+    if (options.reduction == Reduction::none) {
+      loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor, ce, A(options.z_loss), lse) : A(0);
+    } else if (counts) {
+      sums.add(double(rows[kTokenWeight * n + i]) * factor, ce, lse);
+    }
+  }
+  const auto factors = totals(options.reduction, sums, normalizer);
+  saved[0] = A(factors.weighted);
+  saved[1] = A(factors.rows);
+  saved[2] = A(factors.correction);
+  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
+}
+
 // What both ways of a forward pass need of their arguments.
 template <typename T, typename I>
 struct Forward {
@@ -207,18 +229,13 @@ struct Forward {
   PDL_INLINE A factor_of_row(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
   PDL_INLINE A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
 
-  Totals<double> totals_of(const RowSums& sums) const {
-    const double divisor = normalizer != nullptr ? double(*normalizer) : 0.0;
-    return totals(options.reduction, sums, normalizer != nullptr ? &divisor : nullptr);
-  }
-
   // The factors of the gradient, which need no logits.
   Totals<A> totals_ahead() const {
     RowSums sums;
     for (int64_t i = 0; i < logits.rows; ++i) {
       if (targets[i] != options.ignore_index) sums.add(double(weight_of(targets[i])) * factor_of_row(i), 0.0, 0.0);
     }
-    const auto factors = totals_of(sums);
+    const auto factors = totals(options.reduction, sums, normalizer);
     return {A(factors.weighted), A(factors.rows), A(factors.correction)};
   }
 
@@ -241,24 +258,7 @@ struct Forward {
     if (predicted != nullptr) predicted[i] = -1;
   }
 
-  void finish() const {
-    const int64_t n = logits.rows;
-    RowSums sums;
-    for (int64_t i = 0; i < n; ++i) {
-      const bool counts = targets[i] != options.ignore_index;
-      const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
-      if (options.reduction == Reduction::none) {
-        loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor_of_row(i), ce, A(options.z_loss), lse) : A(0);
-      } else if (counts) {
-        sums.add(double(rows[kTokenWeight * n + i]) * factor_of_row(i), ce, lse);
-      }
-    }
-    const auto factors = totals_of(sums);
-    saved[0] = A(factors.weighted);
-    saved[1] = A(factors.rows);
-    saved[2] = A(factors.correction);
-    if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
-  }
+  void finish() const { reduce(rows, logits.rows, targets, row_weight, normalizer, options, saved, loss); }
 };
 
 template <bool kPlain, typename T, typename I>
@@ -343,7 +343,7 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
 template <bool kPlain, typename T, typename I>
 void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, const I* targets, const Tensor& rows_tensor,
               const Tensor& totals_tensor, const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
-              const LossOptions& options, const Tensor& grad_logits) {
+              const LossOptions& options, const VocabularySlice& slice, const Tensor& grad_logits) {
   using A = Accumulator<T>;
   const Logits<T> logits(logits_tensor);
   const auto transform = options.transform<A>(logit_offset);
@@ -364,7 +364,7 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
       const int64_t i = shares.row(s), first = shares.first(s), last = shares.last(s);
       T* gradient = gradients + i * gradient_stride;
       const int64_t target = targets[i];
-      if (target < 0 || target >= vocab_size || target == ignore_index) {
+      if (target < 0 || target >= slice.vocab_size || target == ignore_index) {
         std::fill(gradient + first, gradient + last, narrow<T>(target == ignore_index ? A(0) : not_a_number<A>()));
         continue;
       }
@@ -372,21 +372,22 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
       const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
       const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
       const auto scalars = canonical(row_scalars(factor, weight, z_loss, max + log_sum, sums));
-      const GradientRow<A> row(max, log_sum, scalars, label_smoothing, vocab_size);
-      row_gradient<kPlain>(logits.row(i), gradient, first, last, target, transform, row);
+      const GradientRow<A> row(max, log_sum, scalars, label_smoothing, slice.vocab_size);
+      row_gradient<kPlain>(logits.row(i), gradient, first, last, target - slice.first_id, transform, row);
     }
   });
 }
 
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
                         const Tensor& rows, const Tensor& totals, const OptionalTensor& row_weight,
-                        const OptionalTensor& logit_offset, const LossOptions& options, const Tensor& grad_logits) {
+                        const OptionalTensor& logit_offset, const LossOptions& options, const VocabularySlice& slice,
+                        const Tensor& grad_logits) {
   check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
-  check_saved_rows(logits, rows, totals, grad_loss, options.reduction);
+  check_saved_rows(logits, targets, rows, totals, grad_loss, options.reduction, slice);
   dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
     const auto run = options.is_plain(logit_offset) ? backward<true, T, I> : backward<false, T, I>;
     run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
-        options, grad_logits);
+        options, slice, grad_logits);
   });
 }
 
@@ -425,7 +426,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
     if (Shares(call.logits.rows, call.logits.vocab_size).parts > 1) {
       plain ? forward<true>(call) : forward<false>(call);
       loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
-                         gradient);
+                         {0, call.logits.vocab_size}, gradient);
       return;
     }
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
@@ -457,19 +458,39 @@ void scale_(Tensor gradient, Tensor factor) {
 
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                     double label_smoothing, double z_loss, double logit_scale, double softcap) {
+                     double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
+                     int64_t vocab_size) {
   const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * int64_t(grad_logits.element_size()));
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
+                     {first_id, vocab_size}, grad_logits);
   return grad_logits;
 }
 
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double logit_scale, double softcap) {
+                    double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
+                    int64_t vocab_size) {
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, logits);
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
+                     {first_id, vocab_size}, logits);
+}
+
+std::tuple<Tensor, Tensor> reduce_rows(Tensor rows, Tensor targets, OptionalTensor row_weight,
+                                       OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
+                                       double z_loss) {
+  check_reduce_arguments(rows, targets, row_weight, normalizer);
+  const LossOptions options{Reduction(reduction), ignore_index, 0.0, z_loss, 1.0, 0.0};
+  const Tensor loss = allocate_loss(rows, targets.numel(), options.reduction, rows.scalar_type());
+  const Tensor totals = allocate(rows, {kTotals}, rows.scalar_type());
+  dispatch_loss<BFloat16, Float16>(rows, targets, [&]<typename T, typename I>(T, I) {
+    using A = Accumulator<T>;
+    reduce(static_cast<const A*>(rows.const_data_ptr()), targets.numel(),
+           static_cast<const I*>(targets.const_data_ptr()), data_or_null<A>(row_weight), data_or_null<A>(normalizer),
+           options, static_cast<A*>(totals.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
+  });
+  return {loss, totals};
 }
 
 }  // namespace
@@ -480,6 +501,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CPU, m) {
   m.impl("scale_", TORCH_BOX(&scale_));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
+  m.impl("reduce_rows", TORCH_BOX(&reduce_rows));
 }
 
 }  // namespace pdl::cpu

@@ -73,7 +73,8 @@ __global__ void finish_rows_kernel(Rows<T, I> rows, const RowStatistics<Accumula
 
 template <typename T, typename I, bool kPlain>
 __global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream, int64_t upstream_stride,
-                                const Accumulator<T>* saved, T* gradients, int64_t gradient_stride) {
+                                const Accumulator<T>* saved, VocabularySlice slice, T* gradients,
+                                int64_t gradient_stride) {
   using A = Accumulator<T>;
   const Totals<A> sums{saved[0], saved[1], saved[2]};
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
@@ -88,11 +89,13 @@ __global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream,
     const A weight = rows.outputs[kTokenWeight * rows.count + i] * rows.factor(i);
     const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
     const RowScalars<A> scalars = row_scalars(factor, weight, rows.z_loss, max + log_sum, sums);
-    const GradientRow<A> row(max, log_sum, scalars, rows.label_smoothing, rows.vocab_size);
+    const GradientRow<A> row(max, log_sum, scalars, rows.label_smoothing, slice.vocab_size);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
-    // Out of range an id may be cut to another one: that row's statistics are NaN, and so is all of its gradient.
-    write_gradient<kPlain>(rows, x, gradient, range, int(id), row);
+    // No target of this row, where the id is in another slice or out of range; then the row's statistics are NaN, and
+    // so is all of its gradient.
+    const int target = rows.in_vocabulary(id - slice.first_id) ? int(id - slice.first_id) : -1;
+    write_gradient<kPlain>(rows, x, gradient, range, target, row);
   }
 }
 
@@ -110,18 +113,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
 
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                     double label_smoothing, double z_loss, double logit_scale, double softcap) {
+                     double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
+                     int64_t vocab_size) {
   const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, grad_logits);
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
+                     {first_id, vocab_size}, grad_logits);
   return grad_logits;
 }
 
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double logit_scale, double softcap) {
+                    double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
+                    int64_t vocab_size) {
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, logits);
+                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
+                     {first_id, vocab_size}, logits);
+}
+
+std::tuple<Tensor, Tensor> reduce_rows(Tensor rows_tensor, Tensor targets, OptionalTensor row_weight,
+                                       OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
+                                       double z_loss) {
+  check_reduce_arguments(rows_tensor, targets, row_weight, normalizer);
+  const Launcher launch(rows_tensor);
+  const ScalarType dtype = rows_tensor.scalar_type();
+  const Tensor loss = allocate_loss(rows_tensor, targets.numel(), Reduction(reduction), dtype);
+  const Tensor totals = allocate(rows_tensor, {kTotals}, dtype);
+  const auto run = [&]<typename A>(A) {
+    const auto of_targets = [&]<typename I>(I) {
+      Rows<A, I> rows{};
+      rows.count = targets.numel();
+      rows.targets = static_cast<const I*>(targets.const_data_ptr());
+      rows.ignore_index = ignore_index;
+      rows.row_weight = data_or_null<A>(row_weight);
+      rows.z_loss = A(z_loss);
+      rows.outputs = static_cast<A*>(rows_tensor.mutable_data_ptr());
+      launch(totals_kernel<A, I>, Grid{1, kTotalsThreads}, rows, Reduction(reduction), data_or_null<A>(normalizer),
+             static_cast<A*>(totals.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
+    };
+    targets.scalar_type() == ScalarType::Int ? of_targets(int32_t{}) : of_targets(int64_t{});
+  };
+  dtype == ScalarType::Double ? run(double{}) : run(float{});
+  return {loss, totals};
 }
 
 }  // namespace
@@ -136,7 +169,6 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, co
     Rows<T, I> rows = rows_of<T, I>(logits, targets, token_weight, row_weight, logit_offset, options, outputs.rows);
     A* loss = static_cast<A*>(outputs.loss.mutable_data_ptr());
     if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
-    if (options.reduction == Reduction::none) rows.loss_of_row = loss;
     const bool plain = options.is_plain(logit_offset);
     const auto statistics = plain ? statistics_kernel<T, I, true> : statistics_kernel<T, I, false>;
     const int count_of_parts = parts_of_row(launch, logits);
@@ -162,9 +194,10 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, co
 
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
                         const Tensor& rows_tensor, const Tensor& totals_tensor, const OptionalTensor& row_weight,
-                        const OptionalTensor& logit_offset, const LossOptions& options, const Tensor& grad_logits) {
+                        const OptionalTensor& logit_offset, const LossOptions& options, const VocabularySlice& slice,
+                        const Tensor& grad_logits) {
   check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
-  check_saved_rows(logits, rows_tensor, totals_tensor, grad_loss, options.reduction);
+  check_saved_rows(logits, targets, rows_tensor, totals_tensor, grad_loss, options.reduction, slice);
   const Launcher launch(logits);
   dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
     using A = Accumulator<T>;
@@ -174,8 +207,8 @@ void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, c
     const Grid grid{grid_for(rows.count), threads_for(rows.vocab_size), 0, parts_of_row(launch, logits)};
     launch(kernel, grid, rows, data_or_null<A>(grad_loss),
            options.reduction == Reduction::none && grad_loss ? grad_loss->stride(0) : 0,
-           static_cast<const A*>(totals_tensor.const_data_ptr()), static_cast<T*>(grad_logits.mutable_data_ptr()),
-           grad_logits.stride(0));
+           static_cast<const A*>(totals_tensor.const_data_ptr()), slice,
+           static_cast<T*>(grad_logits.mutable_data_ptr()), grad_logits.stride(0));
   });
 }
 
@@ -183,6 +216,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {
   m.impl("loss_forward", TORCH_BOX(&loss_forward));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
+  m.impl("reduce_rows", TORCH_BOX(&reduce_rows));
 }
 
 }  // namespace pdl::cuda

@@ -24,6 +24,7 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, co
 // Without grad_loss that of a scalar reduction is 1.
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
                         const Tensor& rows, const Tensor& totals, const OptionalTensor& row_weight,
-                        const OptionalTensor& logit_offset, const LossOptions& options, const Tensor& grad_logits);
+                        const OptionalTensor& logit_offset, const LossOptions& options, const VocabularySlice& slice,
+                        const Tensor& grad_logits);
 
 }  // namespace pdl::cuda

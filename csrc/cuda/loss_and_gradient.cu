@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
     const LossOutputs outputs =
         loss_forward_outputs(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict);
     loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
-                       gradient);
+                       {0, logits.size(1)}, gradient);
     return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
   }
   const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);

@@ -1,5 +1,5 @@
-// The sums over rows, in one block and always in the same order: the reduced loss, and the factors that the gradient
-// needs.
+// From the rows' outputs to the loss, in one block and always in the same order: each row's term or their sum, and the
+// factors that the gradient needs.
 #pragma once
 
 #include "launch.cuh"
@@ -18,8 +18,7 @@ __device__ inline void sum_over_block(RowSums& sums) {
 
 template <typename A>
 __device__ Totals<double> write_totals(Reduction reduction, const RowSums& sums, const A* normalizer, A* saved) {
-  const double divisor = normalizer != nullptr ? double(*normalizer) : 0.0;
-  const Totals<double> factors = totals(reduction, sums, normalizer != nullptr ? &divisor : nullptr);
+  const Totals<double> factors = totals(reduction, sums, normalizer);
   saved[0] = A(factors.weighted);
   saved[1] = A(factors.rows);
   saved[2] = A(factors.correction);
@@ -32,15 +31,18 @@ __global__ void __launch_bounds__(kTotalsThreads, 1)
                   Accumulator<T>* loss) {
   using A = Accumulator<T>;
   RowSums sums;
-  if (reduction != Reduction::none) {
-    const A* outputs = rows.outputs;
-    for (int64_t i = threadIdx.x; i < rows.count; i += blockDim.x) {
-      if (rows.targets[i] == rows.ignore_index) continue;
-      sums.add(double(outputs[kTokenWeight * rows.count + i]) * double(rows.factor(i)), outputs[kCe * rows.count + i],
-               outputs[kMax * rows.count + i] + outputs[kLogSum * rows.count + i]);
+  const A* outputs = rows.outputs;
+  for (int64_t i = threadIdx.x; i < rows.count; i += blockDim.x) {
+    const bool counted = rows.targets[i] != rows.ignore_index;
+    const A weight = outputs[kTokenWeight * rows.count + i], ce = outputs[kCe * rows.count + i];
+    const A lse = outputs[kMax * rows.count + i] + outputs[kLogSum * rows.count + i];
+    if (reduction == Reduction::none) {
+      loss[i] = counted ? row_term(weight * rows.factor(i), ce, rows.z_loss, lse) : A(0);
+    } else if (counted) {
+      sums.add(double(weight) * double(rows.factor(i)), ce, lse);
     }
-    sum_over_block(sums);
   }
+  if (reduction != Reduction::none) sum_over_block(sums);
   if (threadIdx.x == 0) {
     const Totals<double> factors = write_totals(reduction, sums, normalizer, saved);
     if (reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, double(rows.z_loss)));

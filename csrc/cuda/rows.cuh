@@ -30,7 +30,6 @@ struct Rows {
   A z_loss;
   A* outputs;          // [kRowOutputs, count]
   int64_t* predicted;  // or nullptr
-  A* loss_of_row;      // nullptr where rows are reduced
 
   __device__ bool in_vocabulary(int64_t target) const { return target >= 0 && target < vocab_size; }
   __device__ A factor(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
@@ -58,7 +57,6 @@ Rows<T, I> rows_of(const Tensor& logits, const Tensor& targets, const OptionalTe
           A(options.label_smoothing),
           A(options.z_loss),
           static_cast<A*>(outputs.mutable_data_ptr()),
-          nullptr,
           nullptr};
 }
 
@@ -132,16 +130,12 @@ __device__ __forceinline__ RowStatistics<A> statistics_of_share(const Rows<T, I>
 template <typename T, typename I, typename A>
 __device__ __forceinline__ void write_row(const Rows<T, I>& rows, int64_t i, int64_t target,
                                           const RowStatistics<A>& statistics, const RowLoss<A>& loss) {
-  const A weight = rows.weight_of(target);
   rows.outputs[kMax * rows.count + i] = statistics.max;
   rows.outputs[kLogSum * rows.count + i] = loss.log_sum;
   rows.outputs[kNll * rows.count + i] = loss.nll;
   rows.outputs[kCe * rows.count + i] = loss.ce;
-  rows.outputs[kTokenWeight * rows.count + i] = weight;
+  rows.outputs[kTokenWeight * rows.count + i] = rows.weight_of(target);
   if (rows.predicted != nullptr) rows.predicted[i] = statistics.argmax;
-  if (rows.loss_of_row != nullptr) {
-    rows.loss_of_row[i] = row_term(weight * rows.factor(i), loss.ce, rows.z_loss, statistics.max + loss.log_sum);
-  }
 }
 
 // Of a row without a target in the vocabulary, by one thread: zeros if it is ignored, else NaN.
@@ -149,7 +143,6 @@ template <typename T, typename I>
 __device__ __forceinline__ void write_row_without_target(const Rows<T, I>& rows, int64_t i, Accumulator<T> fill) {
   for (int k = 0; k < kRowOutputs; ++k) rows.outputs[k * rows.count + i] = fill;
   if (rows.predicted != nullptr) rows.predicted[i] = -1;
-  if (rows.loss_of_row != nullptr) rows.loss_of_row[i] = fill;
 }
 
 template <typename T>

@@ -265,7 +265,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
   constexpr int64_t kRows = 3, kVocab = 11;
   const int64_t targets[kRows] = {4, 0, 10};
   const double token_weight[kRows] = {0.25, 3.0, 1.5}, row_weight[kRows] = {1.0, 0.5, 2.0};
-  const double upstream = -1.7, normalizer = 6.5;
+  const double upstream = -1.7, normalizer[] = {6.5, 4.5};
   Definition definition{options.label_smoothing, options.z_loss, options.scale, options.softcap, {}};
   if (options.offset) definition.offset = random_logits<float>(kVocab, 1.0, 0.0, 8);
   const LogitTransform<double> transform{options.scale, options.softcap,
@@ -275,7 +275,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
     logits.push_back(widened(random_logits<double>(kVocab, 3.0, 0.0, 9 + unsigned(i))));
 
   for (const Reduction reduction : {Reduction::sum, Reduction::mean, Reduction::token_mean}) {
-    for (const double* divisor : {static_cast<const double*>(nullptr), &normalizer}) {
+    for (const double* divisor : {static_cast<const double*>(nullptr), normalizer}) {
       SCOPED_TRACE("reduction " + std::to_string(int64_t(reduction)) + (divisor == nullptr ? "" : ", normalizer"));
       const auto batch_loss = [&](const std::vector<std::vector<Wide>>& x, const std::vector<Wide>& weights) {
         Wide weighted = 0, weight_sum = 0, squares = 0;
@@ -287,7 +287,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
           squares += definition.z_loss * Definition::lse(z) * Definition::lse(z);
         }
         if (reduction == Reduction::sum) return weighted + squares;
-        if (divisor != nullptr) return (weighted + squares) / *divisor;
+        if (divisor != nullptr) return weighted / divisor[0] + squares / divisor[1];
         return weighted / (reduction == Reduction::mean ? weight_sum : kRows) + squares / kRows;
       };
 
@@ -377,17 +377,17 @@ TEST(Totals, OfEachReduction) {
 }
 
 TEST(Totals, NormalizerReplacesTheDenominatorOfMeans) {
-  const double normalizer = 4.0;
-  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, &normalizer), 0.25, 0.25, 0);
-  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, &normalizer), 0.25, 0.25, 0);
-  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, &normalizer), 1, 1, 0);
+  const double normalizer[] = {4.0, 10.0};
+  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, normalizer), 0.25, 0.1, 0);
+  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, normalizer), 0.25, 0.1, 0);
+  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, normalizer), 1, 1, 0);
 }
 
 TEST(Totals, NothingLeftToCountGivesZeroNotNaN) {
-  const double zero = 0.0, *no_normalizer = nullptr;
+  const double zero[2] = {}, *no_normalizer = nullptr;
   expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
   expect_totals(totals<double>(Reduction::token_mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
-  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, &zero), 0, 0, 0);
+  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, zero), 0, 0, 0);
   // Rows that all weigh nothing still count for the z-loss.
   expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 5.0, no_normalizer), 0, 1.0 / 5, 0);
 }

@@ -30,6 +30,7 @@ NAMES = (
     "scale_",
     "loss_backward",
     "loss_backward_",
+    "reduce_rows",
     "token_weights",
     "count_tokens_",
 )
