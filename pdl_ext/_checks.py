@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check_choice", "check_flag", "check_integer", "check_number"]
+import torch
+
+__all__ = [
+    "check_choice",
+    "check_flag",
+    "check_ignore_index",
+    "check_integer",
+    "check_number",
+    "check_vocab_size",
+    "names_of",
+]
 
 
 def check_number(name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False) -> None:
@@ -32,3 +42,18 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raises ValueError unless value is one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {sorted(choices)}")
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises ValueError unless vocab_size is an int in [1, 2^31)."""
+    check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Raises ValueError unless ignore_index is an int that fits into int32."""
+    check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
+
+
+def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
+    """The names of dtypes, for an error."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

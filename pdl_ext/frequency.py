@@ -16,6 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
+from pdl_ext._checks import check_ignore_index, check_vocab_size
 
 __all__ = ["TokenFrequency"]
 
@@ -38,8 +39,8 @@ class TokenFrequency(nn.Module):
 
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
-        functional.check_vocab_size(vocab_size)
-        functional.check_ignore_index(ignore_index)
+        check_vocab_size(vocab_size)
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64))

@@ -6,18 +6,20 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pdl_ext import _ops
-from pdl_ext._checks import check_choice, check_flag, check_integer, check_number
-from pdl_ext.weighting import MAX, NORMALIZE, PowerLaw
+from pdl_ext._autograd import weighted_loss
+from pdl_ext._checks import check_choice, check_ignore_index, check_integer, check_vocab_size, names_of
+from pdl_ext._linear import ACCUMULATE, Settings, linear_weighted_loss
+from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs, check_table
+from pdl_ext._vocabulary import VocabularySlice
+from pdl_ext.weighting import NORMALIZE, PowerLaw
 
-__all__ = ["RowStats", "count_tokens", "pdl_loss", "token_weights"]
+__all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
-LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TARGET_DTYPES = (torch.int64, torch.int32)
 TOKEN_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 
@@ -34,37 +36,6 @@ class RowStats(NamedTuple):
     weight: Tensor
     lse: Tensor
     predicted: Tensor
-
-
-class LossOptions(NamedTuple):
-    """What a loss is told beside its tensors; see pdl_loss."""
-
-    reduction: str
-    ignore_index: int
-    shift: bool
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
-
-    def check(self) -> None:
-        """Raises TypeError or ValueError that names the first option of a wrong type or outside its range."""
-        check_choice("reduction", self.reduction, _ops.REDUCTIONS)
-        check_ignore_index(self.ignore_index)
-        check_flag("shift", self.shift)
-        check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]")
-        check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0")
-        if self.softcap is not None:
-            check_number("softcap", self.softcap, 0, MAX, "None or a finite number > 0", open_low=True)
-        check_number("logit_scale", self.logit_scale, -MAX, MAX, "a finite number other than 0")
-        if self.logit_scale == 0:
-            raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected a finite number other than 0")
-
-    def of_op(self) -> tuple[int, int, float, float, float, float]:
-        """The options as the compiled ops take them."""
-        softcap = 0.0 if self.softcap is None else self.softcap
-        reduction = _ops.REDUCTIONS[self.reduction]
-        return reduction, self.ignore_index, self.label_smoothing, self.z_loss, self.logit_scale, softcap
 
 
 def pdl_loss(
@@ -84,6 +55,7 @@ def pdl_loss(
     logit_scale: float = 1.0,
     inplace_backward: bool = False,
     return_stats: bool = False,
+    process_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
@@ -109,6 +81,8 @@ def pdl_loss(
             upstream gradient other than 1 costs one more pass, and one more rounding: prefer `normalizer` to dividing
             the loss. Ignored under torch.compile, where the compiler plans memory.
         return_stats: also return RowStats.
+        process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, and of any
+            number; V, targets, tables and results are those of the whole vocabulary, the same on every rank.
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
@@ -118,14 +92,80 @@ def pdl_loss(
     """
     options = LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
     check_loss_inputs(logits, targets, row_weight, normalizer, options)
-    _check_table("token_weight", token_weight, logits)
-    _check_table("logit_offset", logit_offset, logits)
-    if token_weight is not None:
-        token_weight = token_weight.contiguous()
-    if logit_offset is not None:
-        logit_offset = logit_offset.contiguous()
+    part = VocabularySlice.of_rank(logits.shape[-1], logits.device, process_group)
+    check_table("token_weight", token_weight, part.vocab_size, logits.device)
+    check_table("logit_offset", logit_offset, part.vocab_size, logits.device)
     return loss_of_checked(
-        logits, targets, token_weight, row_weight, normalizer, logit_offset, options, inplace_backward, return_stats
+        logits,
+        targets,
+        token_weight,
+        row_weight,
+        normalizer,
+        logit_offset,
+        options,
+        part,
+        inplace_backward,
+        return_stats,
+    )
+
+
+def linear_pdl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    logit_offset: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    shift: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_stats: bool = False,
+    max_chunk_bytes: int | None = None,
+    accumulate: str = "float32",
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """pdl_loss of the logits hidden @ weight.T + bias, of which no more than a slab is ever held.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64; under autocast the products are in its dtype.
+        weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden.
+        max_chunk_bytes: the largest slab of logits; 512 MB on CUDA and 64 MB on the CPU if None. At least 128 rows.
+        accumulate: how the classifier's gradient is summed over slabs: "float32", or "weight", in its own dtype, which
+            saves memory or time where that is a 16-bit one, and loses what small slabs would have added.
+        process_group: as in pdl_loss; weight and bias hold this rank's part of the vocabulary, hidden is the same on
+            every rank, and its gradient is summed over the ranks.
+        The others: as in pdl_loss.
+
+    Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are
+    needed; float16 and reduction "none" compute the logits again in backward.
+    Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
+    Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
+    """
+    options = LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+    check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
+    part = VocabularySlice.of_rank(weight.shape[0], hidden.device, process_group)
+    check_table("token_weight", token_weight, part.vocab_size, hidden.device)
+    check_table("logit_offset", logit_offset, part.vocab_size, hidden.device)
+    return linear_loss_of_checked(
+        hidden,
+        weight,
+        bias,
+        targets,
+        token_weight,
+        row_weight,
+        normalizer,
+        logit_offset,
+        options,
+        part,
+        linear_settings(hidden, max_chunk_bytes, accumulate),
+        return_stats,
     )
 
 
@@ -137,57 +177,142 @@ def loss_of_checked(
     normalizer: float | Tensor | None,
     logit_offset: Tensor | None,
     options: LossOptions,
+    part: VocabularySlice,
     inplace_backward: bool,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """pdl_loss of what check_loss_inputs has passed, with contiguous tables."""
-    dtype = _ops.accumulator_dtype(logits.dtype)
-    if row_weight is not None:
-        row_weight = row_weight.to(dtype)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(dtype).expand(2).contiguous()
-    elif normalizer is not None:
-        normalizer = torch.full((2,), normalizer, dtype=dtype, device=logits.device)
-    shift = options.shift and targets.shape[-1] > 0
-    given_targets = targets
-    if shift:
-        targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
-        row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
+    """pdl_loss of what check_loss_inputs and check_table have passed."""
+    rows = _Rows.of(targets, row_weight, normalizer, options, _ops.accumulator_dtype(logits.dtype))
+    if part.group:
+        _check_ids(targets, part.vocab_size, options)
     tensors = (
         logits,
-        targets.reshape(-1).contiguous(),
-        token_weight,
-        None if row_weight is None else row_weight.reshape(-1).contiguous(),
-        logit_offset,
-        normalizer,
+        rows.targets,
+        _contiguous(token_weight),
+        rows.row_weight,
+        part.of_table(_contiguous(logit_offset)),
+        rows.normalizer,
     )
     in_place = inplace_backward and not torch.compiler.is_compiling()
     try:
-        loss, rows, predicted = _ops.weighted_loss(tensors, options.of_op(), return_stats, in_place)
+        loss, outputs, predicted = weighted_loss(tensors, options.of_op(), return_stats, in_place, part)
     except IndexError:
-        raise bad_target(given_targets, logits.shape[-1], options.ignore_index, shift) from None
-    if options.reduction == "none":
-        loss = _per_row(loss, targets.shape, shift)
-    if rows is None or predicted is None or not return_stats:
-        return loss
-    weight = rows[_ops.ROW_TOKEN_WEIGHT]
-    if row_weight is not None:
-        # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
-        counted = targets.reshape(-1) != options.ignore_index
-        weight = torch.where(counted, weight * row_weight.detach().reshape(-1), 0.0)
-    stats = RowStats(
-        nll=_per_row(rows[_ops.ROW_NLL], targets.shape, shift),
-        weight=_per_row(weight, targets.shape, shift),
-        lse=_per_row(rows[_ops.ROW_MAX] + rows[_ops.ROW_LOG_SUM], targets.shape, shift),
-        predicted=_per_row(predicted, targets.shape, shift, fill=-1),
+        raise bad_target(targets, part.vocab_size, options.ignore_index, options.shift) from None
+    return rows.result(loss, outputs, predicted, options)
+
+
+def linear_settings(hidden: Tensor, max_chunk_bytes: int | None, accumulate: str) -> Settings:
+    """How to compute the products. Raises ValueError that names the argument."""
+    if max_chunk_bytes is not None:
+        check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
+    check_choice("accumulate", accumulate, ACCUMULATE)
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return Settings(dtype, max_chunk_bytes, accumulate == "float32")
+
+
+def linear_loss_of_checked(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    logit_offset: Tensor | None,
+    options: LossOptions,
+    part: VocabularySlice,
+    settings: Settings,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """linear_pdl_loss of what check_linear_inputs and check_table have passed."""
+    rows = _Rows.of(targets, row_weight, normalizer, options, _ops.accumulator_dtype(settings.dtype))
+    # Before the first product, and not when a slab comes to it.
+    _check_ids(targets, part.vocab_size, options)
+    loss, outputs, predicted = linear_weighted_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        rows.row_weight,
+        (rows.targets, _contiguous(token_weight), part.of_table(_contiguous(logit_offset)), rows.normalizer),
+        options.of_op(),
+        return_stats,
+        settings,
+        part,
     )
-    return loss, stats
+    return rows.result(loss, outputs, predicted, options)
 
 
-def _per_row(values: Tensor, shape: torch.Size, shift: bool, fill: float = 0.0) -> Tensor:
-    # What has one element a row, shaped like the targets and lined up with them.
-    values = values.reshape(shape)
-    return F.pad(values[..., :-1], (1, 0), value=fill) if shift else values
+def _contiguous(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
+
+
+def _check_ids(targets: Tensor, vocab_size: int, options: LossOptions) -> None:
+    # On CUDA the rows become NaN instead, and the host waits for nothing.
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    learned = targets[..., 1:] if options.shift else targets
+    if bool(((learned != options.ignore_index) & ((learned < 0) | (learned >= vocab_size))).any()):
+        raise bad_target(targets, vocab_size, options.ignore_index, options.shift)
+
+
+class _Rows(NamedTuple):
+    """What has one element a row, as the ops take it, and how the results are shaped."""
+
+    targets: Tensor
+    row_weight: Tensor | None
+    normalizer: Tensor | None
+    shape: torch.Size
+    shift: bool
+
+    @classmethod
+    def of(
+        cls,
+        targets: Tensor,
+        row_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        options: LossOptions,
+        dtype: torch.dtype,
+    ) -> _Rows:
+        if row_weight is not None:
+            row_weight = row_weight.to(dtype)
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(dtype).expand(2).contiguous()
+        elif normalizer is not None:
+            normalizer = torch.full((2,), normalizer, dtype=dtype, device=targets.device)
+        shift = options.shift and targets.shape[-1] > 0
+        if shift:
+            targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
+            row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
+        if row_weight is not None:
+            row_weight = row_weight.reshape(-1).contiguous()
+        return cls(targets.reshape(-1).contiguous(), row_weight, normalizer, targets.shape, shift)
+
+    def result(
+        self, loss: Tensor, outputs: Tensor | None, predicted: Tensor | None, options: LossOptions
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss, with RowStats where the ops' outputs a row are given."""
+        if options.reduction == "none":
+            loss = self._like_targets(loss)
+        if outputs is None or predicted is None:
+            return loss
+        weight = outputs[_ops.ROW_TOKEN_WEIGHT]
+        if self.row_weight is not None:
+            # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
+            counted = self.targets != options.ignore_index
+            weight = torch.where(counted, weight * self.row_weight.detach(), 0.0)
+        stats = RowStats(
+            nll=self._like_targets(outputs[_ops.ROW_NLL]),
+            weight=self._like_targets(weight),
+            lse=self._like_targets(outputs[_ops.ROW_MAX] + outputs[_ops.ROW_LOG_SUM]),
+            predicted=self._like_targets(predicted, fill=-1),
+        )
+        return loss, stats
+
+    def _like_targets(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        values = values.reshape(self.shape)
+        return F.pad(values[..., :-1], (1, 0), value=fill) if self.shift else values
 
 
 def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
@@ -264,130 +389,10 @@ def add_tokens(
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     if tokens.dtype not in TOKEN_DTYPES:
-        raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {_names(TOKEN_DTYPES)}")
+        raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
     if tokens.device != counts.device:
         raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
     _ops.ops.count_tokens_(counts, ignored, out_of_range, tokens.contiguous(), ignore_index, strict)
-
-
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError unless vocab_size is an int in [1, 2^31)."""
-    check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
-
-
-def check_ignore_index(ignore_index: int) -> None:
-    """Raises ValueError unless ignore_index is an int that fits into int32."""
-    check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def check_loss_inputs(
-    logits: Tensor,
-    targets: Tensor,
-    row_weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    options: LossOptions,
-) -> None:
-    """Raises TypeError or ValueError that names the first option or input that the loss cannot take."""
-    options.check()
-    for name, tensor in (("logits", logits), ("targets", targets)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"logits: got dtype {logits.dtype}, expected one of {_names(LOGITS_DTYPES)}")
-    if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"targets: got dtype {targets.dtype}, expected one of {_names(TARGET_DTYPES)}")
-    if logits.dim() == 0 or not 1 <= logits.shape[-1] <= 2**30:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1 and at most 2^30")
-    if logits.shape[:-1] != targets.shape:
-        raise ValueError(
-            f"targets: got shape {list(targets.shape)}, expected {list(logits.shape[:-1])}: that of logits "
-            f"{list(logits.shape)} without the vocabulary"
-        )
-    if logits.device != targets.device:
-        raise ValueError(f"targets: got device {targets.device}, expected {logits.device}, where the logits are")
-    if options.shift and targets.dim() == 0:
-        raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
-    if row_weight is not None:
-        _check_row_weight(row_weight, targets)
-    _refuse_tangents(logits, row_weight)
-    if normalizer is not None:
-        _check_normalizer(normalizer, targets, options.reduction)
-
-
-def _refuse_tangents(logits: Tensor, row_weight: Tensor | None) -> None:
-    # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        for tensor in (logits, row_weight):
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(
-                    "pdl_ext: the fused loss has no forward-mode derivative; pdl_ext.reference.pdl_loss has one"
-                )
-
-
-def _check_table(name: str, table: Tensor | None, logits: Tensor) -> None:
-    if table is None:
-        return
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name}: got {type(table).__name__}, expected a tensor or None")
-    if table.dtype != torch.float32:
-        raise TypeError(f"{name}: got dtype {table.dtype}, expected float32 whatever the logits' dtype is")
-    if table.shape != logits.shape[-1:]:
-        raise ValueError(
-            f"{name}: got shape {list(table.shape)}, expected [{logits.shape[-1]}], the logits' vocabulary"
-        )
-    if table.device != logits.device:
-        raise ValueError(f"{name}: got device {table.device}, expected {logits.device}, where the logits are")
-    if table.requires_grad:
-        raise ValueError(
-            f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one"
-        )
-
-
-def bad_target(targets: Tensor, vocab_size: int, ignore_index: int, shift: bool) -> IndexError:
-    """The error for the first target out of range, by its place in the targets that the caller passed."""
-    bad = (targets != ignore_index) & ((targets < 0) | (targets >= vocab_size))
-    if shift:
-        bad[..., 0] = False
-    place = tuple(bad.nonzero()[0].tolist())
-    return IndexError(
-        f"targets: got {int(targets[place])} at position {list(place)}, expected 0 <= id < {vocab_size} "
-        f"or ignore_index ({ignore_index})"
-    )
-
-
-def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
-    if not isinstance(row_weight, Tensor):
-        raise TypeError(f"row_weight: got {type(row_weight).__name__}, expected a tensor or None")
-    if not row_weight.is_floating_point():
-        raise TypeError(f"row_weight: got dtype {row_weight.dtype}, expected a floating one")
-    if row_weight.shape != targets.shape:
-        raise ValueError(
-            f"row_weight: got shape {list(row_weight.shape)}, expected that of targets, {list(targets.shape)}"
-        )
-    if row_weight.device != targets.device:
-        raise ValueError(
-            f"row_weight: got device {row_weight.device}, expected {targets.device}, where the targets are"
-        )
-
-
-def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: str) -> None:
-    if reduction in ("none", "sum"):
-        raise ValueError(f'normalizer: got one with reduction={reduction!r}, expected reduction "mean" or "token_mean"')
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim() != 0 or normalizer.device != targets.device or normalizer.requires_grad:
-            raise ValueError(
-                f"normalizer: got shape {list(normalizer.shape)} on {normalizer.device}"
-                f"{', requiring grad' if normalizer.requires_grad else ''}, expected a 0-d tensor on {targets.device} "
-                "that does not require grad"
-            )
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a number or a 0-d tensor")
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number > 0")
 
 
 def _check_counts(counts: Tensor) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional
+from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
+from pdl_ext._vocabulary import VocabularySlice
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import LossOptions, RowStats
+from pdl_ext.functional import RowStats
 from pdl_ext.weighting import PowerLaw, check_blend
 
 __all__ = ["PDLLoss"]
@@ -127,9 +130,47 @@ class PDLLoss(nn.Module):
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         return_stats: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
-        options = LossOptions(
+        options = self._options()
+        # Everything that can be refused is refused before an online loss counts its targets.
+        check_loss_inputs(logits, targets, row_weight, normalizer, options)
+        part = VocabularySlice.of_rank(logits.shape[-1], logits.device, process_group)
+        weights = self._current_weights("logits", part.vocab_size, logits.device, targets)
+        return functional.loss_of_checked(
+            logits, targets, weights, row_weight, normalizer, None, options, part, self.inplace_backward, return_stats
+        )
+
+    def linear(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        *,
+        row_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: bool = False,
+        max_chunk_bytes: int | None = None,
+        accumulate: str = "float32",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss of hidden states [..., H] under a classifier [V, H], without their logits [..., V] in memory.
+
+        Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
+        """
+        options = self._options()
+        check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
+        settings = functional.linear_settings(hidden, max_chunk_bytes, accumulate)
+        part = VocabularySlice.of_rank(weight.shape[0], hidden.device, process_group)
+        weights = self._current_weights("weight", part.vocab_size, hidden.device, targets)
+        return functional.linear_loss_of_checked(
+            hidden, weight, bias, targets, weights, row_weight, normalizer, None, options, part, settings, return_stats
+        )
+
+    def _options(self) -> LossOptions:
+        return LossOptions(
             self.reduction,
             self.ignore_index,
             self.shift,
@@ -138,20 +179,14 @@ class PDLLoss(nn.Module):
             self.softcap,
             self.logit_scale,
         )
-        # Everything that can be refused is refused before an online loss counts its targets.
-        functional.check_loss_inputs(logits, targets, row_weight, normalizer, options)
-        weights = self._current_weights(logits.shape[-1], logits.device, targets)
-        return functional.loss_of_checked(
-            logits, targets, weights, row_weight, normalizer, None, options, self.inplace_backward, return_stats
-        )
 
     def extra_repr(self) -> str:
         return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
 
-    def _current_weights(self, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
+    def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
         weights = self._token_weight
         if weights is not None:
-            _check_vocabulary(vocab_size, device, weights)
+            _check_vocabulary(name, vocab_size, device, weights)
             return weights
         frequency = self.frequency
         if frequency is None:
@@ -159,13 +194,13 @@ class PDLLoss(nn.Module):
             with torch.inference_mode(False):
                 frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(device)
         counts = frequency.counts
-        _check_vocabulary(vocab_size, device, counts)
+        _check_vocabulary(name, vocab_size, device, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
                 frequency.update(learned, strict=device.type == "cpu")
             except IndexError:
-                raise functional.bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
+                raise bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
         if self.frequency is None:
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
@@ -199,11 +234,11 @@ class PDLLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_vocabulary(vocab_size: int, device: torch.device, table: Tensor) -> None:
+def _check_vocabulary(name: str, vocab_size: int, device: torch.device, table: Tensor) -> None:
     if vocab_size != table.shape[0]:
-        raise ValueError(f"logits: got a vocabulary of {vocab_size}, expected {table.shape[0]}, the frequency's")
+        raise ValueError(f"{name}: got a vocabulary of {vocab_size}, expected {table.shape[0]}, the frequency's")
     if device != table.device:
-        raise ValueError(f"logits: got device {device}, expected {table.device}: move the loss with .to()")
+        raise ValueError(f"{name}: got device {device}, expected {table.device}: move the loss with .to()")
 
 
 # At module level, so that the loss can be pickled.

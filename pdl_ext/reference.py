@@ -5,6 +5,8 @@ Slow, and differentiable as often as PyTorch is. In float64 these are the yardst
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from pdl_ext.functional import RowStats
 from pdl_ext.weighting import PowerLaw
 
-__all__ = ["count_tokens", "pdl_loss", "token_weights"]
+__all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
 
 def pdl_loss(
@@ -98,6 +100,19 @@ def pdl_loss(
     ignored_as = {name: torch.where(counted, value, zero).detach() for name, value in (("nll", nll), ("lse", lse))}
     predicted = torch.where(counted, z.argmax(-1), -1)
     return loss, RowStats(ignored_as["nll"], weight.detach(), ignored_as["lse"], predicted)
+
+
+def linear_pdl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, RowStats]:
+    """The loss of `functional.linear_pdl_loss`: pdl_loss of the logits, with its options."""
+    return pdl_loss(F.linear(hidden, weight, bias), targets, token_weight, **options)
 
 
 def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:

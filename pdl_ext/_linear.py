@@ -1,0 +1,545 @@
+"""The loss of hidden states under a classifier, in slabs of logits: [N, V] is never held.
+
+A slab is some rows of the logits. One product makes it, the fused kernel turns it into its own gradient in place, and
+two products turn that into the gradients of the hidden states and of the classifier. The latter is a sum over slabs: in
+place where the classifier is float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the
+largest thing in memory, and 16-bit products cannot be added to it without one more: there the classifier's gradient
+comes from slabs that are some columns of the logits, computed once more, each of which gives a part of it at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdl_ext import _ops
+from pdl_ext._autograd import NoSecondDerivative, row_weight_gradient
+from pdl_ext._vocabulary import VocabularySlice, loss_forward, sum_over_ranks
+
+__all__ = ["ACCUMULATE", "Settings", "linear_weighted_loss"]
+
+ACCUMULATE = ("float32", "weight")
+
+# Fewer rows starve the matrix product, and more do not make it faster.
+_LEAST_ROWS, _MOST_ROWS = 128, 4096
+_LEAST_COLUMNS = 2048
+_MAX_CHUNK_BYTES = {"cuda": 512 * 10**6, "cpu": 64 * 10**6}
+# Dropping the ignored rows makes the host wait for the device, which has to be worth it: a millisecond or more.
+_FLOP_WORTH_WAITING = 10**12
+# The share of ignored rows from which on they are dropped.
+_WORTH_DROPPING = 1 / 16
+# A row of the slab starts at a multiple of it, as matrix products like it.
+_ALIGNMENT = 64
+
+
+class Settings(NamedTuple):
+    """How to compute: the dtype of the products, the largest slab in bytes, and whether sums over slabs are float32."""
+
+    dtype: torch.dtype
+    max_chunk_bytes: int | None
+    accumulate_float32: bool
+
+
+def _row_stride(columns: int) -> int:
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
+
+
+def _chunks(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
+    """[0, total) in parts of equal size as far as possible, at most `most` and multiples of `multiple`."""
+    if total == 0:
+        return []
+    most = max(multiple, most // multiple * multiple)
+    count = -(-total // most)
+    size = -(-total // (count * multiple)) * multiple
+    return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
+
+
+def _product_into(result: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """result = a @ b, or += of it; the sum is formed in result's dtype."""
+    if result.dtype == a.dtype:
+        if add:
+            result.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=result)
+    elif result.is_cuda and result.dtype == torch.float32:
+        if add:
+            torch.addmm(result, a, b, out_dtype=torch.float32, out=result)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=result)
+    elif add:
+        result += a @ b
+    else:
+        result.copy_(a @ b)
+
+
+class _Problem:
+    """The rows that count, the classifier and the options of one call; hands out slabs of logits."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        row_weight: Tensor | None,
+        logit_offset: Tensor | None,
+        options: tuple[Any, ...],
+        settings: Settings,
+        part: VocabularySlice,
+    ) -> None:
+        self.n = targets.shape[0]
+        self.kept = _kept_rows(targets, options[1], hidden.shape[1] * weight.shape[0])
+        self.all_hidden = hidden
+        if self.kept is not None:
+            hidden, targets = hidden[self.kept], targets[self.kept]
+            row_weight = None if row_weight is None else row_weight[self.kept]
+        self.hidden = hidden.to(settings.dtype)
+        self.weight = weight.to(settings.dtype)
+        self.bias = None if bias is None else bias.to(settings.dtype)
+        self.targets = targets
+        self.row_weight = row_weight
+        self.logit_offset = logit_offset
+        self.options = options
+        self.settings = settings
+        self.part = part
+        limit = settings.max_chunk_bytes
+        if limit is None:
+            limit = _MAX_CHUNK_BYTES.get(hidden.device.type, _MAX_CHUNK_BYTES["cuda"])
+        elements = limit // settings.dtype.itemsize
+        n = targets.shape[0]
+        self.chunks = _chunks(n, min(_MOST_ROWS, elements // _row_stride(part.width)), _LEAST_ROWS)
+        # The slabs of columns, and the rows of each.
+        self.tiles = [] if self.adds_up else _chunks(part.width, max(_LEAST_COLUMNS, elements // n), _ALIGNMENT)
+        self.chunks_of_tile: list[tuple[int, int]] = []
+        needed = 0 if n == 0 else self.chunks[0][1] * _row_stride(part.width)
+        if self.tiles:
+            columns = _row_stride(self.tiles[0][1])
+            self.chunks_of_tile = _chunks(n, elements // columns, _LEAST_ROWS)
+            needed = max(needed, self.chunks_of_tile[0][1] * columns)
+        # What is not written to takes no memory.
+        self.memory = self.hidden.new_empty(needed)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the classifier's gradient is a sum over slabs of rows, and not one of columns."""
+        return (
+            self.hidden.is_cuda
+            or len(self.chunks) <= 1
+            or self.settings.dtype.itemsize >= 4
+            or not self.settings.accumulate_float32
+        )
+
+    def slab(self, rows: int, columns: int) -> Tensor:
+        """A slab, in memory that the next one uses again."""
+        stride = _row_stride(columns)
+        return self.memory[: rows * stride].view(rows, stride)[:, :columns]
+
+    def of_rows(self, tensor: Tensor | None, begin: int, end: int) -> Tensor | None:
+        return None if tensor is None else tensor[begin:end]
+
+    def logits_into(self, slab: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        hidden, weight = self.hidden[slice(*rows)], self.weight[slice(*columns)].t()
+        if self.bias is None:
+            torch.mm(hidden, weight, out=slab)
+        else:
+            torch.addmm(self.bias[slice(*columns)], hidden, weight, out=slab)
+
+    def slabs_of_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Each chunk of rows and its logits."""
+        for begin, end in self.chunks:
+            slab = self.slab(end - begin, self.part.width)
+            self.logits_into(slab, (begin, end), (0, self.part.width))
+            yield begin, end, slab
+
+    def gradient_over(
+        self, slab: Tensor, rows_slice: tuple[int, int], grad_loss: Tensor, rows: Tensor, totals: Tensor, first: int = 0
+    ) -> None:
+        """Overwrites logits, columns from `first` on, by their gradient."""
+        begin, end = rows_slice
+        offset = self.logit_offset
+        _ops.ops.loss_backward_(
+            grad_loss[begin:end] if grad_loss.dim() else grad_loss,
+            slab,
+            self.targets[begin:end],
+            rows[:, begin:end].contiguous(),
+            totals,
+            self.of_rows(self.row_weight, begin, end),
+            None if offset is None else offset[first : first + slab.shape[1]],
+            *self.options,
+            self.part.first_id + first,
+            self.part.vocab_size,
+        )
+
+    def restore(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """What has its last dimension over the rows that count, over all rows."""
+        if self.kept is None:
+            return values
+        result = values.new_full((*values.shape[:-1], self.n), fill)
+        result[..., self.kept] = values
+        return result
+
+
+def _kept_rows(targets: Tensor, ignore_index: int, flop_of_row: int) -> Tensor | None:
+    """The rows that are not ignored, where dropping the others is worth it; None for all."""
+    n = targets.shape[0]
+    if targets.is_cuda and (6 * n * flop_of_row < _FLOP_WORTH_WAITING or torch.cuda.is_current_stream_capturing()):
+        return None
+    kept = (targets != ignore_index).nonzero().squeeze(1)
+    return kept if n - kept.shape[0] > _WORTH_DROPPING * n else None
+
+
+class _Gradients:
+    """The gradients of hidden states, classifier and bias, gathered a slab at a time; None where not wanted."""
+
+    def __init__(
+        self, problem: _Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
+    ) -> None:
+        self.problem = problem
+        self.hidden = torch.empty_like(problem.hidden, dtype=hidden.dtype) if needs[0] else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+        wide = _ops.accumulator_dtype(problem.settings.dtype)
+        self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
+        self.sum = self.weight
+        if (
+            self.weight is not None
+            and problem.hidden.is_cuda
+            and len(problem.chunks) > 1
+            and problem.settings.accumulate_float32
+            and self.weight.dtype.itemsize < 4
+        ):
+            self.sum = torch.empty_like(self.weight, dtype=torch.float32)
+        if self.sum is not None and not problem.chunks:
+            self.sum.zero_()
+
+    def add(self, begin: int, end: int, slab: Tensor) -> None:
+        """Takes the gradient of the logits of some rows."""
+        if self.hidden is not None:
+            _product_into(self.hidden[begin:end], slab, self.problem.weight)
+        if self.bias is not None:
+            self.bias += slab.sum(0, dtype=self.bias.dtype)
+        if self.sum is not None and self.problem.adds_up:
+            _product_into(self.sum, slab.t(), self.problem.hidden[begin:end], add=begin > 0)
+
+    def add_columns(self, grad_loss: Tensor, rows: Tensor, totals: Tensor) -> None:
+        """The classifier's gradient from slabs of columns, where it is not a sum over those of rows."""
+        problem = self.problem
+        if self.weight is None or not problem.tiles:
+            return
+        chunks = problem.chunks_of_tile
+        total = None
+        if len(chunks) > 1:
+            total = problem.hidden.new_empty((problem.tiles[0][1], problem.hidden.shape[1]), dtype=torch.float32)
+        for first, last in problem.tiles:
+            result = self.weight[first:last] if total is None else total[: last - first]
+            for begin, end in chunks:
+                slab = problem.slab(end - begin, last - first)
+                problem.logits_into(slab, (begin, end), (first, last))
+                problem.gradient_over(slab, (begin, end), grad_loss, rows, totals, first)
+                _product_into(result, slab.t(), problem.hidden[begin:end], add=begin > 0)
+            if total is not None:
+                self.weight[first:last] = result
+
+    def finish(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of all rows, the classifier and the bias; empty where not wanted."""
+        absent = self.problem.all_hidden
+        hidden, weight = self.hidden, self.weight
+        if hidden is not None:
+            hidden = sum_over_ranks(hidden, self.problem.part.group)
+            if self.problem.kept is not None:
+                whole = torch.zeros_like(self.problem.all_hidden, memory_format=torch.contiguous_format)
+                hidden = whole.index_copy_(0, self.problem.kept, hidden)
+        if weight is not None and self.sum is not weight:
+            assert self.sum is not None
+            weight.copy_(self.sum)
+        of_bias = None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+        return tuple(absent.new_empty(0) if x is None else x for x in (hidden, weight, of_bias))  # type: ignore[return-value]
+
+
+# Ops, so that torch.compile calls them, and does not unroll the slabs or keep several of them.
+@torch.library.custom_op("pdl_ext::linear_loss_forward", mutates_args=())
+def linear_loss_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    predict: bool,
+    dtype: torch.dtype,
+    max_chunk_bytes: int | None,
+    accumulate_float32: bool,
+    first_id: int,
+    width: int,
+    vocab_size: int,
+    group: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss_forward's results, and for an upstream gradient of 1 those of hidden, weight and bias that `needs` asks for."""
+    settings = Settings(dtype, max_chunk_bytes, accumulate_float32)
+    part = VocabularySlice(first_id, width, vocab_size, group)
+    options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
+    problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
+    gradients = _Gradients(problem, hidden, weight, bias, needs)
+    wide = _ops.accumulator_dtype(dtype)
+    n = problem.targets.shape[0]
+    rows = hidden.new_empty((5, n), dtype=wide)
+    predicted = targets.new_empty((n if predict else 0,), dtype=torch.int64)
+    divisors = _divisors(problem, token_weight, normalizer, wide)
+    one = hidden.new_ones((), dtype=wide)
+    totals = None
+    for begin, end, slab in problem.slabs_of_rows():
+        of_chunk = (problem.targets[begin:end], token_weight, problem.of_rows(problem.row_weight, begin, end))
+        if any(needs) and not group:
+            _, rows[:, begin:end], totals, predicted[begin:end] = _ops.ops.loss_and_gradient_(
+                slab, slab, *of_chunk, logit_offset, divisors, *options, predict
+            )
+        else:
+            others = (*of_chunk[1:], logit_offset, divisors)
+            _, of_rows, totals, chosen = loss_forward(slab, of_chunk[0], others, (*options, predict), part)
+            rows[:, begin:end] = of_rows
+            if predict:
+                predicted[begin:end] = chosen
+            if any(needs):
+                problem.gradient_over(slab, (begin, end), one, rows, totals)
+        if any(needs):
+            gradients.add(begin, end, slab)
+    if totals is not None:
+        gradients.add_columns(one, rows, totals)
+    rows = problem.restore(rows)
+    loss, totals = _ops.ops.reduce_rows(rows, targets, row_weight, normalizer, reduction, ignore_index, z_loss)
+    return loss, rows, totals, problem.restore(predicted, -1) if predict else predicted, *gradients.finish(bias)
+
+
+@linear_loss_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    token_weight, row_weight, logit_offset, normalizer, *options = rest[:11]
+    dtype, needs = rest[11], rest[-1]
+    logits = hidden.new_empty((targets.shape[0], weight.shape[0]), dtype=dtype)
+    outputs = _ops.loss_outputs(logits, targets, token_weight, row_weight, logit_offset, normalizer, *options)
+    return (*outputs, *_fake_gradients(hidden, weight, bias, needs))
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        hidden.new_empty(0) if x is None or not need else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+def _divisors(
+    problem: _Problem, token_weight: Tensor | None, normalizer: Tensor | None, wide: torch.dtype
+) -> Tensor | None:
+    """The denominators of the whole batch, which each slab's gradient needs before the other slabs are seen."""
+    reduction, ignore_index = problem.options[:2]
+    if normalizer is not None or reduction in (_ops.REDUCTIONS["none"], _ops.REDUCTIONS["sum"]):
+        return normalizer
+    targets = problem.targets
+    counted = targets != ignore_index
+    count = counted.sum(dtype=torch.float64)
+    if reduction == _ops.REDUCTIONS["token_mean"]:
+        return torch.stack((count, count)).to(wide)
+    valid = counted & (targets >= 0) & (targets < problem.part.vocab_size)
+    weights = torch.where(valid, 1.0, torch.nan)
+    if token_weight is not None:
+        weights = weights * token_weight[torch.where(valid, targets, 0)]
+    if problem.row_weight is not None:
+        weights = weights.to(wide) * problem.row_weight
+    return torch.stack((torch.where(counted, weights, 0.0).sum(dtype=torch.float64), count)).to(wide)
+
+
+@torch.library.custom_op("pdl_ext::linear_loss_backward", mutates_args=())
+def linear_loss_backward(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor,
+    totals: Tensor,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    dtype: torch.dtype,
+    max_chunk_bytes: int | None,
+    accumulate_float32: bool,
+    first_id: int,
+    width: int,
+    vocab_size: int,
+    group: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
+    settings = Settings(dtype, max_chunk_bytes, accumulate_float32)
+    part = VocabularySlice(first_id, width, vocab_size, group)
+    options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
+    problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
+    gradients = _Gradients(problem, hidden, weight, bias, needs)
+    if problem.kept is not None:
+        rows = rows[:, problem.kept]
+        grad_loss = grad_loss[problem.kept] if grad_loss.dim() else grad_loss
+    for begin, end, slab in problem.slabs_of_rows():
+        problem.gradient_over(slab, (begin, end), grad_loss, rows, totals)
+        gradients.add(begin, end, slab)
+    gradients.add_columns(grad_loss, rows, totals)
+    return gradients.finish(bias)
+
+
+@linear_loss_backward.register_fake
+def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(hidden, weight, bias, rest[-1])
+
+
+class LinearLoss(torch.autograd.Function):
+    """The ops' gradients: computed in forward for a scalar reduction, else in backward.
+
+    Returns the loss, and with `predict` also the rows' statistics and predictions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_weight: Tensor | None,
+        others: tuple[Any, ...],
+        options: tuple[Any, ...],
+        predict: bool,
+        settings: Settings,
+        part: VocabularySlice,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        targets, token_weight, logit_offset, normalizer = others
+        needs = list(ctx.needs_input_grad[:3])
+        # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
+        ctx.at_once = options[0] != _ops.REDUCTIONS["none"] and settings.dtype != torch.float16
+        loss, rows, totals, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            token_weight,
+            row_weight,
+            logit_offset,
+            normalizer,
+            *options,
+            predict,
+            *settings,
+            *part,
+            needs if ctx.at_once else [False] * 3,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.settings, ctx.part = options, settings, part
+        saved = gradients if ctx.at_once else (targets, logit_offset)
+        ctx.save_for_backward(hidden, weight, bias, row_weight, rows, totals, *saved)
+        if not predict:
+            return loss
+        ctx.mark_non_differentiable(rows, predicted)
+        return loss, rows, predicted
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        rest = (None,) * (len(ctx.needs_input_grad) - 4)
+        if grad_loss is None:
+            return None, None, None, None, *rest
+        if not torch.is_grad_enabled():
+            return *_gradients(ctx, grad_loss), *rest
+        # create_graph=True
+        with torch.no_grad():
+            computed = _gradients(ctx, grad_loss)
+        depends_on = (grad_loss, *(x for x in ctx.saved_tensors[:4] if x is not None))
+        return *(None if g is None else NoSecondDerivative.apply(g, *depends_on) for g in computed), *rest
+
+
+def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, row_weight, rows, totals, *saved = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    if ctx.at_once:
+        gradients = [
+            _scaled(gradient, grad_loss) if need else None for gradient, need in zip(saved, needs, strict=True)
+        ]
+    elif any(needs):
+        targets, logit_offset = saved
+        gradients = torch.ops.pdl_ext.linear_loss_backward(
+            grad_loss,
+            hidden,
+            weight,
+            bias,
+            targets,
+            rows,
+            totals,
+            row_weight,
+            logit_offset,
+            *ctx.options,
+            *ctx.settings,
+            *ctx.part,
+            needs,
+        )
+        gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    else:
+        gradients = [None] * 3
+    grad_row_weight = row_weight_gradient(grad_loss, rows, totals) if ctx.needs_input_grad[3] else None
+    return *gradients, grad_row_weight
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor; over the gradient, if nobody can ask for it again."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * factor
+    if gradient.numel() > 0:
+        _ops.ops.scale_(gradient.view(-1, gradient.shape[-1]), factor)
+    return gradient
+
+
+def linear_weighted_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    others: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    predict: bool,
+    settings: Settings,
+    part: VocabularySlice,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss of hidden [N, H] under weight [V, H] and bias, with its gradients; with `predict` rows and predictions.
+
+    others: targets, token_weight, logit_offset and normalizer as the op loss_forward takes them; options: its options.
+    """
+    if not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias, row_weight)
+    ):
+        targets, token_weight, logit_offset, normalizer = others
+        loss, rows, _totals, predicted, *_ = torch.ops.pdl_ext.linear_loss_forward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            token_weight,
+            row_weight,
+            logit_offset,
+            normalizer,
+            *options,
+            predict,
+            *settings,
+            *part,
+            [False] * 3,
+        )
+        return (loss, rows, predicted) if predict else (loss, None, None)
+    result = LinearLoss.apply(hidden, weight, bias, row_weight, others, options, predict, settings, part)
+    return result if predict else (result, None, None)
