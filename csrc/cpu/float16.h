@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "../portable.h"
 
@@ -32,6 +33,21 @@ PDL_INLINE float widen(Float16 x) {
   const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
+}
+
+// Integers in the order of the numbers, NaN of either sign below -infinity: vectors hold twice as many of them as floats.
+template <typename T>
+constexpr int kAboveInfinity = std::is_same_v<T, BFloat16> ? 0x7f : 0x3ff;
+
+template <typename T>
+PDL_INLINE int16_t order(T x) {
+  const int16_t bits = int16_t(x.bits);
+  return int16_t((bits ^ ((bits >> 15) & 0x7fff)) + kAboveInfinity<T>);
+}
+template <typename T>
+PDL_INLINE T of_order(int16_t key) {
+  const int16_t ordered = int16_t(key - kAboveInfinity<T>);
+  return {uint16_t(ordered ^ ((ordered >> 15) & 0x7fff))};
 }
 
 template <typename T>

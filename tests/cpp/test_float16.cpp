@@ -1,5 +1,6 @@
-// The 16-bit floats against a slow oracle that knows nothing of float's bits: a sorted table of all their values.
-#include "cpu/float16.h"
+// The 16-bit floats, one by one and in blocks by each instruction set, against a slow oracle that knows nothing of
+// float's bits: a sorted table of all their values.
+#include "cpu/blocks.h"
 
 #include <gtest/gtest.h>
 
@@ -105,6 +106,116 @@ TYPED_TEST(Float16Of, NarrowAtTheEnds) {
     EXPECT_TRUE(std::isnan(narrowed)) << nan;
     EXPECT_EQ(std::signbit(narrowed), (nan >> 31) == 1) << nan;
   }
+}
+
+TYPED_TEST(Float16Of, OrderIsThatOfTheNumbersWithNanBelow) {
+  using T = TypeParam;
+  constexpr uint16_t kSign = 0x8000;
+  const int16_t lowest = order(T{kSign | kInfinity<T>});
+  int16_t last = lowest;
+  for (int i = kInfinity<T> - 1; i >= 0; --i) {
+    ASSERT_GT(order(T{uint16_t(kSign | i)}), last) << i;
+    last = order(T{uint16_t(kSign | i)});
+  }
+  for (int i = 0; i <= kInfinity<T>; ++i) {
+    ASSERT_GT(order(T{uint16_t(i)}), last) << i;
+    last = order(T{uint16_t(i)});
+  }
+  for (uint32_t i = 0; i < 0x10000; ++i) {
+    const T x{uint16_t(i)};
+    ASSERT_EQ(of_order<T>(order(x)).bits, x.bits);
+    if ((i & 0x7fff) > kInfinity<T>) {
+      ASSERT_LT(order(x), lowest) << i;
+    }
+  }
+}
+
+template <Capability kCapability>
+struct Blocks {
+  static constexpr Instructions<kCapability> kInstructions{};
+
+  static bool supported() {
+#ifdef PDL_SIMD_TARGETS
+    if (kCapability >= Capability::avx2 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))) {
+      return false;
+    }
+    if (kCapability >= Capability::avx512 && !__builtin_cpu_supports("avx512bw")) return false;
+    return kCapability < Capability::avx512_bf16 || __builtin_cpu_supports("avx512bf16");
+#else
+    return kCapability == Capability::baseline;
+#endif
+  }
+
+  template <typename T>
+  static void widen_every_pattern() {
+    for (uint32_t first = 0; first < 0x10000; first += kBlock) {
+      T x[kBlock];
+      float y[kBlock];
+      for (int k = 0; k < kBlock; ++k) x[k].bits = uint16_t(first + k);
+      widen_block(kInstructions, x, y);
+      for (int k = 0; k < kBlock; ++k) {
+        const float expected = widen(x[k]);
+        ASSERT_EQ(std::isnan(y[k]), std::isnan(expected)) << first + k;
+        if (!std::isnan(expected)) {
+          ASSERT_EQ(std::bit_cast<uint32_t>(y[k]), std::bit_cast<uint32_t>(expected));
+        }
+      }
+    }
+  }
+
+  template <typename T>
+  static void narrow_like_one_by_one() {
+    constexpr bool kFlushes = kCapability == Capability::avx512_bf16 && std::is_same_v<T, BFloat16>;
+    float x[kBlock];
+    T y[kBlock];
+    int filled = 0;
+    const auto check = [&](float value) {
+      x[filled++] = value;
+      if (filled < kBlock) return;
+      filled = 0;
+      narrow_block<false>(kInstructions, x, y);
+      for (int k = 0; k < kBlock; ++k) {
+        if (std::isnan(x[k])) {
+          ASSERT_TRUE(std::isnan(widen(y[k]))) << k;
+        } else if (kFlushes && std::abs(x[k]) < std::numeric_limits<float>::min()) {
+          ASSERT_EQ(y[k].bits, std::signbit(x[k]) ? 0x8000 : 0) << x[k];
+        } else {
+          ASSERT_EQ(y[k].bits, narrow<T>(x[k]).bits) << x[k];
+        }
+      }
+    };
+    // All that is representable, all midpoints and their neighbours, of both signs; and what lies between.
+    const auto all = values<T>();
+    for (const float sign : {1.0f, -1.0f}) {
+      for (size_t i = 0; i + 1 < all.size(); ++i) {
+        const auto middle = float((all[i] + all[i + 1]) / 2);
+        for (const float value :
+             {float(all[i]), middle, std::nextafter(middle, 0.0f), std::nextafter(middle, infinity<float>())}) {
+          check(sign * value);
+        }
+      }
+    }
+    for (uint64_t bits = 0; bits < 0x100000000u; bits += 1021) check(std::bit_cast<float>(uint32_t(bits)));
+    for (int k = 0; k < kBlock; ++k) check(k % 2 ? infinity<float>() : -infinity<float>());
+  }
+};
+
+template <typename B>
+class BlocksOf : public testing::Test {};
+using Capabilities = testing::Types<Blocks<Capability::baseline>, Blocks<Capability::avx2>, Blocks<Capability::avx512>,
+                                    Blocks<Capability::avx512_bf16>>;
+TYPED_TEST_SUITE(BlocksOf, Capabilities);
+
+TYPED_TEST(BlocksOf, WidenEveryPattern) {
+  if (!TypeParam::supported()) GTEST_SKIP();
+  TypeParam::template widen_every_pattern<BFloat16>();
+  TypeParam::template widen_every_pattern<Float16>();
+}
+
+TYPED_TEST(BlocksOf, NarrowLikeOneByOne) {
+  if (!TypeParam::supported()) GTEST_SKIP();
+  TypeParam::template narrow_like_one_by_one<BFloat16>();
+  TypeParam::template narrow_like_one_by_one<Float16>();
 }
 
 TEST(WideTypes, PassThrough) {
