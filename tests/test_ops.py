@@ -204,12 +204,12 @@ def run_python(*arguments, capability):
     )
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_cpu_capability_matches_reference(capability):
     tests = str(Path(__file__).with_name("test_functional.py"))
     chosen = run_python("-c", "from pdl_ext import _ops; print(_ops._C.cpu_capability())", capability=capability)
     # What is above this machine is clamped to it.
-    order = ["DEFAULT", "AVX2", "AVX512"]
+    order = ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]
     assert order.index(chosen.stdout.strip()) <= order.index(capability.upper())
     if capability == "default":
         assert chosen.stdout.strip() == "DEFAULT"
@@ -232,7 +232,7 @@ def test_unknown_cpu_capability_is_refused():
     code = "import torch, pdl_ext; pdl_ext.functional.pdl_loss(torch.zeros(1, 2), torch.tensor([0]))"
     done = run_python("-c", code, capability="sse9")
     assert done.returncode != 0
-    assert "PDL_EXT_CPU_CAPABILITY is 'sse9', expected 'default', 'avx2' or 'avx512'" in done.stderr
+    assert "PDL_EXT_CPU_CAPABILITY is 'sse9', expected 'default', 'avx2', 'avx512' or 'avx512_bf16'" in done.stderr
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

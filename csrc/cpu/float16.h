@@ -35,7 +35,7 @@ PDL_INLINE float widen(Float16 x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
 }
 
-// Integers in the order of the numbers, NaN of either sign below -infinity: vectors hold twice as many of them as floats.
+// Integers in the order of the numbers, any NaN below -infinity: a vector holds twice as many of them as of floats.
 template <typename T>
 constexpr int kAboveInfinity = std::is_same_v<T, BFloat16> ? 0x7f : 0x3ff;
 

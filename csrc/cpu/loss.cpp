@@ -1,7 +1,7 @@
 // Weighted cross-entropy on the CPU.
 //
 // Forward fuses the logit transform, the row's statistics, its weight and the reduction; backward the softmax, the
-// gradient and the transform's derivative. A row is cut into chunks that are widened into a buffer of 4 KiB, so that
+// gradient and the transform's derivative. A row is cut into chunks that stay in L1 between their passes, so that
 // memory is read once forward, and read and written once backward. loss_and_gradient_ does both at once: memory is read
 // and written once, and each exponential, computed once, waits for the row's sum in the gradient itself or, where that
 // has another type, in a buffer of V numbers a thread, which L2 holds. Threads take rows, or parts of them if there are
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../loss_arguments.h"
+#include "blocks.h"
 #include "check_ids.h"
 #include "float16.h"
 #include "huge_pages.h"
@@ -21,7 +22,12 @@
 namespace pdl::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1024;
+// Each chunk drains the pipeline, which plain 16-bit floats feel most.
+template <bool kPlain, typename T>
+constexpr int64_t kChunk = kPlain && sizeof(T) == 2 ? 4096 : 1024;
+
+template <typename T>
+constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
 
 template <typename T>
 struct Logits {
@@ -47,13 +53,13 @@ struct Shares {
   int64_t size;
 
   Shares(int64_t rows, int64_t vocab_size) : rows(rows), vocab_size(vocab_size) {
-    constexpr int64_t kLeast = 8 * kChunk;
+    constexpr int64_t kUnit = 1024, kLeast = 8 * kUnit;
     const int64_t threads = torch::stable::get_num_threads();
     if (rows > 0 && rows < threads) {
       parts = std::max<int64_t>(1, std::min((threads + rows - 1) / rows, vocab_size / kLeast));
     }
-    const int64_t chunks = (vocab_size + kChunk - 1) / kChunk;
-    size = (chunks + parts - 1) / parts * kChunk;
+    const int64_t units = (vocab_size + kUnit - 1) / kUnit;
+    size = (units + parts - 1) / parts * kUnit;
   }
 
   int64_t count() const { return rows * parts; }
@@ -62,87 +68,129 @@ struct Shares {
   int64_t last(int64_t s) const { return std::min(first(s) + size, vocab_size); }
 };
 
-// z of [first, first + n), in `buffer` unless it is what lies in memory, and the largest of them where asked for.
-template <bool kPlain, typename T, typename A>
-PDL_INLINE const A* load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
-                               A* largest = nullptr) {
-  A max = -infinity<A>();
-  if constexpr (kPlain && std::is_same_v<T, A>) {
-    const A* z = x + first;
-    if (largest != nullptr) {
-#pragma omp simd reduction(max : max)
-      for (int64_t j = 0; j < n; ++j) max = z[j] > max ? z[j] : max;
-      *largest = max;
-    }
-    return z;
-  } else {
+template <typename T>
+PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
+  if constexpr (sizeof(T) == 2) {
+    int16_t max = order(narrow<T>(-infinity<float>()));
 #pragma omp simd reduction(max : max)
     for (int64_t j = 0; j < n; ++j) {
-      const A value = widen(x[first + j]);
-      const A z = kPlain ? value : transform.apply(value, first + j);
-      buffer[j] = z;
-      max = z > max ? z : max;
+      const int16_t key = order(x[j]);
+      max = key > max ? key : max;
     }
-    if (largest != nullptr) *largest = max;
-    return buffer;
+    return widen(of_order<T>(max));
+  } else {
+    T max = -infinity<T>();
+#pragma omp simd reduction(max : max)
+    for (int64_t j = 0; j < n; ++j) max = x[j] > max ? x[j] : max;
+    return max;
   }
+}
+
+// z of [first, first + n) as numbers to be widened: in `buffer`, unless it is what lies in memory. The largest of them
+// where asked for.
+template <bool kPlain, typename T, typename A>
+PDL_INLINE auto load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
+                           A* max = nullptr) {
+  if constexpr (kPlain) {
+    if (max != nullptr) *max = largest(x + first, n);
+    return x + first;
+  } else {
+    A largest = -infinity<A>();
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; ++j) {
+      const A z = transform.apply(widen(x[first + j]), first + j);
+      buffer[j] = z;
+      largest = z > largest ? z : largest;
+    }
+    if (max != nullptr) *max = largest;
+    return static_cast<const A*>(buffer);
+  }
+}
+
+// The sum of exp(z - shift), with kKeep also each of them in `kept`.
+template <bool kKeep, Capability kCapability, typename T, typename A>
+PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A shift, A* kept) {
+  int64_t j = 0;
+  A sum = 0;
+  if constexpr (sizeof(T) == 2) {
+    // A reduction over 16-bit floats would get half of AVX-512's vectors; more sums than this, and AVX2 has too few.
+    constexpr int kSums = kCapability >= Capability::avx512 ? kBlock : kBlock / 2;
+    alignas(64) A sums[kSums] = {};
+    for (; j + kBlock <= n; j += kBlock) {
+      // The next chunk, a cache line for each block: the processor's own prefetchers see no loads of it meanwhile. Past
+      // the last one it does no harm.
+      __builtin_prefetch(z + j + kChunk<true, T>);
+      alignas(64) A wide[kBlock];
+      widen_block(instructions, z + j, wide);
+      for (int part = 0; part < kBlock; part += kSums) {
+#pragma omp simd
+        for (int k = 0; k < kSums; ++k) {
+          const A e = exp_nonpositive(wide[part + k] - shift);
+          if (kKeep) kept[j + part + k] = e;
+          sums[k] += e;
+        }
+      }
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int k = 0; k < kSums; ++k) sum += sums[k];
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = j; k < n; ++k) {
+    const A e = exp_nonpositive(widen(z[k]) - shift);
+    if (kKeep) kept[k] = e;
+    sum += e;
+  }
+  return sum;
 }
 
 // Of columns [begin, end). With kKeep also exp(z - the largest of its chunk) of each element in `kept`, and those
 // largest in `chunk_max`; `kept` may be x.
-template <bool kPlain, bool kKeep, typename T, typename A>
-PDL_INLINE RowStatistics<A> row_statistics(const T* x, int64_t begin, int64_t end, const LogitTransform<A>& transform,
-                                           A centre, bool predict, A* kept = nullptr, A* chunk_max = nullptr) {
-  alignas(64) A buffer[kChunk];
+template <bool kPlain, bool kKeep, Capability kCapability, typename T, typename A>
+PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
+                                           int64_t end, const LogitTransform<A>& transform, A centre, bool predict,
+                                           A* kept = nullptr, A* chunk_max = nullptr) {
+  alignas(64) A buffer[kChunk<kPlain, T>];
   RowStatistics<A> row;
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t n = std::min(kChunk, end - first);
+  for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
+    const int64_t n = std::min(kChunk<kPlain, T>, end - first);
     A max;
-    const A* z = load_chunk<kPlain>(x, first, n, transform, buffer, &max);
+    const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer, &max);
     RowStatistics<A> part;
     part.max = max;
     if (predict && max > row.max) {
       int64_t j = 0;
-      while (z[j] != max) ++j;
+      while (widen(z[j]) != max) ++j;
       part.argmax = int32_t(first + j);
     }
-    if (!kPlain) {
+    if constexpr (!kPlain) {
       A centred = 0;
 #pragma omp simd reduction(+ : centred)
       for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
       part.centred = centred;
     }
-    const A shift = exp_shift(max);
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) {
-      const A e = exp_nonpositive(z[j] - shift);
-      if (kKeep) kept[first + j] = e;
-      sum += e;
-    }
-    if (kKeep) chunk_max[first / kChunk] = max;
-    part.sum = sum;
+    part.sum = sum_exponentials<kKeep>(instructions, z, n, exp_shift(max), kKeep ? kept + first : nullptr);
+    if (kKeep) chunk_max[first / kChunk<kPlain, T>] = max;
     row = merge(row, part);
   }
   return row;
 }
 
 // Of columns [begin, end).
-template <bool kPlain, typename T, typename A>
-PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t begin, int64_t end, int64_t target,
-                             const LogitTransform<A>& transform, const GradientRow<A>& row) {
+template <bool kPlain, Capability kCapability, typename T, typename A>
+PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x, T* gradient, int64_t begin,
+                             int64_t end, int64_t target, const LogitTransform<A>& transform,
+                             const GradientRow<A>& row) {
   const bool has_target = target >= begin && target < end;
   // Read before the loop, which may be writing over x.
   const A x_target = has_target ? A(widen(x[target])) : A(0);
-  alignas(64) A buffer[kChunk];
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t n = std::min(kChunk, end - first);
-    const A* z = load_chunk<kPlain>(x, first, n, transform, buffer);
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A g = row.off_target(z[j]);
-      gradient[first + j] = kPlain ? narrow_number<T>(g) : narrow<T>(g * transform.derivative(widen(x[first + j])));
-    }
+  alignas(64) A buffer[kChunk<kPlain, T>];
+  for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
+    const int64_t n = std::min(kChunk<kPlain, T>, end - first);
+    const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer);
+    map<kPlain>(instructions, z, gradient + first, n, [&](A z, int64_t j) {
+      const A g = row.off_target(z);
+      return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+    });
   }
   if (!has_target) return;
   const A z_target = kPlain ? x_target : transform.apply(x_target, target);
@@ -150,18 +198,18 @@ PDL_INLINE void row_gradient(const T* x, T* gradient, int64_t begin, int64_t end
 }
 
 // The gradient from what row_statistics kept; kept and gradient may be one.
-template <bool kPlain, typename T, typename A>
-PDL_INLINE void row_gradient_of_kept(const T* x, const A* kept, const A* chunk_max, const RowStatistics<A>& statistics,
-                                     T* gradient, int64_t vocab_size, const LogitTransform<A>& transform,
+template <bool kPlain, Capability kCapability, typename T, typename A>
+PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, const T* x, const A* kept,
+                                     const A* chunk_max, const RowStatistics<A>& statistics, T* gradient,
+                                     int64_t vocab_size, const LogitTransform<A>& transform,
                                      const GradientRow<A>& row) {
-  for (int64_t first = 0; first < vocab_size; first += kChunk) {
-    const int64_t n = std::min(kChunk, vocab_size - first);
-    const A factor = exp_nonpositive(chunk_max[first / kChunk] - statistics.max) / statistics.sum;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const A g = row.off_target_of(kept[first + j] * factor);
-      gradient[first + j] = kPlain ? narrow_number<T>(g) : narrow<T>(g * transform.derivative(widen(x[first + j])));
-    }
+  for (int64_t first = 0; first < vocab_size; first += kChunk<kPlain, T>) {
+    const int64_t n = std::min(kChunk<kPlain, T>, vocab_size - first);
+    const A factor = exp_nonpositive(chunk_max[first / kChunk<kPlain, T>] - statistics.max) / statistics.sum;
+    map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
+      const A g = row.off_target_of(e * factor);
+      return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+    });
   }
 }
 
@@ -266,7 +314,7 @@ void forward(const Forward<T, I>& call) {
   using A = Accumulator<T>;
   const Shares shares(call.logits.rows, call.logits.vocab_size);
   std::vector<RowStatistics<A>> of_share(shares.parts > 1 ? shares.count() : 0);
-  simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+  simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = shares.row(s), target = call.targets[i];
       if (target == call.options.ignore_index) {
@@ -275,8 +323,9 @@ void forward(const Forward<T, I>& call) {
       }
       const T* x = call.logits.row(i);
       const A z_target = call.z_of(x, target);
-      const auto statistics = row_statistics<kPlain, false>(x, shares.first(s), shares.last(s), call.transform,
-                                                            smoothing_centre(z_target), call.predicted != nullptr);
+      const auto statistics =
+          row_statistics<kPlain, false>(instructions, x, shares.first(s), shares.last(s), call.transform,
+                                        smoothing_centre(z_target), call.predicted != nullptr);
       if (shares.parts == 1) {
         call.finish_row(i, statistics, z_target);
       } else {
@@ -306,8 +355,8 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
   const int64_t vocab_size = call.logits.vocab_size;
   const A label_smoothing = A(call.options.label_smoothing), z_loss = A(call.options.z_loss);
   const Totals<A> factors = call.totals_ahead();
-  simd_parallel_for(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end) {
-    std::vector<A> chunk_max((vocab_size + kChunk - 1) / kChunk);
+  simd_parallel_for<kIsBFloat16<T>>(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end, auto instructions) {
+    std::vector<A> chunk_max((vocab_size + kChunk<kPlain, T> - 1) / kChunk<kPlain, T>);
     const std::unique_ptr<A[]> buffer(kKeepInGradient ? nullptr : new A[vocab_size]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t target = call.targets[i];
@@ -326,13 +375,15 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
       } else {
         kept = buffer.get();
       }
-      const auto statistics = row_statistics<kPlain, true>(x, 0, vocab_size, call.transform, smoothing_centre(z_target),
-                                                           call.predicted != nullptr, kept, chunk_max.data());
+      const auto statistics =
+          row_statistics<kPlain, true>(instructions, x, 0, vocab_size, call.transform, smoothing_centre(z_target),
+                                       call.predicted != nullptr, kept, chunk_max.data());
       const auto loss = call.finish_row(i, statistics, z_target);
       const A weight = call.weight_of(target) * call.factor_of_row(i);
       const auto scalars = canonical(row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors));
       const GradientRow<A> row(statistics.max, loss.log_sum, scalars, label_smoothing, vocab_size);
-      row_gradient_of_kept<kPlain>(x, kept, chunk_max.data(), statistics, gradient, vocab_size, call.transform, row);
+      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_max.data(), statistics, gradient, vocab_size,
+                                   call.transform, row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
     }
   });
@@ -359,7 +410,7 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
   const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
 
   const Shares shares(n, vocab_size);
-  simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+  simd_parallel_for<kIsBFloat16<T>>(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = shares.row(s), first = shares.first(s), last = shares.last(s);
       T* gradient = gradients + i * gradient_stride;
@@ -373,7 +424,7 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
       const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
       const auto scalars = canonical(row_scalars(factor, weight, z_loss, max + log_sum, sums));
       const GradientRow<A> row(max, log_sum, scalars, label_smoothing, slice.vocab_size);
-      row_gradient<kPlain>(logits.row(i), gradient, first, last, target - slice.first_id, transform, row);
+      row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - slice.first_id, transform, row);
     }
   });
 }
@@ -445,12 +496,11 @@ void scale_(Tensor gradient, Tensor factor) {
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
     const int64_t stride = gradient.stride(0);
     const Shares shares(gradient.size(0), gradient.size(1));
-    simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end) {
+    simd_parallel_for<kIsBFloat16<T>>(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
       for (int64_t s = begin; s < end; ++s) {
         T* row = gradients + shares.row(s) * stride;
-        const int64_t last = shares.last(s);
-#pragma omp simd
-        for (int64_t j = shares.first(s); j < last; ++j) row[j] = narrow<T>(widen(row[j]) * by);
+        T* first = row + shares.first(s);
+        map<false>(instructions, first, first, shares.last(s) - shares.first(s), [&](A g, int64_t) { return g * by; });
       }
     });
   });

@@ -33,7 +33,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const std::unique_ptr<double[]> raw(new double[vocab_size]);
   const int64_t parts = (vocab_size + kPart - 1) / kPart;
   std::vector<double> weight_sums(parts), share_sums(parts);
-  simd_parallel_for(parts, kPart * kCost, [&](int64_t begin, int64_t end) {
+  simd_parallel_for(parts, kPart * kCost, [&](int64_t begin, int64_t end, auto) {
     // Copies that no store can change, or the loops would not become vector code.
     const PowerLaw own_law = law;
     const double own_scale = scale;
@@ -61,7 +61,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
     share_sum += share_sums[part];
   }
   const double mean = law.mean(weight_sum, share_sum);
-  simd_parallel_for(vocab_size, 2, [&](int64_t begin, int64_t end) {
+  simd_parallel_for(vocab_size, 2, [&](int64_t begin, int64_t end, auto) {
 #pragma omp simd
     for (int64_t t = begin; t < end; ++t) weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(raw[t], mean, mix);
   });
