@@ -1,5 +1,5 @@
-// Conversion of blocks of 16-bit floats, by the processor's own instructions where it has them. The compiler puts them
-// into no plain loop; but a block on the stack, which a plain loop fills, it keeps in registers.
+// Blocks of 16-bit floats: their conversion, by the processor's own instructions where it has them, and exp. The
+// compiler puts them into no plain loop; but a block on the stack, which a plain loop fills, it keeps in registers.
 //
 // Those instructions round to nearest even and keep NaN as float16.h does, but for vcvtne2ps2bf16, which takes
 // subnormals as 0.
@@ -53,6 +53,35 @@ __attribute__((target(PDL_TARGET_AVX512))) inline void widen_avx512(const BFloat
     _mm512_storeu_ps(y + k, _mm512_castsi512_ps(wide));
   }
 }
+
+alignas(64) inline constexpr float kRootsOfTwo[16] = {
+    0x1.000000p+0f, 0x1.0b5586p+0f, 0x1.172b84p+0f, 0x1.2387a6p+0f, 0x1.306fe0p+0f, 0x1.3dea64p+0f,
+    0x1.4bfdaep+0f, 0x1.5ab07ep+0f, 0x1.6a09e6p+0f, 0x1.7a1148p+0f, 0x1.8ace54p+0f, 0x1.9c4918p+0f,
+    0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f, 0x1.ea4afap+0f,
+};
+
+// exp_nonpositive with a table, 2^(i / 16), that one register holds: 8 instead of 12 instructions for the units that
+// multiply and compare, which bound the loss in 16 bits.
+__attribute__((target(PDL_TARGET_AVX512))) inline void exp_avx512(const float* x, float* y) {
+  const __m512 table = _mm512_load_ps(kRootsOfTwo), round = _mm512_set1_ps(12582912.0f);
+  for (int k = 0; k < kBlock; k += 16) {
+    const __m512 z = _mm512_loadu_ps(x + k);
+    // As in exp_nonpositive, but of sixteenths: the low 4 bits are the table's index, and those above the exponent.
+    const __m512 shifted = _mm512_fmadd_ps(z, _mm512_set1_ps(16 * 1.44269504088896341f), round);
+    const __m512i bits = _mm512_castps_si512(shifted);
+    const __m512 n = _mm512_sub_ps(shifted, round);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f / 16), z);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f / 16), r);
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 6), _mm512_set1_ps(0.5f));
+    p = _mm512_mul_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), r);
+    const __m512i root = _mm512_castps_si512(_mm512_maskz_permutexvar_ps(0xffff, bits, table));
+    const __m512i exponent = _mm512_maskz_slli_epi32(0xffff, _mm512_and_si512(bits, _mm512_set1_epi32(~15)), 19);
+    const __m512 scale = _mm512_castsi512_ps(_mm512_add_epi32(root, exponent));
+    const __mmask16 normal = _mm512_cmp_ps_mask(z, _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ);
+    _mm512_storeu_ps(y + k, _mm512_maskz_fmadd_ps(normal, scale, p, scale));
+  }
+}
+
 __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(const float* x, BFloat16* y) {
   const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
   __builtin_memcpy(y, &both, sizeof both);
@@ -69,6 +98,16 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
 #endif
 #pragma omp simd
   for (int k = 0; k < kBlock; ++k) y[k] = widen(x[k]);
+}
+
+// y = exp(x), as exp_nonpositive.
+template <Capability kCapability>
+PDL_INLINE void exp_block(Instructions<kCapability>, const float* x, float* y) {
+#ifdef PDL_SIMD_TARGETS
+  if constexpr (kCapability >= Capability::avx512) return detail::exp_avx512(x, y);
+#endif
+#pragma omp simd
+  for (int k = 0; k < kBlock; ++k) y[k] = exp_nonpositive(x[k]);
 }
 
 // kNumber: as narrow_number does.
@@ -88,8 +127,11 @@ PDL_INLINE void narrow_block(Instructions<kCapability>, const float* x, T* y) {
 // y[j] = f(x[j], j) for j < n. y may be x.
 template <bool kNumber, Capability kCapability, typename X, typename T, typename F>
 PDL_INLINE void map(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, F f) {
+  // Without instructions for it, rounding to bfloat16 costs least in one loop with the rest.
+  constexpr bool kInBlocks =
+      std::is_same_v<T, Float16> || (std::is_same_v<T, BFloat16> && kCapability >= Capability::avx512);
   int64_t j = 0;
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (kInBlocks) {
     for (; j + kBlock <= n; j += kBlock) {
       alignas(64) float wide[kBlock], result[kBlock];
       const float* z = wide;

@@ -120,15 +120,15 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
       // The next chunk, a cache line for each block: the processor's own prefetchers see no loads of it meanwhile. Past
       // the last one it does no harm.
       __builtin_prefetch(z + j + kChunk<true, T>);
-      alignas(64) A wide[kBlock];
+      alignas(64) A wide[kBlock], block[kBlock];
+      A* e = kKeep ? kept + j : block;
       widen_block(instructions, z + j, wide);
+#pragma omp simd
+      for (int k = 0; k < kBlock; ++k) wide[k] -= shift;
+      exp_block(instructions, wide, e);
       for (int part = 0; part < kBlock; part += kSums) {
 #pragma omp simd
-        for (int k = 0; k < kSums; ++k) {
-          const A e = exp_nonpositive(wide[part + k] - shift);
-          if (kKeep) kept[j + part + k] = e;
-          sums[k] += e;
-        }
+        for (int k = 0; k < kSums; ++k) sums[k] += e[part + k];
       }
     }
 #pragma omp simd reduction(+ : sum)

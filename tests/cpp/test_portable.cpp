@@ -1,9 +1,12 @@
 // exp, tanh and power against long double, as the baseline compiles them and as the AVX2 kernels do, with fused
-// multiply-adds.
+// multiply-adds; and the exp of blocks, which AVX-512 has a table for.
 #include "portable.h"
+
+#include "cpu/blocks.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace pdl {
@@ -24,13 +27,27 @@ __attribute__((target("avx2,fma"))) float fused_tanh(float x) {
 bool has_fused() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
+bool has_avx512() {
+  return has_fused() && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
 #else
 float (*const fused_exp)(float) = kBaselineExp;
 float (*const fused_tanh)(float) = kBaselineTanh;
 bool has_fused() {
   return false;
 }
+bool has_avx512() {
+  return false;
+}
 #endif
+
+template <cpu::Capability kCapability>
+float exp_in_block(float x) {
+  float z[cpu::kBlock], y[cpu::kBlock];
+  std::fill_n(z, cpu::kBlock, x);
+  exp_block(cpu::Instructions<kCapability>(), z, y);
+  return y[cpu::kBlock - 1];
+}
 
 struct Variant {
   const char* name;
@@ -40,7 +57,9 @@ struct Variant {
 
 std::vector<Variant> variants() {
   std::vector<Variant> all{{"baseline", kBaselineExp, kBaselineTanh}};
+  all.push_back({"baseline, block", exp_in_block<cpu::Capability::baseline>, kBaselineTanh});
   if (has_fused()) all.push_back({"fused", fused_exp, fused_tanh});
+  if (has_avx512()) all.push_back({"AVX-512, block", exp_in_block<cpu::Capability::avx512>, kBaselineTanh});
   return all;
 }
 
