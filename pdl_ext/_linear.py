@@ -3,8 +3,8 @@
 A slab is some rows of the logits. One product makes it, the fused kernel turns it into its own gradient in place, and
 two products turn that into the gradients of the hidden states and of the classifier. The latter is a sum over slabs: in
 place where the classifier is float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the
-largest thing in memory, and 16-bit products cannot be added to it without one more: there the classifier's gradient
-comes from slabs that are some columns of the logits, computed once more, each of which gives a part of it at once.
+largest thing in memory: of more than two slabs in 16 bits, the classifier's gradient comes from slabs that are some
+columns of the logits, computed once more, each of which gives a part of it at once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ _LEAST_COLUMNS = 2048
 _MAX_CHUNK_BYTES = {"cuda": 512 * 10**6, "cpu": 64 * 10**6}
 # Dropping the ignored rows makes the host wait for the device, which has to be worth it: a millisecond or more.
 _FLOP_WORTH_WAITING = 10**12
+# A 16-bit sum of two products is rounded once more than their float32 sum would be; of many, it stops growing.
+_MOST_ROUNDED = 2
 # The share of ignored rows from which on they are dropped.
 _WORTH_DROPPING = 1 / 16
 # A row of the slab starts at a multiple of it, as matrix products like it.
@@ -127,7 +129,7 @@ class _Problem:
         """Whether the classifier's gradient is a sum over slabs of rows, and not one of columns."""
         return (
             self.hidden.is_cuda
-            or len(self.chunks) <= 1
+            or len(self.chunks) <= _MOST_ROUNDED
             or self.settings.dtype.itemsize >= 4
             or not self.settings.accumulate_float32
         )
@@ -285,7 +287,7 @@ def linear_loss_forward(
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss_forward's results, and for an upstream gradient of 1 those of hidden, weight and bias that `needs` asks for."""
+    """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for, upstream being 1."""
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32)
     part = VocabularySlice(first_id, width, vocab_size, group)
     options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)

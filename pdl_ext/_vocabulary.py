@@ -133,7 +133,7 @@ def loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss_forward; of a slice of the logits, the same results on every rank, by two small all-reduces.
 
-    others: token_weight, row_weight, logit_offset (the slice's) and normalizer; arguments: the op's options and predict.
+    others: token_weight, row_weight, logit_offset (the slice's), normalizer; arguments: the op's options and predict.
     """
     if not part.group:
         return _ops.ops.loss_forward(logits, targets, *others, *arguments)
