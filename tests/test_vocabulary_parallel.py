@@ -1,0 +1,227 @@
+"""Logits and classifiers that are cut along the vocabulary over ranks: the same loss and gradients as on one rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from pdl_ext import PDLLoss, _linear, functional, reference
+
+ROWS, HIDDEN, VOCAB = 37, 12, 101
+# Uneven, and one of a single id.
+WIDTHS = {2: [40, 61], 4: [33, 1, 47, 20]}
+OPTIONS = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "everything": {
+        "reduction": "token_mean",
+        "label_smoothing": 0.1,
+        "z_loss": 0.01,
+        "softcap": 15.0,
+        "logit_scale": 0.7,
+        "offset": True,
+    },
+    # A shared offset of the logits must cancel nothing.
+    "large_offset": {"label_smoothing": 0.1, "offset": 1000.0},
+}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def make_inputs(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(VOCAB, HIDDEN, generator=generator).to(dtype)
+    bias = torch.randn(VOCAB, generator=generator).to(dtype)
+    # Two equal largest logits in some rows: the first must be predicted.
+    weight[90], bias[90] = weight[5], bias[5]
+    targets = torch.randint(VOCAB, (ROWS,), generator=generator)
+    targets[::5] = -100
+    token_weight = 0.2 + torch.rand(VOCAB, generator=generator)
+    row_weight = 0.3 + torch.rand(ROWS, generator=generator)
+    return hidden, weight, bias, targets, token_weight, row_weight
+
+
+def options_of(name):
+    options = dict(OPTIONS[name])
+    offset = options.pop("offset", None)
+    if offset is not None:
+        noise = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
+        options["logit_offset"] = noise + (0.0 if offset is True else offset)
+    return options
+
+
+def upstream_of(loss):
+    return (torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)) + 0.1).to(loss)
+
+
+def run(fused, part, name, dtype, group=None, function=None):
+    """Loss, statistics and gradients; of the classifier, those of the columns in `part`."""
+    hidden, weight, bias, targets, token_weight, row_weight = make_inputs(dtype)
+    hidden.requires_grad_(), row_weight.requires_grad_()
+    weight, bias = weight[part].clone().requires_grad_(), bias[part].clone().requires_grad_()
+    options = {"row_weight": row_weight, "return_stats": True, **options_of(name)}
+    if group is not None:
+        options["process_group"] = group
+    if fused:
+        # Several slabs.
+        limit = {} if function is not None else {"max_chunk_bytes": 8 * 128 * dtype.itemsize}
+        function = function or functional.linear_pdl_loss
+        loss, stats = function(hidden, weight, targets, token_weight, bias=bias, **limit, **options)
+    else:
+        logits = F.linear(hidden, weight, bias)
+        loss, stats = (function or functional.pdl_loss)(logits, targets, token_weight, **options)
+    loss.backward(upstream_of(loss))
+    results = {"loss": loss.detach(), **stats._asdict(), "grad_weight": weight.grad, "grad_bias": bias.grad}
+    results["grad_row_weight"] = row_weight.grad
+    # Without fusion each rank has the gradient through its own logits only, which the caller adds up.
+    results["grad_hidden" if fused or group is None else "part_of_grad_hidden"] = hidden.grad
+    return results
+
+
+def worker(rank, init, folder, world):
+    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    try:
+        _linear._LEAST_ROWS = 8
+        widths = WIDTHS[world]
+        part = slice(sum(widths[:rank]), sum(widths[: rank + 1]))
+        group = dist.group.WORLD
+        results = {
+            (fused, name, dtype): run(fused, part, name, DTYPES[dtype], group)
+            for fused in (False, True)
+            for name in OPTIONS
+            for dtype in DTYPES
+        }
+        results["online"] = online(part, group)
+        results["errors"] = errors(part, group)
+        results["masked"] = masked(rank, group)
+        torch.save(results, f"{folder}/{rank}.pt")
+        # Or a rank may find the others gone.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def online(part, group=None):
+    """Losses of an online module over two steps of both ways."""
+    hidden, weight, bias, targets, *_ = make_inputs(torch.float64)
+    loss_fn = PDLLoss()
+    losses = []
+    for _ in range(2):
+        losses.append(loss_fn.linear(hidden, weight[part], targets, bias[part], process_group=group))
+        losses.append(loss_fn(F.linear(hidden, weight[part], bias[part]), targets, process_group=group))
+    return {"losses": torch.stack(losses), "counts": loss_fn.frequency.counts}
+
+
+def errors(part, group):
+    hidden, weight, _, targets, *_ = make_inputs(torch.float32)
+    targets[3] = VOCAB
+    messages = []
+    for call in (
+        lambda: functional.linear_pdl_loss(hidden, weight[part], targets, process_group=group),
+        lambda: functional.pdl_loss(F.linear(hidden, weight[part]), targets, process_group=group),
+        lambda: functional.pdl_loss(F.linear(hidden, weight[part]), targets, torch.ones(7), process_group=group),
+    ):
+        with pytest.raises((IndexError, ValueError)) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    """What each rank of a group of 2 and of 4 found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder), request.param), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def whole(results):
+    """The results of the ranks as one: columns side by side, parts added up, the rest the same on every rank."""
+    joined = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        if name in ("grad_weight", "grad_bias"):
+            joined[name] = torch.cat(values)
+        elif name == "part_of_grad_hidden":
+            joined["grad_hidden"] = torch.stack(values).sum(0)
+        else:
+            assert all(torch.equal(value, values[0]) for value in values), name
+            joined[name] = values[0]
+    return joined
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
+def test_ranks_find_what_one_does(ranks, fused, name, dtype):
+    got = whole([result[fused, name, dtype] for result in ranks])
+    if dtype == "bfloat16":
+        expected = run(fused, slice(None), name, DTYPES[dtype])
+        tolerance = 0.02
+    else:
+        function = reference.linear_pdl_loss if fused else reference.pdl_loss
+        expected = run(fused, slice(None), name, torch.float64, function=function)
+        # The offset of 1000 is a rounding of 6e-5 in float32 logits.
+        tolerance = {"float64": 1e-6, "float32": 1e-3 if name == "large_offset" else 2e-5}[dtype]
+    assert got.keys() == expected.keys()
+    assert torch.equal(got.pop("predicted"), expected.pop("predicted"))
+    for key, value in expected.items():
+        error = (got[key].double() - value.double()).norm() / value.double().norm()
+        assert error < tolerance, f"{key}: {error}"
+
+
+def test_online_counts_once_on_every_rank(ranks):
+    expected = online(slice(None))
+    for result in ranks:
+        torch.testing.assert_close(result["online"]["losses"], expected["losses"])
+        assert torch.equal(result["online"]["counts"], expected["counts"])
+
+
+def test_every_rank_refuses_what_one_does(ranks):
+    for result in ranks:
+        linear, logits, table = result["errors"]
+        assert (
+            linear
+            == logits
+            == f"targets: got {VOCAB} at position [3], expected 0 <= id < {VOCAB} or ignore_index (-100)"
+        )
+        assert table == f"token_weight: got shape [7], expected [{VOCAB}], the logits' vocabulary"
+
+
+def test_masked_slices_and_targets(ranks):
+    expected = reference.pdl_loss(masked_logits(), MASKED_TARGETS, reduction="none")
+    assert expected[1] == 0 < expected[0]
+    for result in ranks:
+        loss, predicted = result["masked"]
+        torch.testing.assert_close(loss[:2], expected[:2])
+        # Nothing is left of the third row, and no number may stand for it.
+        assert not loss[2].isfinite()
+        assert predicted.tolist() == [1, 4, -1]
+
+
+MASKED_TARGETS = torch.tensor([1, 4, 2])
+
+
+def masked_logits():
+    """Three rows: some ids masked, a whole slice and all but the target, everything."""
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits[0, 1] += 3
+    logits[0, 2:4] = -torch.inf
+    logits[1, :4] = logits[1, 5] = -torch.inf
+    logits[2] = -torch.inf
+    return logits
+
+
+def masked(rank, group):
+    logits = masked_logits()
+    width = 6 // dist.get_world_size(group)
+    # The last rank has what is left over.
+    part = slice(width * rank, 6 if rank == dist.get_world_size(group) - 1 else width * (rank + 1))
+    loss, stats = functional.pdl_loss(
+        logits[:, part], MASKED_TARGETS, reduction="none", return_stats=True, process_group=group
+    )
+    return loss, stats.predicted
