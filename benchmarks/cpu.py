@@ -23,6 +23,7 @@ import harness
 import numpy as np
 import torch
 from harness import Clock, Group, Provider, Row, Workload
+from linear import linear_group
 from torch import Tensor
 from workloads import (
     IDS,
@@ -72,6 +73,9 @@ class Sizes:
     growth_vocab_size: int = 32000
     growth_vocab_sizes: tuple[int, ...] = (2560, 8192, 25600, 81920, 256000)
     growth_fixed_rows: int = 256
+    # (N, H, V)
+    linear: tuple[int, int, int] = (1024, 768, 50257)
+    growth_linear: tuple[tuple[int, int, int], ...] = tuple((rows, 256, 50257) for rows in (1024, 4096, 16384))
     copy_bytes: int = 2**28
 
 
@@ -172,6 +176,11 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         tiny_group(clock, sizes.tiny_rows, sizes.tiny_vocab_size, sizes.tiny_calls),
         growth_group(clock, "growth with N", [(rows, sizes.growth_vocab_size) for rows in sizes.growth_rows]),
         growth_group(clock, "growth with V", [(sizes.growth_fixed_rows, size) for size in sizes.growth_vocab_sizes]),
+        *(linear_group(clock, "linear", [sizes.linear], dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *(
+            linear_group(clock, "linear, growth with N", sizes.growth_linear, dtype, peers=False)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
     ]
 
 
@@ -223,6 +232,8 @@ def _figure(row: Row) -> str:
     if row.wall is None:
         return "failed"
     each = "" if row.seconds_per_item is None else f", {1e9 * row.seconds_per_item:.3g} ns an item"
+    if row.flop_per_second is not None:
+        each = f", {1e-12 * row.flop_per_second:.3g} TFLOP/s"
     peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**20:.0f} MiB"
     return f"{1e3 * row.wall.median:.4g} ms{each}{peak}"
 
@@ -232,7 +243,11 @@ def _multiple(row: Row, other: Row) -> str:
         return f"{other.provider}: none"
     ratio = other.wall.median / row.wall.median
     # The copy is no peer but the least that the memory allows.
-    return f"{1 / ratio:.2f} times a {COPY}" if other.provider == COPY else f"{other.provider} {ratio:.2f}"
+    if other.provider == COPY:
+        return f"{1 / ratio:.2f} times a {COPY}"
+    of_linear = other.flop_per_second is not None and other.peak_bytes is not None
+    peak = f" with a peak of {other.peak_bytes / 2**20:.0f} MiB" if of_linear else ""
+    return f"{other.provider} {ratio:.2f}{peak}"
 
 
 def main() -> int:

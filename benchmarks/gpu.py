@@ -24,6 +24,7 @@ from pathlib import Path
 import harness
 import torch
 from harness import Clock, Group, Provider, Workload
+from linear import linear_group
 from torch import Tensor
 from workloads import (
     IDS,
@@ -46,7 +47,12 @@ from workloads import (
 
 from pdl_ext import TokenFrequency, reference
 
-PEERS = {"liger-kernel": "liger_kernel", "quack-kernels": "quack", "flash-attn": "flash_attn"}
+PEERS = {
+    "liger-kernel": "liger_kernel",
+    "quack-kernels": "quack",
+    "flash-attn": "flash_attn",
+    "cut-cross-entropy": "cut_cross_entropy",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,8 @@ class Sizes:
     tiny_rows: int = 16
     tiny_vocab_size: int = 1009
     tiny_calls: int = 50
+    # (N, H, V)
+    linear: tuple[int, int, int] = (8192, 4096, 128256)
     copy_bytes: int = 2**31
 
 
@@ -227,6 +235,7 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         loss(first, torch.bfloat16),
         histogram(ids_first, "Zipf", sizes.tokens),
         tiny_group(clock, sizes.tiny_rows, sizes.tiny_vocab_size, sizes.tiny_calls),
+        linear_group(clock, "linear", [sizes.linear], torch.bfloat16),
         loss(others[0], torch.bfloat16),
         loss(first, torch.bfloat16, peaked=True, ignored=0.3),
         histogram(ids_first, "Zipf", sizes.few_tokens),

@@ -66,6 +66,12 @@ class Workload:
     calls: int = 1
     # The elements, ids or tokens of one call; 0 where the time of each says nothing.
     items: int = 0
+    # Of the products that the task needs; 0 where it is bound by memory.
+    flop: int = 0
+    # What a call returns, which its peak of memory leaves out.
+    result_bytes: int = 0
+    # Fewer samples than the protocol asks for, where calls are slow; 0 for the protocol's.
+    least_rounds: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,7 @@ class Row:
     bytes_per_second: float | None = None
     share_of_copy: float | None = None
     seconds_per_item: float | None = None
+    flop_per_second: float | None = None
     # This provider's time over the first one's.
     wall_ratio: float | None = None
     kernel_ratio: float | None = None
@@ -240,12 +247,14 @@ def describe(error: Exception) -> str:
 class _Contestant:
     """A provider that passed its check, with its samples so far."""
 
-    def __init__(self, provider: Provider, row: Row, calls: int, clock: Clock, protocol: Protocol) -> None:
-        self.provider, self.row, self.calls, self.clock = provider, row, calls, clock
+    def __init__(self, provider: Provider, row: Row, workload: Workload, clock: Clock, protocol: Protocol) -> None:
+        self.provider, self.row, self.calls, self.clock = provider, row, workload.calls, clock
         self.wall: list[float] = []
         self.kernel: list[float] = []
         self.replay: Callable[[], float] | None = None
         row.peak_bytes = clock.peak_bytes(lambda: provider.call(0))
+        if row.peak_bytes is not None:
+            row.peak_bytes = max(0, row.peak_bytes - workload.result_bytes)
         self._warm_up(protocol, lambda: clock.wall(self.work))
         if provider.not_capturable:
             row.no_kernel = provider.not_capturable
@@ -299,14 +308,14 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
             if not error_of_result <= workload.limit:
                 row.failure = f"wrong: off by {error_of_result:.2g} of the largest entry, above {workload.limit:.2g}"
                 continue
-            contestants.append(_Contestant(provider, row, workload.calls, clock, protocol))
+            contestants.append(_Contestant(provider, row, workload, clock, protocol))
         except Exception as error:
             row.failure = describe(error)
             clock.release()
 
     start = time.perf_counter()
     for turn in range(protocol.most_rounds):
-        if turn >= protocol.least_rounds and time.perf_counter() - start > protocol.seconds:
+        if turn >= (workload.least_rounds or protocol.least_rounds) and time.perf_counter() - start > protocol.seconds:
             break
         for contestant in list(contestants):
             try:
@@ -325,6 +334,8 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
             row.share_of_copy = row.bytes_per_second / copy_rate if copy_rate else None
         if workload.items:
             row.seconds_per_item = median / workload.items
+        if workload.flop:
+            row.flop_per_second = workload.flop / median
     first = rows[0]
     for row in rows[1:]:
         if row.wall and first.wall:
@@ -415,6 +426,7 @@ def _row_cells(row: Row, kernel_times: bool) -> dict[str, str]:
         "GB/s": number(row.bytes_per_second, ".1f", 1e-9),
         "of copy": number(row.share_of_copy, ".0%"),
         "ns an item": number(row.seconds_per_item, ".3g", 1e9),
+        "TFLOP/s": number(row.flop_per_second, ".3g", 1e-12),
         "ratio, wall": number(row.wall_ratio, ".2f"),
         "ratio, kernel": number(row.kernel_ratio, ".2f"),
         "peak, MiB": number(row.peak_bytes, ".0f", 2**-20),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.machinery
 import inspect
 import itertools
 import json
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import cpu
 import gpu
 import harness
+import linear
 import plot
 import train_step
 import workloads
@@ -40,6 +42,7 @@ SIZES = gpu.Sizes(
     tiny_rows=4,
     tiny_vocab_size=37,
     tiny_calls=3,
+    linear=(9, 8, 40),
     copy_bytes=2**16,
 )
 CPU_SIZES = cpu.Sizes(
@@ -57,12 +60,17 @@ CPU_SIZES = cpu.Sizes(
     growth_vocab_size=40,
     growth_vocab_sizes=(5, 50),
     growth_fixed_rows=4,
+    linear=(9, 8, 40),
+    growth_linear=((2, 8, 40), (4, 8, 40)),
     copy_bytes=2**16,
 )
 STEP_SIZES = train_step.Sizes(
     vocab_size=50, width=8, heads=2, layers=2, sequences=3, length=7, batches=2, copy_bytes=2**16
 )
 BRIEF = harness.Protocol(warm_up=0.0, least_rounds=2, most_rounds=3, seconds=0.0)
+# Of PyTorch.
+OF_LINEAR = ["F.linear, F.cross_entropy", "F.linear, F.cross_entropy, compiled"]
+OF_LINEAR += ["F.linear_cross_entropy"] * hasattr(F, "linear_cross_entropy")
 ABSENT = dict.fromkeys(gpu.PEERS, "absent")
 
 
@@ -126,6 +134,8 @@ class TestGpuPlan:
             "plain PyTorch",
             "PDLLoss",
             "PDLLoss, online",
+            "pdl_ext, linear",
+            *OF_LINEAR,
         }
         at_once = {row.provider for row in report.rows if row.workload.endswith(": at once, in place")}
         assert at_once == {"pdl_ext, in place"}
@@ -224,7 +234,7 @@ class TestGpuPlan:
         assert all("Error" in row.failure for row in report.rows if row.provider in failed)
 
     def test_peers_here(self):
-        assert set(gpu.installed_peers()) == {"liger-kernel", "quack-kernels", "flash-attn"}
+        assert set(gpu.installed_peers()) == {"liger-kernel", "quack-kernels", "flash-attn", "cut-cross-entropy"}
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
     def test_without_a_card(self, tmp_path, monkeypatch, capsys):
@@ -261,6 +271,58 @@ class TestWorkloads:
         ]
 
 
+class TestLinear:
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("part", [None, 0, 1, 2], ids=["right", "loss", "hidden", "classifier"])
+    def test_a_wrong_result_is_seen(self, clock, weighted, part):
+        inputs = linear.LinearInputs(clock, 21, 8, 40, torch.float32)
+        weight = inputs.weight if weighted else None
+        loss = F.cross_entropy(inputs.hidden @ inputs.classifier.t(), inputs.targets, weight)
+        result = [loss.detach(), *torch.autograd.grad(loss, (inputs.hidden, inputs.classifier))]
+        if part is not None:
+            result[part] = result[part] * 1.01
+        assert (inputs.error(tuple(result), weighted) < 1e-5) == (part is None)
+        assert inputs.error(tuple(result), not weighted) > 0.01
+
+    def test_peers_that_are_installed(self, clock, tmp_path, monkeypatch, compiled_without_a_compiler):
+        """Stand-ins with the peers' signatures are called as the peers would be."""
+
+        def liger(ce_weight=None):
+            return lambda lin_weight, _input, target, bias=None: F.cross_entropy(
+                _input @ lin_weight.t(), target, ce_weight
+            )
+
+        def cut(e, c, targets, bias=None):
+            return F.cross_entropy(e @ c.t(), targets)
+
+        def quack(x, weight, target, chunk_size=4096):
+            return F.cross_entropy(x @ weight.t(), target)
+
+        modules = {
+            "liger_kernel": {},
+            "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": liger},
+            "cut_cross_entropy": {"linear_cross_entropy": cut},
+            "quack": {},
+            "quack.linear_cross_entropy": {"chunked_linear_cross_entropy": quack},
+        }
+        for name, contents in modules.items():
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            module.__dict__.update(contents)
+            monkeypatch.setitem(sys.modules, name, module)
+        report = report_of(tmp_path)
+        harness.run([linear.linear_group(clock, "linear", [(9, 8, 40)], torch.float32)], clock, report, 600, 2**10)
+        assert [(row.provider, row.failure) for row in report.rows if row.failure] == []
+        notes = {row.provider: row.note for row in report.rows[-3:]}
+        assert notes == {
+            "liger-kernel, linear": "",
+            "cut-cross-entropy": "unweighted",
+            "quack-kernels, linear": "unweighted",
+        }
+        for row in report.rows:
+            assert row.flop_per_second * row.wall.median == pytest.approx(6 * 9 * 8 * 40)
+
+
 class TestCpuPlan:
     def test_every_workload_and_provider(self, clock, tmp_path, compiled_without_a_compiler):
         report = cpu.benchmark(clock, cpu.plan(clock, CPU_SIZES), tmp_path, 600, CPU_SIZES.copy_bytes, BRIEF)
@@ -282,6 +344,9 @@ class TestCpuPlan:
         expected["histogram of 1000 ids, V 300, Zipf, int64"] = [*without_threads, "collections.Counter"]
         expected["token weights, V 300"] = ["pdl_ext", "plain PyTorch"]
         expected["step of the module, float32 [4, 37]"] = ["PDLLoss", "PDLLoss, online", "pdl_ext", "F.cross_entropy"]
+        for dtype in plot.COLOURS:
+            expected[f"linear {dtype} [9, 8] x 40"] = ["pdl_ext, linear", *OF_LINEAR]
+            expected |= {f"linear, growth with N {dtype} [{n}, 8] x 40": ["pdl_ext, linear"] for n in (2, 4)}
         for axis, shapes in (("N", ("1, 40", "3, 40")), ("V", ("4, 5", "4, 50"))):
             growth = {f"growth with {axis}: loss float32 [{shape}]": [*ours, "copy of the logits"] for shape in shapes}
             expected |= growth

@@ -1,0 +1,167 @@
+"""The fused linear beside what else makes a loss and its gradients of hidden states and a classifier.
+
+A module of cpu.py and gpu.py. Every provider returns the loss and the gradients of hidden states and classifier; peaks
+are beyond those gradients. TFLOP/s count the three products that the task needs, 6 N H V, whatever a provider computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import Clock, Group, Provider, Workload
+from torch import Tensor
+from workloads import CHECKED_ROWS, loss_limit
+
+import pdl_ext
+
+# A mean loss of hidden states, classifier and targets.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# A slow peer's calls take half a minute.
+LEAST_ROUNDS = 3
+
+
+class LinearInputs:
+    """Hidden states, classifier and targets, and what the results must be."""
+
+    def __init__(self, clock: Clock, rows: int, hidden: int, vocab_size: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator(clock.device).manual_seed(0)
+        make = functools.partial(torch.randn, device=clock.device, generator=generator)
+        self.hidden = make(rows, hidden).to(dtype).requires_grad_()
+        # The logits are as those of a model: their size is about 2.
+        self.classifier = (make(vocab_size, hidden) * 2 / hidden**0.5).to(dtype).requires_grad_()
+        self.targets = torch.randint(vocab_size, (rows,), device=clock.device, generator=generator)
+        self.weight = 0.5 + torch.rand(vocab_size, device=clock.device, generator=generator)
+
+    @functools.cached_property
+    def checked(self) -> tuple[Tensor, Tensor]:
+        """The rows of the hidden states and those of the classifier whose gradients are compared."""
+        return tuple(
+            torch.linspace(0, size - 1, min(CHECKED_ROWS, size), device=self.weight.device).long()
+            for size in (self.hidden.shape[0], self.classifier.shape[0])
+        )
+
+    def truth(self, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss in float64, and its gradients at the checked rows."""
+        return self._weighted_truth if weighted else self._unweighted_truth
+
+    @functools.cached_property
+    def _weighted_truth(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._compute_truth(self.weight)
+
+    @functools.cached_property
+    def _unweighted_truth(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._compute_truth(torch.ones_like(self.weight))
+
+    @torch.no_grad()
+    def _compute_truth(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, ids = self.checked
+        classifier = self.classifier.double()
+        weights = weight[self.targets].double()
+        weights = weights / weights.sum()
+        loss = weights.new_zeros(())
+        of_classifier = classifier.new_zeros(len(ids), classifier.shape[1])
+        for part in torch.arange(len(weights), device=weights.device).split(max(1, 2**24 // len(classifier))):
+            hidden = self.hidden[part].double()
+            logs = (hidden @ classifier.t()).log_softmax(1)
+            loss -= weights[part] @ logs.gather(1, self.targets[part, None]).squeeze(1)
+            errors = logs[:, ids].exp() - (self.targets[part, None] == ids).double()
+            of_classifier += (weights[part, None] * errors).t() @ hidden
+        errors = (self.hidden[rows].double() @ classifier.t()).softmax(1)
+        errors[torch.arange(len(rows)), self.targets[rows]] -= 1
+        return loss, (weights[rows, None] * errors) @ classifier, of_classifier
+
+    def error(self, result: tuple[Tensor, Tensor, Tensor], weighted: bool) -> float:
+        """The largest error of the loss and of the gradients."""
+        loss, *gradients = result
+        truths = self.truth(weighted)
+        parts = [loss, *(gradient[rows] for gradient, rows in zip(gradients, self.checked, strict=True))]
+        return harness.largest(map(harness.relative_error, parts, truths))
+
+
+def _ours(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
+    yield "pdl_ext, linear", lambda h, w, y: pdl_ext.functional.linear_pdl_loss(h, w, y, weight), True
+
+
+def _pytorch(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Loss, bool]]:
+    in_dtype = weight.to(dtype)
+    yield "F.linear, F.cross_entropy", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, in_dtype), True
+    torch.compiler.reset()
+    compiled = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y, weight), dynamic=False)
+    yield "F.linear, F.cross_entropy, compiled", compiled, True
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def chunked(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return F.linear_cross_entropy(h, w, y, weight=in_dtype, options=options)
+
+        yield "F.linear_cross_entropy", chunked, True
+
+
+def _installed(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
+    # Resolved inside the calls, so that a peer that cannot be imported costs its rows and nothing else.
+    def liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(ce_weight=weight)(w, h, y)
+
+    def cut(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(h, w, y)
+
+    def quack(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy(h, w, y)
+
+    peers: list[tuple[str, str, Loss, bool]] = [
+        ("liger-kernel, linear", "liger_kernel", liger, True),
+        ("cut-cross-entropy", "cut_cross_entropy", cut, False),
+        ("quack-kernels, linear", "quack", quack, False),
+    ]
+    for name, module, loss, weighted in peers:
+        if importlib.util.find_spec(module) is not None:
+            yield name, loss, weighted
+
+
+def linear_group(
+    clock: Clock, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, peers: bool = True
+) -> Group:
+    """The loss of hidden states with both gradients, at shapes (N, H, V)."""
+    dtype_name = str(dtype).removeprefix("torch.")
+
+    def provider(inputs: LinearInputs, name: str, loss: Loss, weighted: bool) -> Provider:
+        def call(_: int) -> tuple[Tensor, ...]:
+            result = loss(inputs.hidden, inputs.classifier, inputs.targets)
+            return result, *torch.autograd.grad(result, (inputs.hidden, inputs.classifier))
+
+        note = "" if weighted else "unweighted"
+        return Provider(
+            name, call, functools.partial(inputs.error, weighted=weighted), not_capturable="not tried", note=note
+        )
+
+    def workloads() -> Iterator[Workload]:
+        for rows, hidden, vocab_size in shapes:
+            inputs = LinearInputs(clock, rows, hidden, vocab_size, dtype)
+            losses = [*_ours(inputs.weight)]
+            if peers:
+                losses += [*_pytorch(inputs.weight, dtype), *_installed(inputs.weight)]
+            yield Workload(
+                f"{name} {dtype_name} [{rows}, {hidden}] x {vocab_size}",
+                [provider(inputs, *loss) for loss in losses],
+                loss_limit(dtype),
+                0,
+                flop=6 * rows * hidden * vocab_size,
+                result_bytes=inputs.hidden.nbytes + inputs.classifier.nbytes,
+                least_rounds=LEAST_ROUNDS,
+            )
+
+    return Group(f"{name} {dtype_name}", workloads)
