@@ -38,11 +38,13 @@ _ALIGNMENT = 64
 
 
 class Settings(NamedTuple):
-    """How to compute: the dtype of the products, the largest slab in bytes, and whether sums over slabs are float32."""
+    """How to compute: the dtype of the products, the largest slab in bytes, whether sums over slabs are float32, and
+    whether ignored rows may be dropped."""
 
     dtype: torch.dtype
     max_chunk_bytes: int | None
     accumulate_float32: bool
+    drop_ignored: bool
 
 
 def _row_stride(columns: int) -> int:
@@ -93,7 +95,9 @@ class _Problem:
         part: VocabularySlice,
     ) -> None:
         self.n = targets.shape[0]
-        self.kept = _kept_rows(targets, options[1], hidden.shape[1] * weight.shape[0])
+        self.kept = None
+        if settings.drop_ignored:
+            self.kept = _kept_rows(targets, options[1], hidden.shape[1] * weight.shape[0])
         self.all_hidden = hidden
         if self.kept is not None:
             hidden, targets = hidden[self.kept], targets[self.kept]
@@ -125,10 +129,15 @@ class _Problem:
         self.memory = self.hidden.new_empty(needed)
 
     @property
+    def sums_in_float32(self) -> bool:
+        """Whether 16-bit gradients of the classifier are added up in a buffer of their own."""
+        return self.hidden.is_cuda and len(self.chunks) > 1 and self.settings.accumulate_float32
+
+    @property
     def adds_up(self) -> bool:
         """Whether the classifier's gradient is a sum over slabs of rows, and not one of columns."""
         return (
-            self.hidden.is_cuda
+            self.sums_in_float32
             or len(self.chunks) <= _MOST_ROUNDED
             or self.settings.dtype.itemsize >= 4
             or not self.settings.accumulate_float32
@@ -205,13 +214,7 @@ class _Gradients:
         wide = _ops.accumulator_dtype(problem.settings.dtype)
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
         self.sum = self.weight
-        if (
-            self.weight is not None
-            and problem.hidden.is_cuda
-            and len(problem.chunks) > 1
-            and problem.settings.accumulate_float32
-            and self.weight.dtype.itemsize < 4
-        ):
+        if self.weight is not None and self.weight.dtype.itemsize < 4 and problem.sums_in_float32:
             self.sum = torch.empty_like(self.weight, dtype=torch.float32)
         if self.sum is not None and not problem.chunks:
             self.sum.zero_()
@@ -281,6 +284,7 @@ def linear_loss_forward(
     dtype: torch.dtype,
     max_chunk_bytes: int | None,
     accumulate_float32: bool,
+    drop_ignored: bool,
     first_id: int,
     width: int,
     vocab_size: int,
@@ -288,7 +292,7 @@ def linear_loss_forward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for, upstream being 1."""
-    settings = Settings(dtype, max_chunk_bytes, accumulate_float32)
+    settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     part = VocabularySlice(first_id, width, vocab_size, group)
     options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
@@ -380,6 +384,7 @@ def linear_loss_backward(
     dtype: torch.dtype,
     max_chunk_bytes: int | None,
     accumulate_float32: bool,
+    drop_ignored: bool,
     first_id: int,
     width: int,
     vocab_size: int,
@@ -387,7 +392,7 @@ def linear_loss_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
-    settings = Settings(dtype, max_chunk_bytes, accumulate_float32)
+    settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     part = VocabularySlice(first_id, width, vocab_size, group)
     options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)

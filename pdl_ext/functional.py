@@ -209,7 +209,8 @@ def linear_settings(hidden: Tensor, max_chunk_bytes: int | None, accumulate: str
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return Settings(dtype, max_chunk_bytes, accumulate == "float32")
+    # A compiled graph may be captured, which knows no wait for a count.
+    return Settings(dtype, max_chunk_bytes, accumulate == "float32", not torch.compiler.is_compiling())
 
 
 def linear_loss_of_checked(

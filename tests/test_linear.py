@@ -125,6 +125,16 @@ def test_more_rows_than_a_column_slab_takes(make_linear, small_slabs, assert_acc
     assert_all_accurate(assert_accurate, got, plain, truth)
 
 
+def test_sums_in_float32(make_linear, small_slabs, assert_accurate, monkeypatch):
+    # As on CUDA, but for how one product is added.
+    monkeypatch.setattr(_linear._Problem, "sums_in_float32", True)
+    tensors = make_linear(53, dtype=torch.bfloat16)
+    got = run(functional.linear_pdl_loss, tensors, max_chunk_bytes=4 * 320 * 2)
+    plain = run(reference.linear_pdl_loss, tensors)
+    truth = run(reference.linear_pdl_loss, tensors, torch.float64)
+    assert_all_accurate(assert_accurate, got, plain, truth)
+
+
 def test_sum_over_slabs_does_not_lose_small_terms(make_linear, small_slabs):
     # 256 equal terms: a bfloat16 sum stops growing at half of it.
     hidden = torch.ones(256, 1, dtype=torch.bfloat16)
@@ -300,7 +310,7 @@ def test_compiles_without_a_break(make_linear, reduction):
 def test_opcheck(make_linear, device):
     hidden, weight, bias, targets, token_weight, row_weight = (t.detach() for t in make_linear())
     options = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 0.0)
-    how = (torch.float32, None, True, 0, 257, 257, "")
+    how = (torch.float32, None, True, True, 0, 257, 257, "")
     needs = [True, True, False]
     arguments = (hidden, weight, bias, targets, token_weight, row_weight, None, None, *options, True, *how, needs)
     torch.library.opcheck(torch.ops.pdl_ext.linear_loss_forward.default, arguments)

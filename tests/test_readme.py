@@ -30,6 +30,7 @@ def test_documented_options_exist():
         *inspect.signature(pdl_ext.PDLLoss).parameters,
         *inspect.signature(pdl_ext.PowerLaw).parameters,
         *inspect.signature(pdl_ext.functional.pdl_loss).parameters,
+        *inspect.signature(pdl_ext.functional.linear_pdl_loss).parameters,
     }
-    arguments = {"frequency", "weighting", "logits", "targets", "token_weight"}
+    arguments = {"frequency", "weighting", "logits", "targets", "token_weight", "hidden", "weight", "bias"}
     assert parameters - documented - arguments == set()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from pdl_ext import PDLLoss, _linear, functional, reference
+from pdl_ext import PDLLoss, _linear, _ops, functional, reference
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
 # Uneven, and one of a single id.
@@ -28,6 +30,74 @@ OPTIONS = {
     "large_offset": {"label_smoothing": 0.1, "offset": 1000.0},
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("vocab_size", [101, 40_000])  # a part a row, and several for few rows
+def test_gradient_of_a_slice_is_a_slice_of_the_gradient(make_case, vocab_size, options, overwrite):
+    case = make_case((3,), vocab_size, row_weight=True)
+    offset = torch.linspace(-1, 1, vocab_size, device=case.leaf.device) if options == "everything" else None
+    numbers = (-100, 0.1, 0.01, 0.7, 15.0) if options == "everything" else (-100, 0.0, 0.0, 1.0, 0.0)
+    arguments = (_ops.REDUCTIONS["mean"], *numbers)
+    loss, rows, totals, _ = _ops.ops.loss_forward(
+        case.leaf, case.targets, case.token_weight, case.row_weight, offset, None, *arguments, False
+    )
+    upstream = torch.full_like(loss, 1.5)
+    whole = _ops.ops.loss_backward(
+        upstream, case.leaf, case.targets, rows, totals, case.row_weight, offset, *arguments, 0, vocab_size
+    )
+    assert whole[0].all()
+    # Each target is the first or last column of a slice, or in another one.
+    cuts = sorted(
+        {0, vocab_size, *(int(t) for t in case.targets if t > 0), *(int(t) + 1 for t in case.targets if t >= 0)}
+    )
+    for first, last in itertools.pairwise(cuts):
+        part = case.leaf[:, first:last].clone()
+        given = (upstream, part, case.targets, rows, totals, case.row_weight)
+        given += (None if offset is None else offset[first:last], *arguments, first, vocab_size)
+        if overwrite:
+            _ops.ops.loss_backward_(*given)
+        else:
+            part = _ops.ops.loss_backward(*given)
+        torch.testing.assert_close(part, whole[:, first:last], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("target", [-7, 101, 2**31 - 1])
+@pytest.mark.parametrize("first", [0, 50])
+def test_target_outside_the_whole_vocabulary_makes_its_row_nan(make_case, device_name, target, first):
+    case = make_case((3,), 101, ignored=False)
+    arguments = (_ops.REDUCTIONS["mean"], -100, 0.0, 0.0, 1.0, 0.0)
+    loss, rows, totals, _ = _ops.ops.loss_forward(case.leaf, case.targets, None, None, None, None, *arguments, False)
+    case.targets[1] = target
+    if device_name != "cpu":
+        # What forward writes of such a row.
+        rows[:, 1] = torch.nan
+    gradient = _ops.ops.loss_backward(
+        loss, case.leaf[:, first:].clone(), case.targets, rows, totals, None, None, *arguments, first, 101
+    )
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("normalizer", [None, [2.5, 3.5]])
+@pytest.mark.parametrize("reduction", _ops.REDUCTIONS)
+@pytest.mark.parametrize("rows", [0, 5, 1500])
+def test_rows_alone_reduce_to_the_loss(make_case, rows, reduction, normalizer):
+    case = make_case((rows,), 9, row_weight=True)
+    if normalizer is not None:
+        normalizer = torch.tensor(normalizer, device=case.leaf.device)
+    number = _ops.REDUCTIONS[reduction]
+    loss, outputs, totals, _ = _ops.ops.loss_forward(
+        *(case.leaf, case.targets, case.token_weight, case.row_weight, None, normalizer),
+        *(number, -100, 0.1, 0.01, 1.0, 0.0, False),
+    )
+    got = _ops.ops.reduce_rows(outputs, case.targets, case.row_weight, normalizer, number, -100, 0.01)
+    assert torch.equal(got[0], loss)
+    assert torch.equal(got[1], totals)
+    if normalizer is not None and reduction in ("mean", "token_mean"):
+        torch.testing.assert_close(totals, torch.tensor([1 / 2.5, 1 / 3.5, 0.0], device=totals.device))
+    assert rows == 0 or loss.any()
 
 
 def make_inputs(dtype):

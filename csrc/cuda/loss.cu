@@ -92,10 +92,9 @@ __global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream,
     const GradientRow<A> row(max, log_sum, scalars, rows.label_smoothing, slice.vocab_size);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
-    // No target of this row, where the id is in another slice or out of range; then the row's statistics are NaN, and
-    // so is all of its gradient.
-    const int target = rows.in_vocabulary(id - slice.first_id) ? int(id - slice.first_id) : -1;
-    write_gradient<kPlain>(rows, x, gradient, range, target, row);
+    // In another slice an id is that of no column. Out of range it may be cut to one: then the row's statistics are
+    // NaN, and so is all of its gradient.
+    write_gradient<kPlain>(rows, x, gradient, range, int(id - slice.first_id), row);
   }
 }
 

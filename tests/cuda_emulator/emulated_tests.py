@@ -19,6 +19,8 @@ FILES = [
     "determinism",
     "errors",
     "functional",
+    "linear",
+    "vocabulary_parallel",
 ]
 
 
