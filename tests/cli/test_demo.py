@@ -15,7 +15,7 @@ for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package, reason='the demo needs: pip install "pdl_ext[demo]"')
 
 import pdl_ext  # noqa: E402
-from pdl_ext.cli.demo import add_parser, command, data, evaluate, model, report, train  # noqa: E402
+from pdl_ext.cli.demo import add_parser, command, cost, data, evaluate, model, report, train  # noqa: E402
 from pdl_ext.cli.demo.data import DemoError, Encoded, Example  # noqa: E402
 
 needs_model = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def run_demo(*arguments: str | Path) -> int:
     return args.run(args)
 
 
-def toy_model():
+def toy_model(*, tied: bool = False):
     """A Llama of random weights that is small enough to train in a second, and a tokenizer of one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -56,6 +56,7 @@ def toy_model():
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config), tokenizer
 
@@ -326,6 +327,79 @@ def test_cross_entropy_is_pdl_with_alpha_zero() -> None:
     torch.testing.assert_close(train.cross_entropy(logits, targets), loss)
 
 
+def toy_batches(tokenizer) -> tuple[list[list[Encoded]], pdl_ext.TokenFrequency]:
+    encoded = data.encode([Example(*pair) for pair in sentences()], tokenizer)
+    return [encoded[start : start + 8] for start in range(0, 48, 8)], command._count(encoded, len(tokenizer), pad_id=2)
+
+
+def pdl_paths(frequency: pdl_ext.TokenFrequency) -> dict[str, train.ModelLoss]:
+    loss = pdl_ext.PDLLoss(frequency, alpha=0.5, ignore_index=data.IGNORE_INDEX, shift=True)
+    return {"fused": train.from_hidden_states(loss), "unfused": train.from_logits(loss)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_both_paths_train_to_the_same_losses(tied: bool) -> None:
+    losses, logits = {}, dict.fromkeys(("fused", "unfused"), 0)
+    for name in logits:
+        net, tokenizer = toy_model(tied=tied)
+        batches, frequency = toy_batches(tokenizer)
+
+        def count(*_: object, path: str = name) -> None:
+            logits[path] += 1
+
+        net.lm_head.register_forward_hook(count)
+        path = pdl_paths(frequency)[name]
+        losses[name] = train.finetune(net, batches, path, learning_rate=1e-3, pad_id=2, name=name).losses
+    assert losses["fused"] == pytest.approx(losses["unfused"], rel=1e-5)
+    assert losses["fused"][-1] < losses["fused"][0]
+    assert logits == {"fused": 0, "unfused": len(batches)}
+
+
+@pytest.mark.parametrize("batches", [1, 6])
+def test_step_costs_leave_the_model_as_it_was(batches: int) -> None:
+    net, tokenizer = toy_model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    every, frequency = toy_batches(tokenizer)
+    costs = cost.step_costs(net.eval(), every[:batches], pdl_paths(frequency), pad_id=2)
+    assert list(costs) == ["fused", "unfused"]
+    assert all(value.seconds > 0 for value in costs.values())
+    assert not net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_step_costs_see_what_a_step_holds() -> None:
+    net, tokenizer = toy_model()
+    batches, frequency = toy_batches(tokenizer)
+    plain = pdl_paths(frequency)["fused"]
+
+    def greedy(net: model.CausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        torch.ones(2**24)  # 64 MiB, freed at once
+        return plain(net, ids, targets)
+
+    costs = cost.step_costs(net, batches, {"plain": plain, "greedy": greedy}, pad_id=2)
+    peaks = [value.peak_bytes for value in costs.values()]
+    if None in peaks:
+        pytest.skip("this system does not tell the peak")
+    # The kernel counts pages in batches, so a little may be missing.
+    assert peaks[0] < 2**24
+    assert abs(peaks[1] - 2**26) < 2**24
+
+
+@pytest.mark.parametrize("missing", ["clear_refs", "status"])
+def test_memory_that_the_system_does_not_tell_is_not_measured(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in {"clear_refs", "status"} - {missing}:
+        (tmp_path / name).write_text("VmRSS:  1 kB\nVmHWM:  2 kB\n")
+    if missing == "clear_refs":
+        (tmp_path / missing).mkdir()  # so that it cannot be written to
+    monkeypatch.setattr(cost, "_PROCESS", tmp_path)
+    net, tokenizer = toy_model()
+    batches, frequency = toy_batches(tokenizer)
+    assert cost.step_costs(net, batches, pdl_paths(frequency), pad_id=2)["fused"].peak_bytes is None
+
+
 def test_verdict_says_where_pdl_is_worse() -> None:
     bucket_of_token, examples = np.array([0, 1, 2]), np.repeat(np.arange(30), 3)
     tokens = np.tile([0, 1, 2], 30)
@@ -343,7 +417,8 @@ def test_verdict_says_where_pdl_is_worse() -> None:
         "nll": report.nll_report(runs, "ce", "pdl", bucket_of_token),
         "generation": report.generation_report(tasks, {name: ["the owl"] for name in runs}, ["the the"]),
         "training": {name: {"tokens_per_second": 1.0} for name in ("ce", "pdl")},
-        "settings": {"steps": 1, "batch_size": 1, "seed": 0, "device": "cpu"},
+        "pdl_step": report.step_report({"fused": cost.StepCost(0.5, 2_000_000), "unfused": cost.StepCost(2.0, None)}),
+        "settings": {"steps": 1, "batch_size": 1, "seed": 0, "device": "cpu", "unfused": False},
         "model": "m",
         "text": "t",
     }
@@ -354,6 +429,13 @@ def test_verdict_says_where_pdl_is_worse() -> None:
     assert "PDL better than cross-entropy: rare: last 5 % (-0.250)." in text
     assert "holds 0): middle: next 15 %" in text
     assert "rare words: PDL has 0 of 1, cross-entropy 0 (+0)." in text
+    fused, unfused = (
+        next(line for line in text.splitlines() if f"  {name}: from" in line) for name in ("fused", "unfused")
+    )
+    assert "as trained here" in fused
+    assert fused.split()[-3:] == ["0.5", "2", "MB"]
+    assert "as trained here" not in unfused
+    assert unfused.split()[-3:] == ["2", "not", "measured"]
 
 
 # --- the whole ---
@@ -385,6 +467,24 @@ def test_demo_trains_both_and_writes_its_report(
 
     assert (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert pdl_ext.TokenFrequency.load(output / "counts.safetensors").total == 40 * 4
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("unfused", [False, True])
+def test_unfused_trains_from_the_logits(
+    unfused: bool, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+    linear = pdl_ext.PDLLoss.linear
+    monkeypatch.setattr(pdl_ext.PDLLoss, "linear", lambda *inputs: calls.append(1) or linear(*inputs))
+    flag = ["--unfused"] if unfused else []
+    assert run_demo("--text", pairs_file, "--steps", "5", "--output", tmp_path / "out", *flag, *SMALL) == 0
+    assert len(calls) == 1 + cost.TIMED_STEPS + (0 if unfused else 5)
+    content = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert content["settings"]["unfused"] is unfused
+    assert list(content["pdl_step"]) == ["fused", "unfused"]
+    (trained,) = (line for line in capsys.readouterr().out.splitlines() if "as trained here" in line)
+    assert trained.startswith("  unfused: " if unfused else "  fused: ")
 
 
 @pytest.mark.usefixtures("toy")

@@ -13,8 +13,10 @@ EXTRA_REQUIREMENT = 'pip install "pdl_ext[demo]"'
 DESCRIPTION = """\
 Finetune SmolLM2-135M-Instruct (dequantised Q4_1 weights) twice from the same weights on the same batches, once with
 cross-entropy and once with Power-Law Decay Loss (PDL), and compare both on held-out examples: unweighted NLL by token
-frequency, recall of rare words, diversity of greedy generations, speed. The text is Bible verses, King James Version to
-New Heart English Bible, or your own. Writes report.json, report.png and counts.safetensors into --output.
+frequency, recall of rare words, diversity of greedy generations, speed. PDL is computed from the hidden states, without
+holding the logits, or with --unfused from the logits; the report has step time and memory of both. The text is Bible
+verses, King James Version to New Heart English Bible, or your own. Writes report.json, report.png and
+counts.safetensors into --output.
 """
 
 
@@ -100,6 +102,11 @@ def add_parser(subparsers: Any) -> None:
         choices=("auto", "cpu", "cuda"),
         default="auto",
         help="auto takes CUDA where PyTorch sees it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unfused",
+        action="store_true",
+        help="train with PDL on the logits, instead of on hidden states and classifier without holding the logits",
     )
     parser.add_argument(
         "--text",

@@ -9,17 +9,17 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import pdl_ext
-from pdl_ext.cli.demo import data, evaluate, model, plot, report, train
+from pdl_ext.cli.demo import cost, data, evaluate, model, plot, report, train
 from pdl_ext.cli.demo.data import DemoError, Encoded
+from pdl_ext.cli.demo.train import FUSED, UNFUSED
 
 BEFORE, CE = "before", "cross-entropy"
 
@@ -84,7 +84,9 @@ def _demo(args: argparse.Namespace) -> None:
     assess(initial, BEFORE)
     pdl = f"PDL, alpha {args.alpha:g}"
     pdl_loss = pdl_ext.PDLLoss(frequency, alpha=args.alpha, ignore_index=data.IGNORE_INDEX, shift=True).to(device)
-    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {CE: train.cross_entropy, pdl: pdl_loss}
+    paths = {FUSED: train.from_hidden_states(pdl_loss), UNFUSED: train.from_logits(pdl_loss)}
+    costs = cost.step_costs(initial, batches, paths, pad_id=pad_id)
+    runs = {CE: train.from_logits(train.cross_entropy), pdl: paths[UNFUSED if args.unfused else FUSED]}
     trainings = {}
     for name, loss_fn in runs.items():
         torch.manual_seed(args.seed)
@@ -113,6 +115,7 @@ def _demo(args: argparse.Namespace) -> None:
         "nll": report.nll_report(scores, CE, pdl, frequency.buckets(report.SHARES).cpu().numpy()),
         "generation": report.generation_report(tasks, generations, (examples[index].completion for index in training)),
         "training": report.training_report(trainings),
+        "pdl_step": report.step_report(costs),
         "seconds": round(time.perf_counter() - start, 1),
     }
     (args.output / "report.json").write_text(
@@ -167,7 +170,7 @@ def _count(examples: Sequence[Encoded], vocab_size: int, pad_id: int) -> pdl_ext
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = "steps alpha batch_size learning_rate max_length held_out generations seed"
+    names = "steps alpha batch_size learning_rate max_length held_out generations seed unfused"
     return {name: getattr(args, name) for name in names.split()}
 
 

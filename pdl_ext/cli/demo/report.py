@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from pdl_ext.cli.demo import evaluate
+from pdl_ext.cli.demo.cost import TIMED_STEPS, StepCost
 from pdl_ext.cli.demo.evaluate import RareWords, Task, TokenScores
-from pdl_ext.cli.demo.train import Training
+from pdl_ext.cli.demo.train import FUSED, UNFUSED, Training
 
 SHARES = (0.80, 0.15, 0.05)
 GROUPS = ("all target tokens", "frequent: first 80 %", "middle: next 15 %", "rare: last 5 %")
@@ -90,9 +91,15 @@ def training_report(trainings: dict[str, Training]) -> dict[str, Any]:
     }
 
 
+def step_report(costs: dict[str, StepCost]) -> dict[str, Any]:
+    """Seconds and peak bytes (None if not measured) of forward and backward with each path of the PDL loss."""
+    return {name: {"seconds": cost.seconds, "peak_bytes": cost.peak_bytes} for name, cost in costs.items()}
+
+
 def summary(report: dict[str, Any]) -> str:
-    """The report as text: a few generations, the table, and what the comparison says, for the better and the worse."""
-    return "\n".join([*_examples(report), "", *_table(report), "", *_verdict(report), "", *_notes(report)])
+    """The report as text: a few generations, the tables, and what the comparison says, for the better and the worse."""
+    parts = (_examples, _table, _step_table, _verdict, _notes)
+    return "\n\n".join("\n".join(part(report)) for part in parts)
 
 
 def _examples(report: dict[str, Any]) -> list[str]:
@@ -135,6 +142,25 @@ def _table(report: dict[str, Any]) -> list[str]:
     speed = [f"{report['training'][name]['tokens_per_second']:,.0f}" for name in runs[1:]]
     rows.append(["Training: tokens a second, prompts included", "", "", *speed, ""])
 
+    return _aligned(rows)
+
+
+def _step_table(report: dict[str, Any]) -> list[str]:
+    trained = UNFUSED if report["settings"]["unfused"] else FUSED
+    labels = {FUSED: "from hidden states, logits not held", UNFUSED: "from the logits (--unfused)"}
+    rows = [["A PDL step: forward and backward", "seconds", "peak memory beyond the weights"]]
+    for name, label in labels.items():
+        cost = report["pdl_step"][name]
+        peak = "not measured" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 1e6:,.0f} MB"
+        used = ", as trained here" if name == trained else ""
+        rows.append([f"  {name}: {label}{used}", f"{cost['seconds']:.3g}", peak])
+    return [
+        *_aligned(rows),
+        f"  ({TIMED_STEPS} steps of each, in turns on the same batches, before training: median time, largest peak)",
+    ]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
