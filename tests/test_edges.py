@@ -44,14 +44,16 @@ def test_everything_ignored(make_case, reduction, options):
     assert not got["grad_row_weight"].any()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case, dtype):
+def test_ignored_rows_count_for_nothing_whatever_they_hold(make_case, dtype, reduction):
     case = make_case((6,), 1001, dtype, row_weight=True)
     ignored = case.targets == -100
-    clean = case.run(functional.pdl_loss, return_stats=True, **FULL)
+    options = {**FULL, "reduction": reduction}
+    clean = case.run(functional.pdl_loss, return_stats=True, **options)
     case.leaf[ignored] = torch.nan
     case.row_weight[ignored] = torch.inf
-    dirty = case.run(functional.pdl_loss, return_stats=True, **FULL)
+    dirty = case.run(functional.pdl_loss, return_stats=True, **options)
     for name in clean:
         assert torch.equal(clean[name], dirty[name]), name
     assert clean["grad_logits"].any()
