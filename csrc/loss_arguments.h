@@ -107,7 +107,8 @@ inline void check_saved_rows(const Tensor& logits, const Tensor& targets, const 
                      (reduction == Reduction::none ? grad_loss->dim() == 1 && grad_loss->size(0) == logits.size(0)
                                                    : grad_loss->numel() == 1)),
       "grad_loss must have the loss's shape, dtype and device");
-  STD_TORCH_CHECK(slice.first_id >= 0 && slice.vocab_size - logits.size(1) >= slice.first_id,
+  STD_TORCH_CHECK(slice.first_id >= 0 && slice.vocab_size >= logits.size(1) && slice.vocab_size <= kMaxVocabSize &&
+                      slice.first_id <= slice.vocab_size - logits.size(1),
                   "the logits must be a slice of the vocabulary");
 }
 
@@ -121,20 +122,24 @@ inline void check_reduce_arguments(const Tensor& rows, const Tensor& targets, co
   check_table(normalizer, "normalizer", rows, kNormalizers, rows.scalar_type());
 }
 
+// Of what an op writes to.
+inline void check_rows_apart(const Tensor& written, const char* name) {
+  STD_TORCH_CHECK(written.dim() == 2 && (written.stride(1) == 1 || written.size(1) == 1) &&
+                      written.size(1) <= kMaxVocabSize &&
+                      (written.stride(0) >= written.size(1) || written.size(0) <= 1),
+                  name, " must have shape [N, V] and rows that do not overlap");
+}
+
 inline void check_gradient(const Tensor& logits, const Tensor& gradient, Reduction reduction) {
   STD_TORCH_CHECK(reduction != Reduction::none, "a gradient at once needs a scalar reduction");
-  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == logits.size(0) && gradient.size(1) == logits.size(1) &&
-                      gradient.scalar_type() == logits.scalar_type() && gradient.device() == logits.device() &&
-                      (gradient.stride(1) == 1 || gradient.size(1) == 1) &&
-                      (gradient.stride(0) >= gradient.size(1) || gradient.size(0) <= 1),
-                  "gradient must be like the logits, with rows that do not overlap");
+  check_rows_apart(gradient, "gradient");
+  STD_TORCH_CHECK(gradient.size(0) == logits.size(0) && gradient.size(1) == logits.size(1) &&
+                      gradient.scalar_type() == logits.scalar_type() && gradient.device() == logits.device(),
+                  "gradient must be like the logits");
 }
 
 inline void check_scale_arguments(const Tensor& gradient, const Tensor& factor) {
-  STD_TORCH_CHECK(gradient.dim() == 2 && (gradient.stride(1) == 1 || gradient.size(1) == 1) &&
-                      gradient.size(1) <= kMaxVocabSize &&
-                      (gradient.stride(0) >= gradient.size(1) || gradient.size(0) <= 1),
-                  "gradient must have shape [N, V] and rows that do not overlap");
+  check_rows_apart(gradient, "gradient");
   STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulator_dtype(gradient.scalar_type()) &&
                       factor.device() == gradient.device(),
                   "factor must be one number of the loss's dtype, on the gradient's device");

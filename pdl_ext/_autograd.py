@@ -52,13 +52,15 @@ def _backward(
     rest = (None,) * (len(ctx.needs_input_grad) - 4)
     if grad_loss is None:
         return None, None, None, None, *rest
+    # Read once: a checkpoint gives them once.
+    saved = ctx.saved_tensors
     if not torch.is_grad_enabled():
-        grad_logits, grad_row_weight = gradients(ctx, grad_loss, once=True)
+        grad_logits, grad_row_weight = gradients(ctx, saved, grad_loss, once=True)
         return grad_logits, None, None, grad_row_weight, *rest
     # create_graph=True
-    depends_on = (grad_loss, *ctx.saved_tensors[:2])
+    depends_on = (grad_loss, *saved[:2])
     with torch.no_grad():
-        computed = gradients(ctx, grad_loss, once=False)
+        computed = gradients(ctx, saved, grad_loss, once=False)
     grad_logits, grad_row_weight = (
         None if gradient is None else NoSecondDerivative.apply(gradient, *depends_on) for gradient in computed
     )
@@ -104,8 +106,10 @@ class Loss(torch.autograd.Function):
         return _backward(ctx, grad_loss, _loss_gradients)
 
 
-def _loss_gradients(ctx: Any, grad_loss: Tensor, once: bool) -> tuple[Tensor | None, Tensor | None]:
-    logits, row_weight, targets, logit_offset, rows, totals = ctx.saved_tensors
+def _loss_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    logits, row_weight, targets, logit_offset, rows, totals = saved
     grad_logits = grad_row_weight = None
     if ctx.needs_input_grad[3]:
         grad_row_weight = row_weight_gradient(grad_loss, rows, totals)
@@ -174,8 +178,10 @@ class LossOverLogits(torch.autograd.Function):
         return _backward(ctx, grad_loss, _scaled_gradients)
 
 
-def _scaled_gradients(ctx: Any, grad_loss: Tensor, once: bool) -> tuple[Tensor | None, Tensor | None]:
-    gradient, _row_weight, rows, totals = ctx.saved_tensors
+def _scaled_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    gradient, _row_weight, rows, totals = saved
     grad_row_weight = row_weight_gradient(grad_loss, rows, totals) if ctx.needs_input_grad[3] else None
     _ops.ops.scale_(_as_rows(gradient), grad_loss)
     torch.autograd.graph.increment_version(gradient)

@@ -97,7 +97,7 @@ class _Problem:
         self.n = targets.shape[0]
         self.kept = None
         if settings.drop_ignored:
-            self.kept = _kept_rows(targets, options[1], hidden.shape[1] * weight.shape[0])
+            self.kept = _kept_rows(targets, options[1], hidden.shape[1] * part.vocab_size)
         self.all_hidden = hidden
         if self.kept is not None:
             hidden, targets = hidden[self.kept], targets[self.kept]
@@ -116,9 +116,11 @@ class _Problem:
             limit = _MAX_CHUNK_BYTES.get(hidden.device.type, _MAX_CHUNK_BYTES["cuda"])
         elements = limit // settings.dtype.itemsize
         n = targets.shape[0]
-        self.chunks = _chunks(n, min(_MOST_ROWS, elements // _row_stride(part.width)), _LEAST_ROWS)
-        # The slabs of columns, and the rows of each.
-        self.tiles = [] if self.adds_up else _chunks(part.width, max(_LEAST_COLUMNS, elements // n), _ALIGNMENT)
+        # The same on every rank, since each chunk is reduced over them.
+        self.chunks = _chunks(n, min(_MOST_ROWS, elements // _row_stride(part.largest_width)), _LEAST_ROWS)
+        # The slabs of columns, and the rows of each: all of them, if that leaves columns enough.
+        whole = -(-n // _LEAST_ROWS) * _LEAST_ROWS
+        self.tiles = [] if self.adds_up else _chunks(part.width, max(_LEAST_COLUMNS, elements // whole), _ALIGNMENT)
         self.chunks_of_tile: list[tuple[int, int]] = []
         needed = 0 if n == 0 else self.chunks[0][1] * _row_stride(part.width)
         if self.tiles:
@@ -209,8 +211,8 @@ class _Gradients:
         self, problem: _Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
     ) -> None:
         self.problem = problem
-        self.hidden = torch.empty_like(problem.hidden, dtype=hidden.dtype) if needs[0] else None
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+        self.hidden = problem.hidden.new_empty(problem.hidden.shape, dtype=hidden.dtype) if needs[0] else None
+        self.weight = weight.new_empty(weight.shape) if needs[1] else None
         wide = _ops.accumulator_dtype(problem.settings.dtype)
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
         self.sum = self.weight
@@ -288,12 +290,13 @@ def linear_loss_forward(
     first_id: int,
     width: int,
     vocab_size: int,
+    largest_width: int,
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for, upstream being 1."""
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
-    part = VocabularySlice(first_id, width, vocab_size, group)
+    part = VocabularySlice(first_id, width, vocab_size, largest_width, group)
     options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
@@ -388,12 +391,13 @@ def linear_loss_backward(
     first_id: int,
     width: int,
     vocab_size: int,
+    largest_width: int,
     group: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
-    part = VocabularySlice(first_id, width, vocab_size, group)
+    part = VocabularySlice(first_id, width, vocab_size, largest_width, group)
     options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
     problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
@@ -434,7 +438,9 @@ class LinearLoss(torch.autograd.Function):
         targets, token_weight, logit_offset, normalizer = others
         needs = list(ctx.needs_input_grad[:3])
         # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
-        ctx.at_once = options[0] != _ops.REDUCTIONS["none"] and settings.dtype != torch.float16
+        wanted = [x for x, need in zip((hidden, weight, bias), needs, strict=True) if x is not None and need]
+        half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
+        ctx.at_once = options[0] != _ops.REDUCTIONS["none"] and not half
         loss, rows, totals, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
             hidden,
             weight,
@@ -464,17 +470,19 @@ class LinearLoss(torch.autograd.Function):
         rest = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad_loss is None:
             return None, None, None, None, *rest
+        # Read once: a checkpoint gives them once.
+        saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return *_gradients(ctx, grad_loss), *rest
+            return *_gradients(ctx, saved, grad_loss), *rest
         # create_graph=True
         with torch.no_grad():
-            computed = _gradients(ctx, grad_loss)
-        depends_on = (grad_loss, *(x for x in ctx.saved_tensors[:4] if x is not None))
+            computed = _gradients(ctx, saved, grad_loss)
+        depends_on = (grad_loss, *(x for x in saved[:4] if x is not None))
         return *(None if g is None else NoSecondDerivative.apply(g, *depends_on) for g in computed), *rest
 
 
-def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, row_weight, rows, totals, *saved = ctx.saved_tensors
+def _gradients(ctx: Any, saved_tensors: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, row_weight, rows, totals, *saved = saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.at_once:
         gradients = [
@@ -506,8 +514,11 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor; over the gradient, if nobody can ask for it again."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * factor
+    if torch.compiler.is_compiling():
+        # Not rounded between: the factor of a bfloat16 gradient would be bfloat16.
+        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        gradient = gradient.clone()
     if gradient.numel() > 0:
         _ops.ops.scale_(gradient.view(-1, gradient.shape[-1]), factor)
     return gradient

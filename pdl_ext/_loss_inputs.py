@@ -73,7 +73,7 @@ def check_loss_inputs(
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1 and at most 2^30")
     if logits.shape[:-1] != targets.shape:
         raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
-    _check_rest("logits", logits, targets, row_weight, normalizer, options)
+    _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
 
 
 def check_linear_inputs(
@@ -90,8 +90,8 @@ def check_linear_inputs(
     _check_scores("hidden", hidden)
     _check_scores("weight", weight)
     _check_targets_dtype(targets)
-    if weight.dim() != 2 or not 1 <= weight.shape[0] <= 2**30:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H] with V >= 1 and at most 2^30")
+    if weight.dim() != 2 or not 1 <= weight.shape[0] <= 2**30 or weight.shape[1] == 0:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H] with H >= 1 and 1 <= V <= 2^30")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"hidden: got shape {list(hidden.shape)}, expected [..., {weight.shape[1]}]: weight is {list(weight.shape)}"
@@ -107,9 +107,11 @@ def check_linear_inputs(
             continue
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {hidden.device}, where hidden is")
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        # Which casts no float64.
+        cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and not cast:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
-    _check_rest("hidden", hidden, targets, row_weight, normalizer, options)
+    _check_rest("hidden is", hidden, targets, row_weight, normalizer, options)
     _refuse_tangents(weight, bias)
 
 
@@ -141,7 +143,7 @@ def _targets_do_not_fit(name: str, scores: Tensor, targets: Tensor, last: str) -
 
 
 def _check_rest(
-    name: str,
+    there: str,
     scores: Tensor,
     targets: Tensor,
     row_weight: Tensor | None,
@@ -149,7 +151,7 @@ def _check_rest(
     options: LossOptions,
 ) -> None:
     if scores.device != targets.device:
-        raise ValueError(f"targets: got device {targets.device}, expected {scores.device}, where {name} is")
+        raise ValueError(f"targets: got device {targets.device}, expected {scores.device}, where {there}")
     if options.shift and targets.dim() == 0:
         raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
     if row_weight is not None:

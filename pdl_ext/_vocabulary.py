@@ -14,23 +14,32 @@ __all__ = ["VocabularySlice", "loss_forward", "sum_over_ranks"]
 
 
 class VocabularySlice(NamedTuple):
-    """This rank's columns [first_id, first_id + width) of a vocabulary, and the group; "" where it has them all."""
+    """This rank's columns [first_id, first_id + width) of a vocabulary cut over a group; "" where it has them all."""
 
     first_id: int
     width: int
     vocab_size: int
+    largest_width: int
     group: str
 
     @classmethod
     def of_rank(cls, width: int, device: torch.device, group: dist.ProcessGroup | None) -> VocabularySlice:
-        """The slice of a rank that has `width` columns; ranks follow each other in the order of the group."""
+        """The slice of a rank that has `width` columns; ranks follow each other in the order of the group.
+
+        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30.
+        """
         if group is None:
-            return cls(0, width, width, "")
+            return cls(0, width, width, width, "")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group: got {type(group).__name__}, expected a ProcessGroup or None")
         widths = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
         widths[dist.get_rank(group)] = width
         dist.all_reduce(widths, group=group)
-        ends = widths.cumsum(0).tolist()
-        return cls(ends[dist.get_rank(group)] - width, width, ends[-1], group.group_name)
+        of_ranks: list[int] = widths.tolist()
+        vocab_size, before = sum(of_ranks), sum(of_ranks[: dist.get_rank(group)])
+        if vocab_size > 2**30:
+            raise ValueError(f"process_group: got a vocabulary of {vocab_size} over its ranks, expected at most 2^30")
+        return cls(before, width, vocab_size, max(of_ranks), group.group_name)
 
     def of_table(self, table: Tensor | None) -> Tensor | None:
         """This rank's part of a table over the whole vocabulary."""

@@ -81,8 +81,10 @@ def pdl_loss(
             upstream gradient other than 1 costs one more pass, and one more rounding: prefer `normalizer` to dividing
             the loss. Ignored under torch.compile, where the compiler plans memory.
         return_stats: also return RowStats.
-        process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, and of any
-            number; V, targets, tables and results are those of the whole vocabulary, the same on every rank.
+        process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
+            V, targets, tables and results are those of the whole vocabulary, the same on every rank. How many columns
+            each has is exchanged at every call, which waits for the device. An error that only one rank finds leaves
+            the others waiting for it.
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
@@ -136,11 +138,13 @@ def linear_pdl_loss(
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64; under autocast the products are in its dtype.
         weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden.
-        max_chunk_bytes: the largest slab of logits; 512 MB on CUDA and 64 MB on the CPU if None. At least 128 rows.
-        accumulate: how the classifier's gradient is summed over slabs: "float32", or "weight", in its own dtype, which
-            saves memory or time where that is a 16-bit one, and loses what small slabs would have added.
-        process_group: as in pdl_loss; weight and bias hold this rank's part of the vocabulary, hidden is the same on
-            every rank, and its gradient is summed over the ranks.
+        max_chunk_bytes: the largest slab of logits, but for at least 128 rows; 512 MB on CUDA and 64 MB on the CPU if
+            None.
+        accumulate: how the classifier's gradient is summed over slabs: "float32" (on the CPU from three slabs on: two
+            are added in its own dtype), or "weight", always in its own dtype, which saves memory or time where that is
+            a 16-bit one, and loses what small slabs would have added.
+        process_group: as in pdl_loss, with the same max_chunk_bytes on every rank; weight and bias hold this rank's
+            part of the vocabulary, hidden is the same on every rank, and its gradient is summed over the ranks.
         The others: as in pdl_loss.
 
     Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are

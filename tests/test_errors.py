@@ -233,6 +233,18 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
             "the logits must be a slice of the vocabulary",
         ),
         (
+            lambda ops, x, y: ops.loss_backward(
+                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 0, -(2**63)
+            ),
+            "the logits must be a slice of the vocabulary",
+        ),
+        (
+            lambda ops, x, y: ops.loss_backward_(
+                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 0, 3
+            ),
+            "logits must have shape .* rows that do not overlap",
+        ),
+        (
             lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 3), y, None, None, 2, -100, 0.0),
             "rows must be what loss_forward",
         ),

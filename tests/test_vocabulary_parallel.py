@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pdl_ext import PDLLoss, _linear, _ops, functional, reference
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
-# Uneven, and one of a single id.
-WIDTHS = {2: [40, 61], 4: [33, 1, 47, 20]}
+# Uneven, so much that a rank alone would take other chunks than the next one, and one of a single id.
+WIDTHS = {2: [20, 81], 4: [22, 1, 70, 8]}
 OPTIONS = {
     "plain": {},
     "none": {"reduction": "none"},

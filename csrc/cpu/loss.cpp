@@ -522,6 +522,7 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows
                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                     double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
                     int64_t vocab_size) {
+  check_rows_apart(logits, "logits");
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
                      {first_id, vocab_size}, logits);
