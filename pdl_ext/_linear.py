@@ -416,6 +416,23 @@ def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *r
     return _fake_gradients(hidden, weight, bias, rest[-1])
 
 
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    others: tuple[Any, ...],
+    options: tuple[Any, ...],
+    predict: bool,
+    settings: Settings,
+    part: VocabularySlice,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    targets, token_weight, logit_offset, normalizer = others
+    tensors = (hidden, weight, bias, targets, token_weight, row_weight, logit_offset, normalizer)
+    return torch.ops.pdl_ext.linear_loss_forward(*tensors, *options, predict, *settings, *part, needs)
+
+
 class LinearLoss(torch.autograd.Function):
     """The ops' gradients: computed in forward for a scalar reduction, else in backward.
 
@@ -435,25 +452,22 @@ class LinearLoss(torch.autograd.Function):
         settings: Settings,
         part: VocabularySlice,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        targets, token_weight, logit_offset, normalizer = others
+        targets, _token_weight, logit_offset, _normalizer = others
         needs = list(ctx.needs_input_grad[:3])
         # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
         wanted = [x for x, need in zip((hidden, weight, bias), needs, strict=True) if x is not None and need]
         half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
         ctx.at_once = options[0] != _ops.REDUCTIONS["none"] and not half
-        loss, rows, totals, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
+        loss, rows, totals, predicted, *gradients = _forward(
             hidden,
             weight,
             bias,
-            targets,
-            token_weight,
             row_weight,
-            logit_offset,
-            normalizer,
-            *options,
+            others,
+            options,
             predict,
-            *settings,
-            *part,
+            settings,
+            part,
             needs if ctx.at_once else [False] * 3,
         )
         ctx.set_materialize_grads(False)
@@ -542,21 +556,8 @@ def linear_weighted_loss(
     if not torch.is_grad_enabled() or not any(
         x is not None and x.requires_grad for x in (hidden, weight, bias, row_weight)
     ):
-        targets, token_weight, logit_offset, normalizer = others
-        loss, rows, _totals, predicted, *_ = torch.ops.pdl_ext.linear_loss_forward(
-            hidden,
-            weight,
-            bias,
-            targets,
-            token_weight,
-            row_weight,
-            logit_offset,
-            normalizer,
-            *options,
-            predict,
-            *settings,
-            *part,
-            [False] * 3,
+        loss, rows, _totals, predicted, *_ = _forward(
+            hidden, weight, bias, row_weight, others, options, predict, settings, part, [False] * 3
         )
         return (loss, rows, predicted) if predict else (loss, None, None)
     result = LinearLoss.apply(hidden, weight, bias, row_weight, others, options, predict, settings, part)
