@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
 from pdl_ext._checks import check_ignore_index, check_vocab_size
+from pdl_ext._files import write_whole
+from pdl_ext.provenance import Provenance
 
 __all__ = ["TokenFrequency"]
 
 _FORMAT = "pdl_ext.TokenFrequency"
-_FORMAT_VERSION = "1"
+_FORMAT_VERSION = "2"
 
 
 class TokenFrequency(nn.Module):
     """Counts of the tokens of a corpus, exact, gathered a batch at a time.
 
     Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored` and
-    `out_of_range`. counts.sum() + ignored + out_of_range is the number of tokens seen.
+    `out_of_range`. counts.sum() + ignored + out_of_range is `tokens_seen`. `provenance` tells of those that were read
+    from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none were.
 
     Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
     """
@@ -36,12 +39,14 @@ class TokenFrequency(nn.Module):
     counts: Tensor
     ignored: Tensor
     out_of_range: Tensor
+    provenance: Provenance | None
 
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
         check_vocab_size(vocab_size)
         check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
+        self.provenance = None
         self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64))
         self.register_buffer("out_of_range", torch.zeros((), dtype=torch.int64))
@@ -67,6 +72,11 @@ class TokenFrequency(nn.Module):
     def total(self) -> int:
         """N, the number of tokens counted, without the ignored and the out of range. Waits for the device."""
         return int(self.counts.sum())
+
+    @property
+    def tokens_seen(self) -> int:
+        """All tokens, counted, ignored or out of range. Waits for the device."""
+        return self.total + int(self.ignored) + int(self.out_of_range)
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, ignore_index={self.ignore_index}"
@@ -106,14 +116,22 @@ class TokenFrequency(nn.Module):
         self.merge(batch)
 
     @torch.no_grad()
-    def merge(self, other: TokenFrequency) -> None:
-        """Adds the counts of another frequency of the same vocabulary; ValueError if it has a different one."""
+    def merge(self, other: TokenFrequency, *, allow_overlap: bool = False) -> None:
+        """Adds the counts of another frequency of the same vocabulary.
+
+        Raises ValueError, with nothing changed, for another vocabulary, and where both have a provenance for another
+        tokenizer or policy, or for a shard that both have counted (`allow_overlap` counts it again).
+        """
         if not isinstance(other, TokenFrequency):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
+        provenance = self.provenance or other.provenance
+        if self.provenance is not None and other.provenance is not None:
+            provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)
         for mine, theirs in zip(self._totals(), other._totals(), strict=True):
             mine += theirs.to(mine.device)
+        self.provenance = provenance
 
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
@@ -157,31 +175,25 @@ class TokenFrequency(nn.Module):
         return torch.empty_like(bucket).scatter_(0, order, bucket)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the counts as a safetensors file with metadata; the file appears whole or not at all.
+        """Writes counts and provenance as a safetensors file with metadata; the file appears whole or not at all.
 
-        Raises OSError if it cannot be written.
+        Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
+        saved under: none is negative, and files have not given more tokens than were seen.
         """
-        path = Path(path)
-        tensors = {
-            name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")
-        }
+        self._check_conserved("counts")
         metadata = {
             "format": _FORMAT,
             "format_version": _FORMAT_VERSION,
             "vocab_size": str(self.vocab_size),
             "ignore_index": str(self.ignore_index),
-            "total": str(self.total),
+            "tokens_seen": str(self.tokens_seen),
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            # Not save_file, which makes a file that only its owner can read.
-            with open(partial, "wb") as file:
-                file.write(serialize(tensors, metadata=metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        if self.provenance is not None:
+            metadata["provenance"] = self.provenance.to_json()
+        tensors = {
+            name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")
+        }
+        write_whole(Path(path), serialize(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
@@ -204,15 +216,28 @@ class TokenFrequency(nn.Module):
             )
         try:
             frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
-            total = int(metadata["total"])
+            tokens_seen = int(metadata["tokens_seen"])
             frequency.load_state_dict(tensors)
+            if "provenance" in metadata:
+                frequency.provenance = Provenance.from_json(metadata["provenance"])
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"path: {path} has tensors or metadata that do not fit together ({error})") from error
         if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
             raise ValueError(f"path: {path} has counts of dtype {tensors['counts'].dtype}, expected int64")
-        if bool((frequency.counts < 0).any()) or frequency.total != total:
-            raise ValueError(f"path: {path} has counts that do not sum to the total it states, {total}")
+        frequency._check_conserved(f"path: {path}")
+        if frequency.tokens_seen != tokens_seen:
+            raise ValueError(
+                f"path: {path} has counts, ignored and out of range of {frequency.tokens_seen} tokens, expected "
+                f"{tokens_seen}, as it states: it is damaged"
+            )
         return frequency
+
+    def _check_conserved(self, name: str) -> None:
+        if any(bool((total < 0).any()) for total in self._totals()):
+            raise ValueError(f"{name}: got a negative count, expected all >= 0")
+        read = 0 if self.provenance is None else self.provenance.tokens
+        if self.tokens_seen < read:
+            raise ValueError(f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more")
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.ignored, self.out_of_range

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from pdl_ext.cli import demo, info
+from pdl_ext.cli import count, demo, info, merge
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns its exit code."""
+    """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
     parser = argparse.ArgumentParser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    info.add_parser(subparsers)
-    demo.add_parser(subparsers)
+    for command in (count, merge, info, demo):
+        command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"pdl-ext: {error}", file=sys.stderr)
+        return 1

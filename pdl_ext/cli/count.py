@@ -1,0 +1,172 @@
+"""`pdl-ext count`: the token counts of a corpus, resumable, over threads and, under torchrun, over machines."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+__all__ = ["add_parser"]
+
+_EXAMPLES = """\
+examples:
+  pdl-ext count train.bin --dtype uint16 --vocab-size 50257 -o counts.safetensors
+  pdl-ext count corpus/ 'more/**/*.parquet' --vocab-size 128256 --column input_ids -o counts.safetensors
+  pdl-ext count chats/ --vocab-size 151936 --column input_ids --skip-prompt labels --targets shifted -o counts.safetensors
+  pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
+  torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
+
+An interrupted count leaves OUTPUT.checkpoint-*; the same command goes on from there.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the sub-command `count`."""
+    parser = subparsers.add_parser(
+        "count",
+        help="count the tokens of a corpus",
+        description="Counts how often each token occurs in a corpus, and writes a file that PDLLoss takes.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="files, folders, patterns, or .list files with one of these a line"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="counts, as safetensors")
+    parser.add_argument("--format", metavar="NAME", help="of the files, where it cannot be told from them")
+    parser.add_argument("--dtype", metavar="NAME", help="of ids in files that do not tell theirs: uint16, uint32, ...")
+    parser.add_argument("--column", metavar="NAME", help="of the ids or the text, in formats with columns")
+    parser.add_argument("--mask", metavar="NAME", help="a column that is 0 where a token is no target")
+    parser.add_argument(
+        "--skip-prompt", metavar="NAME", help="a column of labels, which are the ignore index where a token is prompt"
+    )
+    parser.add_argument("--ignore-index", type=int, default=-100, metavar="ID", help="never a target (default: -100)")
+    parser.add_argument(
+        "--targets",
+        default="all",
+        metavar="WHICH",
+        help="all, or shifted: without the first token of each sequence, which nothing predicts (default: all)",
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, for text")
+    parser.add_argument(
+        "--no-special-tokens", action="store_true", help="what the tokenizer adds to a text is left out"
+    )
+    parser.add_argument(
+        "--sample-by",
+        default="line",
+        metavar="UNIT",
+        help="what one text of a plain text file is: a line, or the whole document (default: line)",
+    )
+    parser.add_argument("--strict", action="store_true", help="fail at the first id outside the vocabulary")
+    parser.add_argument("--allow-overlap", action="store_true", help="count files with the same content each")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: one a processor")
+    parser.add_argument(
+        "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how much a crash may lose (default: 60)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import torch.distributed as dist
+
+    from pdl_ext.cli.progress import ProgressLine
+    from pdl_ext.corpus import TargetPolicy, count_corpus
+    from pdl_ext.corpus.ranks import checkpoints
+
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"threads: got {arguments.threads}, expected an int >= 1")
+    folder = arguments.output.parent
+    if not folder.is_dir():
+        raise ValueError(f"output: got {arguments.output}, expected a file in a folder that exists")
+    checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
+    policy = TargetPolicy(
+        targets=arguments.targets,
+        ignore_index=arguments.ignore_index,
+        column=arguments.column,
+        mask=arguments.mask,
+        skip_prompt=arguments.skip_prompt,
+        special_tokens=not arguments.no_special_tokens,
+    )
+    group = None
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+        group = dist.group.WORLD
+    is_first = group is None or dist.get_rank(group) == 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    line = ProgressLine(sys.stderr) if is_first else None
+    try:
+        frequency = count_corpus(
+            arguments.data,
+            arguments.vocab_size,
+            format=arguments.format,
+            dtype=arguments.dtype,
+            policy=policy,
+            tokenizer=arguments.tokenizer,
+            sample_by=arguments.sample_by,
+            strict=arguments.strict,
+            allow_overlap=arguments.allow_overlap,
+            threads=arguments.threads,
+            checkpoint=checkpoint,
+            checkpoint_every=arguments.checkpoint_every,
+            progress=line.show if line is not None else None,
+            group=group,
+        )
+    except KeyboardInterrupt:
+        print(
+            f"pdl-ext count: interrupted; what was counted is in {checkpoint}-*, and the same command goes on from it",
+            file=sys.stderr,
+        )
+        return 128 + _received
+    finally:
+        if line is not None:
+            line.close()
+    if is_first:
+        frequency.save(arguments.output)
+        _report(frequency, arguments.output)
+    if group is not None:
+        dist.barrier(group)
+    for path in checkpoints(checkpoint):
+        # Another rank of this machine may be first.
+        path.unlink(missing_ok=True)
+    if group is not None:
+        dist.destroy_process_group()
+    return 0
+
+
+_received: int = signal.SIGINT
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    global _received
+    _received = number
+    raise KeyboardInterrupt
+
+
+def _report(frequency: Any, output: Path) -> None:
+    provenance = frequency.provenance
+    unseen = int((frequency.counts == 0).sum())
+    print(f"{output}: {frequency.total:,} tokens counted of {provenance.tokens:,} in {len(provenance.shards):,} files")
+    print(f"{int(frequency.ignored):,} ignored, {int(frequency.out_of_range):,} out of range")
+    print(f"{unseen:,} of {frequency.vocab_size:,} entries never seen")
+    if int(frequency.out_of_range):
+        print(
+            f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside [0, {frequency.vocab_size}): "
+            "another tokenizer, another dtype, or a larger vocabulary? (--strict makes it an error)",
+            file=sys.stderr,
+        )
+    peak = _peak_memory()
+    if peak is not None:
+        print(f"peak memory {peak / 2**20:,.0f} MiB")
+
+
+def _peak_memory() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    # In KiB, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

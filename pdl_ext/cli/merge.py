@@ -1,0 +1,37 @@
+"""`pdl-ext merge`: one counts file out of several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the sub-command `merge`."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="add up counts files",
+        description="Adds up counts of the same vocabulary, tokenizer and policy, of shards that are all different.",
+    )
+    parser.add_argument("counts", nargs="+", type=Path, metavar="COUNTS", help="files that `pdl-ext count` wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the sum is written")
+    parser.add_argument("--allow-overlap", action="store_true", help="count a shard again that was counted before")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pdl_ext import TokenFrequency
+
+    first, *others = arguments.counts
+    frequency = TokenFrequency.load(first)
+    for path in others:
+        try:
+            frequency.merge(TokenFrequency.load(path), allow_overlap=arguments.allow_overlap)
+        except ValueError as error:
+            raise ValueError(f"{path}: does not go with {first}: {error}") from error
+    frequency.save(arguments.output)
+    print(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
+    return 0

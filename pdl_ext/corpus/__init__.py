@@ -1,0 +1,6 @@
+"""Counts corpora on disk: `count_corpus`, over every format of tokenised corpora and over text."""
+
+from pdl_ext.corpus.counting import Progress, count_corpus
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy
+
+__all__ = ["Progress", "Provenance", "Shard", "TargetPolicy", "count_corpus"]

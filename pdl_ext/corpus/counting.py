@@ -1,0 +1,325 @@
+"""The loop that counts a corpus: parts of sources over threads and ranks, resumable at any moment.
+
+A thread counts a part into a table of its own, by one read of each token into a buffer that stays in its cache, and adds
+the table to the totals once a second's worth of parts is finished; a checkpoint is the totals with the set of finished
+parts. Which parts there are follows from the files alone, so whoever goes on finds the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import pdl_ext
+from pdl_ext import functional
+from pdl_ext._checks import check_choice, check_flag, check_integer, check_number, check_vocab_size
+from pdl_ext.corpus import ranks
+from pdl_ext.corpus.discover import open_sources
+from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
+from pdl_ext.corpus.state import State
+from pdl_ext.frequency import TokenFrequency
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
+
+__all__ = ["Progress", "count_corpus"]
+
+# Large enough that a table is added to the totals seldom, small enough to be split over threads and lost at a crash.
+PART_BYTES = 2**26
+_SECONDS_BETWEEN_MERGES = 1.0
+_SECONDS_BETWEEN_REPORTS = 0.2
+SAMPLES = ("line", "document")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a count has come: tokens read in this run, bytes of the files done and to do, seconds of this run."""
+
+    tokens: int
+    bytes_before: int
+    bytes_now: int
+    bytes_total: int
+    seconds: float
+
+
+def count_corpus(
+    data: Sequence[str | os.PathLike[str]],
+    vocab_size: int,
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
+    policy: TargetPolicy | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    sample_by: str = "line",
+    strict: bool = False,
+    allow_overlap: bool = False,
+    threads: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    progress: Callable[[Progress], None] | None = None,
+    group: Any = None,
+) -> TokenFrequency:
+    """Counts the tokens of files, of any size and in any format that docs/corpora.md lists.
+
+    Args:
+        data: files, folders, glob patterns, and files that end in .list with one of these a line.
+        vocab_size: V.
+        format: what the files are, where it cannot be told from them.
+        dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
+        policy: which tokens are targets; TargetPolicy() if None: all but -100.
+        tokenizer: a file of the `tokenizers` library, for text.
+        sample_by: what one text of a plain text file is: a "line", or the whole "document".
+        strict: an id outside [0, V) is an error; otherwise it is counted as out of range.
+        allow_overlap: files with the same content are each counted; otherwise an error.
+        threads: as many as there are processors if None.
+        checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
+            interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
+            other ranks, whose names begin with it.
+        progress: called some times a second, from the calling thread.
+        group: a process group of torch.distributed, whose ranks each count a share of the parts.
+
+    Returns the counts with their provenance, on the CPU, on every rank the same.
+    Raises TypeError or ValueError that names the argument, or the file and the place in it; OSError for a checkpoint
+    that cannot be written; KeyboardInterrupt, after a checkpoint.
+    """
+    check_vocab_size(vocab_size)
+    if policy is None:
+        policy = TargetPolicy()
+    elif not isinstance(policy, TargetPolicy):
+        raise TypeError(f"policy: got {type(policy).__name__}, expected TargetPolicy")
+    if dtype is not None:
+        check_choice("dtype", dtype, TOKEN_DTYPES)
+    check_choice("sample_by", sample_by, SAMPLES)
+    check_flag("strict", strict)
+    check_flag("allow_overlap", allow_overlap)
+    if threads is None:
+        threads = _processors()
+    check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
+    check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
+    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), sample_by)
+
+    sources = open_sources(data, format, options)
+    provenance = _provenance(sources, options)
+    if not allow_overlap:
+        check_distinct(provenance.shards)
+    parts = [(source, part) for source in sources for part in source.parts(PART_BYTES)]
+    identity = _identity(sources, provenance, options, len(parts))
+    state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
+    path = None if checkpoint is None else Path(checkpoint)
+    state, todo = ranks.share(state, [part.size for _, part in parts], path, group)
+    path = ranks.checkpoint_of_rank(path, group)
+
+    if path is not None:
+        # A path that cannot be written to is found out before hours of counting.
+        state.save(path)
+    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress).run()
+    for source in sources:
+        source.check_unchanged()
+    if path is not None:
+        # Whatever happens to another rank, this one's share is done.
+        state.save(path)
+    state.check_conserved()
+    tokens = ranks.total(state, group)
+    frequency = state.frequency
+    frequency.provenance = Provenance(
+        provenance.shards, tokens, provenance.policy, provenance.tokenizer, provenance.version
+    )
+    return frequency
+
+
+def _processors() -> int:
+    # Those that this process may use, where the system tells.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
+    try:
+        shards = tuple(
+            Shard(str(source.path), source.size, shard_digest(source.path), source.format, source.dtype)
+            for source in sources
+        )
+        tokenizer = None if options.tokenizer is None else file_digest(options.tokenizer)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return Provenance(shards, 0, options.policy, tokenizer, pdl_ext.__version__)
+
+
+def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, parts: int) -> str:
+    digest = hashlib.blake2b(provenance.to_json().encode(), digest_size=16)
+    stamps = [[stamp for stamp in source.stamps.values()] for source in sources]
+    digest.update(repr((options.vocab_size, options.sample_by, PART_BYTES, parts, stamps)).encode())
+    return digest.hexdigest()
+
+
+class _Count:
+    """One run of the loop over the parts `todo` of one process."""
+
+    def __init__(
+        self,
+        parts: list[tuple[Source, Part]],
+        todo: list[int],
+        state: State,
+        strict: bool,
+        threads: int,
+        checkpoint: Path | None,
+        checkpoint_every: float,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self._parts = parts
+        self._todo = iter(todo)
+        self._state = state
+        self._strict = strict
+        self._checkpoint = checkpoint
+        self._checkpoint_every = checkpoint_every
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        sizes = [part.size for _, part in parts]
+        self._bytes_before = sum(size for size, done in zip(sizes, state.finished.tolist(), strict=True) if done)
+        self._bytes_total = self._bytes_before + sum(sizes[index] for index in todo)
+        self._workers = [_Worker(self) for _ in range(max(1, min(threads, len(todo))))]
+
+    def run(self) -> None:
+        begin = saved = time.monotonic()
+        # A column of a file is an array that cannot be written to, which PyTorch warns of.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            for worker in self._workers:
+                worker.start()
+            try:
+                while any(worker.is_alive() for worker in self._workers):
+                    self._wait()
+                    now = time.monotonic()
+                    self._report(now - begin)
+                    if self._checkpoint is not None and now - saved >= self._checkpoint_every:
+                        self._save()
+                        saved = time.monotonic()
+            finally:
+                self._stop.set()
+                for worker in self._workers:
+                    worker.join()
+                if self._checkpoint is not None:
+                    self._save()
+        self._report(time.monotonic() - begin)
+        if self._error is not None:
+            raise self._error
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _SECONDS_BETWEEN_REPORTS
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+
+    def _report(self, seconds: float) -> None:
+        if self._progress is not None:
+            tokens = sum(worker.tokens_read for worker in self._workers)
+            done = sum(worker.bytes_done for worker in self._workers)
+            self._progress(Progress(tokens, self._bytes_before, self._bytes_before + done, self._bytes_total, seconds))
+
+    def _save(self) -> None:
+        assert self._checkpoint is not None
+        with self._lock:
+            self._state.save(self._checkpoint)
+
+    # What workers call.
+
+    def next(self) -> int | None:
+        with self._lock:
+            return None if self._stop.is_set() else next(self._todo, None)
+
+    def part(self, index: int) -> tuple[Source, Part]:
+        return self._parts[index]
+
+    def finish(self, table: TokenFrequency, parts: list[int], tokens: int) -> None:
+        with self._lock:
+            self._state.add(table, parts, tokens)
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+        self._stop.set()
+
+    def new_table(self) -> TokenFrequency:
+        frequency = self._state.frequency
+        return TokenFrequency(frequency.vocab_size, ignore_index=frequency.ignore_index)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    @property
+    def strict(self) -> bool:
+        return self._strict
+
+
+class _Worker(threading.Thread):
+    """Counts parts until none is left. tokens_read, bytes_done: of this thread, for progress."""
+
+    def __init__(self, count: _Count) -> None:
+        super().__init__(daemon=True)
+        self._count = count
+        self._table = count.new_table()
+        self._finished: list[int] = []
+        self._finished_tokens = 0
+        self._merged = time.monotonic()
+        self.tokens_read = 0
+        self.bytes_done = 0
+
+    def run(self) -> None:
+        # Of the calling thread alone; each of these uses one.
+        torch.set_num_threads(1)
+        try:
+            while (index := self._count.next()) is not None:
+                if not self._count_part(index):
+                    return
+                if time.monotonic() - self._merged >= _SECONDS_BETWEEN_MERGES:
+                    self._merge()
+            self._merge()
+        except BaseException as error:
+            self._count.fail(error)
+
+    def _count_part(self, index: int) -> bool:
+        """Whether the part was counted to its end; if not, the table is good for nothing any more."""
+        source, part = self._count.part(index)
+        counts, ignored, out_of_range = self._table.counts, self._table.ignored, self._table.out_of_range
+        ignore_index, strict = self._table.ignore_index, self._count.strict
+        source.check_unchanged()
+        read = 0
+        for tokens, is_target in source.batches(part):
+            if self._count.stopped:
+                return False
+            read += tokens.size
+            self.tokens_read += tokens.size
+            if is_target is not None:
+                tokens = tokens[is_target]
+                ignored += is_target.size - tokens.size
+            try:
+                functional.add_tokens(
+                    counts,
+                    ignored,
+                    out_of_range,
+                    torch.from_numpy(tokens),
+                    ignore_index=ignore_index,
+                    strict=strict,
+                )
+            except IndexError as error:
+                raise ValueError(f"{source.path}: {error}") from None
+        source.check_unchanged()
+        self.bytes_done += part.size
+        self._finished.append(index)
+        self._finished_tokens += read
+        return True
+
+    def _merge(self) -> None:
+        self._count.finish(self._table, self._finished, self._finished_tokens)
+        for total in self._table.state_dict().values():
+            total.zero_()
+        self._finished, self._finished_tokens = [], 0
+        self._merged = time.monotonic()

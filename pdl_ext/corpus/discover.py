@@ -1,0 +1,117 @@
+"""From what the user names to sources: files, folders, patterns and lists, and the format of each."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pdl_ext._checks import check_choice
+from pdl_ext.corpus import raw
+from pdl_ext.corpus.source import Format, ReadOptions, Source
+
+__all__ = ["FORMATS", "open_sources"]
+
+# In the order in which they are asked: what is told by its first bytes before what is told by its name.
+FORMATS = {format.name: format for format in (raw.FORMAT,)}
+_LIST_SUFFIX = ".list"
+_HEAD_BYTES = 64
+
+
+def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None, options: ReadOptions) -> list[Source]:
+    """The sources of everything named, in order, each file once.
+
+    data: files, folders (searched whole), glob patterns (`**` too), and files that end in .list with one of these a line.
+    Raises ValueError that names what is missing, empty, unreadable or of no known format.
+    """
+    if isinstance(data, (str, os.PathLike)) or not data:
+        raise ValueError(f"data: got {data!r}, expected a list of files, folders or patterns")
+    if format_name is not None:
+        check_choice("format", format_name, FORMATS)
+    sources: list[Source] = []
+    seen: set[str] = set()
+    for path in (path for name in data for path in _expand(os.fspath(name))):
+        for source in _format_of(path, format_name, options).open(path, options):
+            # Of a file and its companion, both named, the second is the first again.
+            real = os.path.realpath(source.path)
+            if real not in seen:
+                seen.add(real)
+                sources.append(source)
+    if not sources:
+        raise ValueError(f"data: got nothing to count in {', '.join(map(str, data))}")
+    return sources
+
+
+def _expand(name: str) -> Iterator[Path]:
+    path = Path(name)
+    if path.suffix == _LIST_SUFFIX and path.is_file():
+        yield from _listed(path)
+    elif path.is_dir():
+        yield from _walk(path)
+    elif path.exists():
+        yield path
+    else:
+        found = sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise ValueError(f"data: got {name}, expected a file, a folder or a pattern that some file matches")
+        for match in map(Path, found):
+            if match.is_dir():
+                yield from _walk(match)
+            elif not _is_companion(match):
+                yield match
+
+
+def _listed(path: Path) -> Iterator[Path]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a list of files ({error})") from error
+    for line in map(str.strip, lines):
+        if line and not line.startswith("#"):
+            # As a shell would: what a list names is relative to the list.
+            yield from _expand(os.path.join(path.parent, line))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """What a folder holds: itself if it is of a format, or else everything in it that is not hidden."""
+    if any(format.recognises(folder, b"") for format in FORMATS.values()):
+        yield folder
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.name.startswith((".", "_")):
+            continue
+        if entry.is_dir():
+            yield from _walk(path)
+        elif not _is_companion(path):
+            yield path
+
+
+def _is_companion(path: Path) -> bool:
+    return any(path.name.endswith(suffix) for format in FORMATS.values() for suffix in format.companions)
+
+
+def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+    if name is not None:
+        return FORMATS[name]
+    head = b""
+    if not path.is_dir():
+        try:
+            with open(path, "rb") as file:
+                head = file.read(_HEAD_BYTES)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    for format in FORMATS.values():
+        if format.recognises(path, head):
+            return format
+    if options.dtype is not None or path.suffix in (".bin", ".npy"):
+        return raw.FORMAT
+    raise ValueError(
+        f"{path}: its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a dtype), "
+        "or leave the file out"
+    )

@@ -1,0 +1,115 @@
+"""A count over several processes: who counts which parts, and the sum of what all have counted."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pdl_ext.corpus.state import State
+
+__all__ = ["checkpoint_of_rank", "checkpoints", "share", "total"]
+
+
+def checkpoint_of_rank(checkpoint: Path | None, group: Any) -> Path | None:
+    """The path of this rank's own checkpoint."""
+    return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}-{_rank(group)}")
+
+
+def checkpoints(checkpoint: Path) -> list[Path]:
+    """The checkpoints of all ranks that this machine sees."""
+    pattern = glob.escape(str(checkpoint)) + "-*"
+    found = {path.rsplit("-", 1)[1]: Path(path) for path in glob.glob(pattern)}
+    return [found[rank] for rank in sorted(filter(str.isdecimal, found), key=int)]
+
+
+def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -> tuple[State, list[int]]:
+    """What this rank goes on from, and the parts that it has to count: an even share of those that no rank has finished.
+
+    Each rank goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
+    ranks, and deletes the others, so that those may also lie on each machine's own disk.
+    Raises ValueError if the ranks do not count the same, or a checkpoint is of another count or damaged.
+    """
+    identities: list[Any] = [state.identity]
+    if group is not None:
+        identities = [None] * dist.get_world_size(group)
+        dist.all_gather_object(identities, state.identity, group=group)
+    if len(set(identities)) != 1:
+        raise ValueError("data: got different files or options over the ranks, expected the same on all")
+    own = checkpoint_of_rank(checkpoint, group)
+    if checkpoint is not None and _rank(group) == 0:
+        _take_over(state, checkpoint)
+    if group is not None:
+        dist.barrier(group)
+    if own is not None and _rank(group) != 0 and own.exists():
+        state.adopt(State.load(own, state))
+    finished = state.finished.to(torch.int32)
+    if group is not None:
+        finished = _all_reduce(finished, group)
+    if finished.numel() and int(finished.max()) > 1:
+        raise ValueError("checkpoint: got the same part counted by two ranks, expected each part in one checkpoint")
+    return state, _own_parts(finished.tolist(), sizes, _rank(group), len(identities))
+
+
+def total(state: State, group: Any) -> int:
+    """Makes the state's counts those of all ranks; returns how many tokens they read.
+
+    Raises RuntimeError on every rank if a part is missing or the counts are not those of the tokens read.
+    """
+    tokens, finished = state.tokens, state.finished.to(torch.int32)
+    if group is not None:
+        finished = _all_reduce(finished, group)
+        tokens = int(_all_reduce(torch.tensor([tokens]), group))
+        frequency = state.frequency.to(_device(group))
+        frequency.all_reduce(group)
+        state.frequency = frequency.cpu()
+        state.tokens = tokens
+    if not bool((finished == 1).all()):
+        raise RuntimeError(f"got {int((finished != 1).sum())} parts not counted once, expected none")
+    state.check_conserved()
+    return tokens
+
+
+def _take_over(state: State, checkpoint: Path) -> None:
+    own = checkpoint_of_rank(checkpoint, None)
+    others = checkpoints(checkpoint)
+    for path in others:
+        state.adopt(State.load(path, state))
+    if others and own is not None:
+        # Written before any is deleted: after a crash between the two, what is taken over again changes nothing.
+        state.save(own)
+        for path in others:
+            if path != own:
+                path.unlink()
+
+
+def _own_parts(finished: list[int], sizes: list[int], rank: int, ranks: int) -> list[int]:
+    todo = [index for index, done in enumerate(finished) if not done]
+    total_size = sum(sizes[index] for index in todo)
+    own, before = [], 0
+    for index in todo:
+        # By its middle, so that an empty part has an owner, too.
+        middle = before + sizes[index] / 2
+        if min(int(middle * ranks / max(total_size, 1)), ranks - 1) == rank:
+            own.append(index)
+        before += sizes[index]
+    return own
+
+
+def _rank(group: Any) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _device(group: Any) -> torch.device:
+    is_nccl = dist.get_backend(group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+
+
+def _all_reduce(values: Tensor, group: Any) -> Tensor:
+    on_device = values.to(_device(group))
+    dist.all_reduce(on_device, group=group)
+    return on_device.cpu()

@@ -1,0 +1,143 @@
+"""What a reader of a format gives the counting loop: sources, cut into ranges, read as batches of tokens."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext.provenance import TargetPolicy
+
+__all__ = ["TOKEN_DTYPES", "Batch", "Format", "Part", "ReadOptions", "Source", "Stamp", "token_dtype"]
+
+# What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
+TOKEN_DTYPES = {
+    "uint8": np.uint8,
+    "int8": np.int8,
+    "uint16": np.uint16,
+    "int16": np.int16,
+    "uint32": np.uint32,
+    "int32": np.int32,
+    "int64": np.int64,
+}
+
+
+def token_dtype(name: str) -> np.dtype[Any]:
+    """The little-endian dtype of a name in TOKEN_DTYPES."""
+    return np.dtype(TOKEN_DTYPES[name]).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How to read a corpus, whatever its formats are.
+
+    vocab_size: V, by which readers warn of a dtype that cannot hold it; dtype: of files that do not tell theirs, a name
+    in TOKEN_DTYPES, or None; column: the tokens' (or the text's) name in formats with columns, or None for what the
+    reader finds by itself; tokenizer: the path of a `tokenizers` file, for text; special_tokens: whether it adds
+    its special tokens; sample_by: what one text of a plain text file is, "line" or "document".
+    """
+
+    vocab_size: int
+    policy: TargetPolicy = TargetPolicy()
+    dtype: str | None = None
+    tokenizer: Path | None = None
+    sample_by: str = "line"
+
+
+class Batch(NamedTuple):
+    """Some tokens: [n] of a dtype that TokenFrequency counts, and which of them are targets, bool [n]; None: all.
+
+    Views of buffers that the next batch may overwrite.
+    """
+
+    tokens: NDArray[Any]
+    is_target: NDArray[np.bool_] | None = None
+
+
+class Part(NamedTuple):
+    """A share of a source that is counted at once or not at all: [start, stop) in units of the source's own.
+
+    size: how many bytes of the source it is, for progress and for an even split.
+    """
+
+    start: int
+    stop: int
+    size: int
+
+
+class Stamp(NamedTuple):
+    """What tells that a file has changed."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """The stamp of a file now. Raises ValueError that names one which cannot be read."""
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+class Source(ABC):
+    """The tokens of one shard: a file, with its companions.
+
+    path: the file that holds the tokens, whose name and content stand in the provenance; companions: the others that it
+    is read with; dtype: the tokens' name in TOKEN_DTYPES, or "text".
+    """
+
+    def __init__(self, format_name: str, path: Path, dtype: str, companions: Sequence[Path] = ()) -> None:
+        self.format = format_name
+        self.path = path
+        self.dtype = dtype
+        self._stamps = {file: Stamp.of(file) for file in (path, *companions)}
+
+    @property
+    def size(self) -> int:
+        """The size of `path` in bytes."""
+        return self._stamps[self.path].size
+
+    @property
+    def stamps(self) -> dict[Path, Stamp]:
+        """All files, as they were when the source was made."""
+        return dict(self._stamps)
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError that names a file which is no longer what it was when the source was made."""
+        for path, stamp in self._stamps.items():
+            now = Stamp.of(path)
+            if now != stamp:
+                raise ValueError(
+                    f"{path}: changed while it was counted, from {stamp.size} bytes to {now.size}, modified "
+                    f"{(now.mtime_ns - stamp.mtime_ns) / 1e9:+.3f} s later"
+                )
+
+    @abstractmethod
+    def parts(self, size: int) -> Iterable[Part]:
+        """All of the source, in parts of about `size` bytes: the same whenever the same files are asked."""
+
+    @abstractmethod
+    def batches(self, part: Part) -> Iterator[Batch]:
+        """The tokens of a part, a bounded number at a time. Raises ValueError that names the file and the place."""
+
+
+class Format(NamedTuple):
+    """A format of corpora, as discover.py asks for it.
+
+    recognises(path, head): whether a file whose first 64 bytes are `head`, or a folder (head is empty), can be nothing
+    else; open(path, options): its sources; companions: how the names of files end that are read with another one;
+    needs_dtype: nothing in it tells what it is, so that it is opened only by name, or where a dtype is given.
+    """
+
+    name: str
+    open: Callable[[Path, ReadOptions], list[Source]]
+    recognises: Callable[[Path, bytes], bool]
+    companions: tuple[str, ...] = ()

@@ -1,0 +1,100 @@
+"""How far a count has come: totals and finished parts, in one file that is written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from pdl_ext._files import write_whole
+from pdl_ext.frequency import TokenFrequency
+
+__all__ = ["State"]
+
+_FORMAT = "pdl_ext.corpus.State"
+
+
+class State:
+    """What was counted of a corpus' parts.
+
+    frequency: the counts of the finished parts; finished: uint8 [parts]; tokens: how many they hold; identity: what
+    tells a corpus, its division into parts and the policy from all others.
+    """
+
+    def __init__(self, frequency: TokenFrequency, finished: Tensor, tokens: int, identity: str) -> None:
+        self.frequency = frequency
+        self.finished = finished
+        self.tokens = tokens
+        self.identity = identity
+
+    @classmethod
+    def empty(cls, vocab_size: int, ignore_index: int, parts: int, identity: str) -> State:
+        """Nothing counted yet."""
+        frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
+        return cls(frequency, torch.zeros(parts, dtype=torch.uint8), 0, identity)
+
+    def add(self, table: TokenFrequency, parts: list[int], tokens: int) -> None:
+        """Takes over the counts of parts that are finished now."""
+        self.frequency.merge(table)
+        self.finished[parts] = 1
+        self.tokens += tokens
+
+    def adopt(self, other: State) -> None:
+        """Takes over another state of the same count; one that was taken over before changes nothing.
+
+        Raises ValueError if some of its parts, but not all, are finished here.
+        """
+        both = int((self.finished & other.finished).sum())
+        if both == 0:
+            self.frequency.merge(other.frequency)
+            self.finished |= other.finished
+            self.tokens += other.tokens
+        elif both != int(other.finished.sum()):
+            raise ValueError("checkpoint: got two that counted the same part, expected each part in one")
+
+    def check_conserved(self) -> None:
+        """Raises RuntimeError unless every token read was counted, ignored or out of range."""
+        if self.frequency.tokens_seen != self.tokens:
+            raise RuntimeError(f"got counts of {self.frequency.tokens_seen} tokens, expected those of {self.tokens}")
+
+    def save(self, path: Path) -> None:
+        """Raises OSError that names the path, which then holds what it held before."""
+        tensors = {f"frequency.{name}": buffer for name, buffer in self.frequency.state_dict().items()}
+        tensors["finished"] = self.finished
+        metadata = {"format": _FORMAT, "identity": self.identity, "tokens": str(self.tokens)}
+        write_whole(path, serialize(tensors, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path, like: State) -> State:
+        """The state that was saved of the same count as `like`.
+
+        Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata["format"] != _FORMAT:
+                raise ValueError(f"format {metadata['format']!r}")
+            identity, tokens = metadata["identity"], int(metadata["tokens"])
+            finished = tensors.pop("finished")
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{path}: is damaged or no checkpoint of a count ({error})") from error
+        if identity != like.identity:
+            raise ValueError(
+                f"{path}: got the checkpoint of another count (files, options or pdl_ext's version differ), "
+                "expected this one's: delete it to begin anew"
+            )
+        loaded = cls.empty(
+            like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity
+        )
+        loaded.frequency.load_state_dict({name.removeprefix("frequency."): value for name, value in tensors.items()})
+        loaded.finished, loaded.tokens = finished, tokens
+        try:
+            loaded.check_conserved()
+        except RuntimeError as error:
+            raise ValueError(f"{path}: is damaged ({error})") from error
+        return loaded

@@ -1,0 +1,138 @@
+"""Where counts come from: the files, what of them was counted, and with which tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pdl_ext._checks import check_choice, check_flag, check_ignore_index
+
+__all__ = ["Provenance", "Shard", "TargetPolicy", "file_digest", "shard_digest"]
+
+TARGETS = ("all", "shifted")
+# Of the beginning and of the end: a change that keeps both and the size is not seen.
+_DIGESTED_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True)
+class TargetPolicy:
+    """Which tokens of a corpus are counted as targets.
+
+    targets: "all", or "shifted" without the first token of each sequence, which nothing predicts; ignore_index: an id
+    that is never a target; column: the column of the tokens or of the text, None for the format's own; mask: a column
+    that is 0 where a token is no target; skip_prompt: a column of labels, ignore_index where a token belongs to the
+    prompt; special_tokens: whether a tokenizer adds them to text.
+    Raises TypeError or ValueError that names the option.
+    """
+
+    targets: str = "all"
+    ignore_index: int = -100
+    column: str | None = None
+    mask: str | None = None
+    skip_prompt: str | None = None
+    special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("targets", self.targets, TARGETS)
+        check_ignore_index(self.ignore_index)
+        for name in ("column", "mask", "skip_prompt"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}: got {value!r}, expected the name of a column or None")
+        check_flag("special_tokens", self.special_tokens)
+
+
+class Shard(NamedTuple):
+    """A file that was counted: its name, size in bytes, digest of its head and tail, format and dtype."""
+
+    name: str
+    size: int
+    digest: str
+    format: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the counts of a TokenFrequency come from.
+
+    shards: the files counted, in order; tokens: how many they hold, counted or not; policy: what was counted of them;
+    tokenizer: the digest of the tokenizer's file, None for files of ids; version: pdl_ext's that counted.
+    """
+
+    shards: tuple[Shard, ...]
+    tokens: int
+    policy: TargetPolicy
+    tokenizer: str | None
+    version: str
+
+    def merged(self, other: Provenance, *, allow_overlap: bool = False) -> Provenance:
+        """The provenance of both counts together.
+
+        Raises ValueError that names what differs, if policies or tokenizers do, or the shards which both have.
+        """
+        for field in dataclasses.fields(TargetPolicy):
+            mine, theirs = getattr(self.policy, field.name), getattr(other.policy, field.name)
+            if mine != theirs:
+                raise ValueError(f"other: got counts with {field.name}={theirs!r}, expected {mine!r}: another policy")
+        if self.tokenizer != other.tokenizer:
+            raise ValueError(f"other: got counts of tokenizer {other.tokenizer}, expected {self.tokenizer}")
+        shards = self.shards + other.shards
+        if not allow_overlap:
+            check_distinct(shards)
+        return dataclasses.replace(self, shards=shards, tokens=self.tokens + other.tokens)
+
+    def to_json(self) -> str:
+        """All of it, as from_json reads it."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """What to_json wrote. Raises ValueError for anything else."""
+        try:
+            fields: Mapping[str, Any] = json.loads(text)
+            shards = tuple(Shard(str(s[0]), int(s[1]), str(s[2]), str(s[3]), str(s[4])) for s in fields["shards"])
+            return cls(
+                shards=shards,
+                tokens=int(fields["tokens"]),
+                policy=TargetPolicy(**fields["policy"]),
+                tokenizer=fields["tokenizer"],
+                version=str(fields["version"]),
+            )
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"no provenance of counts ({error!r})") from error
+
+
+def check_distinct(shards: Iterable[Shard]) -> None:
+    """Raises ValueError that names two shards with the same content."""
+    seen: dict[tuple[int, str], str] = {}
+    for shard in shards:
+        known = seen.setdefault((shard.size, shard.digest), shard.name)
+        if known is not shard.name:
+            raise ValueError(
+                f"{shard.name}: got the same content as {known}, expected each shard once (allow_overlap counts it again)"
+            )
+
+
+def shard_digest(path: Path) -> str:
+    """A digest of a file's size, head and tail, 32 hexadecimal digits. Raises OSError if it cannot be read."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(size.to_bytes(8, "little"))
+        digest.update(file.read(_DIGESTED_BYTES))
+        if size > _DIGESTED_BYTES:
+            file.seek(max(size - _DIGESTED_BYTES, _DIGESTED_BYTES))
+            digest.update(file.read(_DIGESTED_BYTES))
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a whole file, 32 hexadecimal digits. Raises OSError if it cannot be read."""
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
