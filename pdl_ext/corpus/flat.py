@@ -22,8 +22,8 @@ AHEAD_BYTES = 2**23
 
 
 def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
-    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names the file if it is too short."""
-    view = memoryview(buffer).cast("B")
+    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file which is too short."""
+    view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
     done = 0
     while done < len(view):
         try:
@@ -39,8 +39,8 @@ class FlatSource(Source):
     """Tokens [first_byte, first_byte + tokens * itemsize) of a file.
 
     starts_between(a, b): the ascending positions in [a, b) of tokens that begin a sequence, whose first token is
-    no target with policy.targets "shifted"; None: the file is one sequence. mask: a file with one byte a token, 0 where it
-    is no target.
+    no target with policy.targets "shifted"; None: the file is one sequence. mask: a file with one byte a token, 0 where
+    it is no target.
 
     A part is a range of tokens.
     """
@@ -79,8 +79,8 @@ class FlatSource(Source):
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
         if options.vocab_size > np.iinfo(self._dtype).max + 1:
             warnings.warn(
-                f"{path}: its tokens are {dtype}, and cannot hold ids above {np.iinfo(self._dtype).max} of a vocabulary "
-                f"of {options.vocab_size}: larger ones would have wrapped when it was written",
+                f"{path}: its tokens are {dtype}, and cannot hold ids above {np.iinfo(self._dtype).max} of a "
+                f"vocabulary of {options.vocab_size}: larger ones would have wrapped when it was written",
                 stacklevel=2,
             )
         self.first_byte = first_byte
