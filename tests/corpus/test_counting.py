@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 import time
 
@@ -248,9 +249,7 @@ def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch):
     def during(part):
         counted.append(part.start)
         if part.start == 40:
-            import _thread
-
-            _thread.interrupt_main()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     register(monkeypatch, lambda path: Slow(path, during, 0.002))
     with pytest.raises(KeyboardInterrupt):
