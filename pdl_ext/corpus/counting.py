@@ -197,7 +197,7 @@ class _Count:
             for worker in self._workers:
                 worker.start()
             try:
-                while any(worker.is_alive() for worker in self._workers):
+                while not all(worker.done.is_set() for worker in self._workers):
                     self._wait()
                     now = time.monotonic()
                     self._report(now - begin)
@@ -207,7 +207,7 @@ class _Count:
             finally:
                 self._stop_workers()
                 for worker in self._workers:
-                    worker.join()
+                    worker.done.wait()
                 if self._checkpoint is not None:
                     self._save()
         self._report(time.monotonic() - begin)
@@ -217,7 +217,7 @@ class _Count:
     def _wait(self) -> None:
         deadline = time.monotonic() + _SECONDS_BETWEEN_REPORTS
         for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+            worker.done.wait(max(0.0, deadline - time.monotonic()))
 
     def _report(self, seconds: float) -> None:
         if self._progress is not None:
@@ -268,7 +268,11 @@ class _Count:
 
 
 class _Worker(threading.Thread):
-    """Counts parts until none is left. tokens_read, bytes_done: of this thread, for progress."""
+    """Counts parts until none is left.
+
+    tokens_read, bytes_done: of this thread, for progress; done: an event, since a `join` that Ctrl-C interrupts takes the
+    thread for ended (before Python 3.13).
+    """
 
     def __init__(self, count: _Count) -> None:
         super().__init__(daemon=True)
@@ -279,6 +283,7 @@ class _Worker(threading.Thread):
         self._merged = time.monotonic()
         self.tokens_read = 0
         self.bytes_done = 0
+        self.done = threading.Event()
 
     def run(self) -> None:
         # Of the calling thread alone; each of these uses one.
@@ -293,6 +298,8 @@ class _Worker(threading.Thread):
             self._merge()
         except BaseException as error:
             self._count.fail(error)
+        finally:
+            self.done.set()
 
     def _count_part(self, index: int) -> bool:
         """Whether the part was counted to its end."""
