@@ -270,8 +270,8 @@ class _Count:
 class _Worker(threading.Thread):
     """Counts parts until none is left.
 
-    tokens_read, bytes_done: of this thread, for progress; done: an event, since a `join` that Ctrl-C interrupts takes the
-    thread for ended (before Python 3.13).
+    tokens_read, bytes_done: of this thread, for progress; done: an event, since a `join` that Ctrl-C interrupts takes
+    the thread for ended (before Python 3.13).
     """
 
     def __init__(self, count: _Count) -> None:
