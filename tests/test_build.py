@@ -97,3 +97,19 @@ def test_sdist_holds_every_source(tmp_path):
     wanted = {str(path.relative_to(source)) for path in source.glob("csrc/**/*.*")}
     wanted |= {"setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"}
     assert wanted - held == set()
+
+
+AARCH64_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.skipif(AARCH64_COMPILER is None, reason="no aarch64-linux-gnu-g++ on this machine")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ids=lambda path: path.name)
+def test_cpu_sources_compile_for_aarch64(source, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    flags = ["-std=c++20", "-O0", "-fopenmp-simd", "-Wall", "-Wno-attributes", "-Werror"]
+    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+    command = [AARCH64_COMPILER, *flags, *includes, "-c", source, "-o", tmp_path / "object.o"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
