@@ -86,12 +86,13 @@ def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | No
 
 def _dtype(path: Path, data_format: Any, loader: Any) -> str:
     kind, _, number = data_format[0].partition(":") if _is_one_name(data_format) else ("", "", "")
-    # An array's size stands before it, but where it was written for litdata's TokensLoader.
-    known = {"no_header_tensor": _TENSORS, "no_header_numpy": _ARRAYS if loader == "TokensLoader" else {}}
-    if kind not in known or not number.isdecimal() or not known[kind]:
+    # An item's size stands before it, unless it is for TokensLoader, or a tensor of a time before loaders were told of.
+    is_bare = loader == "TokensLoader" or (loader is None and kind == "no_header_tensor")
+    known = {"no_header_tensor": _TENSORS, "no_header_numpy": _ARRAYS} if is_bare else {}
+    if kind not in known or not number.isdecimal():
         raise ValueError(
-            f"{path}: got items of {data_format!r}, expected token streams alone: one tensor of one dimension, or one "
-            "array of one dimension for TokensLoader"
+            f"{path}: got items of {data_format!r} for {loader}, expected those of one tensor or array of one "
+            "dimension for TokensLoader"
         )
     if int(number) not in known[kind]:
         raise ValueError(

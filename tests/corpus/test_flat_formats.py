@@ -8,6 +8,7 @@ import struct
 import threading
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from pdl_ext.corpus import TargetPolicy, count_corpus, counting
 from pdl_ext.corpus.flat import AscendingNumbers
 
 V = 311
+GOLDEN = Path(__file__).parent / "golden"
 SHIFTED = TargetPolicy(targets="shifted")
 
 
@@ -183,6 +185,21 @@ def test_arrays_of_litdata_for_its_tokens_loader(tmp_path):
     documents = zipf_documents(V, "uint16")
     folder = write_litdata(tmp_path, documents, data_format=["no_header_numpy:5"], item_loader="TokensLoader")
     assert count_corpus([folder], V).counts.tolist() == bincount(np.concatenate(documents))
+
+
+@pytest.mark.parametrize(
+    "name", ["datatrove-uint16", "datatrove-uint32", "litdata-arrays", "litdata-tensors", "megatron"]
+)
+def test_files_of_the_libraries_themselves(name):
+    documents = [np.array(document) for document in ([5, 1, 2], [7], [1, 1, 9, 300, 2], [4, 4])]
+    mask = np.ones(11, bool)
+    if name == "datatrove-uint16":
+        mask[[1, 7, 8]] = False
+    counted = count_corpus([GOLDEN / name], V)
+    assert counted.counts.tolist() == bincount(np.concatenate(documents)[mask])
+    mask[[0, 3, 4, 9]] = False
+    shifted = count_corpus([GOLDEN / name], V, policy=SHIFTED)
+    assert shifted.counts.tolist() == bincount(np.concatenate(documents)[mask])
 
 
 def test_a_file_is_counted_once_by_whatever_name(tmp_path, monkeypatch):
@@ -417,6 +434,11 @@ BAD = {
         _litdata(config={"data_format": ["no_header_numpy:2"]}),
         {},
         r"index\.json: got items of \['no_header_numpy:2'\]",
+    ),
+    "litdata, sizes": (
+        _litdata(config={"item_loader": "PyTreeLoader"}),
+        {},
+        r"index\.json: got items of \['no_header_tensor:16'\] for PyTreeLoader, expected those of one tensor",
     ),
     "litdata, float": (
         _litdata(config={"data_format": ["no_header_tensor:1"]}),
