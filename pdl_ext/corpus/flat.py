@@ -15,10 +15,8 @@ from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, token_dtype
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource", "read_array", "read_at", "read_head"]
 
-# It stays in a core's L2 cache beside the table of counts, so that counting does not read it from memory again.
-BUFFER_BYTES = 2**18
-# What the kernel is asked to read while the buffers before it are counted.
-AHEAD_BYTES = 2**23
+# Small enough that counting finds it in the last cache, large enough that the calls for each cost next to nothing.
+BUFFER_BYTES = 2**21
 
 
 def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
@@ -75,6 +73,10 @@ class FlatSource(Source):
         mask: Path | None = None,
         companions: Sequence[Path] = (),
     ) -> None:
+        for name in ("column", "mask", "skip_prompt"):
+            value = getattr(options.policy, name)
+            if value is not None:
+                raise ValueError(f"{path}: got {name} {value!r}, expected None: a file of {format_name} has no columns")
         if mask is not None:
             companions = (*companions, mask)
         super().__init__(format_name, path, dtype, companions)
@@ -117,12 +119,9 @@ class FlatSource(Source):
         itemsize = self._dtype.itemsize
         buffer = np.empty(min(part.stop - part.start, BUFFER_BYTES // itemsize), self._dtype)
         with _Descriptor(self.path) as file, _Descriptor(self._mask) as mask_file:
-            asked = part.start
+            _read_ahead(file)
             for start in range(part.start, part.stop, buffer.size):
                 stop = min(start + buffer.size, part.stop)
-                if start >= asked:
-                    asked = min(start + AHEAD_BYTES // itemsize, part.stop)
-                    _read_ahead(file, self.first_byte + start * itemsize, 2 * AHEAD_BYTES)
                 tokens = buffer[: stop - start]
                 read_at(file, tokens, self.first_byte + start * itemsize, self.path)
                 is_target = None
@@ -228,10 +227,11 @@ class _Descriptor:
             os.close(self._descriptor)
 
 
-def _read_ahead(descriptor: int, offset: int, size: int) -> None:
-    # Where the system has no such call, its own read-ahead has to do.
+def _read_ahead(descriptor: int) -> None:
+    # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
+    # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def _countable(tokens: NDArray[Any]) -> NDArray[Any]:

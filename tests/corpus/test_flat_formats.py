@@ -490,6 +490,14 @@ def test_bad_files_are_told_of(case, tmp_path):
         count_corpus([tmp_path], V, **options)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("option", ["column", "mask", "skip_prompt"])
+def test_columns_are_refused(name, option, tmp_path):
+    path = FORMATS[name][0](tmp_path, [np.arange(5, dtype="uint16")] * 3)
+    with pytest.raises(ValueError, match=f"{option} 'labels', expected None: a file of {name} has no columns"):
+        count_corpus([path], V, policy=TargetPolicy(**{option: "labels"}), dtype="uint16")
+
+
 def test_a_chunk_that_is_not_listed(tmp_path):
     folder = write_litdata(tmp_path, [np.arange(5, dtype=np.int32)], chunks=1)
     (folder / "chunk-0-1.bin").write_bytes((folder / "chunk-0-0.bin").read_bytes())
@@ -500,7 +508,7 @@ def test_a_chunk_that_is_not_listed(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser reads everything")
 @pytest.mark.parametrize("name", FORMATS)
 def test_unreadable_files_are_told_of(name, tmp_path):
-    path = FORMATS[name][0](tmp_path, [np.arange(5, dtype="uint16")])
+    path = FORMATS[name][0](tmp_path, [np.arange(5, dtype="uint16")] * 3)
     path = path / "chunk-0-0.bin" if path.is_dir() else path
     path.chmod(0)
     with pytest.raises(ValueError, match=rf"{path.name}: cannot be read \(Permission denied\)"):
