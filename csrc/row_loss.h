@@ -190,8 +190,13 @@ struct GradientRow {
     b_target = scalars.b * (A(1) - label_smoothing + uniform);
   }
 
-  PDL_INLINE A probability(A z) const { return exp_nonpositive((z - max) - log_sum); }
+  PDL_INLINE A log_probability(A z) const { return (z - max) - log_sum; }
+  PDL_INLINE A probability(A z) const { return exp_nonpositive(log_probability(z)); }
   PDL_INLINE A off_target_of(A probability) const { return a * probability - b_uniform; }
+  // off_target_of(share * factor) for any share, in one multiplication a share.
+  PDL_INLINE auto off_target_of_shares(A factor) const {
+    return [a_share = a * factor, b_uniform = b_uniform](A share) { return a_share * share - b_uniform; };
+  }
   PDL_INLINE A off_target(A z) const { return off_target_of(probability(z)); }
   PDL_INLINE A at_target(A z) const { return a * probability(z) - b_target; }
 };

@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
 from pdl_ext._checks import check_ignore_index, check_vocab_size
-from pdl_ext._files import write_whole
+from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
 __all__ = ["TokenFrequency"]
 
-_FORMAT = "pdl_ext.TokenFrequency"
-_FORMAT_VERSION = "2"
+_FORMAT = "pdl_ext.TokenFrequency/2"
 
 
 class TokenFrequency(nn.Module):
@@ -183,17 +180,14 @@ class TokenFrequency(nn.Module):
         self._check_conserved("counts")
         metadata = {
             "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
             "vocab_size": str(self.vocab_size),
             "ignore_index": str(self.ignore_index),
             "tokens_seen": str(self.tokens_seen),
         }
         if self.provenance is not None:
             metadata["provenance"] = self.provenance.to_json()
-        tensors = {
-            name: getattr(self, name).detach().cpu().contiguous() for name in ("counts", "ignored", "out_of_range")
-        }
-        write_whole(Path(path), serialize(tensors, metadata=metadata))
+        names = ("counts", "ignored", "out_of_range")
+        write_tensors(Path(path), {name: getattr(self, name) for name in names}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
@@ -201,19 +195,7 @@ class TokenFrequency(nn.Module):
 
         Raises FileNotFoundError, or ValueError for a file that is damaged or is no counts file.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no file at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} is damaged or no safetensors file ({error})") from error
-        if metadata.get("format") != _FORMAT or metadata.get("format_version") != _FORMAT_VERSION:
-            raise ValueError(
-                f"path: {path} has format {metadata.get('format')!r} {metadata.get('format_version')!r}, "
-                f"expected {_FORMAT!r} {_FORMAT_VERSION!r}"
-            )
+        tensors, metadata = read_tensors(Path(path), "path", _FORMAT)
         try:
             frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
             tokens_seen = int(metadata["tokens_seen"])
@@ -237,7 +219,9 @@ class TokenFrequency(nn.Module):
             raise ValueError(f"{name}: got a negative count, expected all >= 0")
         read = 0 if self.provenance is None else self.provenance.tokens
         if self.tokens_seen < read:
-            raise ValueError(f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more")
+            raise ValueError(
+                f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more"
+            )
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.ignored, self.out_of_range

@@ -116,7 +116,8 @@ def check_distinct(shards: Iterable[Shard]) -> None:
         known = seen.setdefault((shard.size, shard.digest), shard.name)
         if known is not shard.name:
             raise ValueError(
-                f"{shard.name}: got the same content as {known}, expected each shard once (allow_overlap counts it again)"
+                f"{shard.name}: got the same content as {known}, expected each shard once "
+                "(allow_overlap counts it again)"
             )
 
 

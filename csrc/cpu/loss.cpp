@@ -187,8 +187,9 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
   for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
     const int64_t n = std::min(kChunk<kPlain, T>, end - first);
     const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer);
-    map<kPlain>(instructions, z, gradient + first, n, [&](A z, int64_t j) {
-      const A g = row.off_target(z);
+    const auto log_probability = [&](A z) { return row.log_probability(z); };
+    map_exp<kPlain>(instructions, z, gradient + first, n, log_probability, [&](A probability, int64_t j) {
+      const A g = row.off_target_of(probability);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }
@@ -206,8 +207,9 @@ PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, con
   for (int64_t first = 0; first < vocab_size; first += kChunk<kPlain, T>) {
     const int64_t n = std::min(kChunk<kPlain, T>, vocab_size - first);
     const A factor = exp_nonpositive(chunk_max[first / kChunk<kPlain, T>] - statistics.max) / statistics.sum;
+    const auto off_target = row.off_target_of_shares(factor);
     map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
-      const A g = row.off_target_of(e * factor);
+      const A g = off_target(e);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }

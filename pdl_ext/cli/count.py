@@ -15,7 +15,7 @@ _EXAMPLES = """\
 examples:
   pdl-ext count train.bin --dtype uint16 --vocab-size 50257 -o counts.safetensors
   pdl-ext count corpus/ 'more/**/*.parquet' --vocab-size 128256 --column input_ids -o counts.safetensors
-  pdl-ext count chats/ --vocab-size 151936 --column input_ids --skip-prompt labels --targets shifted -o counts.safetensors
+  pdl-ext count chats/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
   pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
@@ -65,7 +65,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--allow-overlap", action="store_true", help="count files with the same content each")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a processor")
     parser.add_argument(
-        "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how much a crash may lose (default: 60)"
+        "--checkpoint-every",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how much a crash may lose (default: 60)",
     )
     parser.set_defaults(run=_run)
 

@@ -1,8 +1,8 @@
 """The loop that counts a corpus: parts of sources over threads and ranks, resumable at any moment.
 
-A thread counts a part into a table of its own, by one read of each token into a buffer that stays in its cache, and adds
-the table to the totals once a second's worth of parts is finished; a checkpoint is the totals with the set of finished
-parts. Which parts there are follows from the files alone, so whoever goes on finds the same.
+A thread counts a part into a table of its own, and adds the table to the totals when a second's worth of parts is
+finished; a checkpoint is the totals with the set of finished parts. Which parts there are follows from the files alone,
+so whoever goes on finds the same.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = ["Progress", "count_corpus"]
 PART_BYTES = 2**26
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
+_SECONDS_TO_FINISH_A_PART = 1.0
 SAMPLES = ("line", "document")
 
 
@@ -181,6 +182,7 @@ class _Count:
         self._progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._stopped_at = 0.0
         self._error: BaseException | None = None
         sizes = [part.size for _, part in parts]
         self._bytes_before = sum(size for size, done in zip(sizes, state.finished.tolist(), strict=True) if done)
@@ -196,7 +198,7 @@ class _Count:
             for worker in self._workers:
                 worker.start()
             try:
-                while any(worker.is_alive() for worker in self._workers):
+                while not all(worker.done.is_set() for worker in self._workers):
                     self._wait()
                     now = time.monotonic()
                     self._report(now - begin)
@@ -204,9 +206,9 @@ class _Count:
                         self._save()
                         saved = time.monotonic()
             finally:
-                self._stop.set()
+                self._stop_workers()
                 for worker in self._workers:
-                    worker.join()
+                    worker.done.wait()
                 # A worker sets its own, but also what threads begin with that are started later.
                 torch.set_num_threads(threads)
                 if self._checkpoint is not None:
@@ -218,13 +220,18 @@ class _Count:
     def _wait(self) -> None:
         deadline = time.monotonic() + _SECONDS_BETWEEN_REPORTS
         for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+            worker.done.wait(max(0.0, deadline - time.monotonic()))
 
     def _report(self, seconds: float) -> None:
         if self._progress is not None:
             tokens = sum(worker.tokens_read for worker in self._workers)
             done = sum(worker.bytes_done for worker in self._workers)
             self._progress(Progress(tokens, self._bytes_before, self._bytes_before + done, self._bytes_total, seconds))
+
+    def _stop_workers(self) -> None:
+        if not self._stop.is_set():
+            self._stopped_at = time.monotonic()
+            self._stop.set()
 
     def _save(self) -> None:
         assert self._checkpoint is not None
@@ -247,15 +254,16 @@ class _Count:
     def fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
-        self._stop.set()
+        self._stop_workers()
 
     def new_table(self) -> TokenFrequency:
         frequency = self._state.frequency
         return TokenFrequency(frequency.vocab_size, ignore_index=frequency.ignore_index)
 
     @property
-    def stopped(self) -> bool:
-        return self._stop.is_set()
+    def must_abandon(self) -> bool:
+        """Whether a worker has to leave its part as it is: a short one it may finish."""
+        return self._stop.is_set() and time.monotonic() - self._stopped_at > _SECONDS_TO_FINISH_A_PART
 
     @property
     def strict(self) -> bool:
@@ -263,7 +271,11 @@ class _Count:
 
 
 class _Worker(threading.Thread):
-    """Counts parts until none is left. tokens_read, bytes_done: of this thread, for progress."""
+    """Counts parts until none is left.
+
+    tokens_read, bytes_done: of this thread, for progress; done: an event, since a `join` that Ctrl-C interrupts takes
+    the thread for ended (before Python 3.13).
+    """
 
     def __init__(self, count: _Count) -> None:
         super().__init__(daemon=True)
@@ -274,6 +286,7 @@ class _Worker(threading.Thread):
         self._merged = time.monotonic()
         self.tokens_read = 0
         self.bytes_done = 0
+        self.done = threading.Event()
 
     def run(self) -> None:
         # Of the calling thread alone; each of these uses one.
@@ -281,22 +294,25 @@ class _Worker(threading.Thread):
         try:
             while (index := self._count.next()) is not None:
                 if not self._count_part(index):
+                    # What is in the table is no whole number of parts any more.
                     return
                 if time.monotonic() - self._merged >= _SECONDS_BETWEEN_MERGES:
                     self._merge()
             self._merge()
         except BaseException as error:
             self._count.fail(error)
+        finally:
+            self.done.set()
 
     def _count_part(self, index: int) -> bool:
-        """Whether the part was counted to its end; if not, the table is good for nothing any more."""
+        """Whether the part was counted to its end."""
         source, part = self._count.part(index)
         counts, ignored, out_of_range = self._table.counts, self._table.ignored, self._table.out_of_range
         ignore_index, strict = self._table.ignore_index, self._count.strict
         source.check_unchanged()
         read = 0
         for tokens, is_target in source.batches(part):
-            if self._count.stopped:
+            if self._count.must_abandon:
                 return False
             read += tokens.size
             self.tokens_read += tokens.size
@@ -312,8 +328,11 @@ class _Worker(threading.Thread):
                     ignore_index=ignore_index,
                     strict=strict,
                 )
-            except IndexError as error:
-                raise ValueError(f"{source.path}: {error}") from None
+            except IndexError:
+                wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= counts.numel()))
+                raise ValueError(
+                    f"{source.path}: got the id {tokens[wrong][0]}, expected 0 <= id < {counts.numel()}"
+                ) from None
         source.check_unchanged()
         self.bytes_done += part.size
         self._finished.append(index)

@@ -25,8 +25,7 @@ _HEAD_BYTES = 64
 def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None, options: ReadOptions) -> list[Source]:
     """The sources of everything named, in order, each file once.
 
-    data: files, folders (searched whole), glob patterns (`**` too), and files that end in .list with one of these a
-    line.
+    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
     Raises ValueError that names what is missing, empty, unreadable or of no known format.
     """
     if isinstance(data, (str, os.PathLike)) or not data:

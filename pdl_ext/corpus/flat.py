@@ -93,8 +93,6 @@ class FlatSource(Source):
                 f"{path}: got {self.size} bytes, expected {first_byte + tokens * itemsize}: it states {tokens} tokens "
                 f"of {dtype} from byte {first_byte} on"
             )
-        if tokens == 0:
-            raise ValueError(f"{path}: holds no tokens, expected some, or else that it is left out")
         if mask is not None and self.stamps[mask].size != tokens:
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
         if options.vocab_size > np.iinfo(self._dtype).max + 1:

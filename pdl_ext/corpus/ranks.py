@@ -28,7 +28,7 @@ def checkpoints(checkpoint: Path) -> list[Path]:
 
 
 def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -> tuple[State, list[int]]:
-    """What this rank goes on from, and the parts that it has to count: an even share of those that no rank has finished.
+    """What this rank goes on from, and the parts that it has to count: an even share of those that none has finished.
 
     Each rank goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
     ranks, and deletes the others, so that those may also lie on each machine's own disk.

@@ -45,7 +45,7 @@ class ReadOptions:
     """
 
     vocab_size: int
-    policy: TargetPolicy = TargetPolicy()
+    policy: TargetPolicy
     dtype: str | None = None
     tokenizer: Path | None = None
     sample_by: str = "line"

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
-from pdl_ext._files import write_whole
+from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.frequency import TokenFrequency
 
 __all__ = ["State"]
 
-_FORMAT = "pdl_ext.corpus.State"
+_FORMAT = "pdl_ext.corpus.State/1"
 
 
 class State:
@@ -65,7 +63,7 @@ class State:
         tensors = {f"frequency.{name}": buffer for name, buffer in self.frequency.state_dict().items()}
         tensors["finished"] = self.finished
         metadata = {"format": _FORMAT, "identity": self.identity, "tokens": str(self.tokens)}
-        write_whole(path, serialize(tensors, metadata=metadata))
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path, like: State) -> State:
@@ -73,28 +71,13 @@ class State:
 
         Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if metadata["format"] != _FORMAT:
-                raise ValueError(f"format {metadata['format']!r}")
-            identity, tokens = metadata["identity"], int(metadata["tokens"])
-            finished = tensors.pop("finished")
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"{path}: is damaged or no checkpoint of a count ({error})") from error
-        if identity != like.identity:
+        tensors, metadata = read_tensors(path, "checkpoint", _FORMAT)
+        if metadata["identity"] != like.identity:
             raise ValueError(
-                f"{path}: got the checkpoint of another count (files, options or pdl_ext's version differ), "
-                "expected this one's: delete it to begin anew"
+                f"checkpoint: {path} is that of another count (files, options or pdl_ext's version differ), expected "
+                "this one's: delete it to begin anew"
             )
-        loaded = cls.empty(
-            like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity
-        )
+        loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
+        loaded.finished, loaded.tokens = tensors.pop("finished"), int(metadata["tokens"])
         loaded.frequency.load_state_dict({name.removeprefix("frequency."): value for name, value in tensors.items()})
-        loaded.finished, loaded.tokens = finished, tokens
-        try:
-            loaded.check_conserved()
-        except RuntimeError as error:
-            raise ValueError(f"{path}: is damaged ({error})") from error
         return loaded

@@ -1,0 +1,180 @@
+"""Counting files, beside counting in memory, NumPy over a mapped file, decoding alone, and the standard library.
+
+python benchmarks/corpus.py [--bytes N] [--folder DIR] [--output DIR]
+
+Writes Zipf-distributed uint16 ids in several formats into a folder that it deletes again, counts each by
+`count_corpus` while the page cache holds it, and leaves OUTPUT/benchmark.json and benchmark.md by harness.py. A time
+counts if the counts are those of NumPy, all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from harness import Group, Provider, Workload
+from workloads import failures
+
+from pdl_ext import TokenFrequency
+from pdl_ext.corpus import count_corpus
+
+VOCAB_SIZE = 50257
+PROTOCOL = harness.Protocol(warm_up=0.0, least_rounds=5, most_rounds=5)
+# What a row of the columns holds, and a row group.
+LENGTH, ROWS = 2048, 4096
+
+
+def zipf(tokens: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Ids whose frequency falls as one over their rank, as `workloads.zipf_ids` does."""
+    uniform = np.random.default_rng(0).random(tokens, np.float32)
+    return np.minimum(np.exp(uniform * np.log(VOCAB_SIZE)) - 1, VOCAB_SIZE - 1).astype(np.uint16)
+
+
+def write_megatron(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> Path:
+    """A document of LENGTH tokens after the other, as Megatron's preprocessing leaves them."""
+    documents = -(-ids.size // LENGTH)
+    lengths = np.full(documents, LENGTH, np.int32)
+    lengths[-1] = ids.size - LENGTH * (documents - 1)
+    pointers = 2 * LENGTH * np.arange(documents, dtype=np.int64)
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, documents, documents + 1)
+    index = folder / "megatron.idx"
+    index.write_bytes(header + lengths.tobytes() + pointers.tobytes() + np.arange(documents + 1).tobytes())
+    ids.tofile(folder / "megatron.bin")
+    return index
+
+
+def write_parquet(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> Path:
+    """Lists of LENGTH tokens, ROWS of them a row group, as pyarrow writes them by default."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = folder / "ids.parquet"
+    values = pa.array(ids[: ids.size // LENGTH * LENGTH])
+    table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, LENGTH).cast(pa.list_(pa.uint16()))})
+    pyarrow.parquet.write_table(table, path, row_group_size=ROWS)
+    return path
+
+
+def decode_parquet(path: Path) -> int:
+    """Decodes all row groups on as many threads as PyTorch has, and counts nothing."""
+    import pyarrow.parquet
+
+    groups = pyarrow.parquet.ParquetFile(path).num_row_groups
+
+    def decode(first: int) -> int:
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False)
+        rows = 0
+        for group in range(first, groups, torch.get_num_threads()):
+            for batch in file.iter_batches(1024, row_groups=[group], columns=["input_ids"], use_threads=False):
+                rows += batch.num_rows
+        return rows
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return sum(pool.map(decode, range(torch.get_num_threads())))
+
+
+def groups(folder: Path, size: int) -> list[Group]:
+    """What is measured, of files of `size` bytes."""
+
+    def error_from(truth: torch.Tensor) -> Callable[[Any], float]:
+        def error(counts: Any) -> float:
+            return 0.0 if torch.equal(torch.as_tensor(counts), truth) else 1.0
+
+        return error
+
+    def counted(path: Path, **options: Any) -> Callable[[int], torch.Tensor]:
+        return lambda _: count_corpus([path], VOCAB_SIZE, **options).counts
+
+    def flat() -> Iterator[Workload]:
+        ids = zipf(size // 2)
+        truth = torch.from_numpy(np.bincount(ids, minlength=VOCAB_SIZE))
+        raw, npy = folder / "ids.bin", folder / "ids.npy"
+        ids.tofile(raw)
+        np.save(npy, ids)
+        megatron = write_megatron(folder, ids)
+        resident = torch.from_numpy(ids)
+
+        def in_memory(_: int) -> torch.Tensor:
+            frequency = TokenFrequency(VOCAB_SIZE)
+            frequency.update(resident)
+            return frequency.counts
+
+        def mapped(_: int) -> Any:
+            return np.bincount(np.memmap(raw, np.uint16, "r"), minlength=VOCAB_SIZE)
+
+        error = error_from(truth)
+        providers = [
+            Provider("count_corpus, raw", counted(raw, dtype="uint16"), error),
+            Provider("in memory", in_memory, error, note="TokenFrequency.update"),
+            Provider("count_corpus, npy", counted(npy), error),
+            Provider("count_corpus, Megatron", counted(megatron), error),
+            Provider("np.bincount of a mapped file", mapped, error),
+        ]
+        yield Workload(f"{size / 1e9:g} GB of uint16, V {VOCAB_SIZE}", providers, 0.0, size, items=ids.size)
+        part = ids[: size // 64]
+        raw_part = folder / "part.bin"
+        part.tofile(raw_part)
+
+        def by_counter(_: int) -> list[int]:
+            counter = collections.Counter(np.memmap(raw_part, np.uint16, "r").tolist())
+            return [counter[token] for token in range(VOCAB_SIZE)]
+
+        error = error_from(torch.from_numpy(np.bincount(part, minlength=VOCAB_SIZE)))
+        providers = [
+            Provider("count_corpus, raw", counted(raw_part, dtype="uint16"), error),
+            Provider("collections.Counter", by_counter, error),
+        ]
+        name = f"{part.nbytes / 1e6:g} MB of uint16, V {VOCAB_SIZE}"
+        yield Workload(name, providers, 0.0, part.nbytes, items=part.size)
+        for path in (raw, npy, megatron.with_suffix(".bin"), raw_part):
+            path.unlink()
+
+    def columns() -> Iterator[Workload]:
+        ids = zipf(size // 8)
+        path = write_parquet(folder, ids)
+        ids = ids[: ids.size // LENGTH * LENGTH]
+        rows = ids.size // LENGTH
+        providers = [
+            Provider(
+                "count_corpus, Parquet",
+                counted(path),
+                error_from(torch.from_numpy(np.bincount(ids, minlength=VOCAB_SIZE))),
+            ),
+            Provider("pyarrow, decoding alone", lambda _: decode_parquet(path), lambda got: float(got != rows)),
+        ]
+        name = f"Parquet, {ids.size / 1e6:.0f} M ids, V {VOCAB_SIZE}"
+        yield Workload(name, providers, 0.0, path.stat().st_size, items=ids.size)
+        path.unlink()
+
+    return [Group("flat files", flat), Group("columns", columns)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bytes", type=int, default=2 * 10**9, metavar="N", help="of the raw file; default: 2 GB")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where files are written; default: the system's")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/corpus-DEVICE-DATE")
+    options = parser.parse_args()
+    clock = harness.HostClock()
+    about = harness.machine(clock.device)
+    folder = options.output or harness.results_folder("corpus", about)
+    report = harness.Report(folder, "pdl_ext: counting files", about, PROTOCOL, kernel_times=False)
+    with tempfile.TemporaryDirectory(dir=options.folder) as files:
+        harness.run(groups(Path(files), options.bytes), clock, report, float("inf"), 2**28)
+    broken = failures(report)
+    print("\n".join([f"written to {report.folder}", *broken]))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

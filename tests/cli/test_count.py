@@ -1,0 +1,100 @@
+"""`pdl-ext count` from its command line to its file."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, TokenFrequency
+from pdl_ext.cli.main import main
+from pdl_ext.cli.progress import ProgressLine
+from pdl_ext.corpus import Progress
+
+V = 50
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, V, 999)
+    (tmp_path / "a.bin").write_bytes(tokens.astype("<u2").tobytes())
+    return torch.from_numpy(np.bincount(tokens, minlength=V))
+
+
+COUNT = ["count", "a.bin", "--dtype", "uint16", "-o", "counts.safetensors", "--vocab-size"]
+
+
+def test_counts_and_says_so(corpus, capsys, tmp_path):
+    assert main([*COUNT, "50"]) == 0
+    output = capsys.readouterr().out
+    assert "counts.safetensors: 999 tokens counted of 999 in 1 files" in output
+    assert "0 ignored, 0 out of range" in output
+    assert re.search(r"peak memory \d", output)
+    frequency = TokenFrequency.load("counts.safetensors")
+    assert torch.equal(frequency.counts, corpus)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "a.bin"] == ["counts.safetensors"]
+    PDLLoss("counts.safetensors")(torch.zeros(2, V), torch.tensor([1, 2]))
+
+
+def test_ids_out_of_range_are_reported_and_strict_fails(corpus, capsys, tmp_path):
+    assert main([*COUNT, "40"]) == 0
+    outside = int(corpus[40:].sum())
+    assert f"warning: {outside} ids outside [0, 40)" in capsys.readouterr().err
+    assert int(TokenFrequency.load("counts.safetensors").out_of_range) == outside
+    (tmp_path / "counts.safetensors").unlink()
+    assert main([*COUNT, "40", "--strict"]) == 1
+    assert re.search(r"pdl-ext: a.bin: got the id 4\d, expected 0 <= id < 40", capsys.readouterr().err)
+    assert not (tmp_path / "counts.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["count", "b.bin", "-o", "c", "--vocab-size", "5"], "data: got b.bin"),
+        (["count", "a.bin", "-o", "c", "--vocab-size", "5"], "a.bin: has no header"),
+        (["count", "a.bin", "-o", "no/c", "--vocab-size", "5"], "output: got no/c"),
+        ([*COUNT, "0"], "vocab_size: got 0"),
+        ([*COUNT, "5", "--targets", "odd"], "targets: got 'odd'"),
+        ([*COUNT, "5", "--threads", "0"], "threads: got 0"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, corpus, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("pdl-ext: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+class Stream:
+    def __init__(self, is_terminal):
+        self.is_terminal, self.text = is_terminal, ""
+
+    def isatty(self):
+        return self.is_terminal
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress(is_terminal):
+    stream = Stream(is_terminal)
+    line = ProgressLine(stream)
+    for seconds in (1.0, 12.0, 13.0, 50.0):
+        line.show(Progress(int(seconds * 1e6), 100, 100 + int(seconds), 200, seconds))
+    line.close()
+    if is_terminal:
+        assert "50 M tokens, 1 M/s" in stream.text
+        assert "150/200" in stream.text.replace("150B", "150").replace("200B", "200") or "75%" in stream.text
+    else:
+        assert stream.text.splitlines() == [
+            " 56.0 %  12 M tokens  1 M tokens/s  01:28 left",
+            " 75.0 %  50 M tokens  1 M tokens/s  00:50 left",
+        ]

@@ -1,0 +1,140 @@
+"""A count over two gloo processes: the counts of one; a rank that dies, and another number of ranks that goes on."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pdl_ext import TokenFrequency
+from pdl_ext.corpus import count_corpus, counting
+from pdl_ext.corpus.ranks import _own_parts
+
+V, RANKS, SHARDS = 300, 2, 5
+
+if not dist.is_available() or not dist.is_gloo_available():
+    pytest.skip("PyTorch without gloo", allow_module_level=True)
+
+
+def write_corpus(folder):
+    folder.mkdir()
+    shards = [np.random.default_rng(seed).integers(0, V, 1000 + 77 * seed) for seed in range(SHARDS)]
+    for seed, shard in enumerate(shards):
+        (folder / f"{seed}.bin").write_bytes(shard.astype("<u2").tobytes())
+    return torch.from_numpy(np.bincount(np.concatenate(shards), minlength=V))
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
+    counting.PART_BYTES = 256
+    data, state = [folder / "corpus"], folder / "state"
+
+    whole = count_corpus(data, V, dtype="uint16", threads=2, checkpoint=state, group=dist.group.WORLD)
+    whole.save(folder / f"whole-{rank}")
+    own = torch.tensor([os.path.getsize(f"{state}-{rank}")])
+    assert own > 0
+    dist.barrier()
+    os.unlink(f"{state}-{rank}")
+    dist.barrier()
+
+    # One rank fails after a third of its share; then both go on.
+    run = counting._Count.run
+
+    def third(self):
+        if rank == 1:
+            todo = list(self._todo)
+            self._todo = iter(todo[: len(todo) // 3])
+        run(self)
+        raise KeyboardInterrupt
+
+    counting._Count.run = third
+    with pytest.raises(KeyboardInterrupt):
+        count_corpus(data, V, dtype="uint16", threads=2, checkpoint=state, group=dist.group.WORLD)
+    counting._Count.run = run
+    dist.barrier()
+    if rank == 0:
+        # For a single process to go on from.
+        for name in ("state-0", "state-1"):
+            (folder / f"copied-{name}").write_bytes((folder / name).read_bytes())
+    dist.barrier()
+    resumed = count_corpus(data, V, dtype="uint16", threads=2, checkpoint=state, group=dist.group.WORLD)
+    assert torch.equal(resumed.counts, whole.counts)
+    assert resumed.provenance == whole.provenance
+
+    # Each rank's disk is its own, and holds its own checkpoint.
+    for path in folder.glob("state-*"):
+        path.unlink(missing_ok=True)
+    dist.barrier()
+    local = folder / f"disk-{rank}"
+    local.mkdir()
+    counting._Count.run = third
+    with pytest.raises(KeyboardInterrupt):
+        count_corpus(data, V, dtype="uint16", checkpoint=local / "state", group=dist.group.WORLD)
+    counting._Count.run = run
+    assert (local / f"state-{rank}").exists()
+    again = count_corpus(data, V, dtype="uint16", checkpoint=local / "state", group=dist.group.WORLD)
+    assert torch.equal(again.counts, whole.counts)
+
+    # Ranks that see different files are told so, all of them.
+    with pytest.raises(ValueError, match="data: got different files or options over the ranks"):
+        count_corpus([folder / "corpus" / f"{rank}.bin"], V, dtype="uint16", group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_count_as_one(tmp_path):
+    counts = write_corpus(tmp_path / "corpus")
+    mp.spawn(worker, (tmp_path,), nprocs=RANKS)
+    for rank in range(RANKS):
+        frequency = TokenFrequency.load(tmp_path / f"whole-{rank}")
+        assert torch.equal(frequency.counts, counts)
+        assert frequency.provenance.tokens == int(counts.sum())
+        assert len(frequency.provenance.shards) == SHARDS
+
+
+def test_one_process_goes_on_from_two_ranks(tmp_path, monkeypatch):
+    counts = write_corpus(tmp_path / "corpus")
+    mp.spawn(worker, (tmp_path,), nprocs=RANKS)
+    monkeypatch.setattr(counting, "PART_BYTES", 256)
+    done = []
+    frequency = count_corpus(
+        [tmp_path / "corpus"], V, dtype="uint16", checkpoint=tmp_path / "copied-state", progress=done.append
+    )
+    assert torch.equal(frequency.counts, counts)
+    assert done[-1].bytes_before > 0
+    assert [path.name for path in tmp_path.glob("copied-*")] == ["copied-state-0"]
+
+
+def test_torchrun(tmp_path):
+    counts = write_corpus(tmp_path / "corpus")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "pdl_ext.cli", "count", str(tmp_path / "corpus"), "--dtype", "uint16"]
+    command += ["--vocab-size", str(V), "-o", str(tmp_path / "counts.safetensors")]
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("tokens counted") == 1
+    assert torch.equal(TokenFrequency.load(tmp_path / "counts.safetensors").counts, counts)
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 40])
+def test_each_part_has_one_rank_and_each_rank_its_share(ranks):
+    sizes = [0, 5, 100, 1, 1, 1, 0, 30, 30, 30, 0]
+    finished = [0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    shares = [_own_parts(finished, sizes, rank, ranks) for rank in range(ranks)]
+    assert sorted(itertools.chain(*shares)) == [i for i, done in enumerate(finished) if not done]
+    equal = [_own_parts([0] * 1000, [7] * 1000, rank, ranks) for rank in range(ranks)]
+    assert max(map(len, equal)) - min(map(len, equal)) <= 1
+
+
+def test_parts_without_bytes_have_an_owner():
+    assert _own_parts([0, 0], [0, 0], 0, 2) + _own_parts([0, 0], [0, 0], 1, 2) == [0, 1]

@@ -1,0 +1,182 @@
+"""A count that is killed at any moment goes on to the counts of one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pdl_ext.corpus import TargetPolicy, count_corpus, counting
+from pdl_ext.corpus.ranks import checkpoints
+from pdl_ext.corpus.state import State
+
+V = 5000
+
+# Forks children that count, kills each at a random moment, and lets the last one finish.
+KILLER = """
+import os, random, signal, sys, time
+import torch
+from pdl_ext.corpus import count_corpus, counting
+counting.PART_BYTES = 2**14
+counting._SECONDS_BETWEEN_MERGES = 0.0
+random.seed(int(sys.argv[3]))
+killed = 0
+while True:
+    child = os.fork()
+    if child == 0:
+        frequency = count_corpus([sys.argv[1]], 5000, dtype="uint16", threads=2, checkpoint=sys.argv[2],
+                                 checkpoint_every=1e-4)
+        frequency.save(sys.argv[2] + ".result")
+        os._exit(0)
+    if killed < 25:
+        time.sleep(random.uniform(0.0, 0.08))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if status == 0:
+        break
+    killed += 1
+print("killed", killed)
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, V, 3_000_000)
+    (tmp_path / "a.bin").write_bytes(tokens.astype("<u2").tobytes())
+    return tmp_path / "a.bin", torch.from_numpy(np.bincount(tokens, minlength=V))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to kill a process after its imports")
+def test_kill_9_at_any_moment(corpus, tmp_path):
+    path, counts = corpus
+    state = tmp_path / "state"
+    seed = str(random.randrange(2**31))
+    run = subprocess.run([sys.executable, "-c", KILLER, path, state, seed], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, f"seed {seed}: {run.stderr}"
+    print(run.stdout, "seed", seed)
+    from pdl_ext import TokenFrequency
+
+    frequency = TokenFrequency.load(f"{state}.result")
+    assert torch.equal(frequency.counts, counts), f"seed {seed}"
+    assert frequency.tokens_seen == frequency.provenance.tokens == 3_000_000
+
+
+def test_the_command_goes_on_after_sigterm(corpus, tmp_path):
+    path, counts = corpus
+    fifo = tmp_path / "out"
+    command = [sys.executable, "-m", "pdl_ext.cli", "count", str(path), "--dtype", "uint16", "--vocab-size", str(V)]
+    command += ["-o", str(fifo)]
+    slowly = (
+        "import sys, time\nfrom pdl_ext.corpus import counting, flat\ncounting.PART_BYTES = 2**16\n"
+        "read = flat.read_at\ndef slow(*a):\n    time.sleep(0.02); read(*a)\nflat.read_at = slow\n"
+        "from pdl_ext.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", slowly, *command[3:]], stderr=subprocess.PIPE, text=True)
+    first = tmp_path / "out.checkpoint-0"
+    while not first.exists():
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on from it" in error
+    assert first.exists()
+    assert not fifo.exists()
+
+    run = subprocess.run([sys.executable, "-c", slowly.replace("0.02", "0"), *command[3:]], check=True)
+    from pdl_ext import TokenFrequency
+
+    assert torch.equal(TokenFrequency.load(fifo).counts, counts)
+    assert not first.exists()
+
+
+def interrupted(path, checkpoint, monkeypatch, vocab_size=V):
+    monkeypatch.setattr(counting, "PART_BYTES", 2**16)
+    loop = counting._Count.run
+
+    def half(self):
+        self._todo = iter(list(self._todo)[::2])
+        loop(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counting._Count, "run", half)
+        with pytest.raises(KeyboardInterrupt):
+            count_corpus([path], vocab_size, dtype="uint16", checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_another_count_is_refused(corpus, tmp_path, monkeypatch):
+    path, _ = corpus
+    state = tmp_path / "state"
+    interrupted(path, state, monkeypatch)
+    content = Path(f"{state}-0").read_bytes()
+    refused = re.escape(f"checkpoint: {state}-0 is that of another count")
+    with pytest.raises(ValueError, match=refused):
+        count_corpus([path], V + 1, dtype="uint16", checkpoint=state)
+    with pytest.raises(ValueError, match=refused):
+        count_corpus([path], V, dtype="int16", checkpoint=state)
+    with pytest.raises(ValueError, match=refused):
+        count_corpus([path], V, dtype="uint16", policy=TargetPolicy(targets="shifted"), checkpoint=state)
+    os.utime(path, (1, 1))
+    with pytest.raises(ValueError, match=refused):
+        count_corpus([path], V, dtype="uint16", checkpoint=state)
+    assert Path(f"{state}-0").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-3], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b[::-1]]
+)
+def test_a_damaged_checkpoint_is_refused(damage, corpus, tmp_path, monkeypatch):
+    path, _ = corpus
+    state = tmp_path / "state"
+    interrupted(path, state, monkeypatch)
+    file = Path(f"{state}-0")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"checkpoint: {file} is damaged")):
+        count_corpus([path], V, dtype="uint16", checkpoint=state)
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(corpus, tmp_path, monkeypatch):
+    path, counts = corpus
+    state = tmp_path / "state"
+    interrupted(path, state, monkeypatch)
+    content = Path(f"{state}-0").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=re.escape(f"No space left on device; not written: {state}-0")):
+            count_corpus([path], V, dtype="uint16", checkpoint=state)
+    assert Path(f"{state}-0").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "state-0"]
+    assert torch.equal(count_corpus([path], V, dtype="uint16", checkpoint=state).counts, counts)
+
+
+def test_adopting_a_state_twice_changes_nothing():
+    first = State.empty(3, -100, 4, "x")
+    second = State.empty(3, -100, 4, "x")
+    second.frequency.counts += torch.tensor([1, 2, 3])
+    second.finished[1:3] = 1
+    second.tokens = 6
+    first.adopt(second)
+    first.adopt(second)
+    assert first.frequency.counts.tolist() == [1, 2, 3]
+    assert (first.tokens, first.finished.tolist()) == (6, [0, 1, 1, 0])
+    second.finished[3] = 1
+    with pytest.raises(ValueError, match="expected each part in one"):
+        first.adopt(second)
+
+
+def test_checkpoints_are_those_of_ranks(tmp_path):
+    for name in ("s-10", "s-2", "s-0", "s-x", "s-", "t-1", "s-2.partial"):
+        (tmp_path / name).touch()
+    assert [path.name for path in checkpoints(tmp_path / "s")] == ["s-0", "s-2", "s-10"]
