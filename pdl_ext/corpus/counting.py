@@ -191,6 +191,7 @@ class _Count:
 
     def run(self) -> None:
         begin = saved = time.monotonic()
+        threads = torch.get_num_threads()
         # A column of a file is an array that cannot be written to, which PyTorch warns of.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")
@@ -208,6 +209,8 @@ class _Count:
                 self._stop_workers()
                 for worker in self._workers:
                     worker.done.wait()
+                # A worker sets its own, but also what threads begin with that are started later.
+                torch.set_num_threads(threads)
                 if self._checkpoint is not None:
                     self._save()
         self._report(time.monotonic() - begin)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
-from pdl_ext.corpus import raw
+from pdl_ext.corpus import datatrove, litdata, llmc, megatron, npy, raw
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMATS", "open_sources"]
 
 # In the order in which they are asked: what is told by its first bytes before what is told by its name.
-FORMATS = {format.name: format for format in (raw.FORMAT,)}
+FORMATS = {
+    format.name: format
+    for format in (npy.FORMAT, megatron.FORMAT, llmc.FORMAT, litdata.FORMAT, datatrove.FORMAT, raw.FORMAT)
+}
 _LIST_SUFFIX = ".list"
 _HEAD_BYTES = 64
 
@@ -55,10 +58,12 @@ def _expand(name: str) -> Iterator[Path]:
         found = sorted(glob.glob(name, recursive=True))
         if not found:
             raise ValueError(f"data: got {name}, expected a file, a folder or a pattern that some file matches")
-        for match in map(Path, found):
+        matches = [Path(match) for match in found]
+        names = set(map(os.fspath, matches))
+        for match in matches:
             if match.is_dir():
                 yield from _walk(match)
-            elif not _is_companion(match):
+            elif not _is_companion(match, names):
                 yield match
 
 
@@ -82,18 +87,25 @@ def _walk(folder: Path) -> Iterator[Path]:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
+    names = {os.fspath(Path(entry.path)) for entry in entries}
     for entry in entries:
         path = Path(entry.path)
         if entry.name.startswith((".", "_")):
             continue
         if entry.is_dir():
             yield from _walk(path)
-        elif not _is_companion(path):
+        elif not _is_companion(path, names):
             yield path
 
 
-def _is_companion(path: Path) -> bool:
-    return any(path.name.endswith(suffix) for format in FORMATS.values() for suffix in format.companions)
+def _is_companion(path: Path, among: Container[str]) -> bool:
+    """Whether a path belongs to one that is there, too."""
+    name = os.fspath(path)
+    return any(
+        name.endswith(suffix) and name.removesuffix(suffix) + owner in among
+        for format in FORMATS.values()
+        for suffix, owner in format.companions.items()
+    )
 
 
 def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:

@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, token_dtype
 
-__all__ = ["BUFFER_BYTES", "FlatSource", "read_at"]
+__all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource", "read_array", "read_at", "read_head"]
 
-# It stays in a core's L2 cache beside the table of counts, so that counting does not read it from memory again.
-BUFFER_BYTES = 2**18
-# What the kernel is asked to read while the buffers before it are counted.
-AHEAD_BYTES = 2**23
+# Small enough that counting finds it in the last cache, large enough that the calls for each cost next to nothing.
+BUFFER_BYTES = 2**21
 
 
 def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
-    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file which is too short."""
-    view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
+    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file that is too short."""
+    view = memoryview(buffer.view(np.uint8).data)
     done = 0
     while done < len(view):
         try:
@@ -35,12 +33,29 @@ def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> N
         done += got
 
 
-class FlatSource(Source):
-    """Tokens [first_byte, first_byte + tokens * itemsize) of a file.
+def read_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
+    """`count` numbers of a file from a byte offset on. Raises ValueError that names the file if it is too short."""
+    numbers = np.empty(count, dtype)
+    with _Descriptor(path) as file:
+        read_at(file, numbers, offset, path)
+    return numbers
 
-    starts_between(a, b): the ascending positions in [a, b) of tokens that begin a sequence, whose first token is
-    no target with policy.targets "shifted"; None: the file is one sequence. mask: a file with one byte a token, 0 where
-    it is no target.
+
+def read_head(path: Path, size: int) -> bytes:
+    """The first bytes of a file: fewer than `size` only if it ends there. Raises ValueError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class FlatSource(Source):
+    """Tokens [first_byte, first_byte + tokens * itemsize) of a file, which end where it ends.
+
+    tokens: as many as the file states, None if it does not. starts_between(a, b): the positions in [a, b) of the tokens
+    that begin a sequence, whose first token is no target with policy.targets "shifted", the first of all left out or
+    not; None: the file is one sequence. mask: a file with one byte a token, 0 where it is no target.
 
     A part is a range of tokens.
     """
@@ -58,6 +73,10 @@ class FlatSource(Source):
         mask: Path | None = None,
         companions: Sequence[Path] = (),
     ) -> None:
+        for name in ("column", "mask", "skip_prompt"):
+            value = getattr(options.policy, name)
+            if value is not None:
+                raise ValueError(f"{path}: got {name} {value!r}, expected None: a file of {format_name} has no columns")
         if mask is not None:
             companions = (*companions, mask)
         super().__init__(format_name, path, dtype, companions)
@@ -67,10 +86,9 @@ class FlatSource(Source):
             tokens, rest = divmod(self.size - first_byte, itemsize)
             if rest:
                 raise ValueError(
-                    f"{path}: got {self.size} bytes, expected {first_byte} and a multiple of {itemsize}: "
-                    f"its tokens are {dtype}"
+                    f"{path}: got {self.size} bytes, expected a multiple of {itemsize}: its tokens are {dtype}"
                 )
-        elif first_byte + tokens * itemsize > self.size:
+        elif first_byte + tokens * itemsize != self.size:
             raise ValueError(
                 f"{path}: got {self.size} bytes, expected {first_byte + tokens * itemsize}: it states {tokens} tokens "
                 f"of {dtype} from byte {first_byte} on"
@@ -86,7 +104,7 @@ class FlatSource(Source):
         self.first_byte = first_byte
         self.tokens = tokens
         self._shifted = options.policy.targets == "shifted"
-        self._starts_between = starts_between or _one_sequence
+        self._starts_between = starts_between
         self._mask = mask
 
     def parts(self, size: int) -> Iterator[Part]:
@@ -99,12 +117,9 @@ class FlatSource(Source):
         itemsize = self._dtype.itemsize
         buffer = np.empty(min(part.stop - part.start, BUFFER_BYTES // itemsize), self._dtype)
         with _Descriptor(self.path) as file, _Descriptor(self._mask) as mask_file:
-            asked = part.start
+            _read_ahead(file)
             for start in range(part.start, part.stop, buffer.size):
                 stop = min(start + buffer.size, part.stop)
-                if start >= asked:
-                    asked = min(start + AHEAD_BYTES // itemsize, part.stop)
-                    _read_ahead(file, self.first_byte + start * itemsize, 2 * AHEAD_BYTES)
                 tokens = buffer[: stop - start]
                 read_at(file, tokens, self.first_byte + start * itemsize, self.path)
                 is_target = None
@@ -113,11 +128,81 @@ class FlatSource(Source):
                     read_at(mask_file, marks, start, self._mask)
                     is_target = marks != 0
                 if self._shifted:
-                    starts = self._starts_between(start, stop)
-                    if starts.size:
-                        is_target = np.ones(stop - start, np.bool_) if is_target is None else is_target
-                        is_target[starts - start] = False
+                    is_target = self._without_starts(start, stop, is_target)
                 yield Batch(_countable(tokens), is_target)
+
+    def _without_starts(self, start: int, stop: int, is_target: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
+        starts = None if self._starts_between is None else self._starts_between(start, stop) - start
+        if start > 0 and (starts is None or starts.size == 0):
+            return is_target
+        if is_target is None:
+            is_target = np.ones(stop - start, np.bool_)
+        if start == 0:
+            is_target[0] = False
+        if starts is not None:
+            is_target[starts] = False
+        return is_target
+
+
+class AscendingNumbers:
+    """Integers that ascend, equal ones beside each other, in a file of any size, of which few are held in memory.
+
+    last: the last of them, 0 if there is none.
+    Raises ValueError that names the file and the place if they do not ascend from 0 or more.
+    """
+
+    # Of so many, one is held; the others are read when they are asked for.
+    _STEP = 1024
+
+    def __init__(self, path: Path, dtype: str, first_byte: int, count: int) -> None:
+        self._path, self._dtype, self._first_byte, self._count = path, dtype, first_byte, count
+        self.last = 0
+        held = []
+        for start, numbers in self.blocks():
+            before = np.concatenate(([self.last], numbers[:-1]))
+            if (numbers < before).any():
+                wrong = int((numbers < before).argmax())
+                raise ValueError(
+                    f"{path}: got {numbers[wrong]} after {before[wrong]} at entry {start + wrong} from byte "
+                    f"{first_byte} on, expected numbers that ascend"
+                )
+            held.append(numbers[:: self._STEP].copy())
+            self.last = int(numbers[-1])
+        self._held = np.concatenate(held) if held else np.zeros(0, np.int64)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """The numbers of a range, as pairs of a position and those from there on."""
+        stop = self._count if stop is None else stop
+        itemsize = np.dtype(self._dtype).itemsize
+        # A multiple of _STEP, so that those held are evenly spaced.
+        per_block = 32 * self._STEP
+        for block in range(start, stop, per_block):
+            count = min(per_block, stop - block)
+            yield (
+                block,
+                read_array(self._path, self._dtype, self._first_byte + block * itemsize, count).astype(np.int64),
+            )
+
+    def between(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """The numbers in [low, high), as pairs of a position and those from there on, none of which is empty."""
+        # The last one held below `low` may have others that are not below it behind it.
+        start = max(0, int(np.searchsorted(self._held, low)) - 1) * self._STEP
+        stop = min(int(np.searchsorted(self._held, high)) * self._STEP, self._count)
+        for position, numbers in self.blocks(start, stop):
+            first, end = np.searchsorted(numbers, (low, high))
+            if first < end:
+                yield position + int(first), numbers[first:end]
+
+    def distinct_between(self, low: int, high: int) -> NDArray[np.int64]:
+        """The numbers in [low, high), each once."""
+        return distinct(numbers for _, numbers in self.between(low, high))
+
+
+def distinct(ascending: Iterator[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The numbers of some arrays, each once."""
+    # Each array by itself first: however often a number is repeated, no more than the distinct ones are held.
+    found = [np.unique(numbers) for numbers in ascending]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
 class _Descriptor:
@@ -140,14 +225,11 @@ class _Descriptor:
             os.close(self._descriptor)
 
 
-def _one_sequence(start: int, stop: int) -> NDArray[np.int64]:
-    return np.zeros(1 if start == 0 < stop else 0, np.int64)
-
-
-def _read_ahead(descriptor: int, offset: int, size: int) -> None:
-    # Where the system has no such call, its own read-ahead has to do.
+def _read_ahead(descriptor: int) -> None:
+    # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
+    # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def _countable(tokens: NDArray[Any]) -> NDArray[Any]:

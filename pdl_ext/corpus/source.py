@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,11 +134,11 @@ class Format(NamedTuple):
     """A format of corpora, as discover.py asks for it.
 
     recognises(path, head): whether a file whose first 64 bytes are `head`, or a folder (head is empty), can be nothing
-    else; open(path, options): its sources; companions: how the names of files end that are read with another one;
-    needs_dtype: nothing in it tells what it is, so that it is opened only by name, or where a dtype is given.
+    else; open(path, options): its sources; companions: how the names of files end that are read with another one, and
+    what the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it.
     """
 
     name: str
     open: Callable[[Path, ReadOptions], list[Source]]
     recognises: Callable[[Path, bytes], bool]
-    companions: tuple[str, ...] = ()
+    companions: Mapping[str, str] = MappingProxyType({})

@@ -1,0 +1,86 @@
+"""datatrove's .ds: token ids and nothing else, with the documents' ends and the loss' mask in files beside it.
+
+.ds.index: where each document ends, in tokens (u64); .ds.loss: one byte a token, 0 where it is no target; .ds.metadata:
+the tokenizer with the tokens' size behind a bar, in newer ones, then how many tokens there are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdl_ext.corpus.flat import AscendingNumbers, FlatSource, read_head
+from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp
+
+__all__ = ["FORMAT"]
+
+_SUFFIX = ".ds"
+_COMPANIONS = (".index", ".loss", ".metadata")
+_DTYPES = {2: "uint16", 4: "uint32"}
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    return _tokens_file(path).suffix == _SUFFIX and not path.is_dir()
+
+
+def _tokens_file(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in _COMPANIONS else path
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    tokens_file = _tokens_file(path)
+    if not tokens_file.is_file():
+        if path.suffix == ".metadata":
+            # Merging writes one of all the files that it makes, which is beside none of them.
+            return []
+        raise ValueError(f"{tokens_file}: is missing, expected it beside {path.name}")
+    index_file, loss_file, metadata_file = (tokens_file.with_name(tokens_file.name + s) for s in _COMPANIONS)
+    index = _index(index_file) if index_file.is_file() else None
+    size = Stamp.of(tokens_file).size
+    dtype = options.dtype
+    if dtype is None and index is not None and index.last > 0:
+        dtype = _DTYPES.get(size // index.last) if size % index.last == 0 else None
+        if dtype is None:
+            raise ValueError(
+                f"{tokens_file}: got {size} bytes, expected 2 or 4 for each of the {index.last} tokens that "
+                f"{index_file.name} has documents of"
+            )
+    if dtype is None and metadata_file.is_file():
+        dtype = _dtype_in(metadata_file)
+    if dtype is None:
+        raise ValueError(
+            f"{tokens_file}: has no header, and nothing beside it tells its dtype: give dtype, one of "
+            f"{', '.join(TOKEN_DTYPES)} (datatrove writes uint16, or uint32 above 65,536 entries)"
+        )
+    source = FlatSource(
+        "datatrove",
+        tokens_file,
+        dtype,
+        options,
+        starts_between=None if index is None else index.distinct_between,
+        mask=loss_file if loss_file.is_file() else None,
+        companions=() if index is None else (index_file,),
+    )
+    if index is not None and index.last != source.tokens:
+        raise ValueError(
+            f"{index_file}: its last document ends at token {index.last}, expected {source.tokens}, the end of "
+            f"{tokens_file.name} ({dtype})"
+        )
+    return [source]
+
+
+def _index(path: Path) -> AscendingNumbers:
+    documents, rest = divmod(Stamp.of(path).size, 8)
+    if rest:
+        raise ValueError(
+            f"{path}: got {8 * documents + rest} bytes, expected a multiple of 8: a document's end is uint64"
+        )
+    return AscendingNumbers(path, "<u8", 0, documents)
+
+
+def _dtype_in(metadata: Path) -> str | None:
+    first_line = read_head(metadata, 4096).split(b"\n")[0]
+    size = first_line.rpartition(b"|")[2].strip()
+    return {b"2": "uint16", b"4": "uint32"}.get(size) if b"|" in first_line else None
+
+
+FORMAT = Format("datatrove", _open, _recognises, companions={_SUFFIX + companion: _SUFFIX for companion in _COMPANIONS})
