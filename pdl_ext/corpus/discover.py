@@ -8,15 +8,15 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
-from pdl_ext.corpus import datatrove, litdata, llmc, megatron, npy, raw
+from pdl_ext.corpus import datatrove, jsonl, litdata, llmc, megatron, npy, raw, text
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMATS", "open_sources"]
 
 # In the order in which they are asked: what is told by its first bytes before what is told by its name.
 FORMATS = {
-    format.name: format
-    for format in (npy.FORMAT, megatron.FORMAT, llmc.FORMAT, litdata.FORMAT, datatrove.FORMAT, raw.FORMAT)
+    module.FORMAT.name: module.FORMAT
+    for module in (npy, megatron, llmc, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
 _HEAD_BYTES = 64

@@ -1,0 +1,150 @@
+"""JSON lines: an object a line, with a text for the tokenizer or a list of token ids."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext.corpus.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.tokenizer import TextEncoder
+
+__all__ = ["FORMAT"]
+
+# Of which the first that a line has is taken, unless a column is named.
+_COLUMNS = ("text", "input_ids")
+_BATCH_TOKENS = 2**16
+_KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean", type(None): "null", list: "a list"}
+
+
+class _JsonLinesSource(LineSource):
+    """A line's text or ids are what policy.column names. Blank lines are skipped.
+
+    policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only.
+    """
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        super().__init__("jsonl", path)
+        self._options = options
+        self._policy = options.policy
+        self._columns = _COLUMNS if options.policy.column is None else (options.policy.column,)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        items = (self._item(line) for line in self.lines(part) if line.content.strip())
+        # All lines of a file are of one kind, but in odd ones.
+        for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
+            batches = self._encoder.batches if is_text else _joined
+            yield from batches(run)
+
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self._options, self.path)
+
+    def _item(self, line: Line) -> Any:
+        """What a line holds: a text, or a batch of tokens."""
+        place = self.place(line.offset)
+        text = self.decode(line)
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            # The error's own position is in characters of the line.
+            raise ValueError(f"{place}: is no line of JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: got {_kind(record)}, expected an object")
+        column = next((name for name in self._columns if name in record), self._columns[0])
+        value = _value(record, column, place)
+        if isinstance(value, str):
+            self._check_text(value, column, place)
+            return value
+        return self._tokens(record, column, place)
+
+    def _check_text(self, text: str, column: str, place: str) -> None:
+        for name in ("mask", "skip_prompt"):
+            if getattr(self._policy, name) is not None:
+                raise ValueError(
+                    f"{place}: got a string as {column!r}, expected token ids, which {name} is aligned with"
+                )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can escape half of a surrogate pair.
+            raise ValueError(f"{place}: {column!r} is no Unicode text ({error.reason})") from error
+
+    def _tokens(self, record: dict[str, Any], column: str, place: str) -> Batch:
+        ids = _integers(record, column, {int}, place, "a string or a list of integers")
+        is_target = np.ones(ids.size, np.bool_)
+        if self._policy.targets == "shifted":
+            is_target[:1] = False
+        for name, no_target in ((self._policy.mask, 0), (self._policy.skip_prompt, self._policy.ignore_index)):
+            if name is not None:
+                marks = _integers(record, name, {int, bool}, place, "a list of integers")
+                if marks.size != ids.size:
+                    raise ValueError(
+                        f"{place}: got {marks.size} entries of {name!r}, expected {ids.size}, one a token of {column!r}"
+                    )
+                is_target &= marks != no_target
+        return Batch(ids, is_target)
+
+
+def _value(record: dict[str, Any], name: str, place: str) -> Any:
+    if name not in record:
+        raise ValueError(
+            f"{place}: has no {name!r}, but {', '.join(map(repr, itertools.islice(record, 10))) or 'nothing'}"
+        )
+    return record[name]
+
+
+def _integers(record: dict[str, Any], name: str, types: set[type], place: str, expected: str) -> NDArray[np.int64]:
+    values = _value(record, name, place)
+    if not isinstance(values, list):
+        raise ValueError(f"{place}: {name!r} is {_kind(values)}, expected {expected}")
+    if not types.issuperset(map(type, values)):
+        wrong = next(value for value in values if type(value) not in types)
+        raise ValueError(f"{place}: {name!r} is a list with {_kind(wrong)} in it, expected {expected}")
+    try:
+        return np.array(values, np.int64)
+    except OverflowError as error:
+        raise ValueError(f"{place}: {name!r} has an integer in it that does not fit into 64 bits") from error
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "an object")
+
+
+def _joined(items: Iterable[Batch]) -> Iterator[Batch]:
+    batches: list[Batch] = []
+    tokens = 0
+    for batch in items:
+        batches.append(batch)
+        tokens += batch.tokens.size
+        if tokens >= _BATCH_TOKENS:
+            yield _concatenated(batches)
+            batches, tokens = [], 0
+    if batches:
+        yield _concatenated(batches)
+
+
+def _concatenated(batches: list[Batch]) -> Batch:
+    is_target = [batch.is_target for batch in batches if batch.is_target is not None]
+    return Batch(np.concatenate([batch.tokens for batch in batches]), np.concatenate(is_target))
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    return [_JsonLinesSource(path, options)]
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    if has_suffix(path, ".jsonl", ".ndjson"):
+        return True
+    # Other JSON is seldom compressed; plain, it may be an array.
+    return has_suffix(path, ".json") and (is_compressed(path) or head.startswith((b"{", b"\xef\xbb\xbf{")))
+
+
+FORMAT = Format("jsonl", _open, _recognises)

@@ -1,0 +1,49 @@
+"""Plain text: each line that is not empty, or the whole file, is one text for the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pdl_ext.corpus.lines import LineSource, has_suffix
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.tokenizer import TextEncoder
+
+__all__ = ["FORMAT"]
+
+
+class _TextSource(LineSource):
+    """A text is a line without its end. Empty lines are layout, and no texts of nothing but special tokens."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        super().__init__("text", path)
+        for name in ("mask", "skip_prompt"):
+            column = getattr(options.policy, name)
+            if column is not None:
+                raise ValueError(f"{path}: got {name}={column!r}, expected none: plain text has no columns")
+        self._encoder = TextEncoder(options, path)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        return self._encoder.batches(text for text in self._texts(part) if text)
+
+    def _texts(self, part: Part) -> Iterator[str]:
+        return map(self.decode, self.lines(part))
+
+
+class _DocumentSource(_TextSource):
+    """The text is the whole file, with \\n where lines end in \\r\\n. An empty file has none."""
+
+    def parts(self, size: int) -> Iterator[Part]:
+        if self.size:
+            yield Part(0, self.size, self.size)
+
+    def _texts(self, part: Part) -> Iterator[str]:
+        yield self.decode(self.whole()).replace("\r\n", "\n")
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    return [_DocumentSource(path, options) if options.sample_by == "document" else _TextSource(path, options)]
+
+
+# Not .md, which tells of the corpus that it lies beside.
+FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text"))

@@ -1,0 +1,95 @@
+"""From texts to tokens, through a file of the `tokenizers` library."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pdl_ext._optional import require
+from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
+
+__all__ = ["CHUNK_CHARACTERS", "TextEncoder"]
+
+# Of texts that are encoded at once: enough of them for the library's own threads, which one compressed file depends on,
+# and no more, since it takes a hundred bytes for each character of those that it is at.
+CHUNK_CHARACTERS = 2**18
+
+
+class TextEncoder:
+    """Encodes texts as in training: whole, neither truncated nor padded, with special tokens if the policy has them.
+
+    With policy.targets "shifted" the first token of each text, which may be a special one, is no target. Threads may
+    share it.
+
+    options.tokenizer: the path of the file; path: the file that the texts come from, which errors name.
+    Raises ValueError without a tokenizer or for one that is damaged, ImportError if the library is missing; warns of
+    one with more entries than options.vocab_size.
+    """
+
+    def __init__(self, options: ReadOptions, path: Path | None = None) -> None:
+        self._prefix = "" if path is None else f"{path}: "
+        if options.tokenizer is None:
+            raise ValueError(f"{self._prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json")
+        self._path = options.tokenizer
+        self._tokenizer = _load(options.tokenizer, Stamp.of(options.tokenizer))
+        self._special_tokens = options.policy.special_tokens
+        self._shifted = options.policy.targets == "shifted"
+        entries = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if entries > options.vocab_size:
+            warnings.warn(
+                f"{options.tokenizer}: has {entries} entries, and the vocabulary {options.vocab_size}: ids beyond it "
+                "count as out of range",
+                stacklevel=2,
+            )
+
+    def batches(self, texts: Iterable[str]) -> Iterator[Batch]:
+        """The tokens of the texts, about CHUNK_CHARACTERS at a time. Raises ValueError as `encode` does."""
+        chunk: list[str] = []
+        characters = 0
+        for text in texts:
+            chunk.append(text)
+            characters += len(text)
+            if characters >= CHUNK_CHARACTERS:
+                yield self.encode(chunk)
+                chunk, characters = [], 0
+        if chunk:
+            yield self.encode(chunk)
+
+    def encode(self, texts: list[str]) -> Batch:
+        """The tokens of all texts, uint32. Raises ValueError for a text that the tokenizer refuses."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
+        except Exception as error:
+            # The library raises nothing more special.
+            raise ValueError(f"{self._prefix}cannot be encoded by {self._path} ({error})") from error
+        ids = array("I")
+        for encoding in encodings:
+            ids += array("I", encoding.ids)
+        tokens = np.asarray(ids, np.uint32)
+        is_target = None
+        if self._shifted:
+            lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+            is_target = np.ones(tokens.size, np.bool_)
+            is_target[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
+        return Batch(tokens, is_target)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: Path, stamp: Stamp) -> Any:
+    # By its stamp, so that a file which was replaced is loaded again.
+    tokenizers = require("tokenizers", "corpus")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        # The library raises nothing more special.
+        raise ValueError(f"{path}: is damaged or no file of the tokenizers library ({error})") from error
+    # The file may ask for both.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
