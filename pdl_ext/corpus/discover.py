@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
-from pdl_ext.corpus import raw
+from pdl_ext.corpus import arrow, huggingface, mds, parquet, raw
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMATS", "open_sources"]
 
 # In the order in which they are asked: what is told by its first bytes before what is told by its name.
-FORMATS = {format.name: format for format in (raw.FORMAT,)}
+FORMATS = {format.name: format for format in (parquet.FORMAT, arrow.FORMAT, huggingface.FORMAT, mds.FORMAT, raw.FORMAT)}
 _LIST_SUFFIX = ".list"
 _HEAD_BYTES = 64
 
