@@ -14,10 +14,14 @@ __all__ = ["FORMAT"]
 
 _MAGIC = b"PAR1"
 # Decoded at once: what a core's cache holds.
-_DECODED_BYTES = 2**22
+_DECODED_BYTES = 2**21
+# In rows: what is stated of their size holds for all columns, which may be much wider.
+_SMALLEST_BATCH = 16
 _LARGEST_BATCH = 2**20
-# Of a column's compressed pages, read at once: not the column of a row group, which may be of any size.
-_BUFFER_BYTES = 2**20
+# A column of a row group larger than this is read through a buffer. Smaller ones are read whole: pyarrow makes the
+# buffer as large as a damaged page says that it is, up to 2 GiB.
+_LARGEST_WHOLE = 2**23
+_BUFFER_BYTES = 2**18
 
 
 class _ParquetSource(Source):
@@ -25,39 +29,44 @@ class _ParquetSource(Source):
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         with arrow_errors(path, "Parquet"), _opened(path) as file:
-            metadata = file.metadata
             self._columns = Columns(path, file.schema_arrow, options)
-            leaves = [
-                leaf
-                for leaf in range(metadata.num_columns)
-                for name in self._columns.names
-                if f"{metadata.schema.column(leaf).path}.".startswith(f"{name}.")
-            ]
             # Not the metadata, of which a corpus has as much as files.
-            self._sizes = [_sizes(metadata.row_group(group), leaves) for group in range(metadata.num_row_groups)]
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            self._rows_of = [group.num_rows for group in groups]
+            stated = [group.total_byte_size for group in groups]
         super().__init__("parquet", path, self._columns.dtype)
+        # Some writers state 0. pyarrow tells the sizes of columns, too, but ends the process where those are damaged.
+        rows = max(sum(self._rows_of), 1)
+        largest = self.size * max(self._rows_of, default=0) // rows
+        self._buffer_bytes = _BUFFER_BYTES if largest > _LARGEST_WHOLE else 0
+        self._decoded = [
+            max(size, self.size * number // rows) for size, number in zip(stated, self._rows_of, strict=True)
+        ]
 
     def parts(self, size: int) -> Iterator[Part]:
-        start = total = 0
-        for group, (compressed, _) in enumerate(self._sizes):
-            if group > start and total + compressed > size:
-                yield Part(start, group, total)
-                start, total = group, 0
-            total += compressed
-        if start < len(self._sizes):
-            yield Part(start, len(self._sizes), total)
+        total = max(sum(self._decoded), 1)
+        start, begin, end, decoded = 0, 0, 0, 0
+        for group, group_decoded in enumerate(self._decoded):
+            decoded += group_decoded
+            group_end = self.size * decoded // total
+            if group > start and group_end - begin > size:
+                yield Part(start, group, end - begin)
+                start, begin = group, end
+            end = group_end
+        if start < len(self._decoded):
+            yield Part(start, len(self._decoded), end - begin)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        with arrow_errors(self.path, "Parquet"), _opened(self.path) as file:
+        with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:
             yield from self._columns.batches(self._rows(file, part))
 
     def _rows(self, file: Any, part: Part) -> Iterator[Rows]:
         for group in range(part.start, part.stop):
-            expected = file.metadata.row_group(group).num_rows
-            per_batch = _DECODED_BYTES * expected // max(self._sizes[group][1], 1)
+            expected = self._rows_of[group]
+            per_batch = _DECODED_BYTES * expected // max(self._decoded[group], 1)
             got = 0
             for batch in file.iter_batches(
-                min(max(per_batch, 1), _LARGEST_BATCH),
+                min(max(per_batch, _SMALLEST_BATCH), _LARGEST_BATCH),
                 row_groups=[group],
                 columns=self._columns.names,
                 use_threads=False,
@@ -68,19 +77,11 @@ class _ParquetSource(Source):
                 raise ValueError(f"{self.path}: got {got} rows in row group {group}, expected {expected}")
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path, buffer_bytes: int = 0) -> Any:
     parquet = require("pyarrow.parquet", "corpus")
     # Not read ahead, which would hold the columns of a whole row group.
     return parquet.ParquetFile(
-        str(path), memory_map=False, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-    )
-
-
-def _sizes(group: Any, leaves: list[int]) -> tuple[int, int]:
-    """The bytes of columns in a row group: in the file, and decoded."""
-    columns = [group.column(leaf) for leaf in leaves]
-    return sum(column.total_compressed_size for column in columns), sum(
-        column.total_uncompressed_size for column in columns
+        str(path), memory_map=False, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
     )
 
 
