@@ -60,7 +60,8 @@ class _Numbers(NamedTuple):
 class _Layout:
     """The columns of a shard, and which of them are read.
 
-    text: whether the tokens' column holds texts.
+    text: whether the tokens' column holds texts; dtypes: of each column's numbers, None if each sample tells; shaped:
+    whether the shape stands before them in each sample.
     Raises ValueError that names the index, for columns that are missing or hold neither tokens nor text.
     """
 
@@ -77,20 +78,15 @@ class _Layout:
         if self.text:
             self._check_text()
             return
+        self.dtypes: dict[int, np.dtype[Any] | None] = {}
+        self.shaped: dict[int, bool] = {}
         for number in (self.tokens, self.mask, self.labels):
             if number is not None:
                 self._check_numbers(columns[number], number == self.mask)
-
-    def dtype(self, number: int) -> np.dtype[Any] | None:
-        """Of the numbers in a column; None if each sample tells."""
-        encoding = self.columns[number].encoding
-        name = self._options.dtype if encoding == "bytes" else [*encoding.split(":"), ""][1]
-        return np.dtype(name).newbyteorder("<") if name else None
-
-    def is_array(self, number: int) -> bool:
-        """Whether the shape is in front of the numbers in each sample."""
-        encoding = self.columns[number].encoding
-        return encoding.startswith("ndarray") and encoding.count(":") < 2
+                kind, *details = columns[number].encoding.split(":")
+                name = options.dtype if kind == "bytes" else details[0] if details else None
+                self.dtypes[number] = np.dtype(name).newbyteorder("<") if name else None
+                self.shaped[number] = kind == "ndarray" and len(details) < 2
 
     def _found(self) -> str:
         encodings = {column.name: column.encoding for column in self.columns}
@@ -222,7 +218,7 @@ class _Shard(Source):
             )
 
     def _dtype(self, window: _Window) -> str:
-        dtype = self._layout.dtype(self._layout.tokens)
+        dtype = self._layout.dtypes[self._layout.tokens]
         if dtype is None:
             # Samples of another are read, too.
             samples = self._read(window, Part(0, min(self._samples, 1), 0))
@@ -291,9 +287,9 @@ class _Shard(Source):
 
     def _numbers(self, window: _Window, sample: int, places: list[tuple[int, int]], number: int) -> _Numbers:
         begin, end = places[number]
-        dtype = self._layout.dtype(number)
+        dtype = self._layout.dtypes[number]
         count = None
-        if self._layout.is_array(number):
+        if self._layout.shaped[number]:
             prefix = window.read(begin, min(_LARGEST_PREFIX, end - begin)).tobytes()
             used = 0
             if dtype is None:

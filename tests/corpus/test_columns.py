@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from column_files import VOCAB, joined, sequences
+from column_files import VOCAB, count, joined, sequences
 
 from pdl_ext.corpus import TargetPolicy
 from pdl_ext.corpus.columns import Columns, Rows
@@ -264,3 +265,10 @@ def test_a_narrow_dtype_warns():
     schema = pa.schema({"tokens": pa.list_(pa.uint16())})
     with pytest.warns(UserWarning, match="data.parquet: its tokens are uint16, and cannot hold ids above 65535"):
         Columns(Path("data.parquet"), schema, ReadOptions(70_000))
+
+
+def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r'pyarrow is not installed: run `pip install "pdl_ext\[corpus\]"`'):
+        count(tmp_path / "a.parquet")
