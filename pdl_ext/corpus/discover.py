@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
-from pdl_ext.corpus import datatrove, jsonl, litdata, llmc, megatron, npy, raw, text
+from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMATS", "open_sources"]
@@ -16,7 +16,7 @@ __all__ = ["FORMATS", "open_sources"]
 # In the order in which they are asked: what is told by its first bytes before what is told by its name.
 FORMATS = {
     module.FORMAT.name: module.FORMAT
-    for module in (npy, megatron, llmc, litdata, datatrove, jsonl, text, raw)
+    for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
 _HEAD_BYTES = 64

@@ -1,0 +1,261 @@
+"""Columns of Arrow record batches as batches of tokens: what Parquet, Arrow and Hugging Face datasets come down to."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext._optional import require
+from pdl_ext.corpus.source import Batch, ReadOptions, token_dtype
+from pdl_ext.corpus.tokenizer import TextEncoder
+
+__all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors", "countable", "warn_if_narrow"]
+
+# What is read where no column is named: the first of these that is there.
+TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
+TEXT_COLUMN = "text"
+# A part of a record batch, that a core's cache holds while it is counted.
+_BATCH_TOKENS = 2**16
+_TEXTS = 1024
+
+
+class Rows(NamedTuple):
+    """Some rows of a file: a record batch, the number of each row, and what the numbers count from, for errors."""
+
+    batch: Any
+    numbers: Sequence[int] | NDArray[np.int64]
+    place: str
+
+
+@contextlib.contextmanager
+def arrow_errors(path: Path, format_name: str) -> Iterator[None]:
+    """Turns what pyarrow raises of a damaged file into a ValueError that names it."""
+    pa = require("pyarrow", "corpus")
+    try:
+        yield
+    except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: is damaged or no {format_name} file ({reason})") from error
+
+
+def countable(tokens: NDArray[Any]) -> NDArray[Any]:
+    """Integers as TokenFrequency counts them, a copy only where it must be.
+
+    Those above 2^63 become negative: they are of no vocabulary either way, and -100 that was wrapped is -100 again.
+    """
+    if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
+        return tokens.astype(np.int32)
+    return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
+
+
+def warn_if_narrow(path: Path, dtype: str, vocab_size: int) -> None:
+    """Warns of a dtype, a name in TOKEN_DTYPES, that cannot hold all of a vocabulary."""
+    largest = np.iinfo(token_dtype(dtype)).max
+    if vocab_size > largest + 1:
+        warnings.warn(
+            f"{path}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of {vocab_size}: "
+            "larger ones would have wrapped when it was written",
+            stacklevel=2,
+        )
+
+
+class Columns:
+    """Which columns of a file are read, and how their rows become batches.
+
+    A column of tokens holds lists of integers, each a sequence, or an integer a row, of no sequence; with
+    options.tokenizer also texts.
+
+    names: the columns read; dtype: of the tokens, a name in TOKEN_DTYPES, or "text".
+    Raises ValueError that names the file, if a column is missing or does not hold what it should.
+    """
+
+    def __init__(self, path: Path, schema: Any, options: ReadOptions) -> None:
+        self._path = path
+        self._options = options
+        self._policy = options.policy
+        self._schema = schema
+        self._tokens = self._policy.column or self._found()
+        kind, numbers = self._kind(self._tokens)
+        if kind is None:
+            raise ValueError(
+                f"{path}: column {self._tokens!r} holds {self._type(self._tokens)}, expected lists of integers, "
+                "integers or, with a tokenizer, strings"
+            )
+        self.names = [self._tokens]
+        for name, numeric in ((self._policy.mask, ("integer", "bool")), (self._policy.skip_prompt, ("integer",))):
+            if name is not None:
+                self._check_beside_tokens(name, kind, numeric)
+                self.names.append(name)
+        if kind == "text":
+            if options.tokenizer is None:
+                raise ValueError(
+                    f"{path}: column {self._tokens!r} holds text, expected a tokenizer for it (--tokenizer)"
+                )
+            self.dtype = "text"
+        else:
+            if numbers == "bool":
+                raise ValueError(f"{path}: column {self._tokens!r} holds bool, expected integers")
+            if kind == "flat" and self._policy.targets == "shifted":
+                raise ValueError(
+                    f"{path}: column {self._tokens!r} holds a token a row, which does not tell where sequences begin: "
+                    "expected lists of tokens for targets 'shifted'"
+                )
+            name = str(_numbers(self._type(self._tokens)))
+            self.dtype = "int64" if name == "uint64" else name
+            warn_if_narrow(path, self.dtype, options.vocab_size)
+
+    def batches(self, rows: Iterable[Rows]) -> Iterator[Batch]:
+        """The tokens of record batches that have the columns `names`.
+
+        Raises ValueError that names file, column and row: for nulls, and lists of different lengths in one row.
+        """
+        if self.dtype == "text":
+            yield from TextEncoder(self._options, self._path).batches(self._texts(rows))
+        else:
+            for some in rows:
+                yield from self._batches(some)
+
+    def _found(self) -> str:
+        tokens = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("lists", "integer")]
+        if (
+            self._options.tokenizer is not None
+            and self._is_unique(TEXT_COLUMN)
+            and self._kind(TEXT_COLUMN)[0] == "text"
+        ):
+            return TEXT_COLUMN
+        if not tokens:
+            raise ValueError(
+                f"{self._path}: got the columns {', '.join(self._schema.names) or '(none)'}, expected lists of "
+                f"token ids in one of {', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with "
+                "--column"
+            )
+        return tokens[0]
+
+    def _is_unique(self, name: str) -> bool:
+        return len(self._schema.get_all_field_indices(name)) == 1
+
+    def _type(self, name: str) -> Any:
+        if not self._is_unique(name):
+            number = len(self._schema.get_all_field_indices(name))
+            raise ValueError(
+                f"{self._path}: has {number} columns {name!r}, expected one: there are "
+                f"{', '.join(self._schema.names) or 'none'} (--column)"
+            )
+        return self._schema.field(name).type
+
+    def _kind(self, name: str) -> tuple[str | None, str | None]:
+        """Whether a column holds "lists" or "flat" numbers, which are "integer" or "bool", or "text"; None: neither."""
+        types = require("pyarrow.types", "corpus")
+        storage = _unwrapped(self._type(name))
+        if types.is_string(storage) or types.is_large_string(storage) or types.is_string_view(storage):
+            return "text", None
+        numbers = _numbers(storage)
+        numeric = "integer" if types.is_integer(numbers) else "bool" if types.is_boolean(numbers) else None
+        return (None, None) if numeric is None else ("flat" if numbers is storage else "lists", numeric)
+
+    def _check_beside_tokens(self, name: str, kind: str, numeric: tuple[str, ...]) -> None:
+        other = self._kind(name)
+        if kind == "text" or other[0] != kind or other[1] not in numeric:
+            raise ValueError(
+                f"{self._path}: column {name!r} holds {self._type(name)} beside {self._tokens!r} with "
+                f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one a token id"
+            )
+
+    def _texts(self, rows: Iterable[Rows]) -> Iterator[str]:
+        for some in rows:
+            texts = self._array(some, self._tokens)
+            for start in range(0, len(texts), _TEXTS):
+                yield from texts.slice(start, _TEXTS).to_pylist()
+
+    def _batches(self, rows: Rows) -> Iterator[Batch]:
+        tokens, offsets = self._values(rows, self._tokens)
+        is_target = None
+        if self._policy.mask is not None:
+            is_target = self._beside(rows, self._policy.mask, offsets) != 0
+        if self._policy.skip_prompt is not None:
+            is_answer = self._beside(rows, self._policy.skip_prompt, offsets) != self._policy.ignore_index
+            is_target = is_answer if is_target is None else is_target & is_answer
+        if self._policy.targets == "shifted" and offsets is not None:
+            is_target = np.ones(tokens.size, np.bool_) if is_target is None else is_target
+            is_target[offsets[:-1][np.diff(offsets) > 0]] = False
+        for start in range(0, tokens.size, _BATCH_TOKENS):
+            share = slice(start, start + _BATCH_TOKENS)
+            yield Batch(countable(tokens[share]), None if is_target is None else is_target[share])
+
+    def _beside(self, rows: Rows, name: str, offsets: NDArray[np.int64] | None) -> NDArray[Any]:
+        values, own = self._values(rows, name)
+        if offsets is not None and own is not None and not np.array_equal(own, offsets):
+            row = int(np.flatnonzero(own != offsets)[0]) - 1
+            raise ValueError(
+                f"{self._path}: column {name!r} has {own[row + 1] - own[row]} values in {self._row(rows, row)}, "
+                f"expected {offsets[row + 1] - offsets[row]}, one a token of {self._tokens!r}"
+            )
+        return values
+
+    def _values(self, rows: Rows, name: str) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
+        """The numbers of all rows, and where among them each row begins and the last one ends; None: a number a row."""
+        pa = require("pyarrow", "corpus")
+        array = self._array(rows, name)
+        if pa.types.is_fixed_size_list(array.type):
+            values, offsets = array.flatten(), np.arange(len(array) + 1) * array.type.list_size
+        elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+            # It leaves out what a slice leaves out; the offsets do not.
+            values, offsets = array.flatten(), array.offsets.to_numpy().astype(np.int64)
+            offsets -= offsets[0]
+        else:
+            values, offsets = array, None
+        if values.null_count:
+            row = int(np.searchsorted(offsets, _first_null(values), side="right")) - 1
+            raise ValueError(f"{self._path}: column {name!r} has a null in {self._row(rows, row)}, expected none")
+        return values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets
+
+    def _array(self, rows: Rows, name: str) -> Any:
+        pa = require("pyarrow", "corpus")
+        array = rows.batch.column(name)
+        # Reading trusts the file: without this, a wrong offset is read from memory that is another's.
+        array.validate(full=True)
+        while True:
+            if isinstance(array.type, pa.BaseExtensionType):
+                array = array.storage
+            elif pa.types.is_dictionary(array.type):
+                array = array.dictionary_decode()
+            else:
+                break
+        if array.null_count:
+            raise ValueError(
+                f"{self._path}: column {name!r} is null in {self._row(rows, _first_null(array))}, expected no nulls"
+            )
+        return array
+
+    def _row(self, rows: Rows, row: int) -> str:
+        return f"row {int(rows.numbers[row])} of {rows.place}"
+
+
+def _unwrapped(type: Any) -> Any:
+    """The type of what is stored, of extension types and dictionaries."""
+    pa = require("pyarrow", "corpus")
+    while True:
+        if isinstance(type, pa.BaseExtensionType):
+            type = type.storage_type
+        elif pa.types.is_dictionary(type):
+            type = type.value_type
+        else:
+            return type
+
+
+def _numbers(type: Any) -> Any:
+    """What lists hold; of other types, themselves."""
+    types = require("pyarrow.types", "corpus")
+    type = _unwrapped(type)
+    is_list = types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type)
+    return type.value_type if is_list else type
+
+
+def _first_null(array: Any) -> int:
+    return int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])

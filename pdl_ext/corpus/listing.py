@@ -1,0 +1,37 @@
+"""Files of JSON that list the other files of a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pdl_ext.corpus.source import Stamp
+
+__all__ = ["listed_file", "read_json"]
+
+# As Python's objects it takes ten times as much.
+_LARGEST = 2**26
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises ValueError that names one which is damaged, holds none or is larger than 64 MiB."""
+    if Stamp.of(path).size > _LARGEST:
+        raise ValueError(f"{path}: got {Stamp.of(path).size} bytes, expected {_LARGEST} at most")
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {type(content).__name__}, expected an object")
+    return content
+
+
+def listed_file(listing: Path, name: Any) -> Path:
+    """The path of a file by its name in a listing. Raises ValueError if it is not there, or outside the folder."""
+    if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{listing}: got {name!r}, expected the name of a file in its folder")
+    path = listing.parent / name
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing, which {listing.name} lists")
+    return path

@@ -1,0 +1,424 @@
+"""MosaicML's folders of MDS shards, and their index.json.
+
+A shard: the number of samples (u32), the byte that each begins at and the one where the last ends (u32), its columns as
+JSON, then the samples. A sample: the sizes (u32) of those columns that have no fixed one, then what is in each column.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS, countable, warn_if_narrow
+from pdl_ext.corpus.flat import read_at
+from pdl_ext.corpus.listing import listed_file, read_json
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.tokenizer import TextEncoder
+
+__all__ = ["FORMAT"]
+
+_INDEX = "index.json"
+_SUFFIX = ".mds"
+_VERSION = 2
+_HEAD_BYTES = 2**14
+_WINDOW_BYTES = 2**20
+_LARGEST_CONFIG = 2**20
+# Samples whose offsets are read at once.
+_OFFSETS = 2**14
+# Few enough to stay in a core's cache, enough to outweigh a call.
+_BATCH_TOKENS = 2**16
+# By the number that arrays begin with in columns that do not tell.
+_DTYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
+# The dtype (1), the number of axes and the width of their lengths (1), the length of one axis (at most 8).
+_LARGEST_PREFIX = 10
+
+
+class _Column(NamedTuple):
+    """What a column of the samples holds, and in how many bytes; None: each sample tells."""
+
+    name: str
+    encoding: str
+    size: int | None
+
+
+class _Numbers(NamedTuple):
+    """Where a sample's numbers are in the file."""
+
+    first_byte: int
+    number: int
+    dtype: np.dtype[Any]
+
+
+class _Layout:
+    """The columns of a shard, and which of them are read.
+
+    text: whether the tokens' column holds texts; dtypes: of each column's numbers, None if each sample tells; shaped:
+    whether the shape stands before them in each sample.
+    Raises ValueError that names the index, for columns that are missing or hold neither tokens nor text.
+    """
+
+    def __init__(self, index: Path, columns: list[_Column], options: ReadOptions) -> None:
+        self.columns = columns
+        self._index = index
+        self._options = options
+        self._numbers_of = {column.name: number for number, column in enumerate(columns)}
+        policy = options.policy
+        self.tokens = self._number(policy.column or self._found())
+        self.text = columns[self.tokens].encoding == "str"
+        self.mask = None if policy.mask is None else self._number(policy.mask)
+        self.labels = None if policy.skip_prompt is None else self._number(policy.skip_prompt)
+        if self.text:
+            self._check_text()
+            return
+        self.dtypes: dict[int, np.dtype[Any] | None] = {}
+        self.shaped: dict[int, bool] = {}
+        for number in (self.tokens, self.mask, self.labels):
+            if number is not None:
+                self._check_numbers(columns[number], number == self.mask)
+                kind, *details = columns[number].encoding.split(":")
+                name = options.dtype if kind == "bytes" else details[0] if details else None
+                self.dtypes[number] = np.dtype(name).newbyteorder("<") if name else None
+                self.shaped[number] = kind == "ndarray" and len(details) < 2
+
+    def _found(self) -> str:
+        encodings = {column.name: column.encoding for column in self.columns}
+        if self._options.tokenizer is not None and encodings.get(TEXT_COLUMN) == "str":
+            return TEXT_COLUMN
+        for name in TOKEN_COLUMNS:
+            if encodings.get(name, "").startswith(("ndarray", "bytes")):
+                return name
+        raise ValueError(
+            f"{self._index}: got the columns {self._names()}, expected arrays or bytes in one of "
+            f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with --column"
+        )
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbers_of:
+            raise ValueError(f"{self._index}: has no column {name!r}, expected one of {self._names()} (--column)")
+        return self._numbers_of[name]
+
+    def _names(self) -> str:
+        return ", ".join(self._numbers_of) or "(none)"
+
+    def _check_text(self) -> None:
+        name = self.columns[self.tokens].name
+        if self._options.tokenizer is None:
+            raise ValueError(f"{self._index}: column {name!r} holds text, expected a tokenizer for it (--tokenizer)")
+        for number in (self.mask, self.labels):
+            if number is not None:
+                raise ValueError(
+                    f"{self._index}: got column {self.columns[number].name!r} beside texts, expected tokens in {name!r}"
+                )
+
+    def _check_numbers(self, column: _Column, is_mask: bool) -> None:
+        kind, *details = column.encoding.split(":")
+        if kind == "bytes" and not is_mask:
+            if self._options.dtype is None:
+                raise ValueError(
+                    f"{self._index}: column {column.name!r} holds bytes, which do not tell of what dtype: give dtype "
+                    "(--dtype), int64 for what llm-foundry wrote"
+                )
+            return
+        if kind != "ndarray" or len(details) > 2 or (details and details[0] not in _DTYPES.values()):
+            raise ValueError(
+                f"{self._index}: column {column.name!r} holds {column.encoding!r}, expected arrays of integers"
+                f"{'' if is_mask else ', or bytes'}"
+            )
+        if len(details) == 2:
+            size = np.dtype(details[0]).itemsize
+            if not details[1].isdecimal() or column.size != int(details[1]) * size:
+                raise ValueError(
+                    f"{self._index}: column {column.name!r} holds {column.encoding!r} in {column.size} bytes, expected "
+                    f"one axis and {size} bytes a number"
+                )
+
+
+class _Window:
+    """A file, read from front to back in larger pieces than it is asked for."""
+
+    def __init__(self, descriptor: int, size: int, path: Path, ahead: int = _WINDOW_BYTES) -> None:
+        self.descriptor, self._size, self._path, self._ahead = descriptor, size, path, ahead
+        self._bytes = np.empty(0, np.uint8)
+        self._start = 0
+
+    def read(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """Some bytes of the file. Raises ValueError if it ends before."""
+        begin = offset - self._start
+        if size > 0 and (begin < 0 or begin + size > self._bytes.size):
+            # A new buffer, as what was read from the old one may still be in use.
+            self._bytes = np.empty(max(min(self._ahead, self._size - offset), size), np.uint8)
+            read_at(self.descriptor, self._bytes, offset, self._path)
+            self._start, begin = offset, 0
+        return self._bytes[begin : begin + size]
+
+
+class _Shard(Source):
+    """A part is a range of samples, of which each is a sequence."""
+
+    def __init__(self, index: Path, path: Path, samples: int, layout: _Layout, options: ReadOptions) -> None:
+        super().__init__("mds", path, "text", (index,))
+        self._layout = layout
+        self._options = options
+        self._policy = options.policy
+        self._samples = samples
+        with _descriptor(path) as file:
+            window = _Window(file, self.size, path, _HEAD_BYTES)
+            self._check_head(window, index)
+            if not layout.text:
+                self.dtype = self._dtype(window)
+                warn_if_narrow(path, self.dtype, options.vocab_size)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        per_part = max(1, self._samples * size // self.size)
+        for start in range(0, self._samples, per_part):
+            stop = min(start + per_part, self._samples)
+            yield Part(start, stop, self.size * stop // self._samples - self.size * start // self._samples)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        with _descriptor(self.path) as file:
+            # A window for each column, since those of a long sample are far from each other.
+            windows = [_Window(file, self.size, self.path) for _ in range(3)]
+            if self._layout.text:
+                yield from TextEncoder(self._options, self.path).batches(self._texts(windows[0], part))
+            else:
+                pieces = (piece for sample in self._read(windows[0], part) for piece in self._pieces(windows, *sample))
+                yield from _joined(pieces)
+
+    def _check_head(self, window: _Window, index: Path) -> None:
+        (samples,) = _integers(window, 0, 1) if self.size >= 8 else (0,)
+        end_of_offsets = 8 + 4 * samples
+        if samples != self._samples or end_of_offsets > self.size:
+            raise ValueError(
+                f"{self.path}: got {samples} samples in {self.size} bytes, expected {self._samples}, as "
+                f"{index.name} says"
+            )
+        (begin,) = _integers(window, 4, 1)
+        (end,) = _integers(window, 4 + 4 * samples, 1)
+        if not end_of_offsets <= begin <= end or end != self.size or begin - end_of_offsets > _LARGEST_CONFIG:
+            raise ValueError(
+                f"{self.path}: got samples from byte {begin} to {end}, expected from {end_of_offsets} or more to "
+                f"{self.size}, where the file ends"
+            )
+        try:
+            config = json.loads(window.read(end_of_offsets, begin - end_of_offsets).tobytes())
+            columns = _columns(config)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.path}: cannot be read at byte {end_of_offsets} as JSON ({error!r})") from error
+        if columns != self._layout.columns:
+            raise ValueError(
+                f"{self.path}: got the columns {columns}, expected {self._layout.columns}, as {index.name} says"
+            )
+
+    def _dtype(self, window: _Window) -> str:
+        dtype = self._layout.dtypes[self._layout.tokens]
+        if dtype is None:
+            # Samples of another are read, too.
+            samples = self._read(window, Part(0, min(self._samples, 1), 0))
+            places = next(samples, None)
+            dtype = np.dtype(np.int64) if places is None else self._numbers(window, *places, self._layout.tokens).dtype
+        return "int64" if dtype.name == "uint64" else dtype.name
+
+    def _read(self, window: _Window, part: Part) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+        """The number of each sample, and where each of its columns begins and ends in the file."""
+        sizes = [column.size for column in self._layout.columns]
+        varying = sizes.count(None)
+        first = 8 + 4 * self._samples
+        offsets_window = _Window(window.descriptor, self.size, self.path, 4 * _OFFSETS)
+        for start in range(part.start, part.stop, _OFFSETS):
+            stop = min(start + _OFFSETS, part.stop)
+            offsets = _integers(offsets_window, 4 + 4 * start, stop - start + 1)
+            for sample, begin, end in zip(range(start, stop), offsets, offsets[1:], strict=False):
+                places = []
+                position = begin + 4 * varying
+                if first <= begin and position <= end <= self.size:
+                    own = iter(_integers(window, begin, varying))
+                    for size in sizes:
+                        places.append((position, position := position + (next(own) if size is None else size)))
+                if not places or position != end:
+                    raise ValueError(
+                        f"{self.path}: sample {sample} is damaged: got bytes {begin} to {end} of {self.size}, expected "
+                        f"its columns to end at {position}"
+                    )
+                yield sample, places
+
+    def _texts(self, window: _Window, part: Part) -> Iterator[str]:
+        for sample, places in self._read(window, part):
+            begin, end = places[self._layout.tokens]
+            pieces = [window.read(at, min(_WINDOW_BYTES, end - at)) for at in range(begin, end, _WINDOW_BYTES)]
+            try:
+                yield b"".join(piece.tobytes() for piece in pieces).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{self.path}: sample {sample} is not UTF-8 ({error})") from error
+
+    def _pieces(self, windows: list[_Window], sample: int, places: list[tuple[int, int]]) -> Iterator[Batch]:
+        layout = self._layout
+        tokens = self._numbers(windows[0], sample, places, layout.tokens)
+        others = []
+        for number, window, no_target in (
+            (layout.mask, windows[1], 0),
+            (layout.labels, windows[2], self._policy.ignore_index),
+        ):
+            if number is not None:
+                numbers = self._numbers(window, sample, places, number)
+                if numbers.number != tokens.number:
+                    raise ValueError(
+                        f"{self.path}: column {layout.columns[number].name!r} has {numbers.number} values in sample "
+                        f"{sample}, expected {tokens.number}, one a token"
+                    )
+                others.append((numbers, window, no_target))
+        for start in range(0, tokens.number, _BATCH_TOKENS):
+            count = min(_BATCH_TOKENS, tokens.number - start)
+            is_target = None
+            for numbers, window, no_target in others:
+                kept = _slice(numbers, window, start, count) != no_target
+                is_target = kept if is_target is None else is_target & kept
+            if start == 0 and self._policy.targets == "shifted":
+                is_target = np.ones(count, np.bool_) if is_target is None else is_target
+                is_target[0] = False
+            yield Batch(_slice(tokens, windows[0], start, count), is_target)
+
+    def _numbers(self, window: _Window, sample: int, places: list[tuple[int, int]], number: int) -> _Numbers:
+        begin, end = places[number]
+        dtype = self._layout.dtypes[number]
+        count = None
+        if self._layout.shaped[number]:
+            prefix = window.read(begin, min(_LARGEST_PREFIX, end - begin)).tobytes()
+            used = 0
+            if dtype is None:
+                name = _DTYPES.get(prefix[0]) if prefix else None
+                dtype, used = np.dtype(name).newbyteorder("<") if name else None, 1
+            # The number of axes, and the logarithm of the width of their lengths.
+            axes, width = divmod(prefix[used], 4) if used < len(prefix) else (0, 0)
+            used += 1
+            if dtype is not None and axes == 1 and used + 2**width <= len(prefix):
+                count = int.from_bytes(prefix[used : used + 2**width], "little")
+            begin += used + 2**width
+        elif dtype is not None:
+            count = (end - begin) // dtype.itemsize
+        if dtype is None or count is None or begin + count * dtype.itemsize != end:
+            raise ValueError(
+                f"{self.path}: column {self._layout.columns[number].name!r} of sample {sample} is damaged: expected an "
+                f"array of integers with one axis in bytes {places[number][0]} to {end}"
+            )
+        return _Numbers(begin, count, dtype)
+
+
+@contextlib.contextmanager
+def _descriptor(path: Path) -> Iterator[int]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _integers(window: _Window, offset: int, count: int) -> tuple[int, ...]:
+    return struct.unpack(f"<{count}I", window.read(offset, 4 * count).tobytes())
+
+
+def _slice(numbers: _Numbers, window: _Window, start: int, count: int) -> NDArray[Any]:
+    itemsize = numbers.dtype.itemsize
+    return window.read(numbers.first_byte + start * itemsize, count * itemsize).view(numbers.dtype)
+
+
+def _joined(pieces: Iterable[Batch]) -> Iterator[Batch]:
+    held: list[Batch] = []
+    size = 0
+    for piece in pieces:
+        if held and (size + piece.tokens.size > _BATCH_TOKENS or piece.tokens.dtype != held[0].tokens.dtype):
+            yield _join(held)
+            held, size = [], 0
+        held.append(piece)
+        size += piece.tokens.size
+    if held:
+        yield _join(held)
+
+
+def _join(pieces: list[Batch]) -> Batch:
+    # A copy also of one, which may lie at an odd address.
+    tokens = countable(np.concatenate([piece.tokens for piece in pieces]))
+    if all(piece.is_target is None for piece in pieces):
+        return Batch(tokens)
+    every = (np.ones(p.tokens.size, np.bool_) if p.is_target is None else p.is_target for p in pieces)
+    return Batch(tokens, np.concatenate(list(every)))
+
+
+def _columns(config: dict[str, Any]) -> list[_Column]:
+    """Raises KeyError, TypeError or ValueError for anything else than a description of columns."""
+    columns = [
+        _Column(str(name), str(encoding), None if size is None else int(size))
+        for name, encoding, size in zip(
+            config["column_names"], config["column_encodings"], config["column_sizes"], strict=True
+        )
+    ]
+    if any(column.size is not None and column.size < 1 for column in columns):
+        raise ValueError("sizes below 1")
+    return columns
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    index = _index_file(path)
+    if index.name != _INDEX or not index.is_file():
+        return False
+    # litdata's index.json has chunks instead.
+    with _descriptor(index) as file:
+        return b'"shards"' in os.pread(file, _HEAD_BYTES, 0)
+
+
+def _index_file(path: Path) -> Path:
+    """The index of a folder, of a shard, or the index itself."""
+    return path / _INDEX if path.is_dir() else path.with_name(_INDEX) if path.suffix == _SUFFIX else path
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    index_file = _index_file(path)
+    if not index_file.is_file():
+        raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards")
+    index = read_json(index_file)
+    only = None if path.is_dir() or path.suffix != _SUFFIX else path.name
+    sources: list[Source] = []
+    try:
+        if index["version"] != _VERSION:
+            raise ValueError(f"{index_file}: got version {index['version']!r}, expected {_VERSION}")
+        for entry in index["shards"]:
+            if only in (None, entry["raw_data"]["basename"]):
+                sources.append(_shard(index_file, entry, options))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{index_file}: is damaged or no index of MDS shards ({error!r})") from error
+    if not sources and only is not None:
+        raise ValueError(f"{path}: is not among the {len(index['shards'])} shards of {index_file}")
+    return sources
+
+
+def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
+    if entry["format"] != "mds":
+        raise ValueError(f"{index}: got shards of format {entry['format']!r}, expected 'mds'")
+    raw, packed = entry["raw_data"], entry.get("zip_data")
+    if packed and not (index.parent / raw["basename"]).is_file():
+        raise ValueError(
+            f"{index.parent / packed['basename']}: is compressed ({entry['compression']}), expected "
+            f"{raw['basename']}: decompress it into its folder first"
+        )
+    path = listed_file(index, raw["basename"])
+    try:
+        columns = _columns(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: got no columns of {raw['basename']} ({error!r})") from error
+    shard = _Shard(index, path, entry["samples"], _Layout(index, columns, options), options)
+    if shard.size != raw["bytes"]:
+        raise ValueError(f"{path}: got {shard.size} bytes, expected {raw['bytes']}, as {index.name} says")
+    return shard
+
+
+FORMAT = Format("mds", _open, recognises=_recognises)

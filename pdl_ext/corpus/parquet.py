@@ -1,0 +1,92 @@
+"""Parquet, of which only the columns that are needed are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pdl_ext._optional import require
+from pdl_ext.corpus.columns import Columns, Rows, arrow_errors
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+
+__all__ = ["FORMAT"]
+
+_MAGIC = b"PAR1"
+# Decoded at once: what a core's cache holds.
+_DECODED_BYTES = 2**21
+# In rows: what is stated of their size holds for all columns, which may be much wider.
+_SMALLEST_BATCH = 16
+_LARGEST_BATCH = 2**20
+# A column of a row group larger than this is read through a buffer. Smaller ones are read whole: pyarrow makes the
+# buffer as large as a damaged page says that it is, up to 2 GiB.
+_LARGEST_WHOLE = 2**23
+_BUFFER_BYTES = 2**18
+
+
+class _ParquetSource(Source):
+    """A part is a range of row groups."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        with arrow_errors(path, "Parquet"), _opened(path) as file:
+            self._columns = Columns(path, file.schema_arrow, options)
+            # Not the metadata, of which a corpus has as much as files.
+            groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+            self._rows_of = [group.num_rows for group in groups]
+            stated = [group.total_byte_size for group in groups]
+        super().__init__("parquet", path, self._columns.dtype)
+        # Some writers state 0. pyarrow tells the sizes of columns, too, but ends the process where those are damaged.
+        rows = max(sum(self._rows_of), 1)
+        largest = self.size * max(self._rows_of, default=0) // rows
+        self._buffer_bytes = _BUFFER_BYTES if largest > _LARGEST_WHOLE else 0
+        self._decoded = [
+            max(size, self.size * number // rows) for size, number in zip(stated, self._rows_of, strict=True)
+        ]
+
+    def parts(self, size: int) -> Iterator[Part]:
+        total = max(sum(self._decoded), 1)
+        start, begin, end, decoded = 0, 0, 0, 0
+        for group, group_decoded in enumerate(self._decoded):
+            decoded += group_decoded
+            group_end = self.size * decoded // total
+            if group > start and group_end - begin > size:
+                yield Part(start, group, end - begin)
+                start, begin = group, end
+            end = group_end
+        if start < len(self._decoded):
+            yield Part(start, len(self._decoded), end - begin)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:
+            yield from self._columns.batches(self._rows(file, part))
+
+    def _rows(self, file: Any, part: Part) -> Iterator[Rows]:
+        for group in range(part.start, part.stop):
+            expected = self._rows_of[group]
+            per_batch = _DECODED_BYTES * expected // max(self._decoded[group], 1)
+            got = 0
+            for batch in file.iter_batches(
+                min(max(per_batch, _SMALLEST_BATCH), _LARGEST_BATCH),
+                row_groups=[group],
+                columns=self._columns.names,
+                use_threads=False,
+            ):
+                yield Rows(batch, range(got, got + batch.num_rows), f"row group {group}")
+                got += batch.num_rows
+            if got != expected:
+                raise ValueError(f"{self.path}: got {got} rows in row group {group}, expected {expected}")
+
+
+def _opened(path: Path, buffer_bytes: int = 0) -> Any:
+    parquet = require("pyarrow.parquet", "corpus")
+    # Not read ahead, which would hold the columns of a whole row group.
+    return parquet.ParquetFile(
+        str(path), memory_map=False, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
+    )
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    return [_ParquetSource(path, options)]
+
+
+FORMAT = Format("parquet", _open, recognises=lambda path, head: head.startswith(_MAGIC))
