@@ -185,6 +185,12 @@ def groups(rank, results):
     results["vocabularies"] = messages, values_of(other)
 
 
+def first_weights(rank, results):
+    targets = tokens_of(rank, 0, low=0)
+    _, stats = PDLLoss(alpha=0.5, sync_every=1)(torch.zeros(len(targets), VOCAB), targets, return_stats=True)
+    results["first weights"] = stats.weight
+
+
 def resumed(rank, folder, results):
     def wrapped(device="cpu"):
         with torch.device(device):
@@ -225,6 +231,7 @@ def worker(rank, init, folder):
         copies(rank, results)
         sync_after_all_reduce(rank, results)
         groups(rank, results)
+        first_weights(rank, results)
         for name, (broadcast, every, options) in MODELS.items():
             model = DistributedDataParallel(Model(sync_every=every, **options), broadcast_buffers=broadcast)
             results[name] = train(model, rank, range(STEPS))
@@ -345,6 +352,14 @@ class TestLoss:
             weighting = PDLLoss(alpha=0.5).weighting
             weights = functional.token_weights(torch.tensor(expected[:VOCAB]), weighting).tolist()
             assert [weights_of_rank for _, weights_of_rank in seen] == [weights] * RANKS
+
+    def test_a_call_weighs_by_what_it_has_synced(self, ranks):
+        counts = torch.tensor(global_counts([0])[:VOCAB])
+        weights = functional.token_weights(counts, PDLLoss(alpha=0.5).weighting)
+        for rank, result in enumerate(ranks):
+            targets = tokens_of(rank, 0, low=0)
+            expected = torch.where(targets == -100, 0.0, weights[targets.clamp(min=0)])
+            assert torch.equal(result["first weights"], expected)
 
     @pytest.mark.parametrize("name", ["each third step", "no_broadcast"])
     def test_between_two_syncs_ranks_count_for_themselves(self, ranks, name):
