@@ -191,6 +191,13 @@ def first_weights(rank, results):
     results["first weights"] = stats.weight
 
 
+# In a function, since a process group that DistributedDataParallel is the last to release can hang as it ends.
+def models(rank, results):
+    for name, (broadcast, every, options) in MODELS.items():
+        model = DistributedDataParallel(Model(sync_every=every, **options), broadcast_buffers=broadcast)
+        results[name] = train(model, rank, range(STEPS))
+
+
 def resumed(rank, folder, results):
     def wrapped(device="cpu"):
         with torch.device(device):
@@ -232,9 +239,7 @@ def worker(rank, init, folder):
         sync_after_all_reduce(rank, results)
         groups(rank, results)
         first_weights(rank, results)
-        for name, (broadcast, every, options) in MODELS.items():
-            model = DistributedDataParallel(Model(sync_every=every, **options), broadcast_buffers=broadcast)
-            results[name] = train(model, rank, range(STEPS))
+        models(rank, results)
         resumed(rank, folder, results)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
