@@ -28,7 +28,8 @@ class TokenFrequency(nn.Module):
 
     Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored` and
     `out_of_range`. counts.sum() + ignored + out_of_range is `tokens_seen`. `provenance` tells of those that were read
-    from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none were.
+    from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none were. Over ranks
+    `all_reduce` sums once, `sync` as often as wanted.
 
     Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
     """
@@ -37,6 +38,11 @@ class TokenFrequency(nn.Module):
     ignored: Tensor
     out_of_range: Tensor
     provenance: Provenance | None
+    # What update and merge have added since the last sync, packed [V + 2]; None is nothing. No buffer, or
+    # DistributedDataParallel would overwrite it by rank 0's. Until _tracked it is everything that the counts hold, and
+    # a frequency that only counts does not count twice.
+    _own: Tensor | None
+    _tracked: bool
 
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
@@ -44,6 +50,9 @@ class TokenFrequency(nn.Module):
         check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
         self.provenance = None
+        self._own = None
+        self._tracked = False
+        self._checked_group: str | None = None
         self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64))
         self.register_buffer("out_of_range", torch.zeros((), dtype=torch.int64))
@@ -58,6 +67,7 @@ class TokenFrequency(nn.Module):
             raise ValueError("counts: got a negative count, expected all >= 0")
         frequency = cls(counts.numel()).to(counts.device)
         frequency.counts.copy_(counts)
+        frequency._track()
         return frequency
 
     @property
@@ -100,9 +110,9 @@ class TokenFrequency(nn.Module):
         if strict and self.counts.device.type != "cpu":
             self._update_strictly(tokens)
         else:
-            functional.add_tokens(
-                self.counts, self.ignored, self.out_of_range, tokens, ignore_index=self.ignore_index, strict=strict
-            )
+            functional.add_tokens(*self._totals(), tokens, ignore_index=self.ignore_index, strict=strict)
+            if self._tracked:
+                functional.add_tokens(*_unpacked(self._own_counts()), tokens, ignore_index=self.ignore_index)
 
     def _update_strictly(self, tokens: Tensor) -> None:
         batch = TokenFrequency(self.vocab_size, ignore_index=self.ignore_index).to(self.counts.device)
@@ -126,6 +136,8 @@ class TokenFrequency(nn.Module):
         provenance = self.provenance or other.provenance
         if self.provenance is not None and other.provenance is not None:
             provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)
+        if self._tracked:
+            self._own_counts().add_(other._packed().to(self.counts.device))
         for mine, theirs in zip(self._totals(), other._totals(), strict=True):
             mine += theirs.to(mine.device)
         self.provenance = provenance
@@ -134,18 +146,47 @@ class TokenFrequency(nn.Module):
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
-        Raises ValueError on every rank if the ranks' vocabularies differ.
+        It sums all that the counts hold, also what was loaded. `sync` may follow, and goes on from the sum.
+        Raises TypeError for what is no process group, ValueError on every rank if the ranks' vocabularies differ.
         """
+        self._check_vocabularies(group)
+        self._replace_by_sum(self._packed(), group)
+
+    @torch.no_grad()
+    def sync(self, group: dist.ProcessGroup | None = None) -> None:
+        """Adds what `update` and `merge` have counted on the other ranks of a group since the last sync.
+
+        Afterwards the counts are the same on all ranks. What else they held (given, loaded, of the last sync or of
+        `all_reduce`) must be the same on all ranks beforehand and is counted once, as the group's first rank has it.
+
+        All ranks call it equally often, or they wait for each other for ever; how much each has counted makes no
+        difference. Save after a sync: the state of one rank lacks what others have counted since. In a module under
+        DistributedDataParallel, which overwrites the counts by those of rank 0, sync once before the first update; from
+        then on nothing is lost. Does nothing without a process group.
+        Raises TypeError for what is no process group, ValueError on every rank if the ranks' vocabularies differ.
+        """
+        if group is None and not (dist.is_available() and dist.is_initialized()):
+            return
+        name = "" if group is None else _checked(group).group_name
+        if self._checked_group != name:
+            # Once, since it waits for the device.
+            self._check_vocabularies(group)
+            self._checked_group = name
+        all_of_it = not self._tracked or dist.get_rank(group) == 0
+        self._replace_by_sum(self._packed() if all_of_it else self._own_counts().clone(), group)
+
+    def _check_vocabularies(self, group: dist.ProcessGroup | None) -> None:
         sizes = torch.tensor([self.vocab_size, -self.vocab_size], device=self.counts.device)
-        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=_checked(group))
         largest, smallest = int(sizes[0]), -int(sizes[1])
         if largest != smallest:
             raise ValueError(f"vocab_size: got {smallest} to {largest} over the ranks, expected the same on all")
-        packed = torch.cat([total.reshape(-1) for total in self._totals()])
+
+    def _replace_by_sum(self, packed: Tensor, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(packed, group=group)
-        self.counts.copy_(packed[:-2])
-        self.ignored.copy_(packed[-2])
-        self.out_of_range.copy_(packed[-1])
+        for mine, total in zip(self._totals(), _unpacked(packed), strict=True):
+            mine.copy_(total)
+        self._track()
 
     def probabilities(self) -> Tensor:
         """n / N, float64 [V]; uniform while nothing is counted."""
@@ -225,3 +266,38 @@ class TokenFrequency(nn.Module):
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.ignored, self.out_of_range
+
+    def _packed(self) -> Tensor:
+        return torch.cat([total.reshape(-1) for total in self._totals()])
+
+    def _track(self) -> None:
+        """What the counts hold now is no rank's own; what is added from now on is."""
+        self._tracked = True
+        if self._own is not None:
+            self._own.zero_()
+
+    def _own_counts(self) -> Tensor:
+        if self._own is None:
+            # Counting may begin under inference_mode, and must be able to go on without.
+            with torch.inference_mode(False):
+                self._own = torch.zeros(self.vocab_size + 2, dtype=torch.int64, device=self.counts.device)
+        elif self._own.device != self.counts.device:
+            # Here, since FSDP moves buffers without a call of the module's.
+            self._own = self._own.to(self.counts.device)
+        return self._own
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}counts" in state_dict:
+            self._track()
+
+
+def _unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return packed[:-2], packed[-2], packed[-1]
+
+
+def _checked(group: Any) -> Any:
+    # A rank outside of a group has a placeholder for it, which collectives take and do nothing.
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup that this rank is in, or None")
+    return group

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional
+from pdl_ext._checks import check_integer
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._vocabulary import VocabularySlice
 from pdl_ext.frequency import TokenFrequency
@@ -30,6 +31,10 @@ class PDLLoss(nn.Module):
         alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
         weighting: PowerLaw with everything else that it can do.
         vocab_size: V of an online loss; without it V is that of the first logits.
+        sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
+            counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
+            the weights are then the same on all ranks. All ranks must make equally many calls. None: each rank counts
+            for itself. Without a process group it changes nothing.
         reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale, inplace_backward: as in
             `functional.pdl_loss`.
 
@@ -61,6 +66,7 @@ class PDLLoss(nn.Module):
         logit_scale: float = 1.0,
         inplace_backward: bool = False,
         vocab_size: int | None = None,
+        sync_every: int | None = None,
     ) -> None:
         super().__init__()
         LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale).check()
@@ -82,6 +88,14 @@ class PDLLoss(nn.Module):
         self.logit_scale = logit_scale
         self.inplace_backward = inplace_backward
         self.online = frequency is None
+        if sync_every is not None:
+            check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+            if frequency is not None:
+                raise ValueError(
+                    f"sync_every: got {sync_every} with a given frequency, expected None: only an online loss counts"
+                )
+        self.sync_every = sync_every
+        self._calls_since_sync = 0
 
         if isinstance(frequency, (str, os.PathLike)):
             frequency = TokenFrequency.load(frequency)
@@ -92,7 +106,7 @@ class PDLLoss(nn.Module):
                 f"frequency: got {type(frequency).__name__}, expected TokenFrequency, int64 counts, a path or None"
             )
         if frequency is None and vocab_size is not None:
-            frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
+            frequency = self._new_frequency(vocab_size)
         if frequency is not None and vocab_size not in (None, frequency.vocab_size):
             raise ValueError(f"vocab_size: got {vocab_size}, expected {frequency.vocab_size}, the frequency's")
 
@@ -133,6 +147,7 @@ class PDLLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
+        self._check_process_group(process_group)
         options = self._options()
         # Everything that can be refused is refused before an online loss counts its targets.
         check_loss_inputs(logits, targets, row_weight, normalizer, options)
@@ -160,6 +175,7 @@ class PDLLoss(nn.Module):
 
         Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
         """
+        self._check_process_group(process_group)
         options = self._options()
         check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
         settings = functional.linear_settings(hidden, max_chunk_bytes, accumulate)
@@ -168,6 +184,13 @@ class PDLLoss(nn.Module):
         return functional.linear_loss_of_checked(
             hidden, weight, bias, targets, weights, row_weight, normalizer, None, options, part, settings, return_stats
         )
+
+    def _check_process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        if process_group is not None and self.sync_every is not None:
+            raise ValueError(
+                "process_group: got one with sync_every, expected either: its ranks count the same targets, so call "
+                "`frequency.sync` with a group of ranks whose targets differ"
+            )
 
     def _options(self) -> LossOptions:
         return LossOptions(
@@ -192,7 +215,7 @@ class PDLLoss(nn.Module):
         if frequency is None:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
-                frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index).to(device)
+                frequency = self._new_frequency(vocab_size).to(device)
         counts = frequency.counts
         _check_vocabulary(name, vocab_size, device, counts)
         if self.training:
@@ -205,7 +228,24 @@ class PDLLoss(nn.Module):
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
                 self._take_frequency(frequency)
+        if self.training and self.sync_every is not None:
+            self._sync_if_due(frequency)
         return functional.weights_with_fixed(counts, self.weighting, self._blend, self._fixed)
+
+    def _new_frequency(self, vocab_size: int) -> TokenFrequency:
+        frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)
+        if self.sync_every is not None:
+            # From the first count on, which comes before the first sync.
+            frequency._track()
+        return frequency
+
+    # A compiled graph holds neither a counter nor a collective that not every call makes.
+    @torch.compiler.disable
+    def _sync_if_due(self, frequency: TokenFrequency) -> None:
+        self._calls_since_sync += 1
+        if self._calls_since_sync == self.sync_every:
+            self._calls_since_sync = 0
+            frequency.sync()
 
     def _weights(self) -> Tensor:
         assert self.frequency is not None
@@ -230,7 +270,7 @@ class PDLLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         counts = state_dict.get(f"{prefix}frequency.counts")
         if self.frequency is None and counts is not None:
-            self._take_frequency(TokenFrequency(counts.shape[0], ignore_index=self.ignore_index).to(self._blend.device))
+            self._take_frequency(self._new_frequency(counts.shape[0]).to(self._blend.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -243,6 +283,8 @@ def _check_vocabulary(name: str, vocab_size: int, device: torch.device, table: T
 
 # At module level, so that the loss can be pickled.
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
+    # Whenever ranks load, they go on in step.
+    loss._calls_since_sync = 0
     if loss.frequency is not None:
         loss._fixed = functional.fixed_table(loss.weighting, loss.frequency.counts)
     loss.refresh()

@@ -77,24 +77,24 @@ def row_count(loss, targets):
     return (targets != -100).sum().float()
 
 
+# In a function, since a process group that DistributedDataParallel is the last to release can hang as it ends.
+def train_under_ddp(rank, reduction, quantity):
+    model = ModelWithLoss(reduction=reduction)
+    if rank == 1:
+        # What rank 0 broadcasts must arrive whole.
+        model.loss.frequency.counts.zero_()
+        model.loss.refresh()
+    wrapped = DistributedDataParallel(model)
+    model.loss.refresh()
+    losses = train(wrapped, model.loss, slice(12 * rank, 12 * (rank + 1)), reduced_over_ranks(quantity))
+    return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
+
+
 def ddp_worker(rank, init, folder):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:
-        part = slice(12 * rank, 12 * (rank + 1))
-        results = {}
-        for reduction, quantity in (("mean", sum_of_weights), ("token_mean", row_count)):
-            model = ModelWithLoss(reduction=reduction)
-            if rank == 1:
-                # What rank 0 broadcasts must arrive whole.
-                model.loss.frequency.counts.zero_()
-                model.loss.refresh()
-            wrapped = DistributedDataParallel(model)
-            model.loss.refresh()
-            losses = train(wrapped, model.loss, part, reduced_over_ranks(quantity))
-            results[reduction] = {
-                "losses": losses,
-                "state": {name: value.clone() for name, value in model.state_dict().items()},
-            }
+        quantities = {"mean": sum_of_weights, "token_mean": row_count}
+        results = {reduction: train_under_ddp(rank, reduction, quantity) for reduction, quantity in quantities.items()}
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
