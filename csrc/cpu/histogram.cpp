@@ -1,7 +1,8 @@
 // Histogram of token ids on the CPU: one read of the ids in their own dtype, no pre-pass over them.
 //
-// Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its own, with two
-// extra bins that take what is ignored and what is out of range without a branch, and adds it to the totals at its end.
+// Few ids, or one thread: straight into the 64-bit totals, fastest where all of them lie in one tensor. Many ids: each
+// part counts into a table of its own, with two extra bins that take what is ignored and what is out of range without a
+// branch, and adds it to the totals at its end.
 #include <torch/csrc/stable/library.h>
 
 #include <mutex>
@@ -27,6 +28,11 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
   const int64_t parts = torch::stable::get_num_threads();
   // A private table costs two passes over V entries, so it has to be earned.
   if (parts == 1 || n < 8 * vocab_size) {
+    if (ignored == counts + vocab_size && out_of_range == ignored + 1) {
+      // A bin is a place: no choice of one for each id.
+      for (int64_t i = 0; i < n; ++i) ++counts[bin_of(tokens[i], vocab_size, ignore_index)];
+      return;
+    }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t bin = bin_of(tokens[i], vocab_size, ignore_index);
       int64_t* slot = bin < vocab_size ? counts + bin : bin == vocab_size ? ignored : out_of_range;

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import pdl_ext
-from pdl_ext import functional
 from pdl_ext._checks import check_choice, check_flag, check_integer, check_number, check_vocab_size
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
 from pdl_ext.corpus.state import State
+from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
 
@@ -247,27 +247,23 @@ class _Count:
     def part(self, index: int) -> tuple[Source, Part]:
         return self._parts[index]
 
-    def finish(self, table: TokenFrequency, parts: list[int], tokens: int) -> None:
+    def finish(self, table: Table, parts: list[int]) -> None:
         with self._lock:
-            self._state.add(table, parts, tokens)
+            self._state.add(table, parts)
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
             self._error = self._error or error
         self._stop_workers()
 
-    def new_table(self) -> TokenFrequency:
+    def new_table(self) -> Table:
         frequency = self._state.frequency
-        return TokenFrequency(frequency.vocab_size, ignore_index=frequency.ignore_index)
+        return Table(frequency.vocab_size, frequency.ignore_index, self._strict)
 
     @property
     def must_abandon(self) -> bool:
         """Whether a worker has to leave its part as it is: a short one it may finish."""
         return self._stop.is_set() and time.monotonic() - self._stopped_at > _SECONDS_TO_FINISH_A_PART
-
-    @property
-    def strict(self) -> bool:
-        return self._strict
 
 
 class _Worker(threading.Thread):
@@ -282,7 +278,6 @@ class _Worker(threading.Thread):
         self._count = count
         self._table = count.new_table()
         self._finished: list[int] = []
-        self._finished_tokens = 0
         self._merged = time.monotonic()
         self.tokens_read = 0
         self.bytes_done = 0
@@ -307,41 +302,21 @@ class _Worker(threading.Thread):
     def _count_part(self, index: int) -> bool:
         """Whether the part was counted to its end."""
         source, part = self._count.part(index)
-        counts, ignored, out_of_range = self._table.counts, self._table.ignored, self._table.out_of_range
-        ignore_index, strict = self._table.ignore_index, self._count.strict
         source.check_unchanged()
-        read = 0
-        for tokens, is_target in source.batches(part):
+        for batch in source.batches(part):
             if self._count.must_abandon:
                 return False
-            read += tokens.size
-            self.tokens_read += tokens.size
-            if is_target is not None:
-                tokens = tokens[is_target]
-                ignored += is_target.size - tokens.size
             try:
-                functional.add_tokens(
-                    counts,
-                    ignored,
-                    out_of_range,
-                    torch.from_numpy(tokens),
-                    ignore_index=ignore_index,
-                    strict=strict,
-                )
-            except IndexError:
-                wrong = (tokens != ignore_index) & ((tokens < 0) | (tokens >= counts.numel()))
-                raise ValueError(
-                    f"{source.path}: got the id {tokens[wrong][0]}, expected 0 <= id < {counts.numel()}"
-                ) from None
+                self._table.add(batch)
+            except IndexError as error:
+                raise ValueError(f"{source.path}: {error}") from None
+            self.tokens_read += batch.tokens.size
         source.check_unchanged()
         self.bytes_done += part.size
         self._finished.append(index)
-        self._finished_tokens += read
         return True
 
     def _merge(self) -> None:
-        self._count.finish(self._table, self._finished, self._finished_tokens)
-        for total in self._table.state_dict().values():
-            total.zero_()
-        self._finished, self._finished_tokens = [], 0
+        self._count.finish(self._table, self._finished)
+        self._finished = []
         self._merged = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class ReadOptions:
     """
 
     vocab_size: int
-    policy: TargetPolicy
+    policy: TargetPolicy = field(default_factory=TargetPolicy)
     dtype: str | None = None
     tokenizer: Path | None = None
     sample_by: str = "line"

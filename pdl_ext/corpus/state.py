@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pdl_ext._tensor_file import read_tensors, write_tensors
+from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 
 __all__ = ["State"]
@@ -34,11 +35,11 @@ class State:
         frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
         return cls(frequency, torch.zeros(parts, dtype=torch.uint8), 0, identity)
 
-    def add(self, table: TokenFrequency, parts: list[int], tokens: int) -> None:
+    def add(self, table: Table, parts: list[int]) -> None:
         """Takes over the counts of parts that are finished now."""
-        self.frequency.merge(table)
+        self.tokens += table.tokens
+        table.move_to(self.frequency)
         self.finished[parts] = 1
-        self.tokens += tokens
 
     def adopt(self, other: State) -> None:
         """Takes over another state of the same count; one that was taken over before changes nothing.
@@ -79,5 +80,7 @@ class State:
             )
         loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
         loaded.finished, loaded.tokens = tensors.pop("finished"), int(metadata["tokens"])
-        loaded.frequency.load_state_dict({name.removeprefix("frequency."): value for name, value in tensors.items()})
+        # Not load_state_dict, after which a `sync` of the counts would take them for all ranks' and not this one's own.
+        for name, buffer in loaded.frequency.named_buffers():
+            buffer.copy_(tensors[f"frequency.{name}"])
         return loaded

@@ -1,0 +1,76 @@
+"""What a thread counts into, before it is added to the totals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pdl_ext import functional
+from pdl_ext.corpus.source import Batch
+from pdl_ext.frequency import TokenFrequency
+
+__all__ = ["Table"]
+
+
+class Table:
+    """Counts of some tokens.
+
+    What a TokenFrequency holds, in one tensor, into which the histogram counts fastest. What is no target is counted
+    with the rest and once more by itself, to be subtracted: that is less work than leaving it out of each batch.
+    """
+
+    def __init__(self, vocab_size: int, ignore_index: int, strict: bool) -> None:
+        self.vocab_size = vocab_size
+        self._ignore_index = ignore_index
+        self._strict = strict
+        self._all = torch.zeros(vocab_size + 2, dtype=torch.int64)
+        self._no_targets = torch.zeros_like(self._all)
+        self.tokens = 0
+        self._tokens_no_targets = 0
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch. Raises IndexError if `strict` and a target is outside [0, V), with nothing changed."""
+        tokens, is_target = batch
+        if is_target is not None:
+            others = tokens[~is_target]
+            if self._strict:
+                # What is no target may be any number.
+                self._count(tokens[is_target], self._all)
+                self._all[self.vocab_size] += others.size
+            else:
+                self._count(tokens, self._all)
+                self._count(others, self._no_targets)
+                self._tokens_no_targets += others.size
+        else:
+            self._count(tokens, self._all)
+        self.tokens += tokens.size
+
+    def move_to(self, frequency: TokenFrequency) -> None:
+        """Adds the counts to a frequency, and begins anew."""
+        if self._tokens_no_targets:
+            self._all -= self._no_targets
+            self._all[self.vocab_size] += self._tokens_no_targets
+            self._no_targets.zero_()
+            self._tokens_no_targets = 0
+        counts, ignored, out_of_range = _parts(self._all)
+        frequency.counts += counts
+        frequency.ignored += ignored
+        frequency.out_of_range += out_of_range
+        self._all.zero_()
+        self.tokens = 0
+
+    def _count(self, tokens: NDArray[Any], table: Tensor) -> None:
+        try:
+            functional.add_tokens(
+                *_parts(table), torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
+            )
+        except IndexError:
+            wrong = (tokens != self._ignore_index) & ((tokens < 0) | (tokens >= self.vocab_size))
+            raise IndexError(f"got the id {tokens[wrong][0]}, expected 0 <= id < {self.vocab_size}") from None
+
+
+def _parts(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return table[:-2], table[-2], table[-1]
