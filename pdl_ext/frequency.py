@@ -237,7 +237,9 @@ class TokenFrequency(nn.Module):
             raise ValueError(f"{name}: got a negative count, expected all >= 0")
         read = 0 if self.provenance is None else self.provenance.tokens
         if self.tokens_seen < read:
-            raise ValueError(f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more")
+            raise ValueError(
+                f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more"
+            )
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.ignored, self.out_of_range

@@ -65,7 +65,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--allow-overlap", action="store_true", help="count files with the same content each")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a processor")
     parser.add_argument(
-        "--checkpoint-every", type=float, default=60.0, metavar="SECONDS", help="how much a crash may lose (default: 60)"
+        "--checkpoint-every",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how much a crash may lose (default: 60)",
     )
     parser.set_defaults(run=_run)
 

@@ -88,9 +88,7 @@ class State:
                 f"{path}: got the checkpoint of another count (files, options or pdl_ext's version differ), "
                 "expected this one's: delete it to begin anew"
             )
-        loaded = cls.empty(
-            like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity
-        )
+        loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
         loaded.frequency.load_state_dict({name.removeprefix("frequency."): value for name, value in tensors.items()})
         loaded.finished, loaded.tokens = finished, tokens
         try:
