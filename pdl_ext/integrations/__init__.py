@@ -1,0 +1,1 @@
+"""Other frameworks, one file each; a file needs its framework, and nothing else imports it."""
