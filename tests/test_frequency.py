@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pdl_ext import TokenFrequency, functional, reference
+from pdl_ext._tensor_file import write_tensors
+from pdl_ext.provenance import Provenance, TargetPolicy
 
 TORCH_DTYPES = functional.TOKEN_DTYPES
 
@@ -276,12 +278,13 @@ class TestFile:
     def test_metadata(self, saved):
         frequency, path = saved
         with safe_open(path, framework="np") as file:
-            assert file.metadata() == {
-                "format": "pdl_ext.TokenFrequency",
-                "format_version": "1",
+            metadata = file.metadata()
+            assert len(metadata.pop("digest")) == 32
+            assert metadata == {
+                "format": "pdl_ext.TokenFrequency/2",
                 "vocab_size": "70000",
                 "ignore_index": "-1",
-                "total": str(frequency.total),
+                "tokens_seen": str(frequency.tokens_seen),
             }
             assert sorted(file.keys()) == ["counts", "ignored", "out_of_range"]
 
@@ -295,12 +298,14 @@ class TestFile:
         frequency, path = saved
         before = path.read_bytes()
 
-        def fail(source, destination):
-            raise OSError("disk full")
+        def fail(*_):
+            raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("pdl_ext.frequency.os.replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            frequency.save(path)
+        for step in ("fsync", "replace"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"pdl_ext._tensor_file.os.{step}", fail)
+                with pytest.raises(OSError, match=r"No space left on device; not written: .*counts"):
+                    frequency.save(path)
         assert path.read_bytes() == before
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -328,17 +333,17 @@ class TestFile:
     def test_changed_counts(self, saved):
         _, path = saved
         content = bytearray(path.read_bytes())
-        # The last count of the table: the sum is no longer what the metadata states.
+        # The last count of the table.
         length = int.from_bytes(content[:8], "little")
         content[8 + length + 8 * 69_999] ^= 1
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"path: .* do not sum to the total"):
+        with pytest.raises(ValueError, match=r"path: .* is damaged: its content does not have the digest"):
             TokenFrequency.load(path)
 
     def test_file_of_something_else(self, tmp_path):
         path = tmp_path / "model.safetensors"
         save_file({"weight": torch.zeros(3)}, path)
-        with pytest.raises(ValueError, match=r"path: .* has format None None, expected 'pdl_ext.TokenFrequency' '1'"):
+        with pytest.raises(ValueError, match=r"path: .* has format None, expected 'pdl_ext.TokenFrequency/2'"):
             TokenFrequency.load(path)
         path.write_text("a text, not tensors")
         with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
@@ -346,11 +351,31 @@ class TestFile:
 
     def test_later_format(self, saved):
         frequency, path = saved
-        save_file(
-            dict(frequency.state_dict()), path, metadata={"format": "pdl_ext.TokenFrequency", "format_version": "2"}
-        )
-        with pytest.raises(ValueError, match=r"path: .* 'pdl_ext.TokenFrequency' '2', expected .* '1'"):
+        save_file(dict(frequency.state_dict()), path, metadata={"format": "pdl_ext.TokenFrequency/3"})
+        with pytest.raises(ValueError, match=r"path: .* 'pdl_ext.TokenFrequency/3', expected .*/2'"):
             TokenFrequency.load(path)
+
+    def test_any_flipped_bit_is_an_error(self, tmp_path):
+        path = tmp_path / "counts"
+        frequency = TokenFrequency.from_counts(torch.arange(8))
+        frequency.save(path)
+        content = path.read_bytes()
+        for bit in range(8 * len(content)):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="path: "):
+                TokenFrequency.load(path)
+
+    def test_more_tokens_read_than_seen(self, tmp_path):
+        frequency = TokenFrequency.from_counts(torch.arange(3))
+        frequency.provenance = Provenance((), 4, TargetPolicy(), None, "0")
+        with pytest.raises(ValueError, match="counts: got 3 tokens seen, expected the 4 of the provenance or more"):
+            frequency.save(tmp_path / "counts")
+        frequency.counts[0] = -1
+        with pytest.raises(ValueError, match="counts: got a negative count"):
+            frequency.save(tmp_path / "counts")
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         ("tensors", "metadata"),
@@ -358,24 +383,25 @@ class TestFile:
             ({"counts": torch.ones(4, dtype=torch.int64)}, {}),
             ({"counts": torch.ones(3, dtype=torch.float32)}, {}),
             ({}, {"vocab_size": "three"}),
-            ({}, {"total": None}),
+            ({}, {"tokens_seen": None}),
+            ({}, {"tokens_seen": "4"}),
+            ({}, {"provenance": "{}"}),
             ({"ignored": None}, {}),
         ],
-        ids=["shape", "dtype", "vocab_size", "no_total", "no_ignored"],
+        ids=["shape", "dtype", "vocab_size", "no_total", "total", "provenance", "no_ignored"],
     )
     def test_inconsistent_file(self, tmp_path, tensors, metadata):
         zero = torch.zeros((), dtype=torch.int64)
         content = {"counts": torch.ones(3, dtype=torch.int64), "ignored": zero, "out_of_range": zero.clone(), **tensors}
         header = {
-            "format": "pdl_ext.TokenFrequency",
-            "format_version": "1",
+            "format": "pdl_ext.TokenFrequency/2",
             "vocab_size": "3",
             "ignore_index": "-100",
-            "total": "3",
+            "tokens_seen": "3",
             **metadata,
         }
         content, header = ({k: v for k, v in table.items() if v is not None} for table in (content, header))
-        save_file(content, tmp_path / "counts", metadata=header)
+        write_tensors(tmp_path / "counts", content, header)
         with pytest.raises(ValueError, match="path: "):
             TokenFrequency.load(tmp_path / "counts")
 

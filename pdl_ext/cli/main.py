@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pdl_ext.cli import count, demo, info, merge
+from pdl_ext.cli import count, demo, info, merge, plot, show
 
 __all__ = ["main"]
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
     parser = argparse.ArgumentParser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (count, merge, info, demo):
+    for command in (count, merge, show, plot, info, demo):
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:

@@ -1,0 +1,81 @@
+"""`pdl-ext plot`: the counts over their ranks, with the weights of some alphas, as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parser"]
+
+_ALPHAS = (0.25, 0.5, 1.0)
+_SUFFIXES = (".png", ".svg")
+_POINTS = 1000
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the sub-command `plot`."""
+    parser = subparsers.add_parser(
+        "plot",
+        help="draw counts and weights over ranks",
+        description="Draws how often types occur, over their ranks, with the weights of some alphas.",
+    )
+    parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg file")
+    parser.add_argument("--alpha", type=float, nargs="+", default=_ALPHAS, metavar="A", help="exponents of the weights")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pdl_ext import TokenFrequency
+
+    output = arguments.output
+    if output.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
+    frequency = TokenFrequency.load(arguments.counts)
+    if frequency.total == 0:
+        raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
+    figure = _figure(frequency, arguments.alpha)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        # Without a date, the same counts give the same file.
+        figure.savefig(
+            partial, format=output.suffix[1:].lower(), metadata={"Date": None} if output.suffix == ".svg" else None
+        )
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(output)
+    return 0
+
+
+def _figure(frequency: Any, alphas: list[float]) -> Any:
+    import torch
+
+    from pdl_ext import PowerLaw
+    from pdl_ext._optional import require
+    from pdl_ext.statistics import log_spaced_ranks
+
+    # Not pyplot, which has a state of its own and may want a display.
+    figure = require("matplotlib.figure", "plot").Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    order = torch.argsort(frequency.counts, descending=True, stable=True)
+    order = order[: int((frequency.counts > 0).sum())]
+    ranks = log_spaced_ranks(order.numel(), _POINTS)
+    shown = order[ranks]
+    x = (ranks + 1).tolist()
+
+    axes = figure.add_subplot()
+    axes.loglog(x, frequency.counts[shown].tolist(), color="black", linewidth=2, label="count")
+    axes.set_xlabel(f"rank of the type, of {order.numel():,} seen in a vocabulary of {frequency.vocab_size:,}")
+    axes.set_ylabel("count")
+    axes.grid(True, which="major", alpha=0.3)
+    weights_axes = axes.twinx()
+    weights_axes.set_yscale("log")
+    weights_axes.set_ylabel("weight (1: the mean of the corpus)")
+    for number, alpha in enumerate(alphas):
+        weights = PowerLaw(alpha=alpha).weights(frequency)[shown]
+        weights_axes.plot(x, weights.tolist(), color=f"C{number}", linestyle="--", label=f"weight, alpha {alpha:g}")
+    handles = [*axes.get_lines(), *weights_axes.get_lines()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), frameon=False)
+    return figure

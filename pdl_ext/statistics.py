@@ -1,0 +1,72 @@
+"""What counts say about a corpus, and what an exponent alpha would make of it: the numbers to choose alpha by."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from pdl_ext.frequency import TokenFrequency
+from pdl_ext.weighting import PowerLaw
+
+__all__ = ["MOST_FREQUENT", "AlphaStatistics", "alpha_statistics", "log_spaced_ranks", "zipf_slope"]
+
+# Whose share of the weight is told: in text these are the words without which no sentence is.
+MOST_FREQUENT = 100
+
+
+@dataclass(frozen=True)
+class AlphaStatistics:
+    """The weights w of an exponent over a corpus with counts n, PowerLaw's other options at their defaults.
+
+    effective_fraction: (sum n w)^2 / (N sum n w^2), the share of an unweighted sample that has the same variance;
+    mass_of_most_frequent: the share of sum n w that the MOST_FREQUENT most frequent types have;
+    weight_of_most_frequent, largest_seen, largest: weights of the most frequent type, of the rarest that was seen, and
+    of any, seen or not. NaN where nothing was counted.
+    """
+
+    alpha: float
+    effective_fraction: float
+    mass_of_most_frequent: float
+    weight_of_most_frequent: float
+    largest_seen: float
+    largest: float
+
+
+def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics:
+    """What an exponent makes of a corpus. Raises TypeError or ValueError for an alpha that PowerLaw does not take."""
+    weights = PowerLaw(alpha=alpha).weights(frequency).double()
+    order = torch.argsort(frequency.counts, descending=True, stable=True)
+    counts, weights = frequency.counts[order].double(), weights[order]
+    mass = counts * weights
+    total, seen = mass.sum(), counts > 0
+    return AlphaStatistics(
+        alpha=float(alpha),
+        effective_fraction=float(total**2 / (counts.sum() * (mass * weights).sum())),
+        mass_of_most_frequent=float(mass[:MOST_FREQUENT].sum() / total),
+        weight_of_most_frequent=float(weights[0]),
+        largest_seen=float(weights[seen].max()) if bool(seen.any()) else math.nan,
+        largest=float(weights.max()),
+    )
+
+
+def zipf_slope(counts: torch.Tensor) -> float | None:
+    """The slope of log count over log rank: -1 is Zipf's law. None with fewer than two types seen.
+
+    counts: int64 [V]. Least squares over ranks that are evenly spaced in their logarithm, since almost all ranks lie in
+    the last decade.
+    """
+    seen = torch.sort(counts[counts > 0], descending=True).values.double()
+    if seen.numel() < 2:
+        return None
+    ranks = log_spaced_ranks(seen.numel(), 200)
+    x, y = (ranks + 1).double().log(), seen[ranks].log()
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
+def log_spaced_ranks(types: int, number: int) -> torch.Tensor:
+    """About `number` ranks from 0 to types - 1, both of them in it, whose logarithms are evenly spaced: int64."""
+    exact = torch.logspace(0, math.log10(types), number, dtype=torch.float64) - 1
+    return torch.unique(exact.round().long().clamp(0, types - 1))

@@ -1,0 +1,77 @@
+"""`pdl-ext merge`: sums of what goes together, and nothing written of what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pdl_ext import TokenFrequency
+from pdl_ext.cli.main import main
+from pdl_ext.corpus import TargetPolicy, count_corpus
+
+
+@pytest.fixture
+def counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def count(name, *, vocab_size=9, **options):
+        generator = np.random.default_rng(len(name))
+        (tmp_path / f"{name}.bin").write_bytes(generator.integers(0, 9, 50).astype("<u2").tobytes())
+        frequency = count_corpus([f"{name}.bin"], vocab_size, dtype="uint16", **options)
+        frequency.save(name)
+        return frequency
+
+    return count
+
+
+def test_sums(counts, capsys):
+    parts = [counts("a"), counts("bb"), counts("ccc")]
+    assert main(["merge", "a", "bb", "ccc", "-o", "all"]) == 0
+    assert "all: 150 tokens of 3 files" in capsys.readouterr().out
+    merged = TokenFrequency.load("all")
+    assert torch.equal(merged.counts, sum(part.counts for part in parts))
+    assert merged.provenance.tokens == 150
+    assert [shard.name for shard in merged.provenance.shards] == ["a.bin", "bb.bin", "ccc.bin"]
+
+
+def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
+    counts("a")
+    counts("vocabulary", vocab_size=10)
+    counts("policy", policy=TargetPolicy(targets="shifted"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    counts("tokenizer", tokenizer=tmp_path / "tokenizer.json")
+    for other, message in [
+        ("vocabulary", "other: got a vocabulary of 10, expected 9"),
+        ("policy", "other: got counts with targets='shifted', expected 'all'"),
+        ("tokenizer", "other: got counts of tokenizer"),
+        ("a", "a.bin: got the same content as a.bin"),
+        ("gone", "no file at gone"),
+    ]:
+        assert main(["merge", "a", other, "-o", "all"]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert other in error
+        assert not (tmp_path / "all").exists()
+
+
+def test_overlap_that_is_wanted(counts):
+    once = counts("a").counts
+    assert main(["merge", "a", "a", "--allow-overlap", "-o", "all"]) == 0
+    assert torch.equal(TokenFrequency.load("all").counts, 2 * once)
+
+
+def test_a_refused_merge_changes_nothing(counts):
+    first, same = counts("a"), counts("a")
+    before = first.counts.clone()
+    with pytest.raises(ValueError, match="same content"):
+        first.merge(same)
+    assert torch.equal(first.counts, before)
+    assert first.provenance.tokens == 50
+
+
+def test_counts_from_memory_merge_with_those_of_files(counts):
+    memory = TokenFrequency.from_counts(torch.arange(9))
+    memory.merge(counts("a"))
+    assert memory.provenance.tokens == 50
+    assert memory.tokens_seen == 50 + 36

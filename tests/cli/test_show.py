@@ -1,0 +1,84 @@
+"""`pdl-ext show`: what it prints of counts, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdl_ext import TokenFrequency
+from pdl_ext.cli.main import main
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy
+
+
+@pytest.fixture
+def counts(tmp_path):
+    frequency = TokenFrequency.from_counts(torch.tensor([0, 5, 900, 1, 94]))
+    frequency.ignored += 7
+    frequency.out_of_range += 2
+    shards = tuple(Shard(f"{number}.bin", 10, f"{number:032x}", "raw", "uint16") for number in range(5))
+    policy = TargetPolicy(targets="shifted", column="ids")
+    frequency.provenance = Provenance(shards, 1009, policy, "ab" * 16, "0.1.0")
+    frequency.save(tmp_path / "counts")
+    return tmp_path / "counts"
+
+
+def test_prints_all_of_it(counts, capsys):
+    assert main(["show", str(counts), "--alpha", "0", "1", "--top", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "1,009: 1,000 counted, 7 ignored, 2 out of range" in output
+    assert "vocabulary  5: 1 never seen, 1 seen once" in output
+    assert "5 with 50 bytes and 1,009 tokens: raw (uint16)" in output
+    assert "2.bin\n            and 2 more" in output
+    assert "targets shifted, ignore index -100, column ids, tokenizer abab" in output
+    lines = output.splitlines()
+    start = lines.index("most frequent:")
+    tokens = [line.split() for line in lines[start + 1 : start + 6]]
+    assert [t[:2] for t in (tokens[0], tokens[1], tokens[3], tokens[4])] == [
+        ["2", "900"],
+        ["4", "94"],
+        ["1", "5"],
+        ["3", "1"],
+    ]
+    (header,) = [index for index, line in enumerate(lines) if line.startswith("alpha")]
+    assert lines[header + 1].split()[:2] == ["0", "100.0"]
+    assert float(lines[header + 2].split()[1]) < 50
+
+
+def test_tokens_as_text(counts, capsys, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"a": 0, "b": 1, "line\n": 2, "d": 3, "e": 4}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "a")).save(str(tmp_path / "tokenizer.json"))
+    assert main(["show", str(counts), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    captured = capsys.readouterr()
+    assert r"'line\n'" in captured.out
+    assert "tokenizer.json is not the tokenizer of the counts" in captured.err
+
+
+def test_counts_from_memory_and_of_nothing(tmp_path, capsys):
+    TokenFrequency(1).save(tmp_path / "counts")
+    assert main(["show", str(tmp_path / "counts")]) == 0
+    output = capsys.readouterr().out
+    assert "none: counted from memory" in output
+    assert "nothing was counted" in output
+    assert "Zipf slope  none" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "-1"], "alpha: got -1.0"),
+        (["--alpha", "nan"], "alpha: got nan"),
+        (["--top", "0"], "top: got 0"),
+        (["--tokenizer", "gone.json"], "tokenizer: gone.json cannot be read as one"),
+    ],
+)
+def test_bad_arguments(arguments, message, counts, capsys):
+    assert main(["show", str(counts), *arguments]) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_no_counts(tmp_path, capsys):
+    assert main(["show", str(tmp_path / "none")]) == 1
+    assert "no file at" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Where counts come from: digests, what merges and what does not, and the text that keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, file_digest, shard_digest
+
+A, B = (Shard(f"{name}.bin", 10, name * 32, "raw", "uint16") for name in "ab")
+FIRST = Provenance((A,), 5, TargetPolicy(), "f" * 32, "0.1")
+
+
+def test_text_keeps_all_of_it():
+    provenance = dataclasses.replace(FIRST, policy=TargetPolicy("shifted", 3, "ids", "mask", "labels", False))
+    assert Provenance.from_json(provenance.to_json()) == provenance
+
+
+@pytest.mark.parametrize("text", ["", "3", "[]", "{}", '{"shards": 3}', '{"shards": [["a"]], "tokens": 1}'])
+def test_other_texts_are_refused(text):
+    with pytest.raises(ValueError, match=r"no provenance of counts|Expecting value"):
+        Provenance.from_json(text)
+
+
+def test_a_policy_that_this_version_does_not_know_is_refused():
+    fields = json.loads(FIRST.to_json())
+    fields["policy"]["sampled"] = True
+    with pytest.raises(ValueError, match="no provenance of counts"):
+        Provenance.from_json(json.dumps(fields))
+
+
+def test_merged():
+    both = FIRST.merged(dataclasses.replace(FIRST, shards=(B,), tokens=7))
+    assert (both.shards, both.tokens) == ((A, B), 12)
+    # The content tells, not the name.
+    renamed = dataclasses.replace(FIRST, shards=(A._replace(name="c.bin"),))
+    with pytest.raises(ValueError, match=r"c.bin: got the same content as a.bin"):
+        FIRST.merged(renamed)
+    assert len(FIRST.merged(renamed, allow_overlap=True).shards) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "e" * 32}, "other: got counts of tokenizer eeee"),
+        ({"tokenizer": None}, "other: got counts of tokenizer None"),
+        ({"policy": TargetPolicy(targets="shifted")}, "other: got counts with targets='shifted', expected 'all'"),
+        ({"policy": TargetPolicy(mask="m")}, "other: got counts with mask='m', expected None"),
+    ],
+)
+def test_what_differs_does_not_merge(change, message):
+    with pytest.raises(ValueError, match=message):
+        FIRST.merged(dataclasses.replace(FIRST, shards=(B,), **change))
+
+
+def test_a_shards_digest_depends_on_head_tail_and_size(tmp_path):
+    path = tmp_path / "a"
+    content = bytearray(100_000)
+
+    def digest():
+        path.write_bytes(content)
+        return shard_digest(path)
+
+    digests = [digest()]
+    for change in (0, 16 * 1024 - 1, 100_000 - 16 * 1024, 99_999):
+        content[change] ^= 1
+        digests.append(digest())
+    content.append(0)
+    digests.append(digest())
+    assert len(set(digests)) == len(digests)
+    # A short file is read once, whole.
+    for size in (0, 1, 16 * 1024, 20_000):
+        content = bytearray(size)
+        empty = digest()
+        for place in range(0, size, 777):
+            content[place] ^= 1
+            assert digest() != empty
+            content[place] ^= 1
+
+
+def test_a_tokenizers_digest_is_of_all_of_it(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(100_000))
+    before = file_digest(path)
+    path.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
+    assert file_digest(path) != before

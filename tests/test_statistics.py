@@ -1,0 +1,72 @@
+"""What counts say of a corpus, against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pdl_ext import TokenFrequency
+from pdl_ext.statistics import alpha_statistics, log_spaced_ranks, zipf_slope
+
+
+def frequency_of(*counts):
+    return TokenFrequency.from_counts(torch.tensor(counts))
+
+
+def test_alpha_zero_weighs_nothing():
+    statistics = alpha_statistics(frequency_of(5, 0, 3), 0.0)
+    assert statistics.effective_fraction == pytest.approx(1.0)
+    assert statistics.mass_of_most_frequent == pytest.approx(1.0)
+    assert (statistics.weight_of_most_frequent, statistics.largest_seen, statistics.largest) == (1.0, 1.0, 1.0)
+
+
+def test_alpha_one_by_hand():
+    # Smoothed frequencies 8/14, 4/14, 2/14: weights in proportion to 1 : 2 : 4, over the counts 7, 3, 1.
+    statistics = alpha_statistics(frequency_of(3, 7, 1), 1.0)
+    mean = (7 * 1 + 3 * 2 + 1 * 4) / 11
+    assert statistics.weight_of_most_frequent == pytest.approx(1 / mean, rel=1e-5)
+    assert statistics.largest == statistics.largest_seen == pytest.approx(4 / mean, rel=1e-5)
+    assert statistics.effective_fraction == pytest.approx(17**2 / (11 * (7 + 3 * 4 + 16)), rel=1e-5)
+
+
+def test_the_rarest_seen_is_not_the_never_seen():
+    statistics = alpha_statistics(frequency_of(9, 1, 0), 1.0)
+    assert statistics.largest == pytest.approx(2 * statistics.largest_seen, rel=1e-5)
+
+
+def test_the_mass_is_that_of_a_hundred_types():
+    # With alpha 1 and large counts each type has the same mass.
+    counts = torch.arange(1000, 0, -1) * 10**9
+    assert alpha_statistics(TokenFrequency.from_counts(counts), 1.0).mass_of_most_frequent == pytest.approx(
+        0.1, rel=1e-3
+    )
+
+
+def test_nothing_counted():
+    statistics = alpha_statistics(TokenFrequency(3), 0.5)
+    assert math.isnan(statistics.effective_fraction)
+    assert math.isnan(statistics.largest_seen)
+    assert statistics.largest == 1.0
+    assert zipf_slope(torch.zeros(3, dtype=torch.int64)) is None
+
+
+def test_a_vocabulary_of_one():
+    assert alpha_statistics(frequency_of(4), 0.5).effective_fraction == pytest.approx(1.0)
+    assert zipf_slope(torch.tensor([4])) is None
+
+
+@pytest.mark.parametrize("exponent", [-1.0, -0.7, 0.0])
+def test_zipf_slope(exponent):
+    ranks = torch.arange(1, 5001, dtype=torch.float64)
+    counts = (1e12 * ranks**exponent).long()[torch.randperm(5000)]
+    assert zipf_slope(counts) == pytest.approx(exponent, abs=1e-6)
+
+
+def test_log_spaced_ranks():
+    for types in (1, 2, 3, 100, 262144):
+        ranks = log_spaced_ranks(types, 200)
+        assert (ranks[0], ranks[-1]) == (0, types - 1)
+        assert (ranks.diff() > 0).all()
+        assert len(ranks) <= 200
