@@ -68,7 +68,7 @@ torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
 
 .venv-torch-%/stamp:
 	$(PYTHON) -m venv .venv-torch-$*
-	.venv-torch-$*/bin/python -m pip install --quiet torch==$* numpy safetensors pytest "setuptools>=77" pybind11
+	.venv-torch-$*/bin/python -m pip install --quiet torch==$* numpy safetensors tqdm pytest hypothesis "setuptools>=77" pybind11
 	touch $@
 
 bench: $(VENV)/dev.stamp
