@@ -142,6 +142,6 @@ def _alphas(frequency: TokenFrequency, alphas: list[float]) -> list[str]:
         )
     return [
         *lines,
-        "Effective sample: how many labels of 100 still count. Begin with an alpha of 0.25 to 0.5; take less where that",
+        "Effective sample: how many labels of 100 still count. Begin with an alpha of 0.25 to 0.5; take less where it",
         "is below a quarter, or where single tokens weigh more than some hundreds (max_weight limits them).",
     ]
