@@ -1,0 +1,115 @@
+"""Feeds the corpus readers damaged files, guided by coverage: only ValueError and warnings may come out.
+
+python tests/corpus/fuzz.py [SECONDS]        needs `pip install atheris`; default: 600 seconds
+
+An input is a number that chooses one of the files below, and what stands in it instead; its neighbours stay whole. What
+libFuzzer finds (an exception, 2 GiB of memory, 20 seconds) it leaves in a file, which, as the only argument, runs
+again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import atheris
+import numpy as np
+
+with atheris.instrument_imports(include=["pdl_ext"]):
+    from pdl_ext.corpus import TargetPolicy, count_corpus
+
+import flat_files
+import pyarrow as pa
+import pyarrow.parquet
+from text_tokenizer import save_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCAB_SIZE = 512
+
+
+def write_files(folder: Path) -> list[Path]:
+    """A file of each kind that a reader looks into, each in a folder of its own."""
+    documents = [np.array(document, np.uint16) for document in ([5, 1, 2], [7], [1, 1, 9, 300, 2], [4, 4])]
+    files = []
+
+    def new(name: str) -> Path:
+        (folder / name).mkdir()
+        return folder / name
+
+    files.append(flat_files.write_llmc(new("llmc"), documents))
+    files.append(flat_files.write_npy(new("npy"), documents))
+    files.append(flat_files.write_megatron(new("megatron"), documents).with_suffix(".idx"))
+    for golden, name in [
+        ("datatrove-uint16", "*.index"),
+        ("litdata-tensors", "*.bin"),
+        ("litdata-tensors", "index.json"),
+        ("hf-saved", "state.json"),
+        ("hf-saved", "data-00000*.arrow"),
+        ("hf-indices", "indices.arrow"),
+        ("mds-columns", "shard*.mds"),
+        ("mds-columns", "index.json"),
+    ]:
+        copy = folder / f"{golden}-{len(files)}"
+        shutil.copytree(GOLDEN / golden, copy)
+        files.append(next(copy.glob(name)))
+    table = pa.table({"input_ids": [document.tolist() for document in documents], "text": ["a", "the fox", "", "é"]})
+    pyarrow.parquet.write_table(table, new("parquet") / "a.parquet", row_group_size=2)
+    with pa.OSFile(str(new("arrow") / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, 2)
+    lines = b'{"text": "the fox"}\n{"input_ids": [1, 2]}\n'
+    for name, content in [
+        ("a.txt", "the quick fox\r\n\né\n".encode()),
+        ("a.txt.gz", gzip.compress(b"the fox\n")),
+        ("a.txt.zst", pa.compress(b"the fox\n", "zstd", asbytes=True)),
+        ("a.jsonl", lines),
+    ]:
+        (new(name) / name).write_bytes(content)
+    return (
+        files
+        + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
+        + [folder / name / name for name in ("a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl")]
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        work, seeds = Path(folder) / "work", Path(folder) / "seeds"
+        work.mkdir()
+        seeds.mkdir()
+        files = write_files(work)
+        tokenizer = save_tokenizer(Path(folder) / "tokenizer.json")
+        for number, file in enumerate(files):
+            (seeds / str(number)).write_bytes(bytes([number]) + file.read_bytes())
+
+        def one_input(data: bytes) -> None:
+            if not data:
+                return
+            file = files[data[0] % len(files)]
+            whole = file.read_bytes()
+            file.write_bytes(data[1:])
+            policy = TargetPolicy(targets="shifted" if data[0] & 128 else "all")
+            try:
+                count_corpus(
+                    [file.parent], VOCAB_SIZE, policy=policy, tokenizer=tokenizer, threads=1, allow_overlap=True
+                )
+            except ValueError:
+                pass
+            finally:
+                file.write_bytes(whole)
+
+        warnings.simplefilter("ignore")
+        # A number is for how long, anything else is libFuzzer's.
+        arguments = sys.argv[1:] or ["600"]
+        if len(arguments) == 1 and arguments[0].isdecimal():
+            arguments = [f"-max_total_time={arguments[0]}", "-max_len=20000", str(seeds)]
+        limits = ["-rss_limit_mb=2048", "-timeout=20"]
+        atheris.Setup([sys.argv[0], *limits, *arguments], one_input)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
