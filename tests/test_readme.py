@@ -1,5 +1,6 @@
 """The README's Python snippets run, in order, in one namespace."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -17,6 +18,30 @@ def test_snippets_run(tmp_path, monkeypatch):
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert namespace["logits"].grad.abs().sum() > 0
     assert float(namespace["plain_nll"]) == pytest.approx(float(namespace["stats"].nll.sum()) / (2 * 15), rel=1e-5)
+
+
+def test_snippets_of_corpora_run(tmp_path, monkeypatch):
+    page = (README.parent / "docs" / "corpora.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.bin").write_bytes(bytes([1, 0, 7, 0, 7, 0]))
+    namespace = {}
+    exec(compile(snippet, "corpora.md", "exec"), namespace)
+    assert namespace["loss_fn"].frequency.counts[:8].tolist() == [0, 0, 0, 0, 0, 0, 0, 2]
+
+
+def test_documented_commands_exist():
+    from pdl_ext.cli import count
+
+    parser = argparse.ArgumentParser()
+    count.add_parser(parser.add_subparsers())
+    (action,) = parser._subparsers._group_actions
+    known = set(action.choices["count"]._option_string_actions)
+    page = (README.parent / "docs" / "corpora.md").read_text()
+    documented = set(re.findall(r"`(--[a-z-]+)", page))
+    assert documented - {"--tokenizer"} <= known
+    assert known - documented - {"--help", "-h", "-o", "--output", "--vocab-size", "--threads"} == set()
 
 
 def test_documented_options_exist():

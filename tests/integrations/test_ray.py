@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,9 @@ def test_missing_ray_names_the_pip_command(tmp_path):
 ray = pytest.importorskip("ray", reason="needs pdl_ext[ray]")
 pa = pytest.importorskip("pyarrow", reason="needs pdl_ext[ray]")
 
+import pyarrow.parquet  # noqa: E402
+
+from pdl_ext import TokenFrequency  # noqa: E402
 from pdl_ext.integrations.ray import TokenCounts, count_dataset, to_frequency  # noqa: E402
 
 
@@ -132,3 +137,15 @@ def test_bad_arguments_are_named():
         count_dataset(dataset, "tokens", 0)
     with pytest.raises(TypeError, match=r"table: got list, expected int64 \[V \+ 2\]"):
         to_frequency([1, 2, 3])
+
+
+def test_the_documented_snippet(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    pyarrow.parquet.write_table(pa.table({"input_ids": [[1, 2], [2]]}), tmp_path / "corpus" / "a.parquet")
+    # Ray's workers have a working folder of their own.
+    snippet = snippet.replace('"corpus/"', repr(str(tmp_path / "corpus")))
+    exec(compile(snippet, "scaling.md", "exec"), {})
+    assert TokenFrequency.load("counts.safetensors").counts[:4].tolist() == [0, 1, 2, 0]
