@@ -214,8 +214,13 @@ class _Count:
                 if self._checkpoint is not None:
                     self._save()
         self._report(time.monotonic() - begin)
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            # Or the error would hold itself by its traceback, with the buffers of the readers.
+            del error
 
     def _wait(self) -> None:
         deadline = time.monotonic() + _SECONDS_BETWEEN_REPORTS
