@@ -39,11 +39,14 @@ def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics
     weights = PowerLaw(alpha=alpha).weights(frequency).double()
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     counts, weights = frequency.counts[order].double(), weights[order]
-    mass = counts * weights
-    total, seen = mass.sum(), counts > 0
+    seen = counts > 0
+    # What was never seen has no mass, even where a large alpha makes its weight infinite.
+    mass = torch.where(seen, counts * weights, 0.0)
+    squares = torch.where(seen, mass * weights, 0.0)
+    total = mass.sum()
     return AlphaStatistics(
         alpha=float(alpha),
-        effective_fraction=float(total**2 / (counts.sum() * (mass * weights).sum())),
+        effective_fraction=float(total**2 / (counts.sum() * squares.sum())),
         mass_of_most_frequent=float(mass[:MOST_FREQUENT].sum() / total),
         weight_of_most_frequent=float(weights[0]),
         largest_seen=float(weights[seen].max()) if bool(seen.any()) else math.nan,

@@ -36,6 +36,16 @@ def test_the_rarest_seen_is_not_the_never_seen():
     assert statistics.largest == pytest.approx(2 * statistics.largest_seen, rel=1e-5)
 
 
+def test_a_never_seen_type_of_infinite_weight_has_no_mass():
+    statistics = alpha_statistics(frequency_of(0, 7, 0), 50.0)
+    assert statistics.largest == math.inf
+    assert (statistics.effective_fraction, statistics.mass_of_most_frequent) == pytest.approx((1.0, 1.0))
+
+
+def test_two_types_by_hand():
+    assert zipf_slope(torch.tensor([2, 0, 8])) == pytest.approx(-2.0)
+
+
 def test_the_mass_is_that_of_a_hundred_types():
     # With alpha 1 and large counts each type has the same mass.
     counts = torch.arange(1000, 0, -1) * 10**9

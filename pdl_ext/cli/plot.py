@@ -29,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext import TokenFrequency
+    from pdl_ext._optional import require
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
@@ -37,13 +38,15 @@ def _run(arguments: argparse.Namespace) -> int:
     if frequency.total == 0:
         raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
     figure = _figure(frequency, arguments.alpha)
+    file_format = output.suffix[1:].lower()
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        # Without a date, the same counts give the same file.
-        figure.savefig(
-            partial, format=output.suffix[1:].lower(), metadata={"Date": None} if output.suffix == ".svg" else None
-        )
+        # Without a date and with names that are not random, the same counts give the same file.
+        with require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
+            figure.savefig(partial, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
         os.replace(partial, output)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; not written: {output}") from error
     finally:
         partial.unlink(missing_ok=True)
     print(output)
@@ -64,9 +67,11 @@ def _figure(frequency: Any, alphas: list[float]) -> Any:
     ranks = log_spaced_ranks(order.numel(), _POINTS)
     shown = order[ranks]
     x = (ranks + 1).tolist()
+    # Of a single type a line shows nothing.
+    marker = "o" if len(x) == 1 else None
 
     axes = figure.add_subplot()
-    axes.loglog(x, frequency.counts[shown].tolist(), color="black", linewidth=2, label="count")
+    axes.loglog(x, frequency.counts[shown].tolist(), color="black", linewidth=2, marker=marker, label="count")
     axes.set_xlabel(f"rank of the type, of {order.numel():,} seen in a vocabulary of {frequency.vocab_size:,}")
     axes.set_ylabel("count")
     axes.grid(True, which="major", alpha=0.3)
@@ -75,7 +80,8 @@ def _figure(frequency: Any, alphas: list[float]) -> Any:
     weights_axes.set_ylabel("weight (1: the mean of the corpus)")
     for number, alpha in enumerate(alphas):
         weights = PowerLaw(alpha=alpha).weights(frequency)[shown]
-        weights_axes.plot(x, weights.tolist(), color=f"C{number}", linestyle="--", label=f"weight, alpha {alpha:g}")
+        label = f"weight, alpha {alpha:g}"
+        weights_axes.plot(x, weights.tolist(), color=f"C{number}", linestyle="--", marker=marker, label=label)
     handles = [*axes.get_lines(), *weights_axes.get_lines()]
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), frameon=False)
     return figure

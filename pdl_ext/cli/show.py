@@ -46,7 +46,9 @@ def _run(arguments: argparse.Namespace) -> int:
         "",
         *_alphas(frequency, arguments.alpha),
     ]
-    print("\n".join(lines))
+    # What the terminal has no character for is printed as an escape.
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
     return 0
 
 
@@ -73,7 +75,9 @@ def _provenance(provenance: Provenance | None) -> list[str]:
         f"files       {len(shards):,} with {sum(shard.size for shard in shards):,} bytes and {provenance.tokens:,} "
         f"tokens: {', '.join(kinds) or 'not told'}"
     ]
-    lines += [f"            {shard.name}" for shard in shards[:_SHARDS_SHOWN]]
+    # The name of a file may hold a line feed, or bytes that are no text.
+    names = [shard.name if shard.name.isprintable() else repr(shard.name) for shard in shards[:_SHARDS_SHOWN]]
+    lines += [f"            {name}" for name in names]
     if len(shards) > _SHARDS_SHOWN:
         lines.append(f"            and {len(shards) - _SHARDS_SHOWN:,} more")
     policy = provenance.policy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,24 @@ def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
         assert message in error
         assert other in error
         assert not (tmp_path / "all").exists()
+
+
+def test_a_refused_or_failed_merge_leaves_the_old_output(counts, capsys, tmp_path, monkeypatch):
+    counts("a"), counts("bb"), counts("vocabulary", vocab_size=10)
+    before = {name: (tmp_path / name).read_bytes() for name in ("a", "bb")}
+    # The output is one of the inputs, and the refusal comes after a sum that went well.
+    assert main(["merge", "a", "bb", "vocabulary", "-o", "a"]) == 1
+    assert "vocabulary: does not go with a" in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["merge", "a", "bb", "-o", "a"]) == 1
+    assert "No space left on device; not written: a" in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in ("a", "bb")} == before
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_overlap_that_is_wanted(counts):

@@ -27,14 +27,23 @@ def test_png(counts, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "a.png")
 
 
+def test_a_single_type_is_seen(tmp_path):
+    image = pytest.importorskip("matplotlib.image")
+    TokenFrequency.from_counts(torch.tensor([4, 0])).save(tmp_path / "counts")
+    assert main(["plot", str(tmp_path / "counts"), "-o", str(tmp_path / "a.png"), "--alpha", "0.5"]) == 0
+    # Below the legend, in the colour of the weights.
+    red, green, blue, _ = torch.from_numpy(image.imread(tmp_path / "a.png").copy())[100:].unbind(-1)
+    assert ((blue - red > 0.4) & (green < 0.7)).any()
+
+
 def test_svg_is_small_and_the_same_each_time(counts, tmp_path):
     pictures = []
-    for name in ("a.svg", "b.svg"):
+    for name in ("a.svg", "b.SVG"):
         assert main(["plot", str(counts), "-o", str(tmp_path / name), "--alpha", "0.3"]) == 0
         xml.etree.ElementTree.parse(tmp_path / name)
         pictures.append((tmp_path / name).read_bytes())
     assert len(pictures[0]) < 200_000
-    assert len(pictures[0]) == len(pictures[1])
+    assert pictures[0] == pictures[1]
 
 
 def test_what_cannot_be_drawn(counts, tmp_path, capsys, monkeypatch):
@@ -43,7 +52,10 @@ def test_what_cannot_be_drawn(counts, tmp_path, capsys, monkeypatch):
         ([str(counts), "-o", str(tmp_path / "a.pdf")], "expected a name that ends in .png or .svg"),
         ([str(tmp_path / "in" / "empty"), "-o", str(tmp_path / "a.png")], "nothing was counted"),
         ([str(counts), "-o", str(tmp_path / "a.png"), "--alpha", "-1"], "alpha: got -1.0"),
-        ([str(counts), "-o", str(tmp_path / "no" / "a.png")], "No such file"),
+        (
+            [str(counts), "-o", str(tmp_path / "no" / "a.png")],
+            "No such file or directory; not written: " + str(tmp_path / "no" / "a.png"),
+        ),
     ]:
         assert main(["plot", *arguments]) == 1
         assert message in capsys.readouterr().err

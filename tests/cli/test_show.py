@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import sys
+
 import pytest
 import torch
 
 from pdl_ext import TokenFrequency
 from pdl_ext.cli.main import main
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, file_digest
 
 
 @pytest.fixture
@@ -52,6 +56,34 @@ def test_tokens_as_text(counts, capsys, tmp_path):
     captured = capsys.readouterr()
     assert r"'line\n'" in captured.out
     assert "tokenizer.json is not the tokenizer of the counts" in captured.err
+
+
+def test_the_tokenizer_of_the_counts_gives_no_warning(counts, capsys, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
+    frequency = TokenFrequency.load(counts)
+    frequency.provenance = dataclasses.replace(frequency.provenance, tokenizer=file_digest(path))
+    frequency.save(counts)
+    # The tokens that it does not have are empty texts.
+    assert main(["show", str(counts), "--tokenizer", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_cannot_be_printed_is_escaped(counts, monkeypatch, encoding):
+    frequency = TokenFrequency.load(counts)
+    names = ["\u00e9.bin", "a\nb.bin", "\udcff.bin"]
+    shards = tuple(Shard(name, 1, f"{number:032x}", "raw", "uint16") for number, name in enumerate(names))
+    frequency.provenance = dataclasses.replace(frequency.provenance, shards=shards)
+    frequency.save(counts)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["show", str(counts)]) == 0
+    stream.flush()
+    lines = stream.buffer.getvalue().decode(encoding).split("\n")
+    expected = ["\u00e9.bin" if encoding == "utf-8" else r"\xe9.bin", r"'a\nb.bin'", r"'\udcff.bin'"]
+    assert [line.strip() for line in lines[4:7]] == expected
 
 
 def test_counts_from_memory_and_of_nothing(tmp_path, capsys):
