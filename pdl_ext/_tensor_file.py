@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -34,7 +35,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        # Where it could not be made, the error is told above.
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

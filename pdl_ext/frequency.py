@@ -126,8 +126,9 @@ class TokenFrequency(nn.Module):
     def merge(self, other: TokenFrequency, *, allow_overlap: bool = False) -> None:
         """Adds the counts of another frequency of the same vocabulary.
 
-        Raises ValueError, with nothing changed, for another vocabulary, and where both have a provenance for another
-        tokenizer or policy, or for a shard that both have counted (`allow_overlap` counts it again).
+        Raises ValueError, with nothing changed, for another vocabulary, for a sum past 2^63, and where both have a
+        provenance for another tokenizer or policy, or for a shard that both have counted (`allow_overlap` counts it
+        again). Waits for the device.
         """
         if not isinstance(other, TokenFrequency):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
@@ -136,6 +137,12 @@ class TokenFrequency(nn.Module):
         provenance = self.provenance or other.provenance
         if self.provenance is not None and other.provenance is not None:
             provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)
+        self._check_conserved("self")
+        other._check_conserved("other")
+        if self.tokens_seen + other.tokens_seen >= 2**63:
+            raise ValueError(
+                f"other: got {other.tokens_seen} tokens, expected a sum with {self.tokens_seen} below 2^63"
+            )
         if self._tracked:
             self._own_counts().add_(other._packed().to(self.counts.device))
         for mine, theirs in zip(self._totals(), other._totals(), strict=True):
@@ -238,8 +245,11 @@ class TokenFrequency(nn.Module):
         """
         tensors, metadata = read_tensors(Path(path), "path", _FORMAT)
         try:
-            frequency = cls(int(metadata["vocab_size"]), ignore_index=int(metadata["ignore_index"]))
-            tokens_seen = int(metadata["tokens_seen"])
+            vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])
+            if tensors["counts"].shape != (vocab_size,):
+                # Before a table is made that may be larger than memory.
+                raise ValueError(f"counts of shape {list(tensors['counts'].shape)}, a vocabulary of {vocab_size}")
+            frequency = cls(vocab_size, ignore_index=int(metadata["ignore_index"]))
             frequency.load_state_dict(tensors)
             if "provenance" in metadata:
                 frequency.provenance = Provenance.from_json(metadata["provenance"])
@@ -258,6 +268,8 @@ class TokenFrequency(nn.Module):
     def _check_conserved(self, name: str) -> None:
         if any(bool((total < 0).any()) for total in self._totals()):
             raise ValueError(f"{name}: got a negative count, expected all >= 0")
+        if sum(float(total.double().sum()) for total in self._totals()) >= 2**63:
+            raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")
         read = 0 if self.provenance is None else self.provenance.tokens
         if self.tokens_seen < read:
             raise ValueError(

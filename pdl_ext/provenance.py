@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pdl_ext._checks import check_choice, check_flag, check_ignore_index
+from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_integer
 
 __all__ = ["Provenance", "Shard", "TargetPolicy", "file_digest", "shard_digest"]
 
@@ -97,16 +97,17 @@ class Provenance:
         """What to_json wrote. Raises ValueError for anything else."""
         try:
             fields: Mapping[str, Any] = json.loads(text)
-            shards = tuple(Shard(str(s[0]), int(s[1]), str(s[2]), str(s[3]), str(s[4])) for s in fields["shards"])
-            return cls(
-                shards=shards,
-                tokens=int(fields["tokens"]),
-                policy=TargetPolicy(**fields["policy"]),
-                tokenizer=fields["tokenizer"],
-                version=str(fields["version"]),
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            shards = tuple(Shard(*shard) for shard in fields["shards"])
+            policy = TargetPolicy(**fields["policy"])
+            tokens, tokenizer, version = fields["tokens"], fields["tokenizer"], fields["version"]
+            for size in (tokens, *(shard.size for shard in shards)):
+                check_integer("size or tokens", size, 0, 2**63 - 1, "an int >= 0")
+            names = [name for shard in shards for name in (shard.name, shard.digest, shard.format, shard.dtype)]
+            if not all(isinstance(name, str) for name in (version, tokenizer or "", *names)):
+                raise TypeError("got a name that is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no provenance of counts ({error!r})") from error
+        return cls(shards, tokens, policy, tokenizer, version)
 
 
 def check_distinct(shards: Iterable[Shard]) -> None:

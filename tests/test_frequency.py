@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from pdl_ext import TokenFrequency, functional, reference
 from pdl_ext._tensor_file import write_tensors
-from pdl_ext.provenance import Provenance, TargetPolicy
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
 TORCH_DTYPES = functional.TOKEN_DTYPES
 
@@ -215,6 +215,21 @@ def test_merge_refuses_another_vocabulary():
         TokenFrequency(5).merge(torch.zeros(5))
 
 
+def test_a_merge_that_breaks_the_law_changes_nothing():
+    first, second = (TokenFrequency.from_counts(torch.tensor([2**62, 1])) for _ in range(2))
+    with pytest.raises(ValueError, match=r"other: got 4611686018427387905 tokens, expected a sum .* below 2\^63"):
+        first.merge(second)
+    second.counts[0] = -1
+    with pytest.raises(ValueError, match="other: got a negative count"):
+        first.merge(second)
+    second.counts[0] = 0
+    second.provenance = Provenance((), 2, TargetPolicy(), None, "0")
+    with pytest.raises(ValueError, match="other: got 1 tokens seen, expected the 2 of the provenance or more"):
+        first.merge(second)
+    assert first.counts.tolist() == [2**62, 1]
+    assert first.provenance is None
+
+
 def test_probabilities(device):
     frequency = TokenFrequency(4).to(device)
     assert frequency.probabilities().tolist() == [0.25] * 4
@@ -309,6 +324,21 @@ class TestFile:
         assert path.read_bytes() == before
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
+    def test_full_disk(self, saved):
+        resource = pytest.importorskip("resource")
+        frequency, path = saved
+        before = path.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # The file is cut off in the middle of being written, as on a disk that is full.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"not written: .*counts\.safetensors"):
+                frequency.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before
+        assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
     def test_others_may_read_the_file(self, tmp_path):
         path, plain = tmp_path / "counts.safetensors", tmp_path / "plain"
         TokenFrequency(3).save(path)
@@ -318,6 +348,11 @@ class TestFile:
     def test_save_into_a_missing_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="missing"):
             TokenFrequency(3).save(tmp_path / "missing" / "counts.safetensors")
+
+    def test_save_below_a_file(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match=r"not written: .*file.counts$"):
+            TokenFrequency(3).save(tmp_path / "file" / "counts")
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"path: no file at .*none"):
@@ -358,6 +393,8 @@ class TestFile:
     def test_any_flipped_bit_is_an_error(self, tmp_path):
         path = tmp_path / "counts"
         frequency = TokenFrequency.from_counts(torch.arange(8))
+        shard = Shard("a.bin", 56, "0" * 32, "raw", "uint16")
+        frequency.provenance = Provenance((shard,), 28, TargetPolicy(), None, "0")
         frequency.save(path)
         content = path.read_bytes()
         for bit in range(8 * len(content)):
@@ -375,7 +412,25 @@ class TestFile:
         frequency.counts[0] = -1
         with pytest.raises(ValueError, match="counts: got a negative count"):
             frequency.save(tmp_path / "counts")
+        # In int64 these sum to 0.
+        frequency = TokenFrequency.from_counts(torch.tensor([2**62] * 4))
+        with pytest.raises(ValueError, match=r"counts: got counts whose sum is past 2\^63"):
+            frequency.save(tmp_path / "counts")
         assert not list(tmp_path.iterdir())
+
+    def test_a_vocabulary_larger_than_the_file_takes_no_memory(self, saved, monkeypatch):
+        frequency, path = saved
+        with safe_open(path, framework="np") as file:
+            metadata = {**file.metadata(), "vocab_size": str(2**31 - 1)}
+        del metadata["digest"]
+        write_tensors(path, frequency.state_dict(), metadata)
+
+        def fail(*_, **__):
+            raise AssertionError("made a table")
+
+        monkeypatch.setattr(TokenFrequency, "__init__", fail)
+        with pytest.raises(ValueError, match=r"path: .*counts of shape \[70000\], a vocabulary of 2147483647"):
+            TokenFrequency.load(path)
 
     @pytest.mark.parametrize(
         ("tensors", "metadata"),
