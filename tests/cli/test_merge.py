@@ -38,7 +38,7 @@ def test_sums(counts, capsys):
 
 
 def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
-    counts("a")
+    counts("a").save("copy")
     counts("vocabulary", vocab_size=10)
     counts("policy", policy=TargetPolicy(targets="shifted"))
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -47,7 +47,8 @@ def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
         ("vocabulary", "other: got a vocabulary of 10, expected 9"),
         ("policy", "other: got counts with targets='shifted', expected 'all'"),
         ("tokenizer", "other: got counts of tokenizer"),
-        ("a", "a.bin: got the same content as a.bin"),
+        ("a", "a: got the same file twice"),
+        ("copy", "a.bin: got the same content as a.bin"),
         ("gone", "no file at gone"),
     ]:
         assert main(["merge", "a", other, "-o", "all"]) == 1
@@ -79,6 +80,18 @@ def test_overlap_that_is_wanted(counts):
     once = counts("a").counts
     assert main(["merge", "a", "a", "--allow-overlap", "-o", "all"]) == 0
     assert torch.equal(TokenFrequency.load("all").counts, 2 * once)
+
+
+def test_a_file_of_counts_without_shards_merges_once(tmp_path, capsys):
+    path, link = tmp_path / "memory", tmp_path / "link"
+    TokenFrequency.from_counts(torch.arange(4)).save(path)
+    link.symlink_to(path)
+    for again in (path, link):
+        assert main(["merge", str(path), str(again), "-o", str(tmp_path / "all")]) == 1
+        assert f"{again}: got the same file twice, expected each once" in capsys.readouterr().err
+        assert not (tmp_path / "all").exists()
+    assert main(["merge", str(path), str(link), "--allow-overlap", "-o", str(tmp_path / "all")]) == 0
+    assert TokenFrequency.load(tmp_path / "all").counts.tolist() == [0, 2, 4, 6]
 
 
 def test_a_refused_merge_changes_nothing(counts):
