@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; not written: {output}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     print(output)
     return 0
 
@@ -73,15 +75,17 @@ def _figure(frequency: Any, alphas: list[float]) -> Any:
     axes = figure.add_subplot()
     axes.loglog(x, frequency.counts[shown].tolist(), color="black", linewidth=2, marker=marker, label="count")
     axes.set_xlabel(f"rank of the type, of {order.numel():,} seen in a vocabulary of {frequency.vocab_size:,}")
-    axes.set_ylabel("count")
+    axes.set_ylabel(f"count, of {frequency.total:,} tokens")
     axes.grid(True, which="major", alpha=0.3)
     weights_axes = axes.twinx()
     weights_axes.set_yscale("log")
-    weights_axes.set_ylabel("weight (1: the mean of the corpus)")
+    weights_axes.set_ylabel("weight (dotted: 1, as in cross-entropy)")
+    weights_axes.axhline(1.0, color="grey", linewidth=1, linestyle=":")
+    handles = [*axes.get_lines()]
     for number, alpha in enumerate(alphas):
         weights = PowerLaw(alpha=alpha).weights(frequency)[shown]
         label = f"weight, alpha {alpha:g}"
-        weights_axes.plot(x, weights.tolist(), color=f"C{number}", linestyle="--", marker=marker, label=label)
-    handles = [*axes.get_lines(), *weights_axes.get_lines()]
+        style = {"color": f"C{number}", "linestyle": "--", "marker": marker}
+        handles += weights_axes.plot(x, weights.tolist(), label=label, **style)
     figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 4), frameon=False)
     return figure

@@ -86,6 +86,28 @@ def test_what_cannot_be_printed_is_escaped(counts, monkeypatch, encoding):
     assert [line.strip() for line in lines[4:7]] == expected
 
 
+def test_what_a_file_says_gives_the_terminal_no_commands(counts, capsys):
+    command = "\x1b[2J"
+    frequency = TokenFrequency.load(counts)
+    policy = TargetPolicy(column=command, mask=command, skip_prompt=command)
+    shards = (Shard(command, 1, command, command, command),)
+    frequency.provenance = Provenance(shards, 1, policy, command, command)
+    frequency.save(counts)
+    assert main(["show", str(counts)]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    assert output.count(r"\x1b[2J") == 8
+
+
+def test_a_vocabulary_of_one(tmp_path, capsys):
+    TokenFrequency.from_counts(torch.tensor([3])).save(tmp_path / "counts")
+    assert main(["show", str(tmp_path / "counts"), "--alpha", "0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "0                 3   100.0000 %" in lines[lines.index("most frequent:") + 1]
+    (row,) = [line for line in lines if line.startswith("  0.5 ")]
+    assert row.split() == ["0.5", "100.0", "%", "100.0", "%", "1", "1", "1"]
+
+
 def test_counts_from_memory_and_of_nothing(tmp_path, capsys):
     TokenFrequency(1).save(tmp_path / "counts")
     assert main(["show", str(tmp_path / "counts")]) == 0
