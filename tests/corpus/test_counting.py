@@ -241,7 +241,15 @@ def test_an_error_in_a_thread_stops_all_and_leaves_a_checkpoint_to_go_on_from(tm
     assert sorted(counted) == sorted(set(range(100)) - before)
 
 
-def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    # Whoever runs the tests in the background may have them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch, interruptible):
     path = tmp_path / "a.slow"
     path.write_bytes(b"")
     counted = []
