@@ -114,10 +114,10 @@ def groups(folder: Path, size: int) -> list[Group]:
 
         error = error_from(truth)
         providers = [
-            Provider("count_corpus, raw", counted(raw, dtype="uint16"), error),
+            Provider("pdl_ext, raw", counted(raw, dtype="uint16"), error),
             Provider("in memory", in_memory, error, note="TokenFrequency.update"),
-            Provider("count_corpus, npy", counted(npy), error),
-            Provider("count_corpus, Megatron", counted(megatron), error),
+            Provider("pdl_ext, npy", counted(npy), error),
+            Provider("pdl_ext, Megatron", counted(megatron), error),
             Provider("np.bincount of a mapped file", mapped, error),
         ]
         yield Workload(f"{size / 1e9:g} GB of uint16, V {VOCAB_SIZE}", providers, 0.0, size, items=ids.size)
@@ -131,7 +131,7 @@ def groups(folder: Path, size: int) -> list[Group]:
 
         error = error_from(torch.from_numpy(np.bincount(part, minlength=VOCAB_SIZE)))
         providers = [
-            Provider("count_corpus, raw", counted(raw_part, dtype="uint16"), error),
+            Provider("pdl_ext, raw", counted(raw_part, dtype="uint16"), error),
             Provider("collections.Counter", by_counter, error),
         ]
         name = f"{part.nbytes / 1e6:g} MB of uint16, V {VOCAB_SIZE}"
@@ -146,7 +146,7 @@ def groups(folder: Path, size: int) -> list[Group]:
         rows = ids.size // LENGTH
         providers = [
             Provider(
-                "count_corpus, Parquet",
+                "pdl_ext, Parquet",
                 counted(path),
                 error_from(torch.from_numpy(np.bincount(ids, minlength=VOCAB_SIZE))),
             ),
