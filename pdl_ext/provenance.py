@@ -16,6 +16,7 @@ from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_
 __all__ = ["Provenance", "Shard", "TargetPolicy", "file_digest", "shard_digest"]
 
 TARGETS = ("all", "shifted")
+SAMPLES = ("line", "document")
 # Of the beginning and of the end: a change that keeps both and the size is not seen.
 _DIGESTED_BYTES = 16 * 1024
 
@@ -27,7 +28,8 @@ class TargetPolicy:
     targets: "all", or "shifted" without the first token of each sequence, which nothing predicts; ignore_index: an id
     that is never a target; column: the column of the tokens or of the text, None for the format's own; mask: a column
     that is 0 where a token is no target; skip_prompt: a column of labels, ignore_index where a token belongs to the
-    prompt; special_tokens: whether a tokenizer adds them to text.
+    prompt; special_tokens: whether a tokenizer adds them to text; sample_by: what one text of a plain text file is, a
+    "line" or the whole "document".
     Raises TypeError or ValueError that names the option.
     """
 
@@ -37,6 +39,7 @@ class TargetPolicy:
     mask: str | None = None
     skip_prompt: str | None = None
     special_tokens: bool = True
+    sample_by: str = "line"
 
     def __post_init__(self) -> None:
         check_choice("targets", self.targets, TARGETS)
@@ -46,6 +49,7 @@ class TargetPolicy:
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: got {value!r}, expected the name of a column or None")
         check_flag("special_tokens", self.special_tokens)
+        check_choice("sample_by", self.sample_by, SAMPLES)
 
 
 class Shard(NamedTuple):
@@ -83,9 +87,10 @@ class Provenance:
                 raise ValueError(f"other: got counts with {field.name}={theirs!r}, expected {mine!r}: another policy")
         if self.tokenizer != other.tokenizer:
             raise ValueError(f"other: got counts of tokenizer {other.tokenizer}, expected {self.tokenizer}")
-        shards = self.shards + other.shards
         if not allow_overlap:
-            check_distinct(shards)
+            # Between the two: within one it was allowed before.
+            check_distinct(other.shards, among=self.shards)
+        shards = self.shards + other.shards
         return dataclasses.replace(self, shards=shards, tokens=self.tokens + other.tokens)
 
     def to_json(self) -> str:
@@ -110,17 +115,19 @@ class Provenance:
         return cls(shards, tokens, policy, tokenizer, version)
 
 
-def check_distinct(shards: Iterable[Shard]) -> None:
-    """Raises ValueError that names two shards with the same content."""
-    seen: dict[tuple[int, str], str] = {}
+def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:
+    """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`."""
+    seen = {(shard.size, shard.digest): shard.name for shard in among or ()}
     for shard in shards:
         content = (shard.size, shard.digest)
-        if content in seen:
+        # Empty ones overlap nowhere.
+        if shard.size and content in seen:
             raise ValueError(
-                f"{shard.name}: got the same content as {seen[content]}, expected each shard once "
-                "(allow_overlap counts it again)"
+                f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each shard "
+                "once (allow_overlap counts it again)"
             )
-        seen[content] = shard.name
+        if among is None:
+            seen[content] = shard.name
 
 
 def shard_digest(path: Path) -> str:

@@ -114,3 +114,14 @@ def test_a_tokenizers_digest_is_of_all_of_it(tmp_path):
     before = file_digest(path)
     path.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
     assert file_digest(path) != before
+
+
+def test_an_overlap_that_was_allowed_before_stands_in_no_ones_way():
+    twice = dataclasses.replace(FIRST, shards=(A, A))
+    other = dataclasses.replace(FIRST, shards=(B, B))
+    assert len(twice.merged(other).shards) == 4
+    with pytest.raises(ValueError, match="same content"):
+        twice.merged(FIRST)
+    by_document = dataclasses.replace(other, policy=TargetPolicy(sample_by="document"))
+    with pytest.raises(ValueError, match="sample_by='document', expected 'line'"):
+        FIRST.merged(by_document)

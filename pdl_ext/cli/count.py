@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import signal
 import sys
 from pathlib import Path
@@ -86,6 +87,8 @@ def _run(arguments: argparse.Namespace) -> int:
     folder = arguments.output.parent
     if not folder.is_dir():
         raise ValueError(f"output: got {arguments.output}, expected a file in a folder that exists")
+    if arguments.output.is_dir():
+        raise ValueError(f"output: got {arguments.output}, a folder, expected a file")
     checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
     policy = TargetPolicy(
         targets=arguments.targets,
@@ -97,7 +100,8 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     group = None
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
+        # Ranks wait for the slowest, whose share may take hours longer.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         group = dist.group.WORLD
     is_first = group is None or dist.get_rank(group) == 0
     signal.signal(signal.SIGTERM, _interrupt)
@@ -130,7 +134,6 @@ def _run(arguments: argparse.Namespace) -> int:
             line.close()
     if is_first:
         frequency.save(arguments.output)
-        _report(frequency, arguments.output)
     if group is not None:
         dist.barrier(group)
     for path in checkpoints(checkpoint):
@@ -138,6 +141,8 @@ def _run(arguments: argparse.Namespace) -> int:
         path.unlink(missing_ok=True)
     if group is not None:
         dist.destroy_process_group()
+    if is_first:
+        _report(frequency, arguments.output)
     return 0
 
 

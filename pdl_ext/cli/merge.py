@@ -31,8 +31,9 @@ def _run(arguments: argparse.Namespace) -> int:
         # Counts that come from no files have no shards to tell it by.
         if not arguments.allow_overlap and path.exists() and any(map(path.samefile, arguments.counts[:number])):
             raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
+        other = TokenFrequency.load(path)
         try:
-            frequency.merge(TokenFrequency.load(path), allow_overlap=arguments.allow_overlap)
+            frequency.merge(other, allow_overlap=arguments.allow_overlap)
         except ValueError as error:
             raise ValueError(f"{path}: does not go with {first}: {error}") from error
     frequency.save(arguments.output)

@@ -7,6 +7,7 @@ so whoever goes on finds the same.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import threading
@@ -36,7 +37,6 @@ PART_BYTES = 2**26
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
-SAMPLES = ("line", "document")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def count_corpus(
     dtype: str | None = None,
     policy: TargetPolicy | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    sample_by: str = "line",
+    sample_by: str | None = None,
     strict: bool = False,
     allow_overlap: bool = False,
     threads: int | None = None,
@@ -76,7 +76,7 @@ def count_corpus(
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
         policy: which tokens are targets; TargetPolicy() if None: all but -100.
         tokenizer: a file of the `tokenizers` library, for text.
-        sample_by: what one text of a plain text file is: a "line", or the whole "document".
+        sample_by: in place of the policy's: what one text of a plain text file is, a "line" or the whole "document".
         strict: an id outside [0, V) is an error; otherwise it is counted as out of range.
         allow_overlap: files with the same content are each counted; otherwise an error.
         threads: as many as there are processors if None.
@@ -97,14 +97,15 @@ def count_corpus(
         raise TypeError(f"policy: got {type(policy).__name__}, expected TargetPolicy")
     if dtype is not None:
         check_choice("dtype", dtype, TOKEN_DTYPES)
-    check_choice("sample_by", sample_by, SAMPLES)
+    if sample_by is not None:
+        policy = dataclasses.replace(policy, sample_by=sample_by)
     check_flag("strict", strict)
     check_flag("allow_overlap", allow_overlap)
     if threads is None:
         threads = _processors()
     check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
-    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), sample_by)
+    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
 
     sources = open_sources(data, format, options)
     provenance = _provenance(sources, options)
@@ -115,6 +116,11 @@ def count_corpus(
     state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
     path = None if checkpoint is None else Path(checkpoint)
     state, todo = ranks.share(state, [part.size for _, part in parts], path, group)
+    if strict and int(state.frequency.out_of_range):
+        raise ValueError(
+            f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside [0, {vocab_size}), expected none: "
+            "it was counted without strict"
+        )
     path = ranks.checkpoint_of_rank(path, group)
 
     if path is not None:
@@ -155,7 +161,7 @@ def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
 def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, parts: int) -> str:
     digest = hashlib.blake2b(provenance.to_json().encode(), digest_size=16)
     stamps = [[stamp for stamp in source.stamps.values()] for source in sources]
-    digest.update(repr((options.vocab_size, options.sample_by, PART_BYTES, parts, stamps)).encode())
+    digest.update(repr((options.vocab_size, options.dtype, PART_BYTES, parts, stamps)).encode())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ FORMATS = {
     for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
+_OWN_FILE = re.compile(r"\.safetensors$|\.checkpoint-\d+$")
 _HEAD_BYTES = 64
 
 
@@ -46,10 +48,11 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     return sources
 
 
-def _expand(name: str) -> Iterator[Path]:
+def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files and folders that a name stands for. lists: the .list files that it stands in."""
     path = Path(name)
     if path.suffix == _LIST_SUFFIX and path.is_file():
-        yield from _listed(path)
+        yield from _listed(path, lists)
     elif path.is_dir():
         yield from _walk(path)
     elif path.exists():
@@ -67,7 +70,10 @@ def _expand(name: str) -> Iterator[Path]:
                 yield match
 
 
-def _listed(path: Path) -> Iterator[Path]:
+def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
+    real = os.path.realpath(path)
+    if real in lists:
+        raise ValueError(f"{path}: lists itself, expected other files")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -75,11 +81,17 @@ def _listed(path: Path) -> Iterator[Path]:
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
             # As a shell would: what a list names is relative to the list.
-            yield from _expand(os.path.join(path.parent, line))
+            yield from _expand(os.path.join(path.parent, line), (*lists, real))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """What a folder holds: itself if it is of a format, or else everything in it that is not hidden."""
+def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
+    """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
+
+    Counts and checkpoints are left out, which may be written into the folder that is counted, and links to `parents`.
+    """
+    real = os.path.realpath(folder)
+    if real in parents:
+        return
     if any(format.recognises(folder, b"") for format in FORMATS.values()):
         yield folder
         return
@@ -90,10 +102,10 @@ def _walk(folder: Path) -> Iterator[Path]:
     names = {os.fspath(Path(entry.path)) for entry in entries}
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.startswith((".", "_")):
+        if entry.name.startswith((".", "_")) or _OWN_FILE.search(entry.name):
             continue
-        if entry.is_dir():
-            yield from _walk(path)
+        if path.is_dir():
+            yield from _walk(path, (*parents, real))
         elif not _is_companion(path, names):
             yield path
 
@@ -121,9 +133,10 @@ def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
     for format in FORMATS.values():
         if format.recognises(path, head):
             return format
-    if options.dtype is not None or path.suffix in (".bin", ".npy"):
+    # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
+    if path.suffix in (".bin", ".npy"):
         return raw.FORMAT
     raise ValueError(
         f"{path}: its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a dtype), "
-        "or leave the file out"
+        "or leave the file out by a pattern"
     )

@@ -41,14 +41,13 @@ class ReadOptions:
     vocab_size: V, by which readers warn of a dtype that cannot hold it; dtype: of files that do not tell theirs, a name
     in TOKEN_DTYPES, or None; column: the tokens' (or the text's) name in formats with columns, or None for what the
     reader finds by itself; tokenizer: the path of a `tokenizers` file, for text; special_tokens: whether it adds
-    its special tokens; sample_by: what one text of a plain text file is, "line" or "document".
+    its special tokens.
     """
 
     vocab_size: int
     policy: TargetPolicy = field(default_factory=TargetPolicy)
     dtype: str | None = None
     tokenizer: Path | None = None
-    sample_by: str = "line"
 
 
 class Batch(NamedTuple):

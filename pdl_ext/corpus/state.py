@@ -73,6 +73,11 @@ class State:
         Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.
         """
         tensors, metadata = read_tensors(path, "checkpoint", _FORMAT)
+        if metadata["identity"] != like.identity and not bool(tensors["finished"].any()):
+            # What was begun wrongly, and holds nothing.
+            return cls.empty(
+                like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity
+            )
         if metadata["identity"] != like.identity:
             raise ValueError(
                 f"checkpoint: {path} is that of another count (files, options or pdl_ext's version differ), expected "

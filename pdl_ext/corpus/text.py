@@ -42,7 +42,7 @@ class _DocumentSource(_TextSource):
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:
-    return [_DocumentSource(path, options) if options.sample_by == "document" else _TextSource(path, options)]
+    return [_DocumentSource(path, options) if options.policy.sample_by == "document" else _TextSource(path, options)]
 
 
 # Not .md, which tells of the corpus that it lies beside.

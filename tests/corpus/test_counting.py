@@ -289,3 +289,39 @@ def test_threads_of_the_caller_are_left_alone(tmp_path):
     count_corpus([tmp_path], V, dtype="uint16", threads=2)
     assert torch.get_num_threads() == before
     assert threading.active_count() == 1 or not any("Worker" in type(t).__name__ for t in threading.enumerate())
+
+
+def test_only_ids_are_taken_from_a_folder_of_ids(tmp_path):
+    write(tmp_path / "train.bin", zipf(50))
+    (tmp_path / "meta.pkl").write_bytes(b"even")
+    with pytest.raises(ValueError, match=r"meta.pkl: its format cannot be told"):
+        count_corpus([tmp_path], V, dtype="uint16")
+    assert torch.equal(count_corpus([str(tmp_path / "*.bin")], V, dtype="uint16").counts, expected(zipf(50)))
+    assert count_corpus([tmp_path / "meta.pkl"], V, format="raw", dtype="uint16").tokens_seen == 2
+
+
+def test_counts_and_checkpoints_in_the_folder_are_no_corpus(tmp_path, monkeypatch):
+    write(tmp_path / "train.bin", zipf(50))
+    for _ in range(2):
+        checkpoint = tmp_path / "counts.safetensors.checkpoint"
+        frequency = count_corpus([tmp_path], V, dtype="uint16", checkpoint=checkpoint)
+        frequency.save(tmp_path / "counts.safetensors")
+        assert torch.equal(frequency.counts, expected(zipf(50)))
+
+
+def test_links_and_lists_that_turn_in_circles(tmp_path):
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.bin", zipf(50))
+    (tmp_path / "in" / "up").symlink_to(tmp_path)
+    assert torch.equal(count_corpus([tmp_path], V, dtype="uint16").counts, expected(zipf(50)))
+    (tmp_path / "a.list").write_text("b.list\n")
+    (tmp_path / "b.list").write_text("a.list\n")
+    with pytest.raises(ValueError, match=r"a.list: lists itself"):
+        count_corpus([tmp_path / "a.list"], V, dtype="uint16")
+
+
+def test_several_empty_files(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.bin").write_bytes(b"")
+    write(tmp_path / "c.bin", zipf(50))
+    assert count_corpus([tmp_path], V, dtype="uint16").tokens_seen == 50

@@ -180,3 +180,19 @@ def test_checkpoints_are_those_of_ranks(tmp_path):
     for name in ("s-10", "s-2", "s-0", "s-x", "s-", "t-1", "s-2.partial"):
         (tmp_path / name).touch()
     assert [path.name for path in checkpoints(tmp_path / "s")] == ["s-0", "s-2", "s-10"]
+
+
+def test_strict_finds_what_was_counted_without(tmp_path, corpus, monkeypatch):
+    path, _ = corpus
+    state = tmp_path / "state"
+    interrupted(path, state, monkeypatch, vocab_size=V - 1)
+    with pytest.raises(ValueError, match=r"ids outside \[0, 4999\), expected none: it was counted without strict"):
+        count_corpus([path], V - 1, dtype="uint16", checkpoint=state, strict=True)
+
+
+def test_a_checkpoint_that_holds_nothing_stands_in_nobodys_way(tmp_path, corpus):
+    path, counts = corpus
+    state = tmp_path / "state"
+    with pytest.raises(ValueError, match="got the id"):
+        count_corpus([path], 3, dtype="uint16", checkpoint=state, strict=True)
+    assert torch.equal(count_corpus([path], V, dtype="uint16", checkpoint=state).counts, counts)
