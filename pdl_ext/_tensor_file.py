@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+from pdl_ext._whole_file import whole_file
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -24,20 +25,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = serialize(on_cpu, metadata={**metadata, _DIGEST: _digest(on_cpu, metadata)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # Not safetensors' save_file, which makes a file that only its owner can read.
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
-    finally:
-        # Where it could not be made, the error is told above.
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    # Not safetensors' save_file, which makes a file that only its owner can read.
+    with whole_file(path) as partial, open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import corpus
 import cpu
 import gpu
 import harness
@@ -438,6 +439,27 @@ class TestCpuPlan:
         monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "wieghts"])
         assert cpu.main() == 2
         assert "'wieghts'" in capsys.readouterr().err
+
+
+class TestCorpus:
+    def test_every_format(self, clock, tmp_path, monkeypatch):
+        pytest.importorskip("pyarrow")
+        monkeypatch.setattr(harness, "HostClock", lambda: clock)
+        monkeypatch.setattr(corpus, "PROTOCOL", BRIEF)
+        arguments = ["corpus.py", "--bytes", "200000", "--folder", str(tmp_path), "--output", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert corpus.main() == 0
+        rows = strict_json(tmp_path / "out" / "benchmark.json")["rows"]
+        assert [row["provider"] for row in rows if row["provider"].startswith("pdl_ext")] == [
+            "pdl_ext, raw",
+            "pdl_ext, npy",
+            "pdl_ext, Megatron",
+            "pdl_ext, raw",
+            "pdl_ext, Parquet",
+        ]
+        assert [row["failure"] for row in rows] == [""] * 9
+        # What it wrote to count is deleted.
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class TestTrainStep:

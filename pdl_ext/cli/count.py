@@ -82,8 +82,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.corpus import TargetPolicy, count_corpus
     from pdl_ext.corpus.ranks import checkpoints
 
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ValueError(f"threads: got {arguments.threads}, expected an int >= 1")
     folder = arguments.output.parent
     if not folder.is_dir():
         raise ValueError(f"output: got {arguments.output}, expected a file in a folder that exists")
@@ -97,6 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
         mask=arguments.mask,
         skip_prompt=arguments.skip_prompt,
         special_tokens=not arguments.no_special_tokens,
+        sample_by=arguments.sample_by,
     )
     group = None
     if dist.is_torchelastic_launched():
@@ -114,7 +113,6 @@ def _run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype,
             policy=policy,
             tokenizer=arguments.tokenizer,
-            sample_by=arguments.sample_by,
             strict=arguments.strict,
             allow_overlap=arguments.allow_overlap,
             threads=arguments.threads,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext import TokenFrequency
     from pdl_ext._optional import require
+    from pdl_ext._whole_file import whole_file
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
@@ -40,17 +39,9 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
     figure = _figure(frequency, arguments.alpha)
     file_format = output.suffix[1:].lower()
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        # Without a date and with names that are not random, the same counts give the same file.
-        with require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
-            figure.savefig(partial, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
-        os.replace(partial, output)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}; not written: {output}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    # Without a date and with names that are not random, the same counts give the same file.
+    with whole_file(output) as partial, require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
+        figure.savefig(partial, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
     print(output)
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, token_dtype
+from pdl_ext.corpus.source import Batch, ReadOptions, countable, warn_if_narrow
 from pdl_ext.corpus.tokenizer import TextEncoder
 
-__all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors", "countable", "warn_if_narrow"]
+__all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 
 # What is read where no column is named: the first of these that is there.
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
@@ -42,27 +41,6 @@ def arrow_errors(path: Path, format_name: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: is damaged or no {format_name} file ({reason})") from error
-
-
-def countable(tokens: NDArray[Any]) -> NDArray[Any]:
-    """Integers as TokenFrequency counts them, a copy only where it must be.
-
-    Those above 2^63 become negative: they are of no vocabulary either way, and -100 that was wrapped is -100 again.
-    """
-    if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
-        return tokens.astype(np.int32)
-    return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
-
-
-def warn_if_narrow(path: Path, dtype: str, vocab_size: int) -> None:
-    """Warns of a dtype, a name in TOKEN_DTYPES, that cannot hold all of a vocabulary."""
-    largest = np.iinfo(token_dtype(dtype)).max
-    if vocab_size > largest + 1:
-        warnings.warn(
-            f"{path}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of {vocab_size}: "
-            "larger ones would have wrapped when it was written",
-            stacklevel=2,
-        )
 
 
 class Columns:

@@ -58,7 +58,6 @@ def count_corpus(
     dtype: str | None = None,
     policy: TargetPolicy | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
-    sample_by: str | None = None,
     strict: bool = False,
     allow_overlap: bool = False,
     threads: int | None = None,
@@ -76,7 +75,6 @@ def count_corpus(
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
         policy: which tokens are targets; TargetPolicy() if None: all but -100.
         tokenizer: a file of the `tokenizers` library, for text.
-        sample_by: in place of the policy's: what one text of a plain text file is, a "line" or the whole "document".
         strict: an id outside [0, V) is an error; otherwise it is counted as out of range.
         allow_overlap: files with the same content are each counted; otherwise an error.
         threads: as many as there are processors if None.
@@ -97,8 +95,6 @@ def count_corpus(
         raise TypeError(f"policy: got {type(policy).__name__}, expected TargetPolicy")
     if dtype is not None:
         check_choice("dtype", dtype, TOKEN_DTYPES)
-    if sample_by is not None:
-        policy = dataclasses.replace(policy, sample_by=sample_by)
     check_flag("strict", strict)
     check_flag("allow_overlap", allow_overlap)
     if threads is None:
@@ -115,7 +111,7 @@ def count_corpus(
     identity = _identity(sources, provenance, options, len(parts))
     state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
     path = None if checkpoint is None else Path(checkpoint)
-    state, todo = ranks.share(state, [part.size for _, part in parts], path, group)
+    todo = ranks.share(state, [part.size for _, part in parts], path, group)
     if strict and int(state.frequency.out_of_range):
         raise ValueError(
             f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside [0, {vocab_size}), expected none: "
@@ -129,15 +125,9 @@ def count_corpus(
     _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress).run()
     for source in sources:
         source.check_unchanged()
-    if path is not None:
-        # Whatever happens to another rank, this one's share is done.
-        state.save(path)
-    state.check_conserved()
     tokens = ranks.total(state, group)
     frequency = state.frequency
-    frequency.provenance = Provenance(
-        provenance.shards, tokens, provenance.policy, provenance.tokenizer, provenance.version
-    )
+    frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency
 
 
@@ -217,6 +207,7 @@ class _Count:
                     worker.done.wait()
                 # A worker sets its own, but also what threads begin with that are started later.
                 torch.set_num_threads(threads)
+                # All of this process' share, if it came so far: whatever happens to another rank, that is done.
                 if self._checkpoint is not None:
                     self._save()
         self._report(time.monotonic() - begin)

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, token_dtype
+from pdl_ext.corpus.access import opened, read_array, read_at
+from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, countable, token_dtype, warn_if_narrow
 
-__all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource", "read_array", "read_at", "read_head"]
+__all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
 # Small enough that counting finds it in the last cache, large enough that the calls for each cost next to nothing.
 BUFFER_BYTES = 2**21
-
-
-def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
-    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file that is too short."""
-    view = memoryview(buffer.view(np.uint8).data)
-    done = 0
-    while done < len(view):
-        try:
-            got = os.preadv(descriptor, [view[done:]], offset + done)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
-        if got == 0:
-            raise ValueError(f"{path}: ends at byte {offset + done}, expected {len(view) - done} bytes more")
-        done += got
-
-
-def read_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
-    """`count` numbers of a file from a byte offset on. Raises ValueError that names the file if it is too short."""
-    numbers = np.empty(count, dtype)
-    with _Descriptor(path) as file:
-        read_at(file, numbers, offset, path)
-    return numbers
-
-
-def read_head(path: Path, size: int) -> bytes:
-    """The first bytes of a file: fewer than `size` only if it ends there. Raises ValueError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 class FlatSource(Source):
@@ -95,12 +64,7 @@ class FlatSource(Source):
             )
         if mask is not None and self.stamps[mask].size != tokens:
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
-        if options.vocab_size > np.iinfo(self._dtype).max + 1:
-            warnings.warn(
-                f"{path}: its tokens are {dtype}, and cannot hold ids above {np.iinfo(self._dtype).max} of a "
-                f"vocabulary of {options.vocab_size}: larger ones would have wrapped when it was written",
-                stacklevel=2,
-            )
+        warn_if_narrow(path, dtype, options.vocab_size)
         self.first_byte = first_byte
         self.tokens = tokens
         self._shifted = options.policy.targets == "shifted"
@@ -116,20 +80,22 @@ class FlatSource(Source):
     def batches(self, part: Part) -> Iterator[Batch]:
         itemsize = self._dtype.itemsize
         buffer = np.empty(min(part.stop - part.start, BUFFER_BYTES // itemsize), self._dtype)
-        with _Descriptor(self.path) as file, _Descriptor(self._mask) as mask_file:
+        with contextlib.ExitStack() as files:
+            file = files.enter_context(opened(self.path))
             _read_ahead(file)
+            mask = None if self._mask is None else (files.enter_context(opened(self._mask)), self._mask)
             for start in range(part.start, part.stop, buffer.size):
                 stop = min(start + buffer.size, part.stop)
                 tokens = buffer[: stop - start]
                 read_at(file, tokens, self.first_byte + start * itemsize, self.path)
                 is_target = None
-                if self._mask is not None:
+                if mask is not None:
                     marks = np.empty(stop - start, np.uint8)
-                    read_at(mask_file, marks, start, self._mask)
+                    read_at(mask[0], marks, start, mask[1])
                     is_target = marks != 0
                 if self._shifted:
                     is_target = self._without_starts(start, stop, is_target)
-                yield Batch(_countable(tokens), is_target)
+                yield Batch(countable(tokens), is_target)
 
     def _without_starts(self, start: int, stop: int, is_target: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         starts = None if self._starts_between is None else self._starts_between(start, stop) - start
@@ -205,33 +171,8 @@ def distinct(ascending: Iterator[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
-class _Descriptor:
-    """An open file's descriptor; -1 for None."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-
-    def __enter__(self) -> int:
-        self._descriptor = -1
-        if self._path is not None:
-            try:
-                self._descriptor = os.open(self._path, os.O_RDONLY)
-            except OSError as error:
-                raise ValueError(f"{self._path}: cannot be read ({error.strerror})") from error
-        return self._descriptor
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-
 def _read_ahead(descriptor: int) -> None:
     # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
     # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-
-
-def _countable(tokens: NDArray[Any]) -> NDArray[Any]:
-    narrow_and_signed = tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4
-    return tokens.astype(np.int32) if narrow_and_signed else tokens

@@ -7,7 +7,6 @@ index.json tells what an item is; only those that are nothing but tokens are rea
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.flat import AscendingNumbers, FlatSource, read_array, read_head
+from pdl_ext.corpus.access import read_array, read_head
+from pdl_ext.corpus.flat import AscendingNumbers, FlatSource
+from pdl_ext.corpus.listing import read_json
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp, token_dtype
 
 __all__ = ["FORMAT"]
 
 _INDEX = "index.json"
-# Half a million chunks, some 25 TB; as Python's objects they take ten times as much.
-_LARGEST_INDEX = 2**25
 # By litdata's own numbers of dtypes. Those of tensors have two names for most, one of which is written.
 _TENSORS = {11: "uint8", 12: "int8", 13: "int16", 14: "int16", 15: "int32", 16: "int32", 17: "int64", 18: "int64"}
 _TENSORS[20] = "uint16"
@@ -62,10 +61,8 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 @functools.lru_cache(maxsize=1)
 def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | None]]]:
     """The dtype of the tokens, and of each chunk by its name the number of items and, where it is told, of tokens."""
-    if stamp.size > _LARGEST_INDEX:
-        raise ValueError(f"{path}: got {stamp.size} bytes, expected {_LARGEST_INDEX} at most")
+    index = read_json(path)
     try:
-        index = json.loads(read_head(path, stamp.size))
         config = index["config"]
         data_format, compression = config["data_format"], config["compression"]
         encryption, loader = config.get("encryption"), config.get("item_loader")
@@ -73,7 +70,7 @@ def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | No
             str(chunk["filename"]): (int(chunk["chunk_size"]), None if chunk["dim"] is None else int(chunk["dim"]))
             for chunk in index["chunks"]
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged or no index of litdata ({type(error).__name__}: {error})") from error
     for name, value in (("compression", compression), ("encryption", encryption)):
         if value:

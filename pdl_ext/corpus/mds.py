@@ -6,7 +6,6 @@ JSON, then the samples. A sample: the sizes (u32) of those columns that have no 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS, countable, warn_if_narrow
-from pdl_ext.corpus.flat import read_at
+from pdl_ext.corpus.access import opened, read_at
+from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, countable, warn_if_narrow
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -169,7 +168,7 @@ class _Shard(Source):
         self._options = options
         self._policy = options.policy
         self._samples = samples
-        with _descriptor(path) as file:
+        with opened(path) as file:
             window = _Window(file, self.size, path, _HEAD_BYTES)
             self._check_head(window, index)
             if not layout.text:
@@ -183,7 +182,7 @@ class _Shard(Source):
             yield Part(start, stop, self.size * stop // self._samples - self.size * start // self._samples)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        with _descriptor(self.path) as file:
+        with opened(self.path) as file:
             # A window for each column, since those of a long sample are far from each other.
             windows = [_Window(file, self.size, self.path) for _ in range(3)]
             if self._layout.text:
@@ -311,18 +310,6 @@ class _Shard(Source):
         return _Numbers(begin, count, dtype)
 
 
-@contextlib.contextmanager
-def _descriptor(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _integers(window: _Window, offset: int, count: int) -> tuple[int, ...]:
     return struct.unpack(f"<{count}I", window.read(offset, 4 * count).tobytes())
 
@@ -372,7 +359,7 @@ def _recognises(path: Path, head: bytes) -> bool:
     if index.name != _INDEX or not index.is_file():
         return False
     # litdata's index.json has chunks instead.
-    with _descriptor(index) as file:
+    with opened(index) as file:
         return b'"shards"' in os.pread(file, _HEAD_BYTES, 0)
 
 

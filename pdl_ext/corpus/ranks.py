@@ -27,10 +27,10 @@ def checkpoints(checkpoint: Path) -> list[Path]:
     return [found[rank] for rank in sorted(filter(str.isdecimal, found), key=int)]
 
 
-def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -> tuple[State, list[int]]:
-    """What this rank goes on from, and the parts that it has to count: an even share of those that none has finished.
+def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -> list[int]:
+    """The parts that this rank has to count: an even share of those that none has finished.
 
-    Each rank goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
+    Each rank's state goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
     ranks, and deletes the others, so that those may also lie on each machine's own disk.
     Raises ValueError if the ranks do not count the same, or a checkpoint is of another count or damaged.
     """
@@ -52,7 +52,7 @@ def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -
         finished = _all_reduce(finished, group)
     if finished.numel() and int(finished.max()) > 1:
         raise ValueError("checkpoint: got the same part counted by two ranks, expected each part in one checkpoint")
-    return state, _own_parts(finished.tolist(), sizes, _rank(group), len(identities))
+    return _own_parts(finished.tolist(), sizes, _rank(group), len(identities))
 
 
 def total(state: State, group: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,18 @@ from numpy.typing import NDArray
 
 from pdl_ext.provenance import TargetPolicy
 
-__all__ = ["TOKEN_DTYPES", "Batch", "Format", "Part", "ReadOptions", "Source", "Stamp", "token_dtype"]
+__all__ = [
+    "TOKEN_DTYPES",
+    "Batch",
+    "Format",
+    "Part",
+    "ReadOptions",
+    "Source",
+    "Stamp",
+    "countable",
+    "token_dtype",
+    "warn_if_narrow",
+]
 
 # What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
 TOKEN_DTYPES = {
@@ -34,14 +46,33 @@ def token_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(TOKEN_DTYPES[name]).newbyteorder("<")
 
 
+def countable(tokens: NDArray[Any]) -> NDArray[Any]:
+    """Integers as TokenFrequency counts them, a copy only where it must be.
+
+    Those above 2^63 become negative: they are of no vocabulary either way, and -100 that was wrapped is -100 again.
+    """
+    if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
+        return tokens.astype(np.int32)
+    return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
+
+
+def warn_if_narrow(path: Path, dtype: str, vocab_size: int) -> None:
+    """Warns of a dtype, a name in TOKEN_DTYPES, that cannot hold all of a vocabulary."""
+    largest = np.iinfo(token_dtype(dtype)).max
+    if vocab_size > largest + 1:
+        warnings.warn(
+            f"{path}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of {vocab_size}: "
+            "larger ones would have wrapped when it was written",
+            stacklevel=2,
+        )
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """How to read a corpus, whatever its formats are.
 
     vocab_size: V, by which readers warn of a dtype that cannot hold it; dtype: of files that do not tell theirs, a name
-    in TOKEN_DTYPES, or None; column: the tokens' (or the text's) name in formats with columns, or None for what the
-    reader finds by itself; tokenizer: the path of a `tokenizers` file, for text; special_tokens: whether it adds
-    its special tokens.
+    in TOKEN_DTYPES, or None; tokenizer: the path of a `tokenizers` file, for text.
     """
 
     vocab_size: int

@@ -73,17 +73,15 @@ class State:
         Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.
         """
         tensors, metadata = read_tensors(path, "checkpoint", _FORMAT)
-        if metadata["identity"] != like.identity and not bool(tensors["finished"].any()):
-            # What was begun wrongly, and holds nothing.
-            return cls.empty(
-                like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity
-            )
+        loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
         if metadata["identity"] != like.identity:
+            if not bool(tensors["finished"].any()):
+                # What was begun wrongly, and holds nothing.
+                return loaded
             raise ValueError(
                 f"checkpoint: {path} is that of another count (files, options or pdl_ext's version differ), expected "
                 "this one's: delete it to begin anew"
             )
-        loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
         loaded.finished, loaded.tokens = tensors.pop("finished"), int(metadata["tokens"])
         # Not load_state_dict, after which a `sync` of the counts would take them for all ranks' and not this one's own.
         for name, buffer in loaded.frequency.named_buffers():

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 import pdl_ext
 from pdl_ext._checks import check_vocab_size
 from pdl_ext._optional import require
+from pdl_ext.corpus.source import countable
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, TargetPolicy
 
@@ -145,7 +146,7 @@ class _BlockCount:
                 is_target = marks != 0
                 tokens = tokens[is_target]
                 frequency.ignored += is_target.size - tokens.size
-            frequency.update(_countable(tokens))
+            frequency.update(countable(tokens))
         return np.concatenate(
             [total.numpy().reshape(-1) for total in (frequency.counts, frequency.ignored, frequency.out_of_range)]
         )
@@ -176,11 +177,3 @@ def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:
             return np.zeros(0, np.int64), lengths
         else:
             raise ValueError(f"{name}: got {column.type}, expected integers or lists of them")
-
-
-def _countable(tokens: NDArray[Any]) -> NDArray[Any]:
-    if tokens.dtype == np.uint64:
-        # As int64 the largest would be negative, and one of them the ignore index.
-        return np.minimum(tokens, np.uint64(2**62)).view(np.int64)
-    narrow_and_signed = tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4
-    return tokens.astype(np.int32) if narrow_and_signed else tokens

@@ -139,7 +139,6 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"format": "arrows"}, "format: got 'arrows', expected one of"),
         ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"threads": 0}, "threads: got 0"),
-        ({"sample_by": "page"}, "sample_by: got 'page'"),
         ({"checkpoint_every": 0}, "checkpoint_every: got 0"),
         ({"checkpoint": "nowhere/state"}, "not written: nowhere/state-0"),
         ({"tokenizer": "gone.json"}, "gone.json: cannot be read"),
@@ -167,6 +166,7 @@ def test_policy_of_a_wrong_type_is_named(tmp_path):
         ({"column": ""}, ValueError),
         ({"mask": 3}, ValueError),
         ({"special_tokens": 1}, TypeError),
+        ({"sample_by": "page"}, ValueError),
     ]:
         with pytest.raises(error, match=f"{next(iter(options))}: got"):
             TargetPolicy(**options)

@@ -34,8 +34,8 @@ def tokenizer(tmp_path_factory):
     return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json", special_tokens=True)
 
 
-def count(path, tokenizer, **options) -> np.ndarray:
-    return count_corpus([path], 320, tokenizer=tokenizer, threads=1, **options).counts.numpy()
+def count(path, tokenizer, **policy) -> np.ndarray:
+    return count_corpus([path], 320, tokenizer=tokenizer, threads=1, policy=TargetPolicy(**policy)).counts.numpy()
 
 
 def compress(path, content: bytes, pieces: int = 1) -> None:
@@ -222,7 +222,7 @@ def test_without_a_tokenizer(tmp_path):
 def test_text_has_no_columns(tmp_path, tokenizer, name):
     (tmp_path / "a.txt").write_text("the fox")
     with pytest.raises(ValueError, match=rf"a\.txt: got {name}='column', expected none: plain text has no columns"):
-        count(tmp_path / "a.txt", tokenizer, policy=TargetPolicy(**{name: "column"}))
+        count(tmp_path / "a.txt", tokenizer, **{name: "column"})
 
 
 def test_shifted_leaves_out_the_first_token_of_each_line(tmp_path, tokenizer):
@@ -248,7 +248,8 @@ def test_other_names_are_not_text(tmp_path, tokenizer, name):
         count(tmp_path / name, tokenizer)
     if not name.endswith(".gz"):
         np.testing.assert_array_equal(
-            count(tmp_path / name, tokenizer, format="text"), counts_of(tokenizer, ["the fox"])
+            count_corpus([tmp_path / name], 320, tokenizer=tokenizer, format="text").counts.numpy(),
+            counts_of(tokenizer, ["the fox"]),
         )
 
 
@@ -273,5 +274,6 @@ def test_verses_count_the_same_through_every_path(tmp_path):
     folder.mkdir()
     for number, verse in enumerate(verses):
         (folder / f"{number}.txt").write_text(verse, encoding="utf-8")
-    got = count_corpus([folder], 320, tokenizer=tokenizer, sample_by="document", allow_overlap=True, threads=2)
+    policy = TargetPolicy(sample_by="document")
+    got = count_corpus([folder], 320, tokenizer=tokenizer, policy=policy, allow_overlap=True, threads=2)
     np.testing.assert_array_equal(got.counts.numpy(), expected)
