@@ -123,6 +123,17 @@ def test_common_offset_cancels(make_case, assert_accurate, offset, options):
         assert_accurate(got[name], plain[name], truth[name], name)
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+# On both sides of +-1024, where the CPU's exponentials change their origin.
+@pytest.mark.parametrize("offset", [-2000, -1030, -1010, -90, 90, 1010, 1030, 2000])
+def test_common_offsets_of_16_bits(make_case, assert_matches, offset, dtype, inplace_backward):
+    case = make_case((7,), 1009, dtype)
+    case.leaf = (case.leaf.double() * 4 + offset).to(dtype)
+    case.view = lambda leaf: leaf * 1
+    assert_matches(case, inplace_backward=inplace_backward)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "options", [{}, {"label_smoothing": 0.1}, {"softcap": 9.0}], ids=["plain", "smoothing", "softcap"]

@@ -16,6 +16,9 @@ namespace pdl::cpu {
 
 constexpr int kBlock = 32;
 
+// Thirty-seconds of ln 2 in 1.
+constexpr float kStepsOfExp = 32 * 1.44269504088896341f;
+
 #ifdef PDL_SIMD_TARGETS
 namespace detail {
 
@@ -33,11 +36,9 @@ __attribute__((target(PDL_TARGET_AVX2))) inline void narrow_avx2(const float* x,
   }
 }
 
-__attribute__((target(PDL_TARGET_AVX512))) inline void widen_avx512(const Float16* x, float* y) {
-  for (int k = 0; k < kBlock; k += 16) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
-    _mm512_storeu_ps(y + k, _mm512_maskz_cvtph_ps(0xffff, half));
-  }
+__attribute__((target(PDL_TARGET_AVX512))) inline __m512 widen_half_avx512(const Float16* x, int half) {
+  const void* place = x + 16 * half;
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(place)));
 }
 __attribute__((target(PDL_TARGET_AVX512))) inline void narrow_avx512(const float* x, Float16* y) {
   for (int k = 0; k < kBlock; k += 16) {
@@ -46,43 +47,76 @@ __attribute__((target(PDL_TARGET_AVX512))) inline void narrow_avx512(const float
   }
 }
 
-__attribute__((target(PDL_TARGET_AVX512))) inline void widen_avx512(const BFloat16* x, float* y) {
-  for (int k = 0; k < kBlock; k += 16) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k));
-    const __m512i wide = _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16);
-    _mm512_storeu_ps(y + k, _mm512_castsi512_ps(wide));
-  }
-}
-
-alignas(64) inline constexpr float kRootsOfTwo[32] = {
-    0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
-    0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
-    0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
-    0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
-    0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f,
+// In which half of a register's 32-bit lanes 16-bit ones go: the upper, which makes a bfloat16 a float.
+alignas(64) inline constexpr int16_t kUpperHalves[2][32] = {
+    {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},
+    {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31},
 };
 
-// exp_nonpositive with a table, 2^(i / 32), that two registers hold, and a parabola: 6 instead of 12 instructions for
-// the units that multiply and compare, which bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of which the second
-// is the rounding of log2(e).
-__attribute__((target(PDL_TARGET_AVX512))) inline void exp_avx512(const float* x, float* y) {
-  const __m512 low = _mm512_load_ps(kRootsOfTwo), high = _mm512_load_ps(kRootsOfTwo + 16);
-  const __m512 scale = _mm512_set1_ps(32 * 1.44269504088896341f), round = _mm512_set1_ps(12582912.0f);
-  for (int k = 0; k < kBlock; k += 16) {
-    const __m512 z = _mm512_loadu_ps(x + k);
-    // As in exp_nonpositive, but of thirty-seconds: the low 5 bits are the table's index, and those above the exponent.
-    const __m512 shifted = _mm512_fmadd_ps(z, scale, round);
-    const __m512i bits = _mm512_castps_si512(shifted);
-    const __m512 r = _mm512_fmsub_ps(z, scale, _mm512_sub_ps(shifted, round));
-    // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient takes what it can of the third power, too.
-    const __m512 p =
-        _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(2.34596198e-04f), _mm512_set1_ps(2.16611670e-02f)), r);
-    const __m512i root = _mm512_castps_si512(_mm512_maskz_permutex2var_ps(0xffff, low, bits, high));
-    const __m512i exponent = _mm512_maskz_slli_epi32(0xffff, _mm512_and_si512(bits, _mm512_set1_epi32(~31)), 18);
-    const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, exponent));
-    const __mmask16 normal = _mm512_cmp_ps_mask(z, _mm512_set1_ps(-87.3365f), _CMP_NLT_UQ);
-    _mm512_storeu_ps(y + k, _mm512_maskz_fmadd_ps(normal, power, p, power));
+__attribute__((target(PDL_TARGET_AVX512))) inline __m512 widen_half_avx512(const BFloat16* x, int half) {
+  const __m512i places = _mm512_load_si512(kUpperHalves[half]);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, places, _mm512_loadu_si512(x)));
+}
+
+// The bits of 2^(i / 32), less i in the place of those that the exponent brings with it.
+alignas(64) inline constexpr int32_t kRootsOfTwo[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
+};
+
+// exp(x - origin) for x that are not much larger than an origin of `steps` thirty-seconds of ln 2: a whole number of
+// them costs no subtraction. A table, 2^(i / 32), that two registers hold, and a parabola: half of exp_nonpositive's
+// instructions for the units that multiply and compare, which bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of
+// which the second is the rounding of log2(e).
+__attribute__((target(PDL_TARGET_AVX512))) inline __m512 exp_avx512(__m512 x, float steps) {
+  const __m512i low = _mm512_load_si512(kRootsOfTwo), high = _mm512_load_si512(kRootsOfTwo + 16);
+  const __m512 scale = _mm512_set1_ps(kStepsOfExp), round = _mm512_set1_ps(12582912.0f - steps);
+  // As in exp_nonpositive, but of thirty-seconds: the low 5 bits are the table's index, and those above the exponent.
+  const __m512 shifted = _mm512_fmadd_ps(x, scale, round);
+  const __m512i bits = _mm512_castps_si512(shifted);
+  const __m512 r = _mm512_fmsub_ps(x, scale, _mm512_sub_ps(shifted, round));
+  // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient takes what it can of the third power, too.
+  const __m512 p =
+      _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(2.34596198e-04f), _mm512_set1_ps(2.16611670e-02f)), r);
+  const __m512i root = _mm512_maskz_permutex2var_epi32(0xffff, low, bits, high);
+  const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_maskz_slli_epi32(0xffff, bits, 18)));
+  const __m512 lowest = _mm512_set1_ps(steps * (1 / kStepsOfExp) - 87.3365f);
+  return _mm512_maskz_fmadd_ps(_mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ), power, p, power);
+}
+
+template <typename T>
+__attribute__((target(PDL_TARGET_AVX512))) inline void widen_block_avx512(const T* x, float* y) {
+  for (int half = 0; half < 2; ++half) _mm512_storeu_ps(y + 16 * half, widen_half_avx512(x, half));
+}
+
+__attribute__((target(PDL_TARGET_AVX512))) inline void exp_block_avx512(const float* x, float* y) {
+  for (int k = 0; k < kBlock; k += 16) _mm512_storeu_ps(y + k, exp_avx512(_mm512_loadu_ps(x + k), 0));
+}
+
+__attribute__((target(PDL_TARGET_AVX512))) inline float exp_of_one_avx512(float x, float steps) {
+  return _mm512_cvtss_f32(exp_avx512(_mm512_set1_ps(x), steps));
+}
+
+// sum_of_exp_blocks, which the compiler would leave in memory.
+template <bool kKeep, typename T>
+__attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const T* x, int64_t n, float steps,
+                                                                          float* kept, int64_t ahead) {
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t j = 0; j < n; j += kBlock) {
+    __builtin_prefetch(x + j + ahead, kKeep);
+    for (int half = 0; half < 2; ++half) {
+      const __m512 e = exp_avx512(widen_half_avx512(x + j, half), steps);
+      if (kKeep) _mm512_storeu_ps(kept + j + 16 * half, e);
+      sums[half] = _mm512_add_ps(sums[half], e);
+    }
   }
+  alignas(64) float of_lanes[16];
+  _mm512_store_ps(of_lanes, _mm512_add_ps(sums[0], sums[1]));
+  float sum = 0;
+  for (const float of_lane : of_lanes) sum += of_lane;
+  return sum;
 }
 
 __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(const float* x, BFloat16* y) {
@@ -96,7 +130,7 @@ __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(c
 template <Capability kCapability, typename T>
 PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
 #ifdef PDL_SIMD_TARGETS
-  if constexpr (kCapability >= Capability::avx512) return detail::widen_avx512(x, y);
+  if constexpr (kCapability >= Capability::avx512) return detail::widen_block_avx512(x, y);
   if constexpr (std::is_same_v<T, Float16> && kCapability == Capability::avx2) return detail::widen_avx2(x, y);
 #endif
 #pragma omp simd
@@ -107,10 +141,67 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
 template <Capability kCapability>
 PDL_INLINE void exp_block(Instructions<kCapability>, const float* x, float* y) {
 #ifdef PDL_SIMD_TARGETS
-  if constexpr (kCapability >= Capability::avx512) return detail::exp_avx512(x, y);
+  if constexpr (kCapability >= Capability::avx512) return detail::exp_block_avx512(x, y);
 #endif
 #pragma omp simd
   for (int k = 0; k < kBlock; ++k) y[k] = exp_nonpositive(x[k]);
+}
+
+// What the exponentials of a chunk, whose largest number is `max`, are relative to: max, or on AVX-512 what exp_avx512
+// needs, just below it.
+template <Capability kCapability>
+struct ExpOrigin {
+  float max;
+  float steps = 0;
+  float value = max;
+  // exp(max - value), as exp_avx512 has it: what is divided by it is exactly 1 at max.
+  float at_max = 1;
+
+  explicit PDL_INLINE ExpOrigin(float max) : max(max) {
+#ifdef PDL_SIMD_TARGETS
+    if constexpr (kCapability >= Capability::avx512) {
+      if (!in_blocks()) return;
+      steps = __builtin_floorf(max * kStepsOfExp);
+      value -= __builtin_fmaf(max, kStepsOfExp, -steps) / kStepsOfExp;
+      at_max = detail::exp_of_one_avx512(max, steps);
+    }
+#endif
+  }
+
+  // Further away, rounding the origin would show in what is relative to it.
+  PDL_INLINE bool in_blocks() const { return kCapability < Capability::avx512 || (max > -1024 && max < 1024); }
+};
+
+// The sum of exp(x - origin) of whole blocks, if origin.in_blocks(); with kKeep also each of them in `kept`. Meanwhile
+// what lies `ahead` is fetched, with kKeep to be overwritten soon: the processor's own prefetchers see no loads of it.
+// Past the logits' end it does no harm.
+template <bool kKeep, Capability kCapability, typename T>
+PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const T* x, int64_t n,
+                                   const ExpOrigin<kCapability>& origin, float* kept, int64_t ahead) {
+#ifdef PDL_SIMD_TARGETS
+  if constexpr (kCapability >= Capability::avx512) {
+    return detail::sum_of_exp_avx512<kKeep>(x, n, origin.steps, kept, ahead);
+  }
+#endif
+  // With more of them, AVX2 has too few registers.
+  constexpr int kSums = kBlock / 2;
+  alignas(64) float sums[kSums] = {};
+  for (int64_t j = 0; j < n; j += kBlock) {
+    __builtin_prefetch(x + j + ahead, kKeep);
+    alignas(64) float wide[kBlock], block[kBlock];
+    float* e = kKeep ? kept + j : block;
+    widen_block(instructions, x + j, wide);
+#pragma omp simd
+    for (int k = 0; k < kBlock; ++k) e[k] = exp_nonpositive(wide[k] - origin.max);
+    for (int part = 0; part < kBlock; part += kSums) {
+#pragma omp simd
+      for (int k = 0; k < kSums; ++k) sums[k] += e[part + k];
+    }
+  }
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int k = 0; k < kSums; ++k) sum += sums[k];
+  return sum;
 }
 
 // kNumber: as narrow_number does.

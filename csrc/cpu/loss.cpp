@@ -8,6 +8,7 @@
 // fewer rows than threads.
 #include <torch/csrc/stable/library.h>
 
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -71,6 +72,16 @@ struct Shares {
 template <typename T>
 PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
   if constexpr (sizeof(T) == 2) {
+    // The integers of numbers that are not negative ascend with them, those of negative ones descend.
+    int16_t top = std::numeric_limits<int16_t>::min(), bottom = std::numeric_limits<int16_t>::max();
+#pragma omp simd reduction(max : top) reduction(min : bottom)
+    for (int64_t j = 0; j < n; ++j) {
+      const int16_t bits = int16_t(x[j].bits);
+      top = bits > top ? bits : top;
+      bottom = bits < bottom ? bits : bottom;
+    }
+    const Accumulator<T> candidate = widen(T{uint16_t(top >= 0 ? top : bottom)});
+    if (candidate == candidate) return candidate;
     int16_t max = order(narrow<T>(-infinity<float>()));
 #pragma omp simd reduction(max : max)
     for (int64_t j = 0; j < n; ++j) {
@@ -107,48 +118,38 @@ PDL_INLINE auto load_chunk(const T* x, int64_t first, int64_t n, const LogitTran
   }
 }
 
-// The sum of exp(z - shift), with kKeep also each of them in `kept`.
+// The sum of exp(z - max), where max is the largest z. With kKeep also each exp(z - *origin) in `kept`.
 template <bool kKeep, Capability kCapability, typename T, typename A>
-PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A shift, A* kept) {
+PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A max, A* kept,
+                              A* origin) {
+  const A shift = exp_shift(max);
   int64_t j = 0;
-  A sum = 0;
+  A sum = 0, at_max = 1;
+  if (kKeep) *origin = shift;
   if constexpr (sizeof(T) == 2) {
-    // A reduction over 16-bit floats would get half of AVX-512's vectors; more sums than this, and AVX2 has too few.
-    constexpr int kSums = kCapability >= Capability::avx512 ? kBlock : kBlock / 2;
-    alignas(64) A sums[kSums] = {};
-    for (; j + kBlock <= n; j += kBlock) {
-      // The next chunk, a cache line for each block: the processor's own prefetchers see no loads of it meanwhile. Past
-      // the last one it does no harm.
-      __builtin_prefetch(z + j + kChunk<true, T>);
-      alignas(64) A wide[kBlock], block[kBlock];
-      A* e = kKeep ? kept + j : block;
-      widen_block(instructions, z + j, wide);
-#pragma omp simd
-      for (int k = 0; k < kBlock; ++k) wide[k] -= shift;
-      exp_block(instructions, wide, e);
-      for (int part = 0; part < kBlock; part += kSums) {
-#pragma omp simd
-        for (int k = 0; k < kSums; ++k) sums[k] += e[part + k];
-      }
+    const ExpOrigin<kCapability> block_origin(shift);
+    if (block_origin.in_blocks()) {
+      j = n / kBlock * kBlock;
+      at_max = block_origin.at_max;
+      sum = sum_of_exp_blocks<kKeep>(instructions, z, j, block_origin, kept, kChunk<true, T>) / at_max;
+      if (kKeep) *origin = block_origin.value;
     }
-#pragma omp simd reduction(+ : sum)
-    for (int k = 0; k < kSums; ++k) sum += sums[k];
   }
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = j; k < n; ++k) {
     const A e = exp_nonpositive(widen(z[k]) - shift);
-    if (kKeep) kept[k] = e;
+    if (kKeep) kept[k] = e * at_max;
     sum += e;
   }
   return sum;
 }
 
-// Of columns [begin, end). With kKeep also exp(z - the largest of its chunk) of each element in `kept`, and those
-// largest in `chunk_max`; `kept` may be x.
+// Of columns [begin, end). With kKeep also exp(z - its chunk's origin) of each element in `kept`, and those origins in
+// `chunk_origin`; `kept` may be x.
 template <bool kPlain, bool kKeep, Capability kCapability, typename T, typename A>
 PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
                                            int64_t end, const LogitTransform<A>& transform, A centre, bool predict,
-                                           A* kept = nullptr, A* chunk_max = nullptr) {
+                                           A* kept = nullptr, A* chunk_origin = nullptr) {
   alignas(64) A buffer[kChunk<kPlain, T>];
   RowStatistics<A> row;
   for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
@@ -168,8 +169,8 @@ PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instruction
       for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
       part.centred = centred;
     }
-    part.sum = sum_exponentials<kKeep>(instructions, z, n, exp_shift(max), kKeep ? kept + first : nullptr);
-    if (kKeep) chunk_max[first / kChunk<kPlain, T>] = max;
+    part.sum = sum_exponentials<kKeep>(instructions, z, n, max, kKeep ? kept + first : nullptr,
+                                       kKeep ? chunk_origin + first / kChunk<kPlain, T> : nullptr);
     row = merge(row, part);
   }
   return row;
@@ -201,12 +202,12 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
 // The gradient from what row_statistics kept; kept and gradient may be one.
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, const T* x, const A* kept,
-                                     const A* chunk_max, const RowStatistics<A>& statistics, T* gradient,
+                                     const A* chunk_origin, const RowStatistics<A>& statistics, T* gradient,
                                      int64_t vocab_size, const LogitTransform<A>& transform,
                                      const GradientRow<A>& row) {
   for (int64_t first = 0; first < vocab_size; first += kChunk<kPlain, T>) {
     const int64_t n = std::min(kChunk<kPlain, T>, vocab_size - first);
-    const A factor = exp_nonpositive(chunk_max[first / kChunk<kPlain, T>] - statistics.max) / statistics.sum;
+    const A factor = exp_nonpositive(chunk_origin[first / kChunk<kPlain, T>] - statistics.max) / statistics.sum;
     const auto off_target = row.off_target_of_shares(factor);
     map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
       const A g = off_target(e);
@@ -358,7 +359,7 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
   const A label_smoothing = A(call.options.label_smoothing), z_loss = A(call.options.z_loss);
   const Totals<A> factors = call.totals_ahead();
   simd_parallel_for<kIsBFloat16<T>>(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end, auto instructions) {
-    std::vector<A> chunk_max((vocab_size + kChunk<kPlain, T> - 1) / kChunk<kPlain, T>);
+    std::vector<A> chunk_origin((vocab_size + kChunk<kPlain, T> - 1) / kChunk<kPlain, T>);
     const std::unique_ptr<A[]> buffer(kKeepInGradient ? nullptr : new A[vocab_size]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t target = call.targets[i];
@@ -379,12 +380,12 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
       }
       const auto statistics =
           row_statistics<kPlain, true>(instructions, x, 0, vocab_size, call.transform, smoothing_centre(z_target),
-                                       call.predicted != nullptr, kept, chunk_max.data());
+                                       call.predicted != nullptr, kept, chunk_origin.data());
       const auto loss = call.finish_row(i, statistics, z_target);
       const A weight = call.weight_of(target) * call.factor_of_row(i);
       const auto scalars = canonical(row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors));
       const GradientRow<A> row(statistics.max, loss.log_sum, scalars, label_smoothing, vocab_size);
-      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_max.data(), statistics, gradient, vocab_size,
+      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_origin.data(), statistics, gradient, vocab_size,
                                    call.transform, row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
     }

@@ -49,6 +49,18 @@ float exp_in_block(float x) {
   return y[cpu::kBlock - 1];
 }
 
+// Of a chunk whose largest number is `max`, exp(x - max) by way of what the loss keeps.
+float kept_exp(float x, float max) {
+  constexpr auto kCapability = cpu::Capability::avx512;
+  const cpu::ExpOrigin<kCapability> origin(max);
+  std::vector<cpu::BFloat16> z(cpu::kBlock, cpu::narrow<cpu::BFloat16>(x));
+  float kept[cpu::kBlock];
+  const float sum =
+      sum_of_exp_blocks<true>(cpu::Instructions<kCapability>(), z.data(), cpu::kBlock, origin, kept, cpu::kBlock);
+  if (sum == sum) EXPECT_FLOAT_EQ(sum, cpu::kBlock * kept[0]);
+  return kept[cpu::kBlock - 1] / origin.at_max;
+}
+
 struct Variant {
   const char* name;
   float (*exp)(float);
@@ -96,6 +108,27 @@ TEST(Exp, IsWithinItsBound) {
     for (int i = 0; i <= 870000; ++i) check(float(i) * -1e-4f);
     EXPECT_LE(worst, 1.0L) << variant.name << " at " << where;
   }
+}
+
+// bfloat16 numbers, which are exact, around origins that are.
+TEST(Exp, RelativeToAnOriginNearTheLargest) {
+  if (!has_avx512()) GTEST_SKIP() << "no AVX-512";
+  for (const float max : {0.0f, -0.0f, 0.0078125f, 1.0f, -1.0f, 20.5f, -97.0f, 332.0f, -1020.0f, 1020.0f}) {
+    EXPECT_EQ(kept_exp(max, max), 1.0f) << max;
+    EXPECT_EQ(kept_exp(-infinity<float>(), max), 0.0f) << max;
+    EXPECT_TRUE(std::isnan(kept_exp(not_a_number<float>(), max))) << max;
+    for (float below = 1 / 64.0f; below < 80; below *= 1.37f) {
+      const float x = cpu::widen(cpu::narrow<cpu::BFloat16>(max - below));
+      const Wide exact = std::exp(Wide(x) - max);
+      // Relative to the largest, as exp's own argument is.
+      EXPECT_LE(ulps(kept_exp(x, max), exact), 4 + 0.25L * (max - x)) << x << " of " << max;
+    }
+    const cpu::ExpOrigin<cpu::Capability::avx512> origin(max);
+    EXPECT_LE(origin.value, max);
+    EXPECT_NEAR(std::exp(double(max) - origin.value), origin.at_max, 1e-6 + 1e-7 * std::abs(max));
+  }
+  EXPECT_FALSE(cpu::ExpOrigin<cpu::Capability::avx512>(1024).in_blocks());
+  EXPECT_FALSE(cpu::ExpOrigin<cpu::Capability::avx512>(infinity<float>()).in_blocks());
 }
 
 TEST(Exp, AtTheEnds) {
