@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["whole_file"]
+__all__ = ["partial_files", "whole_file"]
 
 
 @contextlib.contextmanager
@@ -25,3 +26,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What killed processes left of `path`, or of files beside it whose names begin with its name and a dot."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))

@@ -78,8 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
-    from pdl_ext.cli.progress import ProgressLine
-    from pdl_ext.corpus import TargetPolicy, count_corpus
+    from pdl_ext._whole_file import partial_files
     from pdl_ext.corpus.ranks import checkpoints
 
     folder = arguments.output.parent
@@ -88,6 +87,37 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.output.is_dir():
         raise ValueError(f"output: got {arguments.output}, a folder, expected a file")
     checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
+    group = None
+    if dist.is_torchelastic_launched():
+        # Ranks wait for the slowest, whose share may take hours longer.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        group = dist.group.WORLD
+    is_first = group is None or dist.get_rank(group) == 0
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        frequency = _count(arguments, checkpoint, group, is_first)
+        if is_first:
+            frequency.save(arguments.output)
+        if group is not None:
+            dist.barrier(group)
+        for path in (*checkpoints(checkpoint), *partial_files(arguments.output)):
+            # Another rank of this machine may be first.
+            path.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
+        print(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}", file=sys.stderr)
+        return 128 + _received
+    if group is not None:
+        dist.destroy_process_group()
+    if is_first:
+        _report(frequency, arguments.output)
+    return 0
+
+
+def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:
+    from pdl_ext.cli.progress import ProgressLine
+    from pdl_ext.corpus import TargetPolicy, count_corpus
+
     policy = TargetPolicy(
         targets=arguments.targets,
         ignore_index=arguments.ignore_index,
@@ -97,16 +127,9 @@ def _run(arguments: argparse.Namespace) -> int:
         special_tokens=not arguments.no_special_tokens,
         sample_by=arguments.sample_by,
     )
-    group = None
-    if dist.is_torchelastic_launched():
-        # Ranks wait for the slowest, whose share may take hours longer.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        group = dist.group.WORLD
-    is_first = group is None or dist.get_rank(group) == 0
-    signal.signal(signal.SIGTERM, _interrupt)
     line = ProgressLine(sys.stderr) if is_first else None
     try:
-        frequency = count_corpus(
+        return count_corpus(
             arguments.data,
             arguments.vocab_size,
             format=arguments.format,
@@ -121,27 +144,9 @@ def _run(arguments: argparse.Namespace) -> int:
             progress=line.show if line is not None else None,
             group=group,
         )
-    except KeyboardInterrupt:
-        print(
-            f"pdl-ext count: interrupted; what was counted is in {checkpoint}-*, and the same command goes on from it",
-            file=sys.stderr,
-        )
-        return 128 + _received
     finally:
         if line is not None:
             line.close()
-    if is_first:
-        frequency.save(arguments.output)
-    if group is not None:
-        dist.barrier(group)
-    for path in checkpoints(checkpoint):
-        # Another rank of this machine may be first.
-        path.unlink(missing_ok=True)
-    if group is not None:
-        dist.destroy_process_group()
-    if is_first:
-        _report(frequency, arguments.output)
-    return 0
 
 
 _received: int = signal.SIGINT

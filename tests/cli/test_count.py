@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from pdl_ext import PDLLoss, TokenFrequency
 from pdl_ext.cli.main import main
 from pdl_ext.cli.progress import ProgressLine
-from pdl_ext.corpus import Progress
+from pdl_ext.corpus import Progress, counting
 
 V = 50
 
@@ -67,6 +68,46 @@ def test_errors_are_one_line(arguments, message, corpus, capsys):
     assert error.startswith("pdl-ext: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_killed_processes_left_is_removed(corpus, tmp_path):
+    left = [tmp_path / f".counts.safetensors{middle}.1234.partial" for middle in ("", ".checkpoint-3")]
+    other = tmp_path / ".other.safetensors.1234.partial"
+    for path in (*left, other):
+        path.write_bytes(b"half")
+    assert main([*COUNT, "50"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "a.bin", "counts.safetensors"]
+
+
+def test_an_output_that_is_a_folder_is_refused_before_counting(corpus, tmp_path, capsys):
+    (tmp_path / "counts.safetensors").mkdir()
+    assert main([*COUNT, "50"]) == 1
+    assert "output: got counts.safetensors, a folder, expected a file" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path, monkeypatch, capsys):
+    def save(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFrequency, "save", save)
+        assert main([*COUNT, "50"]) == 128 + signal.SIGINT
+    assert "the same command goes on from it" in capsys.readouterr().err
+    assert not (tmp_path / "counts.safetensors").exists()
+    # It goes on, and does not read the corpus again.
+    monkeypatch.setattr(counting._Worker, "run", lambda worker: worker.done.set())
+    assert main([*COUNT, "50"]) == 0
+    assert torch.equal(TokenFrequency.load("counts.safetensors").counts, corpus)
+
+
+def test_an_interrupt_before_the_first_checkpoint_promises_none(corpus, monkeypatch, capsys):
+    def open_sources(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(counting, "open_sources", open_sources)
+    assert main([*COUNT, "50"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "pdl-ext count: interrupted\n"
 
 
 class Stream:

