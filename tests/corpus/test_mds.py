@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import struct
@@ -34,7 +35,7 @@ def write(folder, columns, shards, version=2, **entry):
             sizes = [len(sample[name]) for name in names if columns[name][1] is None]
             bodies.append(struct.pack(f"<{len(sizes)}I", *sizes) + b"".join(sample[name] for name in names))
         first = 8 + 4 * len(samples) + len(config)
-        offsets = [first + sum(map(len, bodies[:i])) for i in range(len(samples) + 1)]
+        offsets = list(itertools.accumulate(map(len, bodies), initial=first))
         content = struct.pack(f"<{len(offsets) + 1}I", len(samples), *offsets) + config + b"".join(bodies)
         name = f"shard.{number:05d}.mds"
         (folder / name).write_bytes(content)
