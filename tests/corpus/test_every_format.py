@@ -1,4 +1,4 @@
-"""Real text through every reader: the demo's verses, as texts and as ids in every format, have one and the same count."""
+"""Real text through every reader: the demo's verses, as texts and as ids in every format, have one count."""
 
 from __future__ import annotations
 
