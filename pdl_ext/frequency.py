@@ -126,14 +126,16 @@ class TokenFrequency(nn.Module):
     def merge(self, other: TokenFrequency, *, allow_overlap: bool = False) -> None:
         """Adds the counts of another frequency of the same vocabulary.
 
-        Raises ValueError, with nothing changed, for another vocabulary, for a sum past 2^63, and where both have a
-        provenance for another tokenizer or policy, or for a shard that both have counted (`allow_overlap` counts it
-        again). Waits for the device.
+        Raises ValueError, with nothing changed, for another vocabulary or ignore_index, for a sum past 2^63, and where
+        both have a provenance for another tokenizer or policy, or for a shard that both have counted (`allow_overlap`
+        counts it again). Waits for the device.
         """
         if not isinstance(other, TokenFrequency):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
+        if other.ignore_index != self.ignore_index and self.tokens_seen and other.tokens_seen:
+            raise ValueError(f"other: got ignore_index {other.ignore_index}, expected {self.ignore_index}")
         provenance = self.provenance or other.provenance
         if self.provenance is not None and other.provenance is not None:
             provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)

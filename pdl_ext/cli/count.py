@@ -79,13 +79,10 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from pdl_ext._whole_file import partial_files
+    from pdl_ext.cli.output import check_counts_output
     from pdl_ext.corpus.ranks import checkpoints
 
-    folder = arguments.output.parent
-    if not folder.is_dir():
-        raise ValueError(f"output: got {arguments.output}, expected a file in a folder that exists")
-    if arguments.output.is_dir():
-        raise ValueError(f"output: got {arguments.output}, a folder, expected a file")
+    check_counts_output(arguments.output)
     checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
     group = None
     if dist.is_torchelastic_launched():
@@ -96,6 +93,8 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         frequency = _count(arguments, checkpoint, group, is_first)
+        if not frequency.tokens_seen:
+            raise ValueError(f"data: got {len(frequency.provenance.shards)} files without a token, expected some")
         if is_first:
             frequency.save(arguments.output)
         if group is not None:
@@ -107,6 +106,12 @@ def _run(arguments: argparse.Namespace) -> int:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
         print(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}", file=sys.stderr)
         return 128 + _received
+    except RuntimeError as error:
+        if group is None:
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"pdl-ext count: this rank ends, since another one has ({reason})", file=sys.stderr)
+        return 1
     if group is not None:
         dist.destroy_process_group()
     if is_first:

@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext import TokenFrequency
+    from pdl_ext.cli.output import check_counts_output
 
+    check_counts_output(arguments.output)
     first, *others = arguments.counts
     frequency = TokenFrequency.load(first)
     for number, path in enumerate(others, 1):

@@ -157,7 +157,11 @@ class Columns:
         if self._policy.mask is not None:
             is_target = self._beside(rows, self._policy.mask, offsets) != 0
         if self._policy.skip_prompt is not None:
-            is_answer = self._beside(rows, self._policy.skip_prompt, offsets) != self._policy.ignore_index
+            labels = self._beside(rows, self._policy.skip_prompt, offsets)
+            if labels.dtype.kind == "u" and labels.dtype.itemsize >= 4:
+                # -100 that was wrapped is -100 again.
+                labels = labels.view(labels.dtype.str.replace("u", "i"))
+            is_answer = labels != self._policy.ignore_index
             is_target = is_answer if is_target is None else is_target & is_answer
         if self._policy.targets == "shifted" and offsets is not None:
             is_target = np.ones(tokens.size, np.bool_) if is_target is None else is_target

@@ -47,18 +47,23 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
             )
     if dtype is None and metadata_file.is_file():
         dtype = _dtype_in(metadata_file)
+    if dtype is None and size == 0:
+        # What a worker without documents leaves.
+        dtype = _DTYPES[2]
     if dtype is None:
         raise ValueError(
             f"{tokens_file}: has no header, and nothing beside it tells its dtype: give dtype, one of "
             f"{', '.join(TOKEN_DTYPES)} (datatrove writes uint16, or uint32 above 65,536 entries)"
         )
+    has_mask = loss_file.is_file()
     source = FlatSource(
-        "datatrove",
+        # The policy cannot tell which files have one.
+        "datatrove with its loss mask" if has_mask else "datatrove",
         tokens_file,
         dtype,
         options,
         starts_between=None if index is None else index.distinct_between,
-        mask=loss_file if loss_file.is_file() else None,
+        mask=loss_file if has_mask else None,
         companions=() if index is None else (index_file,),
     )
     if index is not None and index.last != source.tokens:

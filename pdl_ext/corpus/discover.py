@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
-from pdl_ext.corpus.source import Format, ReadOptions, Source
+from pdl_ext.corpus.access import read_head
+from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp
 
 __all__ = ["FORMATS", "open_sources"]
 
@@ -22,6 +24,8 @@ FORMATS = {
 _LIST_SUFFIX = ".list"
 _OWN_FILE = re.compile(r"\.safetensors$|\.checkpoint-\d+$")
 _HEAD_BYTES = 64
+# What is missed where a folder is taken for a dataset.
+_DATA_SUFFIXES = frozenset((".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".txt", ".gz", ".zst"))
 
 
 def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None, options: ReadOptions) -> list[Source]:
@@ -35,14 +39,22 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     if format_name is not None:
         check_choice("format", format_name, FORMATS)
     sources: list[Source] = []
-    seen: set[str] = set()
+    seen: dict[str, Source] = {}
     for path in (path for name in data for path in _expand(os.fspath(name))):
-        for source in _format_of(path, format_name, options).open(path, options):
+        opened = _format_of(path, format_name, options).open(path, options)
+        if path.is_dir():
+            _warn_of_others(path, opened)
+        for source in opened:
             # Of a file and its companion, both named, the second is the first again.
             real = os.path.realpath(source.path)
-            if real not in seen:
-                seen.add(real)
+            first = seen.setdefault(real, source)
+            if first is source:
                 sources.append(source)
+            elif first.format != source.format:
+                raise ValueError(
+                    f"{source.path}: got it as {first.format} and as {source.format}, expected one: name the folder or "
+                    "the file, not both"
+                )
     if not sources:
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, data))}")
     return sources
@@ -75,7 +87,7 @@ def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
     if real in lists:
         raise ValueError(f"{path}: lists itself, expected other files")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a list of files ({error})") from error
     for line in map(str.strip, lines):
@@ -102,12 +114,28 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
     names = {os.fspath(Path(entry.path)) for entry in entries}
     for entry in entries:
         path = Path(entry.path)
-        if entry.name.startswith((".", "_")) or _OWN_FILE.search(entry.name):
+        if entry.name.startswith((".", "_")):
             continue
         if path.is_dir():
             yield from _walk(path, (*parents, real))
-        elif not _is_companion(path, names):
+        elif not _OWN_FILE.search(entry.name) and not _is_companion(path, names):
             yield path
+
+
+def _warn_of_others(folder: Path, sources: list[Source]) -> None:
+    """Warns of files in the folder of a dataset that look like data, too, but are none of the dataset's."""
+    own = {os.path.realpath(file) for source in sources for file in source.stamps}
+    others = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in _DATA_SUFFIXES and path.is_file() and os.path.realpath(path) not in own
+    ]
+    if others:
+        warnings.warn(
+            f"{folder}: is one dataset, which does not list {others[0]}"
+            f"{f' and {len(others) - 1} other files in it' if len(others) > 1 else ''}: not counted",
+            stacklevel=2,
+        )
 
 
 def _is_companion(path: Path, among: Container[str]) -> bool:
@@ -121,15 +149,13 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
 
 
 def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+    is_folder = path.is_dir()
+    if not is_folder:
+        # Before it is opened, which waits for ever for a pipe that nobody writes to.
+        Stamp.of(path)
     if name is not None:
         return FORMATS[name]
-    head = b""
-    if not path.is_dir():
-        try:
-            with open(path, "rb") as file:
-                head = file.read(_HEAD_BYTES)
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
     for format in FORMATS.values():
         if format.recognises(path, head):
             return format

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.lines import Line, LineSource, has_suffix, is_compressed
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
 
-# Of which the first that a line has is taken, unless a column is named.
-_COLUMNS = ("text", "input_ids")
 _BATCH_TOKENS = 2**16
 _KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean", type(None): "null", list: "a list"}
 
@@ -34,7 +33,12 @@ class _JsonLinesSource(LineSource):
         super().__init__("jsonl", path)
         self._options = options
         self._policy = options.policy
-        self._columns = _COLUMNS if options.policy.column is None else (options.policy.column,)
+        # Of which the first that a line has is taken.
+        self._columns: tuple[str, ...] = (*TOKEN_COLUMNS, TEXT_COLUMN)
+        if options.policy.column is not None:
+            self._columns = (options.policy.column,)
+        elif options.tokenizer is not None:
+            self._columns = (TEXT_COLUMN, *TOKEN_COLUMNS)
 
     def batches(self, part: Part) -> Iterator[Batch]:
         items = (self._item(line) for line in self.lines(part) if line.content.strip())
@@ -58,7 +62,12 @@ class _JsonLinesSource(LineSource):
             raise ValueError(f"{place}: is no line of JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
-        column = next((name for name in self._columns if name in record), self._columns[0])
+        column = next((name for name in self._columns if name in record), None)
+        if column is None:
+            raise ValueError(
+                f"{place}: has none of {', '.join(map(repr, self._columns))}, but {_names(record)}: name another with "
+                "--column"
+            )
         value = _value(record, column, place)
         if isinstance(value, str):
             self._check_text(value, column, place)
@@ -95,10 +104,12 @@ class _JsonLinesSource(LineSource):
 
 def _value(record: dict[str, Any], name: str, place: str) -> Any:
     if name not in record:
-        raise ValueError(
-            f"{place}: has no {name!r}, but {', '.join(map(repr, itertools.islice(record, 10))) or 'nothing'}"
-        )
+        raise ValueError(f"{place}: has no {name!r}, but {_names(record)}")
     return record[name]
+
+
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(map(repr, itertools.islice(record, 10))) or "nothing"
 
 
 def _integers(record: dict[str, Any], name: str, types: set[type], place: str, expected: str) -> NDArray[np.int64]:

@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import Part, Source
+from pdl_ext.corpus.tokenizer import MAX_TEXT_BYTES
 
-__all__ = ["MAX_TEXT_BYTES", "Line", "LineSource", "has_suffix", "is_compressed"]
+__all__ = ["Line", "LineSource", "has_suffix", "is_compressed"]
 
-# A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
-MAX_TEXT_BYTES = 2**24
 # Encoding is slow: seconds of it, and no more, are lost at a crash.
 _PART_BYTES = 2**22
 _BLOCK_BYTES = 2**18

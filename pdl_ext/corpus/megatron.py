@@ -28,12 +28,8 @@ _BLOCK = 2**15
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    return head.startswith(_MAGIC) or (path.suffix == ".bin" and _has_magic(path.with_suffix(".idx")))
-
-
-def _has_magic(path: Path) -> bool:
-    # Another program's .idx may lie beside a .bin. One that cannot be read is for opening to tell of.
-    return path.is_file() and read_head(path, len(_MAGIC)) == _MAGIC
+    # Whatever the .idx holds: if that is damaged, the .bin alone would pass for raw ids.
+    return head.startswith(_MAGIC) or (path.suffix == ".bin" and path.with_suffix(".idx").is_file())
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:
@@ -65,7 +61,10 @@ class _Index:
             raise ValueError(f"{path}: got {len(header)} bytes, expected a header of {_HEADER.size} bytes of Megatron")
         magic, version, code, sequences, documents = _HEADER.unpack(header)
         if magic != _MAGIC:
-            raise ValueError(f"{path}: got magic {magic!r}, expected {_MAGIC!r} of Megatron's .idx")
+            raise ValueError(
+                f"{path}: got magic {magic!r}, expected {_MAGIC!r} of Megatron's .idx (or --format raw, "
+                "if it is another program's)"
+            )
         if version != 1:
             swapped = " (a big-endian file)" if version == 1 << 56 else ""
             raise ValueError(f"{path}: got version {version}{swapped}, expected 1")

@@ -74,4 +74,5 @@ def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, fortran_order, dtype, file.tell()
 
 
-FORMAT = Format("npy", _open, recognises=lambda path, head: head.startswith(npy_format.MAGIC_PREFIX))
+# Also with a damaged first byte, or the header would pass for raw ids.
+FORMAT = Format("npy", _open, recognises=lambda path, head: head[1:6] == npy_format.MAGIC_PREFIX[1:])

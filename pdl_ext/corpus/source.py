@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,11 +111,14 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """The stamp of a file now. Raises ValueError that names one which cannot be read."""
+        """The stamp of a file now. Raises ValueError that names one which cannot be read or is no file."""
         try:
             status = os.stat(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        # Pipes and devices have no size, and are read once at most.
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: is no regular file, expected one")
         return cls(status.st_size, status.st_mtime_ns)
 
 

@@ -14,8 +14,10 @@ import numpy as np
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
 
-__all__ = ["CHUNK_CHARACTERS", "TextEncoder"]
+__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder"]
 
+# A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
+MAX_TEXT_BYTES = 2**24
 # Of texts that are encoded at once: enough of them for the library's own threads, which one compressed file depends on,
 # and no more, since it takes a hundred bytes for each character of those that it is at.
 CHUNK_CHARACTERS = 2**18
@@ -49,10 +51,17 @@ class TextEncoder:
             )
 
     def batches(self, texts: Iterable[str]) -> Iterator[Batch]:
-        """The tokens of the texts, about CHUNK_CHARACTERS at a time. Raises ValueError as `encode` does."""
+        """The tokens of the texts, about CHUNK_CHARACTERS at a time.
+
+        Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters.
+        """
         chunk: list[str] = []
         characters = 0
         for text in texts:
+            if len(text) > MAX_TEXT_BYTES:
+                raise ValueError(
+                    f"{self._prefix}got a text of {len(text):,} characters, expected {MAX_TEXT_BYTES:,} at most"
+                )
             chunk.append(text)
             characters += len(text)
             if characters >= CHUNK_CHARACTERS:

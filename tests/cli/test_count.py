@@ -86,6 +86,25 @@ def test_an_output_that_is_a_folder_is_refused_before_counting(corpus, tmp_path,
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
+@pytest.mark.parametrize("command", ["count", "merge"])
+def test_an_output_that_holds_no_counts_is_not_overwritten(command, corpus, tmp_path, capsys):
+    assert main([*COUNT, "50"]) == 0
+    content = (tmp_path / "a.bin").read_bytes()
+    arguments = COUNT[:4] if command == "count" else ["merge", "counts.safetensors"]
+    assert main([*arguments, "-o", "a.bin", *(["--vocab-size", "50"] if command == "count" else [])]) == 1
+    assert "output: got a.bin, a file that holds no counts" in capsys.readouterr().err
+    assert (tmp_path / "a.bin").read_bytes() == content
+    # Counts may be counted anew.
+    assert main([*COUNT, "50"]) == 0
+
+
+def test_a_corpus_without_a_token_is_an_error(corpus, tmp_path, capsys):
+    (tmp_path / "a.bin").write_bytes(b"")
+    assert main([*COUNT, "50"]) == 1
+    assert "data: got 1 files without a token, expected some" in capsys.readouterr().err
+    assert not (tmp_path / "counts.safetensors").exists()
+
+
 def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path, monkeypatch, capsys):
     def save(*_):
         raise KeyboardInterrupt

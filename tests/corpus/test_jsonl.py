@@ -143,8 +143,11 @@ def test_gzip_and_a_byte_order_mark(tmp_path):
         ('{"input_ids": [' + "1" * 5000 + "]}", r"is no line of JSON \(Exceeds the limit|does not fit into 64 bits"),
         ("[1, 2]", "got a list, expected an object"),
         ('"text"', "got a string, expected an object"),
-        ("{}", "has no 'text', but nothing"),
-        ('{"a": 1, "b": 2}', "has no 'text', but 'a', 'b'"),
+        ("{}", "has none of 'input_ids', 'tokens', 'token_ids', 'text', but nothing"),
+        (
+            '{"a": 1, "b": 2}',
+            "has none of 'input_ids', 'tokens', 'token_ids', 'text', but 'a', 'b': name another with --column",
+        ),
         ('{"text": null}', "'text' is null, expected a string or a list of integers"),
         ('{"text": 3}', "'text' is an integer, expected a string or a list of integers"),
         ('{"text": {}}', "'text' is an object, expected a string or a list of integers"),

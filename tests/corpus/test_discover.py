@@ -1,0 +1,140 @@
+"""What stands for data and what does not: nothing is left out, read as something else or waited for without a word."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from flat_files import write_datatrove, write_llmc, write_megatron, write_npy
+from golden_rows import TEXTS
+from test_huggingface import save, write_stream
+from text_tokenizer import save_tokenizer
+
+from pdl_ext import TokenFrequency
+from pdl_ext.corpus import TargetPolicy, count_corpus, lines, tokenizer
+
+V = 100
+ROWS = [np.arange(start, start + 5, dtype=np.int32) for start in range(0, 20, 5)]
+
+
+def total(*data, **options) -> int:
+    return count_corpus(list(data), V, **options).total
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
+@pytest.mark.parametrize("format", [None, "raw"])
+def test_pipes_and_devices_are_refused_unopened(tmp_path, format):
+    os.mkfifo(tmp_path / "f.bin")
+    for data in (tmp_path / "f.bin", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=r"(f\.bin|/dev/zero): is no regular file"):
+            total(data, dtype="uint16", format=format)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"X" + b[1:], lambda b: b""], ids=["magic", "empty"])
+def test_a_damaged_index_does_not_make_raw_ids_of_its_tokens(tmp_path, damage):
+    write_megatron(tmp_path, ROWS)
+    index = tmp_path / "text_document.idx"
+    index.write_bytes(damage(index.read_bytes()))
+    with pytest.raises(ValueError, match=r"text_document\.idx: got"):
+        total(tmp_path, dtype="uint16")
+    assert total(tmp_path / "text_document.bin", dtype="int32", format="raw") == 20
+
+
+def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
+    npy = write_npy(tmp_path, ROWS)
+    npy.write_bytes(b"\0" + npy.read_bytes()[1:])
+    with pytest.raises(ValueError, match=r"tokens\.npy: is damaged or no \.npy file"):
+        total(npy, dtype="uint16")
+    llmc = write_llmc(tmp_path, [row.astype(np.uint16) for row in ROWS])
+    llmc.write_bytes((20240521).to_bytes(4, "little") + llmc.read_bytes()[4:])
+    with pytest.raises(ValueError, match=r"llmc\.bin: got magic 20240521, expected 20240520 or 20240801"):
+        total(llmc, dtype="uint16")
+
+
+def test_a_folder_may_be_named_as_a_checkpoint_is(tmp_path):
+    folder = tmp_path / "run.checkpoint-100"
+    folder.mkdir()
+    write_npy(folder, ROWS)
+    assert total(tmp_path) == 20
+
+
+def test_files_that_a_dataset_does_not_list_are_told_of(tmp_path):
+    save(tmp_path / "hf", [ROWS])
+    (tmp_path / "hf" / "more").mkdir()
+    write_npy(tmp_path / "hf" / "more", ROWS)
+    (tmp_path / "hf" / "b.bin").write_bytes(bytes(8))
+    with pytest.warns(UserWarning, match=r"hf: is one dataset, which does not list .*b\.bin and 1 other files in it"):
+        counted = total(tmp_path)
+    assert counted == 20
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_file_is_counted_in_one_way(tmp_path, order):
+    folder = save(tmp_path / "hf", [ROWS], indices=[0, 2])
+    data = [folder, folder / "data*"][::order]
+    with pytest.raises(ValueError, match=r"got it as (huggingface and as arrow|arrow and as huggingface)"):
+        total(*data)
+
+
+def test_a_list_with_a_byte_order_mark(tmp_path):
+    write_npy(tmp_path, ROWS)
+    (tmp_path / "all.list").write_text("tokens.npy\n", encoding="utf-8-sig")
+    assert total(tmp_path / "all.list") == 20
+
+
+def test_long_texts_are_refused_in_every_format(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    file = save_tokenizer(tmp_path / "tokenizer.json")
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    for module in (lines, tokenizer):
+        monkeypatch.setattr(module, "MAX_TEXT_BYTES", 5)
+    for name in ("a.parquet", "a.jsonl"):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}.*got a (text of \d+ characters|line above 5)"):
+            count_corpus([tmp_path / name], 320, tokenizer=file)
+
+
+def test_labels_that_wrapped(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    columns = {"input_ids": [[1, 2, 3]], "labels": pa.array([[2**32 - 100, 2, 3]], pa.list_(pa.uint32()))}
+    write_stream(tmp_path / "a.arrow", columns)
+    frequency = count_corpus([tmp_path / "a.arrow"], V, policy=TargetPolicy(skip_prompt="labels"))
+    assert (frequency.total, int(frequency.ignored)) == (2, 1)
+
+
+@pytest.mark.parametrize("column", ["input_ids", "tokens", "token_ids"])
+def test_json_lines_find_ids_as_columns_do(tmp_path, column):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello", column: [1, 2]}))
+    assert total(tmp_path) == 2
+
+
+def test_a_mask_beside_the_tokens_is_recorded(tmp_path):
+    rows = [row.astype(np.uint16) for row in ROWS]
+    path = write_datatrove(tmp_path, rows, mask=np.arange(20) % 2)
+    frequency = count_corpus([path], V)
+    assert frequency.total == 10
+    assert frequency.provenance.shards[0].format == "datatrove with its loss mask"
+    (tmp_path / "000_shuffled.ds.loss").unlink()
+    assert count_corpus([path], V).provenance.shards[0].format == "datatrove"
+
+
+def test_an_empty_datatrove_shard_needs_no_dtype(tmp_path):
+    write_datatrove(tmp_path, [row.astype(np.uint16) for row in ROWS])
+    for name in ("1.ds", "1.ds.index"):
+        (tmp_path / name).write_bytes(b"")
+    assert total(tmp_path) == 20
+
+
+def test_counts_of_other_ignored_ids_do_not_add_up():
+    first, second = TokenFrequency(V), TokenFrequency(V, ignore_index=0)
+    second.merge(first)
+    for frequency in (first, second):
+        frequency.update(torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"other: got ignore_index 0, expected -100"):
+        first.merge(second)
+    assert first.total == 3
