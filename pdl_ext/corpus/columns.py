@@ -20,7 +20,7 @@ __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 TEXT_COLUMN = "text"
 # A part of a record batch, that a core's cache holds while it is counted.
-_BATCH_TOKENS = 2**16
+_BATCH_TOKENS = 2**18
 _TEXTS = 1024
 
 

@@ -32,8 +32,11 @@ from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, 
 
 __all__ = ["Progress", "count_corpus"]
 
-# Large enough that a table is added to the totals seldom, small enough to be split over threads and lost at a crash.
+# Large enough that a table is added to the totals seldom, small enough to be lost at a crash; less of a small corpus,
+# so that threads have even shares.
 PART_BYTES = 2**26
+_LEAST_PART_BYTES = 2**22
+_PARTS = 64
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
@@ -107,8 +110,10 @@ def count_corpus(
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
-    parts = [(source, part) for source in sources for part in source.parts(PART_BYTES)]
-    identity = _identity(sources, provenance, options, len(parts))
+    # By the files alone, and not by the threads of this run.
+    part_bytes = min(PART_BYTES, max(_LEAST_PART_BYTES, sum(source.size for source in sources) // _PARTS))
+    parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
+    identity = _identity(sources, provenance, options, part_bytes, len(parts))
     state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
     path = None if checkpoint is None else Path(checkpoint)
     todo = ranks.share(state, [part.size for _, part in parts], path, group)
@@ -148,10 +153,10 @@ def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
     return Provenance(shards, 0, options.policy, tokenizer, pdl_ext.__version__)
 
 
-def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, parts: int) -> str:
+def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, part_bytes: int, parts: int) -> str:
     digest = hashlib.blake2b(provenance.to_json().encode(), digest_size=16)
     stamps = [[stamp for stamp in source.stamps.values()] for source in sources]
-    digest.update(repr((options.vocab_size, options.dtype, PART_BYTES, parts, stamps)).encode())
+    digest.update(repr((options.vocab_size, options.dtype, part_bytes, parts, stamps)).encode())
     return digest.hexdigest()
 
 

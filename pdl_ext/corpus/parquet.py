@@ -14,7 +14,7 @@ __all__ = ["FORMAT"]
 
 _MAGIC = b"PAR1"
 # Decoded at once: what a core's cache holds.
-_DECODED_BYTES = 2**21
+_DECODED_BYTES = 2**20
 # In rows: what is stated of their size holds for all columns, which may be much wider.
 _SMALLEST_BATCH = 16
 _LARGEST_BATCH = 2**20

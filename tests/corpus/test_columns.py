@@ -73,10 +73,10 @@ def test_slices_hold_what_they_show(kind, window):
 
 
 def test_long_record_batches_are_cut():
-    array = pa.array([list(range(100))] * 3000, pa.list_(pa.int32()))
+    array = pa.array([list(range(100))] * 10_000, pa.list_(pa.int32()))
     tokens, is_target, batches = read(pa.record_batch({"tokens": array}), targets="shifted")
     assert len(batches) > 3
-    np.testing.assert_array_equal(np.bincount(tokens[is_target]), [0] + [3000] * 99)
+    np.testing.assert_array_equal(np.bincount(tokens[is_target]), [0] + [10_000] * 99)
 
 
 def test_integers_are_read_where_they_lie():
