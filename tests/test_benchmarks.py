@@ -457,7 +457,7 @@ class TestCorpus:
             "pdl_ext, raw",
             "pdl_ext, Parquet",
         ]
-        assert [row["failure"] for row in rows] == [""] * 9
+        assert [row["failure"] for row in rows] == [""] * 10
         # What it wrote to count is deleted.
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
