@@ -35,7 +35,10 @@ class AlphaStatistics:
 
 
 def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics:
-    """What an exponent makes of a corpus. Raises TypeError or ValueError for an alpha that PowerLaw does not take."""
+    """What an exponent makes of a corpus.
+
+    Raises TypeError or ValueError for an alpha that PowerLaw does not take, or with which a token seen weighs infinity.
+    """
     weights = PowerLaw(alpha=alpha).weights(frequency).double()
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     counts, weights = frequency.counts[order].double(), weights[order]
@@ -44,6 +47,8 @@ def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics
     mass = torch.where(seen, counts * weights, 0.0)
     squares = torch.where(seen, mass * weights, 0.0)
     total = mass.sum()
+    if not bool(squares.sum().isfinite()):
+        raise ValueError(f"alpha: got {alpha!r}, expected one for which the weights of this corpus are finite")
     return AlphaStatistics(
         alpha=float(alpha),
         effective_fraction=float(total**2 / (counts.sum() * squares.sum())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from pdl_ext.cli import count, demo, info, merge, plot, show
@@ -20,7 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_parser(subparsers)
     parsed = parser.parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        with warnings.catch_warnings():
+            # Without the place in the library that warns.
+            warnings.showwarning = _show_warning
+            return parsed.run(parsed)
     except BrokenPipeError:
         # Whoever reads has seen enough; what is left in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -28,3 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"pdl-ext: {error}", file=sys.stderr)
         return 1
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"pdl-ext: warning: {message}", file=sys.stderr)

@@ -98,6 +98,12 @@ def test_an_output_that_holds_no_counts_is_not_overwritten(command, corpus, tmp_
     assert main([*COUNT, "50"]) == 0
 
 
+def test_warnings_are_one_line(corpus, capsys):
+    assert main([*COUNT, "70000"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pdl-ext: warning: a.bin: its tokens are uint16, and cannot hold ids above 65535")
+
+
 def test_a_corpus_without_a_token_is_an_error(corpus, tmp_path, capsys):
     (tmp_path / "a.bin").write_bytes(b"")
     assert main([*COUNT, "50"]) == 1

@@ -122,6 +122,7 @@ def test_counts_from_memory_and_of_nothing(tmp_path, capsys):
     [
         (["--alpha", "-1"], "alpha: got -1.0"),
         (["--alpha", "nan"], "alpha: got nan"),
+        (["--alpha", "1000"], "alpha: got 1000.0, expected one for which the weights of this corpus are finite"),
         (["--top", "0"], "top: got 0"),
         (["--tokenizer", "gone.json"], "tokenizer: gone.json cannot be read as one"),
     ],
