@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pdl_ext._whole_file import whole_file
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["format_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "digest"
 
@@ -51,6 +51,21 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")
     return tensors, metadata
+
+
+def format_of(path: Path) -> str | None:
+    """The "format" of a file that write_tensors wrote, whole or damaged behind its head; None for any other file."""
+    if not path.is_file():
+        return None
+    try:
+        # A corpus has many files, of which few are opened twice.
+        with open(path, "rb") as file:
+            if b'"__metadata__"' not in file.read(64):
+                return None
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        return None
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

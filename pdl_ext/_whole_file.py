@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +17,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     A crash at any moment leaves what was there. Raises OSError that names `path`, with what was there untouched.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # What a link names is replaced, not the link.
+    real = Path(os.path.realpath(path))
+    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, real)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
     finally:
@@ -29,5 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def partial_files(path: Path) -> list[Path]:
-    """What killed processes left of `path`, or of files beside it whose names begin with its name and a dot."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.partial"))
+    """What killed processes left of `path` and of the checkpoints that are named after it."""
+    path = Path(os.path.realpath(path))
+    name = re.compile(rf"\.{re.escape(path.name)}(\.checkpoint-\d+)?\.\d+\.partial")
+    return [file for file in path.parent.iterdir() if name.fullmatch(file.name)]

@@ -58,14 +58,14 @@ class TokenFrequency(nn.Module):
         self.register_buffer("out_of_range", torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def from_counts(cls, counts: Tensor) -> TokenFrequency:
+    def from_counts(cls, counts: Tensor, *, ignore_index: int = -100) -> TokenFrequency:
         """A frequency with a copy of the given counts, int64 [V], on their device."""
         if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.dim() != 1 or counts.numel() == 0:
             got = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
             raise TypeError(f"counts: got {got}, expected an int64 tensor of shape [V]")
         if counts.device.type != "meta" and bool((counts < 0).any()):
             raise ValueError("counts: got a negative count, expected all >= 0")
-        frequency = cls(counts.numel()).to(counts.device)
+        frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
         frequency.counts.copy_(counts)
         frequency._track()
         return frequency
@@ -134,7 +134,7 @@ class TokenFrequency(nn.Module):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
-        if other.ignore_index != self.ignore_index and self.tokens_seen and other.tokens_seen:
+        if other.ignore_index != self.ignore_index and other.tokens_seen:
             raise ValueError(f"other: got ignore_index {other.ignore_index}, expected {self.ignore_index}")
         provenance = self.provenance or other.provenance
         if self.provenance is not None and other.provenance is not None:
@@ -156,9 +156,10 @@ class TokenFrequency(nn.Module):
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
         It sums all that the counts hold, also what was loaded. `sync` may follow, and goes on from the sum.
-        Raises TypeError for what is no process group, ValueError on every rank if the ranks' vocabularies differ.
+        Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
+        ignored ids differ.
         """
-        self._check_vocabularies(group)
+        self._check_ranks(group)
         self._replace_by_sum(self._packed(), group)
 
     @torch.no_grad()
@@ -172,24 +173,28 @@ class TokenFrequency(nn.Module):
         difference. Save after a sync: the state of one rank lacks what others have counted since. In a module under
         DistributedDataParallel, which overwrites the counts by those of rank 0, sync once before the first update; from
         then on nothing is lost. Does nothing without a process group.
-        Raises TypeError for what is no process group, ValueError on every rank if the ranks' vocabularies differ.
+        Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
+        ignored ids differ.
         """
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return
         name = "" if group is None else _checked(group).group_name
         if self._checked_group != name:
             # Once, since it waits for the device.
-            self._check_vocabularies(group)
+            self._check_ranks(group)
             self._checked_group = name
         all_of_it = not self._tracked or dist.get_rank(group) == 0
         self._replace_by_sum(self._packed() if all_of_it else self._own_counts().clone(), group)
 
-    def _check_vocabularies(self, group: dist.ProcessGroup | None) -> None:
-        sizes = torch.tensor([self.vocab_size, -self.vocab_size], device=self.counts.device)
-        dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=_checked(group))
-        largest, smallest = int(sizes[0]), -int(sizes[1])
-        if largest != smallest:
-            raise ValueError(f"vocab_size: got {smallest} to {largest} over the ranks, expected the same on all")
+    def _check_ranks(self, group: dist.ProcessGroup | None) -> None:
+        values = torch.tensor([self.vocab_size, self.ignore_index], device=self.counts.device)
+        bounds = torch.cat([values, -values])
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=_checked(group))
+        *largest, _, _ = bounds.tolist()
+        smallest = (-bounds[2:]).tolist()
+        for name, low, high in zip(("vocab_size", "ignore_index"), smallest, largest, strict=True):
+            if low != high:
+                raise ValueError(f"{name}: got {low} to {high} over the ranks, expected the same on all")
 
     def _replace_by_sum(self, packed: Tensor, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(packed, group=group)

@@ -94,14 +94,13 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         frequency = _count(arguments, checkpoint, group, is_first)
         if not frequency.tokens_seen:
+            _remove(checkpoints(checkpoint))
             raise ValueError(f"data: got {len(frequency.provenance.shards)} files without a token, expected some")
         if is_first:
             frequency.save(arguments.output)
         if group is not None:
             dist.barrier(group)
-        for path in (*checkpoints(checkpoint), *partial_files(arguments.output)):
-            # Another rank of this machine may be first.
-            path.unlink(missing_ok=True)
+        _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
     except KeyboardInterrupt:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
         print(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}", file=sys.stderr)
@@ -117,6 +116,12 @@ def _run(arguments: argparse.Namespace) -> int:
     if is_first:
         _report(frequency, arguments.output)
     return 0
+
+
+def _remove(files: list[Path]) -> None:
+    for path in files:
+        # Another rank of this machine may be first.
+        path.unlink(missing_ok=True)
 
 
 def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:

@@ -49,7 +49,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
         dtype = _dtype_in(metadata_file)
     if dtype is None and size == 0:
         # What a worker without documents leaves.
-        dtype = _DTYPES[2]
+        dtype = _DTYPES[2 if options.vocab_size <= 2**16 else 4]
     if dtype is None:
         raise ValueError(
             f"{tokens_file}: has no header, and nothing beside it tells its dtype: give dtype, one of "

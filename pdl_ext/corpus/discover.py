@@ -10,8 +10,10 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from pdl_ext._checks import check_choice
+from pdl_ext._tensor_file import format_of
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.access import read_head
+from pdl_ext.corpus.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp
 
 __all__ = ["FORMATS", "open_sources"]
@@ -22,10 +24,11 @@ FORMATS = {
     for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
+_OWN_FORMATS = ("pdl_ext.TokenFrequency", "pdl_ext.corpus.State")
 _OWN_FILE = re.compile(r"\.safetensors$|\.checkpoint-\d+$")
 _HEAD_BYTES = 64
 # What is missed where a folder is taken for a dataset.
-_DATA_SUFFIXES = frozenset((".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".txt", ".gz", ".zst"))
+_DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
 
 
 def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None, options: ReadOptions) -> list[Source]:
@@ -40,10 +43,14 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
         check_choice("format", format_name, FORMATS)
     sources: list[Source] = []
     seen: dict[str, Source] = {}
+    folders: list[Path] = []
     for path in (path for name in data for path in _expand(os.fspath(name))):
-        opened = _format_of(path, format_name, options).open(path, options)
         if path.is_dir():
-            _warn_of_others(path, opened)
+            folders.append(path)
+        elif (format_of(path) or "").startswith(_OWN_FORMATS):
+            # Counts and checkpoints, which may be written to where patterns find them.
+            continue
+        opened = _format_of(path, format_name, options).open(path, options)
         for source in opened:
             # Of a file and its companion, both named, the second is the first again.
             real = os.path.realpath(source.path)
@@ -55,6 +62,9 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
                     f"{source.path}: got it as {first.format} and as {source.format}, expected one: name the folder or "
                     "the file, not both"
                 )
+    known = {os.path.realpath(file) for source in sources for file in source.stamps}
+    for folder in folders:
+        _warn_of_others(folder, known)
     if not sources:
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, data))}")
     return sources
@@ -122,13 +132,16 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-def _warn_of_others(folder: Path, sources: list[Source]) -> None:
-    """Warns of files in the folder of a dataset that look like data, too, but are none of the dataset's."""
-    own = {os.path.realpath(file) for source in sources for file in source.stamps}
+def _warn_of_others(folder: Path, known: Container[str]) -> None:
+    """Warns of what looks like data in the folder of a dataset, but is not among the files `known`."""
     others = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix in _DATA_SUFFIXES and path.is_file() and os.path.realpath(path) not in own
+        if has_suffix(path, *_DATA_SUFFIXES)
+        # What _walk leaves out, and what transforms leave in a cache.
+        and not any(part.startswith((".", "_", "cache-")) for part in path.relative_to(folder).parts)
+        and path.is_file()
+        and os.path.realpath(path) not in known
     ]
     if others:
         warnings.warn(

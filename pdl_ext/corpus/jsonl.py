@@ -62,7 +62,9 @@ class _JsonLinesSource(LineSource):
             raise ValueError(f"{place}: is no line of JSON ({error})") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
-        column = next((name for name in self._columns if name in record), None)
+        there = [name for name in self._columns if name in record]
+        # Others may use these names for something else, such as a number of tokens.
+        column = next((name for name in there if _may_be_read(record[name])), next(iter(there), None))
         if column is None:
             raise ValueError(
                 f"{place}: has none of {', '.join(map(repr, self._columns))}, but {_names(record)}: name another with "
@@ -106,6 +108,10 @@ def _value(record: dict[str, Any], name: str, place: str) -> Any:
     if name not in record:
         raise ValueError(f"{place}: has no {name!r}, but {_names(record)}")
     return record[name]
+
+
+def _may_be_read(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and (not value or type(value[0]) is int))
 
 
 def _names(record: dict[str, Any]) -> str:

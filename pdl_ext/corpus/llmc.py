@@ -42,7 +42,9 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     if magic == _EVALUATION:
         raise ValueError(f"{path}: got an evaluation file of llm.c (magic {magic}), expected one of training tokens")
     if magic not in _KNOWN:
-        raise ValueError(f"{path}: got magic {magic}, expected {' or '.join(map(str, _KNOWN))} of llm.c")
+        raise ValueError(
+            f"{path}: got magic {magic}, expected {' or '.join(map(str, _KNOWN))} of llm.c, or --format raw"
+        )
     if not little_endian:
         raise ValueError(f"{path}: got a big-endian file of llm.c, expected a little-endian one")
     version, tokens = struct.unpack_from("<ii", head, 4)

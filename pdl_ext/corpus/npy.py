@@ -49,6 +49,11 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     ]
 
 
+def _recognises(path: Path, head: bytes) -> bool:
+    # Also with a damaged first byte, or the header would pass for raw ids.
+    return head[1:6] == npy_format.MAGIC_PREFIX[1:] and (head[0] == npy_format.MAGIC_PREFIX[0] or head[7:8] == b"\0")
+
+
 def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether in Fortran's order, dtype, and where the array begins."""
     # NumPy gets the header's bytes alone, so that no length that is stated in it makes anything large.
@@ -74,5 +79,4 @@ def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, fortran_order, dtype, file.tell()
 
 
-# Also with a damaged first byte, or the header would pass for raw ids.
-FORMAT = Format("npy", _open, recognises=lambda path, head: head[1:6] == npy_format.MAGIC_PREFIX[1:])
+FORMAT = Format("npy", _open, _recognises)

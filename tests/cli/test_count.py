@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 
@@ -72,11 +73,11 @@ def test_errors_are_one_line(arguments, message, corpus, capsys):
 
 def test_what_killed_processes_left_is_removed(corpus, tmp_path):
     left = [tmp_path / f".counts.safetensors{middle}.1234.partial" for middle in ("", ".checkpoint-3")]
-    other = tmp_path / ".other.safetensors.1234.partial"
-    for path in (*left, other):
+    others = [tmp_path / name for name in (".counts.safetensors.en.1234.partial", ".other.1234.partial")]
+    for path in (*left, *others):
         path.write_bytes(b"half")
     assert main([*COUNT, "50"]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "a.bin", "counts.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.bin", "counts.safetensors", *(o.name for o in others)}
 
 
 def test_an_output_that_is_a_folder_is_refused_before_counting(corpus, tmp_path, capsys):
@@ -98,6 +99,18 @@ def test_an_output_that_holds_no_counts_is_not_overwritten(command, corpus, tmp_
     assert main([*COUNT, "50"]) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
+def test_an_output_may_be_empty_or_a_link_but_no_pipe(corpus, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert main([*COUNT[:4], "-o", "pipe", "--vocab-size", "50"]) == 1
+    assert "output: got pipe, a file that holds no counts" in capsys.readouterr().err
+    (tmp_path / "real").touch()
+    (tmp_path / "link").symlink_to("real")
+    assert main([*COUNT[:4], "-o", "link", "--vocab-size", "50"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert torch.equal(TokenFrequency.load(tmp_path / "real").counts, corpus)
+
+
 def test_warnings_are_one_line(corpus, capsys):
     assert main([*COUNT, "70000"]) == 0
     (line,) = capsys.readouterr().err.splitlines()
@@ -108,7 +121,7 @@ def test_a_corpus_without_a_token_is_an_error(corpus, tmp_path, capsys):
     (tmp_path / "a.bin").write_bytes(b"")
     assert main([*COUNT, "50"]) == 1
     assert "data: got 1 files without a token, expected some" in capsys.readouterr().err
-    assert not (tmp_path / "counts.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
 
 
 def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path, monkeypatch, capsys):

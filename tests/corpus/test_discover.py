@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -62,11 +63,24 @@ def test_a_folder_may_be_named_as_a_checkpoint_is(tmp_path):
     assert total(tmp_path) == 20
 
 
+@pytest.mark.parametrize("data", ["", "*"])
+def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    for name in ("counts.bin", "run.checkpoint-7"):
+        frequency = TokenFrequency(V)
+        frequency.update(torch.tensor([1]))
+        frequency.save(tmp_path / name)
+    options = {"format": "raw"} if data else {}
+    assert total(tmp_path / data, dtype="uint16", **options) == 20
+
+
 def test_files_that_a_dataset_does_not_list_are_told_of(tmp_path):
     save(tmp_path / "hf", [ROWS])
     (tmp_path / "hf" / "more").mkdir()
     write_npy(tmp_path / "hf" / "more", ROWS)
     (tmp_path / "hf" / "b.bin").write_bytes(bytes(8))
+    for name in (".hidden.bin", "_other.bin", "cache-1.arrow"):
+        (tmp_path / "hf" / name).write_bytes(bytes(8))
     with pytest.warns(UserWarning, match=r"hf: is one dataset, which does not list .*b\.bin and 1 other files in it"):
         counted = total(tmp_path)
     assert counted == 20
@@ -113,6 +127,14 @@ def test_json_lines_find_ids_as_columns_do(tmp_path, column):
     assert total(tmp_path) == 2
 
 
+def test_json_lines_read_what_can_be_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tokens": ["a", "b"], "input_ids": 5, "token_ids": [1, 2]}')
+    assert total(tmp_path) == 2
+    (tmp_path / "a.jsonl").write_text('{"tokens": 512, "text": "hello"}')
+    with pytest.raises(ValueError, match="got text without a tokenizer"):
+        total(tmp_path)
+
+
 def test_a_mask_beside_the_tokens_is_recorded(tmp_path):
     rows = [row.astype(np.uint16) for row in ROWS]
     path = write_datatrove(tmp_path, rows, mask=np.arange(20) % 2)
@@ -128,13 +150,17 @@ def test_an_empty_datatrove_shard_needs_no_dtype(tmp_path):
     for name in ("1.ds", "1.ds.index"):
         (tmp_path / name).write_bytes(b"")
     assert total(tmp_path) == 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_corpus([tmp_path / "1.ds"], 2**17).tokens_seen == 0
 
 
 def test_counts_of_other_ignored_ids_do_not_add_up():
     first, second = TokenFrequency(V), TokenFrequency(V, ignore_index=0)
     second.merge(first)
-    for frequency in (first, second):
-        frequency.update(torch.tensor([0, 1, 2]))
+    second.update(torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=r"other: got ignore_index 0, expected -100"):
         first.merge(second)
-    assert first.total == 3
+    assert first.total == 0
+    second.merge(TokenFrequency.from_counts(torch.ones(V, dtype=torch.int64), ignore_index=0))
+    assert second.total == V + 2
