@@ -16,16 +16,13 @@ _HEADER_BYTES = 256 * 4
 _KNOWN = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 _EVALUATION = 20240522
 _MAGICS = (*_KNOWN, _EVALUATION)
-# All are dates. Another one is told of, since the header would pass for raw ids.
+# All are dates. Another date is told of, since the header would pass for raw ids.
 _LIKE_MAGICS = range(20230101, 20400101)
 
 
 def _recognises(path: Path, head: bytes) -> bool:
     # Tokens could be a magic by chance, but hardly with nothing behind the header's fields, four at most.
-    if len(head) < 64 or any(head[16:64]):
-        return False
-    magic = _magic(head)[0]
-    return magic in _MAGICS or magic in _LIKE_MAGICS
+    return len(head) >= 64 and _magic(head)[0] in _LIKE_MAGICS and not any(head[16:64])
 
 
 def _magic(head: bytes) -> tuple[int, bool]:
