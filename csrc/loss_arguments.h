@@ -66,7 +66,7 @@ inline void check_table(const OptionalTensor& table, const char* name, const Ten
 }
 
 inline void check_targets(const Tensor& targets) {
-  STD_TORCH_CHECK(targets.dim() == 1 && targets.is_contiguous(), "targets must be contiguous with shape [N]");
+  STD_TORCH_CHECK(targets.is_contiguous(), "targets must be contiguous");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long || targets.scalar_type() == ScalarType::Int,
                   "targets must be int64 or int32");
 }
@@ -79,7 +79,7 @@ inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, co
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits must have 1 <= V <= 2^30");
   STD_TORCH_CHECK(logits.stride(1) == 1 || vocab_size == 1, "logits must have a last dimension of stride 1");
   check_targets(targets);
-  STD_TORCH_CHECK(targets.size(0) == rows, "targets must be contiguous with shape [N]");
+  STD_TORCH_CHECK(targets.numel() == rows, "targets must be one a row");
   STD_TORCH_CHECK(targets.device() == logits.device(), "targets must be on the logits' device");
   check_table(token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
   check_table(logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);

@@ -78,8 +78,8 @@ def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.register_fake("pdl_ext::reduce_rows")
-def _(rows: Tensor, targets: Tensor, _weight: Any, _normalizer: Any, reduction: int, *_: Any) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(targets.shape if reduction == REDUCTIONS["none"] else ()), rows.new_empty((3,))
+def _(rows: Tensor, _targets: Tensor, _weight: Any, _normalizer: Any, reduction: int, *_: Any) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape[1:] if reduction == REDUCTIONS["none"] else ()), rows.new_empty((3,))
 
 
 @torch.library.register_fake("pdl_ext::token_weights")

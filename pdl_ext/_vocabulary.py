@@ -84,6 +84,7 @@ def loss_forward_of_slice(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ranks = _group_of(group)
     width = logits.shape[1]
+    targets = targets.reshape(-1)
     counted = targets != ignore_index
     valid = counted & (targets >= 0) & (targets < vocab_size)
     mine = valid & (targets >= first_id) & (targets < first_id + width)

@@ -32,6 +32,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def partial_files(path: Path) -> list[Path]:
     """What killed processes left of `path` and of the checkpoints that are named after it."""
-    path = Path(os.path.realpath(path))
-    name = re.compile(rf"\.{re.escape(path.name)}(\.checkpoint-\d+)?\.\d+\.partial")
-    return [file for file in path.parent.iterdir() if name.fullmatch(file.name)]
+    found: list[Path] = []
+    # Checkpoints lie beside a link, and what it names may lie elsewhere.
+    for of in {path, Path(os.path.realpath(path))}:
+        name = re.compile(rf"\.{re.escape(of.name)}(\.checkpoint-\d+)?\.\d+\.partial")
+        # One may write into a folder that one may not list.
+        with contextlib.suppress(OSError):
+            found += (file for file in of.parent.iterdir() if name.fullmatch(file.name))
+    return found

@@ -240,7 +240,12 @@ def linear_loss_of_checked(
         weight,
         bias,
         rows.row_weight,
-        (rows.targets, _contiguous(token_weight), part.of_table(_contiguous(logit_offset)), rows.normalizer),
+        (
+            rows.targets.reshape(-1),
+            _contiguous(token_weight),
+            part.of_table(_contiguous(logit_offset)),
+            rows.normalizer,
+        ),
         options.of_op(),
         return_stats,
         settings,
@@ -292,7 +297,7 @@ class _Rows(NamedTuple):
             row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
         if row_weight is not None:
             row_weight = row_weight.reshape(-1).contiguous()
-        return cls(targets.reshape(-1).contiguous(), row_weight, normalizer, targets.shape, shift)
+        return cls(targets.contiguous(), row_weight, normalizer, targets.shape, shift)
 
     def result(
         self, loss: Tensor, outputs: Tensor | None, predicted: Tensor | None, options: LossOptions
@@ -305,7 +310,7 @@ class _Rows(NamedTuple):
         weight = outputs[_ops.ROW_TOKEN_WEIGHT]
         if self.row_weight is not None:
             # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
-            counted = self.targets != options.ignore_index
+            counted = self.targets.reshape(-1) != options.ignore_index
             weight = torch.where(counted, weight * self.row_weight.detach(), 0.0)
         stats = RowStats(
             nll=self._like_targets(outputs[_ops.ROW_NLL]),

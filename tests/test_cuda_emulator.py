@@ -216,7 +216,7 @@ def test_shared_memory_is_each_blocks_own():
     )
 
 
-@pytest.mark.parametrize("size", [0, 100, 4096, 49152])
+@pytest.mark.parametrize("size", [0, 100, 4096, 47104])
 @pytest.mark.parametrize("past", [0, 500, 10000])
 def test_write_past_dynamic_shared_memory(size, past):
     message = launch("write_at", poisoned(1), n=size // 4 + past, grid=2, block=96, dynamic_shared=size)
@@ -532,7 +532,7 @@ def test_limits_of_dynamic_shared_memory(monkeypatch):
     shape = dict(grid=1, block=32)
     out = poisoned(1)
     # Each limit with a kernel of its own: attributes stay.
-    assert launch("two_arrivals", out, **shape, dynamic_shared=49153) == f"error {INVALID_VALUE}"
+    assert launch("two_arrivals", out, **shape, dynamic_shared=47105) == f"error {INVALID_VALUE}"
     assert launch("write_at", out, **shape, dynamic_shared=232448, max_dynamic_shared=232448) == ""
     assert cuda_emulator.library().cuda_emulator_max_dynamic_shared(b"write_at") == 232448
     assert launch("write_at", out, **shape, dynamic_shared=0, max_dynamic_shared=232449) == f"error {INVALID_VALUE}"

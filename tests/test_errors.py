@@ -200,6 +200,10 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
         ),
         (
             lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False),
+            "targets must be one a row",
+        ),
+        (
+            lambda ops, x, y: ops.loss_forward(x, y.repeat(2)[::2], None, None, None, None, *NUMBERS, False),
             "targets must be contiguous",
         ),
         (

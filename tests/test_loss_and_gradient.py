@@ -54,6 +54,7 @@ def test_offset_matches_reference(make_case, assert_in_place_matches):
         (1, 4097),  # CUDA: one row in one part
         (1, 32000),  # CUDA: one row in parts, merged in another launch
         (3, 50257),  # CUDA: misaligned rows in parts
+        (5, 24576),  # CUDA: a block's share of 48 KiB, which with the kernel's own variables has to be asked for
         (5, 32000),  # CUDA: a row of one block, or of a cluster of 2 (float32) or 4 (float64)
         (6, 50257),  # CUDA: misaligned rows, clusters of 2, 4 and 8
         (5, 128256),  # CUDA: clusters of 4, 8 and 16

@@ -92,6 +92,8 @@ __device__ __forceinline__ void end_group_of_copies() {
 // Waits for all groups but the last `under_way`, which may be more than that.
 __device__ __forceinline__ void wait_for_copies(int under_way) {
   __pipeline_wait_prior(under_way);
+  // The instruction does not tell the compiler that memory has changed, and no barrier follows that would.
+  asm volatile("" ::: "memory");
 }
 
 // The blocks of a thread block cluster, which sm_90 has; `blocks` is 1 in a launch without.

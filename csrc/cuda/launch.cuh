@@ -102,11 +102,18 @@ class Launcher {
 
   // What a kernel may only have if it is asked for.
   template <typename Kernel>
-  static cudaError_t try_to_allow(Kernel* kernel, const Grid& grid) {
-    constexpr int kSharedWithoutAsking = 48 * 1024, kClusterWithoutAsking = 8;
+  cudaError_t try_to_allow(Kernel* kernel, const Grid& grid) const {
+    // Without asking it is 48 KiB together with the kernel's own variables, which are far fewer than the rest of them.
+    constexpr int kSharedWithoutAsking = 32 * 1024, kClusterWithoutAsking = 8;
     cudaError_t error = cudaSuccess;
     if (grid.shared_bytes > kSharedWithoutAsking) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+      cudaFuncAttributes attributes;
+      error = cudaFuncGetAttributes(&attributes, kernel);
+      if (error == cudaSuccess) {
+        // All that there is, and not what this launch needs: another thread may be about to launch with more.
+        const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(attributes.sharedSizeBytes);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      }
     }
     if (error == cudaSuccess && grid.cluster > kClusterWithoutAsking) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
@@ -115,7 +122,7 @@ class Launcher {
   }
 
   template <typename Kernel>
-  static void allow(Kernel* kernel, const Grid& grid) {
+  void allow(Kernel* kernel, const Grid& grid) const {
     STD_CUDA_CHECK(try_to_allow(kernel, grid));
   }
 

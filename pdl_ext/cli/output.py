@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 __all__ = ["check_counts_output"]
@@ -11,7 +12,8 @@ def check_counts_output(path: Path) -> None:
     """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
     from pdl_ext._tensor_file import format_of
 
-    if not path.parent.is_dir():
+    # A link is written through.
+    if not Path(os.path.realpath(path)).parent.is_dir():
         raise ValueError(f"output: got {path}, expected a file in a folder that exists")
     if path.is_dir():
         raise ValueError(f"output: got {path}, a folder, expected a file")

@@ -38,6 +38,8 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     index = _index(index_file) if index_file.is_file() else None
     size = Stamp.of(tokens_file).size
     dtype = options.dtype
+    if dtype is None and metadata_file.is_file():
+        dtype = _dtype_in(metadata_file)
     if dtype is None and index is not None and index.last > 0:
         dtype = _DTYPES.get(size // index.last) if size % index.last == 0 else None
         if dtype is None:
@@ -45,8 +47,6 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
                 f"{tokens_file}: got {size} bytes, expected 2 or 4 for each of the {index.last} tokens that "
                 f"{index_file.name} has documents of"
             )
-    if dtype is None and metadata_file.is_file():
-        dtype = _dtype_in(metadata_file)
     if dtype is None and size == 0:
         # What a worker without documents leaves.
         dtype = _DTYPES[2 if options.vocab_size <= 2**16 else 4]

@@ -72,6 +72,8 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
 
 def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files and folders that a name stands for. lists: the .list files that it stands in."""
+    if not name:
+        raise ValueError("data: got an empty name, expected a file, a folder or a pattern")
     path = Path(name)
     if path.suffix == _LIST_SUFFIX and path.is_file():
         yield from _listed(path, lists)

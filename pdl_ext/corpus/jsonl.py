@@ -111,7 +111,10 @@ def _value(record: dict[str, Any], name: str, place: str) -> Any:
 
 
 def _may_be_read(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and (not value or type(value[0]) is int))
+    """Whether a column is one of text or ids, or would be but for a null, which is no reason to read another."""
+    if isinstance(value, list):
+        return not value or value[0] is None or type(value[0]) is int
+    return value is None or isinstance(value, str)
 
 
 def _names(record: dict[str, Any]) -> str:
@@ -158,6 +161,9 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 def _recognises(path: Path, head: bytes) -> bool:
+    if path.is_dir():
+        # As some tools name the folder of a file's parts.
+        return False
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
     # Other JSON is seldom compressed; plain, it may be an array.

@@ -17,7 +17,7 @@ class _TextSource(LineSource):
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__("text", path)
-        for name in ("mask", "skip_prompt"):
+        for name in ("column", "mask", "skip_prompt"):
             column = getattr(options.policy, name)
             if column is not None:
                 raise ValueError(f"{path}: got {name}={column!r}, expected none: plain text has no columns")
@@ -46,4 +46,4 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 # Not .md, which tells of the corpus that it lies beside.
-FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text"))
+FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text") and not path.is_dir())

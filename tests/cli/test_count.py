@@ -104,10 +104,15 @@ def test_an_output_may_be_empty_or_a_link_but_no_pipe(corpus, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     assert main([*COUNT[:4], "-o", "pipe", "--vocab-size", "50"]) == 1
     assert "output: got pipe, a file that holds no counts" in capsys.readouterr().err
+    (tmp_path / "nowhere").symlink_to("no/such")
+    assert main([*COUNT[:4], "-o", "nowhere", "--vocab-size", "50"]) == 1
+    assert "output: got nowhere, expected a file in a folder that exists" in capsys.readouterr().err
     (tmp_path / "real").touch()
     (tmp_path / "link").symlink_to("real")
+    (tmp_path / ".link.checkpoint-0.1234.partial").touch()
     assert main([*COUNT[:4], "-o", "link", "--vocab-size", "50"]) == 0
     assert (tmp_path / "link").is_symlink()
+    assert not list(tmp_path.glob(".*.partial"))
     assert torch.equal(TokenFrequency.load(tmp_path / "real").counts, corpus)
 
 

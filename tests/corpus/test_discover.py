@@ -56,6 +56,21 @@ def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
         total(llmc, dtype="uint16")
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "a.txt", "tokens.bin"])
+def test_a_folder_may_be_named_as_a_file_is(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "part-0.jsonl").write_text('{"input_ids": [1, 2]}')
+    (tmp_path / "tokens.idx").mkdir()
+    assert total(tmp_path) == 2
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2]}')
+    with pytest.raises(ValueError, match="data: got an empty name"):
+        total("")
+
+
 def test_a_folder_may_be_named_as_a_checkpoint_is(tmp_path):
     folder = tmp_path / "run.checkpoint-100"
     folder.mkdir()

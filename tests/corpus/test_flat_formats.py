@@ -179,6 +179,10 @@ def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer|4\n12\n12 T")
     assert count_corpus([tmp_path / "a.ds"], V).counts.tolist() == bincount(tokens)
+    # Of twice as many tokens as there are, which 2 bytes each would be.
+    np.array([24], np.uint64).tofile(tmp_path / "a.ds.index")
+    with pytest.raises(ValueError, match=r"its last document ends at token 24, expected 12"):
+        count_corpus([tmp_path / "a.ds"], V)
 
 
 def test_arrays_of_litdata_for_its_tokens_loader(tmp_path):

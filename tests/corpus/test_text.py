@@ -218,11 +218,11 @@ def test_without_a_tokenizer(tmp_path):
         count(tmp_path / "a.txt", None)
 
 
-@pytest.mark.parametrize("name", ["mask", "skip_prompt"])
+@pytest.mark.parametrize("name", ["column", "mask", "skip_prompt"])
 def test_text_has_no_columns(tmp_path, tokenizer, name):
     (tmp_path / "a.txt").write_text("the fox")
-    with pytest.raises(ValueError, match=rf"a\.txt: got {name}='column', expected none: plain text has no columns"):
-        count(tmp_path / "a.txt", tokenizer, **{name: "column"})
+    with pytest.raises(ValueError, match=rf"a\.txt: got {name}='marks', expected none: plain text has no columns"):
+        count(tmp_path / "a.txt", tokenizer, **{name: "marks"})
 
 
 def test_shifted_leaves_out_the_first_token_of_each_line(tmp_path, tokenizer):

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int kKiB = 1024;
 constexpr int kSharedWithoutOptin = 48 * kKiB;
+// A kernel's own __shared__ variables count, too; how many it has is not known here.
+constexpr int kAssumedStatic = 2 * kKiB;
 constexpr int kMaxThreads = 1024;
 constexpr int kRegisters = 65536;
 constexpr int kPortableCluster = 8;
@@ -59,7 +61,7 @@ int built_for() {
 }
 
 struct Function {
-  int max_dynamic = kSharedWithoutOptin;
+  int max_dynamic = kSharedWithoutOptin - kAssumedStatic;
   bool any_cluster_size = false;
 };
 
@@ -310,6 +312,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   attributes->numRegs = 32;
   attributes->ptxVersion = built_for();
   attributes->binaryVersion = device().capability;
+  attributes->sharedSizeBytes = kAssumedStatic;
   attributes->maxDynamicSharedSizeBytes = set.max_dynamic;
   attributes->nonPortableClusterSizeAllowed = set.any_cluster_size;
   return cudaSuccess;
