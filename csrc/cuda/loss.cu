@@ -6,8 +6,8 @@
 // its output may be the logits themselves.
 //
 // Regimes: a row a block, 128 threads for short rows and 512 for long ones; fewer rows than multiprocessors are cut
-// into parts, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, four of
-// them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
+// into parts, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
+// of them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
 // ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
 // captured in a graph.
 #include <torch/csrc/stable/library.h>
