@@ -15,7 +15,8 @@ namespace {
 
 constexpr int kKiB = 1024;
 constexpr int kSharedWithoutOptin = 48 * kKiB;
-// A kernel's own __shared__ variables count, too; how many it has is not known here.
+// A kernel's own __shared__ variables count, too; how many bytes they take is not known here, and cudaFuncGetAttributes
+// says 0.
 constexpr int kAssumedStatic = 2 * kKiB;
 constexpr int kMaxThreads = 1024;
 constexpr int kRegisters = 65536;
@@ -312,7 +313,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
   attributes->numRegs = 32;
   attributes->ptxVersion = built_for();
   attributes->binaryVersion = device().capability;
-  attributes->sharedSizeBytes = kAssumedStatic;
   attributes->maxDynamicSharedSizeBytes = set.max_dynamic;
   attributes->nonPortableClusterSizeAllowed = set.any_cluster_size;
   return cudaSuccess;
