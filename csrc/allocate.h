@@ -9,22 +9,30 @@
 
 namespace pdl {
 
-// An uninitialised contiguous tensor on the device of `like`. Not torch::stable::new_empty, which looks its op up by
-// name: that takes a microsecond more, four times a loss.
-inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
-                                      torch::headeronly::ScalarType dtype) {
+// An uninitialised tensor on the device of `like`. Not torch::stable::new_empty, which looks its op up by name: that
+// takes a microsecond more, four times a loss.
+inline torch::stable::Tensor allocate_strided(const torch::stable::Tensor& like,
+                                              torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                              torch::headeronly::IntHeaderOnlyArrayRef strides,
+                                              torch::headeronly::ScalarType dtype) {
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  std::array<int64_t, 2> strides;
-  STD_TORCH_CHECK(shape.size() <= strides.size(), "a tensor of at most two dimensions is expected");
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
   AtenTensorHandle result;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device_index, &result));
   return torch::stable::Tensor(result);
+}
+
+// A contiguous one.
+inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                      torch::headeronly::ScalarType dtype) {
+  std::array<int64_t, 2> strides;
+  STD_TORCH_CHECK(shape.size() <= strides.size(), "a tensor of at most two dimensions is expected");
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0; stride *= std::max<int64_t>(shape[d], 1)) strides[d] = stride;
+  return allocate_strided(like, shape, {strides.data(), shape.size()}, dtype);
 }
 
 }  // namespace pdl

@@ -144,6 +144,13 @@ struct RowSums {
     lse_squares += lse * lse;
     rows += 1;
   }
+
+  PDL_INLINE void add(const RowSums& other) {
+    weighted_ce += other.weighted_ce;
+    weight += other.weight;
+    lse_squares += other.lse_squares;
+    rows += other.rows;
+  }
 };
 
 template <typename A>

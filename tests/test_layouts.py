@@ -56,7 +56,7 @@ def misalign(case, before, after):
 @pytest.mark.parametrize("before", [0, 1, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_alignments_match_reference(make_case, assert_matches, dtype, before, after, inplace_backward):
-    # 1001 with `before` and a whole number of vectors after; the gradient is contiguous, unless in place.
+    # 1001 with `before` and a whole number of vectors after; the gradient begins at such an address, unless in place.
     case = make_case((4,), 1001, dtype)
     whole = -(before + 1001) % 8
     misalign(case, before, whole + after)

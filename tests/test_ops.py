@@ -89,6 +89,23 @@ def test_opcheck_loss_backward(op_inputs, name, reduction):
     torch.library.opcheck(getattr(ops, name).default, arguments)
 
 
+@pytest.mark.parametrize("width", [9, 12, 16, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradient_of_columns_lies_as_they_do(op_inputs, device, dtype, width):
+    logits, targets, *_ = op_inputs(dtype)
+    wide = torch.zeros(4, width, dtype=dtype, device=device)
+    wide[:, :9] = logits
+    columns = wide[:, :9]
+    loss, rows, totals, _ = ops.loss_forward(columns, targets, None, None, None, None, 2, *NO_TRANSFORM, False)
+    arguments = (torch.ones_like(loss), columns, targets, rows, totals, None, None, 2, *NO_TRANSFORM, 0, 9)
+    gradient = ops.loss_backward(*arguments)
+    # Equal strides up to whole vectors of 16 bytes, of which none is wasted: a card then reads and writes in those.
+    assert (gradient.stride(0) - width) * dtype.itemsize % 16 == 0
+    assert 9 <= gradient.stride(0) < 9 + 16 // dtype.itemsize
+    assert gradient.is_contiguous() == (width == 9 or (width - 9) * dtype.itemsize % 16 == 0)
+    torch.library.opcheck(ops.loss_backward.default, arguments)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
 def test_opcheck_reduce_rows(op_inputs, optional, reduction):

@@ -21,6 +21,15 @@ __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>&
   return shifted;
 }
 
+__device__ __forceinline__ RowSums shifted_down(const RowSums& sums, int distance) {
+  RowSums shifted;
+  shifted.weighted_ce = shuffle_down(sums.weighted_ce, distance);
+  shifted.weight = shuffle_down(sums.weight, distance);
+  shifted.lse_squares = shuffle_down(sums.lse_squares, distance);
+  shifted.rows = shuffle_down(sums.rows, distance);
+  return shifted;
+}
+
 // combine() over the lanes of a warp, valid in lane 0.
 template <typename V, typename Combine>
 __device__ __forceinline__ V warp_reduce(V value, Combine combine) {

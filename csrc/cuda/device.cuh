@@ -44,6 +44,14 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// The larger of a value, which may be NaN, and a number; then the number. One instruction in float32.
+__device__ __forceinline__ float larger(float value, float number) {
+  return fmaxf(value, number);
+}
+__device__ __forceinline__ double larger(double value, double number) {
+  return value > number ? value : number;
+}
+
 template <typename V>
 __device__ __forceinline__ V shuffle_down(V value, int distance) {
   return __shfl_down_sync(kAllLanes, value, distance);
@@ -105,6 +113,14 @@ struct Cluster {
   __device__ void arrive() const {
     if (blocks > 1) cooperative_groups::this_cluster().barrier_arrive();
   }
+  // For what the thread has read; what it has written may not be there yet.
+  __device__ void arrive_after_reads() const {
+#if defined(__CUDA_ARCH__)
+    if (blocks > 1) __cluster_barrier_arrive_relaxed();
+#else
+    arrive();
+#endif
+  }
   __device__ void wait() const {
     if (blocks > 1) cooperative_groups::this_cluster().barrier_wait();
   }
@@ -116,6 +132,7 @@ struct Cluster {
 #else
   __device__ int rank() const { return 0; }
   __device__ void arrive() const {}
+  __device__ void arrive_after_reads() const {}
   __device__ void wait() const {}
   template <typename V>
   __device__ const V* of_rank(V* variable, int) const {

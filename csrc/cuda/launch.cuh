@@ -75,13 +75,13 @@ class Launcher {
     return false;
   }
 
-  // What the kernel was written for: 10 * major + minor of the architecture, which is less than the device's where the
-  // driver compiles what was built for older cards.
+  // Of the kernel as it was compiled: its ptxVersion, 10 * major + minor of the architecture, is less than the device's
+  // where the driver compiles what was built for older cards.
   template <typename Kernel>
-  int architecture_of(Kernel* kernel) const {
+  cudaFuncAttributes attributes_of(Kernel* kernel) const {
     cudaFuncAttributes attributes;
     STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    return attributes.ptxVersion;
+    return attributes;
   }
 
  private:

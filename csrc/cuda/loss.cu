@@ -5,7 +5,7 @@
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
-// Regimes: a row a block, 128 threads for short rows and 512 for long ones; fewer rows than multiprocessors are cut
+// Regimes: a row a block, 128 threads for short rows and 256 for long ones; fewer rows than multiprocessors are cut
 // into parts, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
 // of them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
 // ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
@@ -18,16 +18,12 @@
 namespace pdl::cuda {
 namespace {
 
-constexpr int kLongRowThreads = 512;
 constexpr int kFinishThreads = 128;
-
-int threads_for(int64_t vocab_size) {
-  return vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
-}
 
 // Each block of a row takes its part, blockIdx.y; `parts` [count, gridDim.y] holds what they find if there are several.
 template <typename T, typename I, bool kPlain>
-__global__ void statistics_kernel(Rows<T, I> rows, RowStatistics<Accumulator<T>>* parts) {
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
+    statistics_kernel(Rows<T, I> rows, RowStatistics<Accumulator<T>>* parts) {
   using A = Accumulator<T>;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
@@ -114,7 +110,7 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor row
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                      double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
                      int64_t vocab_size) {
-  const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
+  const Tensor grad_logits = allocate_gradient(logits);
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
                      {first_id, vocab_size}, grad_logits);

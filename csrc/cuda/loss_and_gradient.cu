@@ -22,13 +22,7 @@
 namespace pdl::cuda {
 namespace {
 
-constexpr int kLongRowThreads = 256;
-constexpr int kCachedThreads = 512;
 constexpr int kScaleThreads = 256;
-constexpr int kRowsOfMultiprocessor = 3;
-// float64 has no registers for the third, nor the throughput to need one.
-template <typename T>
-constexpr int kResident = sizeof(T) == 8 ? 2 : kRowsOfMultiprocessor;
 constexpr int kMaxCluster = 16;
 
 template <bool kPlain, int kCount, typename T, typename I, typename A>
@@ -140,7 +134,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     __syncthreads();
     row = of_row;
     // The other blocks' of_block are read; what is waited for below is that they have read this one's.
-    cluster.arrive();
+    cluster.arrive_after_reads();
     const RowLoss<A> loss = row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing);
     if (rank == 0 && threadIdx.x == 0) write_row(rows, i, target, row, loss);
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
@@ -150,7 +144,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
 }
 
 template <typename T, typename I, bool kPlain>
-__global__ void __launch_bounds__(kCachedThreads, 1)
+__global__ void __launch_bounds__(kLongRowThreads, 2)
     cached_kernel(Rows<T, I> rows, const Accumulator<T>* saved, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
   __shared__ RowStatistics<A> of_row;
@@ -201,20 +195,25 @@ __global__ void __launch_bounds__(kScaleThreads)
 // The grid with which a row stays on chip, or no blocks if it cannot.
 template <typename T, typename Kernel>
 Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
-  constexpr int kAmpere = 8, kHopper = 90, kReservedBytes = 1024;
+  constexpr int kAmpere = 8, kHopper = 90;
   if (launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
-  const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  const cudaFuncAttributes attributes = launch.attributes_of(kernel);
   // Built for an older card, the kernel knows no clusters whatever this one has.
-  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0 && launch.architecture_of(kernel) >= kHopper;
-  // Where a row cannot be cut, two of them a multiprocessor are still better than a second pass over L2.
-  const int64_t room = of_multiprocessor / (clusters ? kRowsOfMultiprocessor : 2) - 2 * kReservedBytes;
+  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0 && attributes.ptxVersion >= kHopper;
+  const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  // What the device keeps of each block's share, which it deals out by 128 bytes.
+  constexpr int64_t kReservedBytes = 1024, kGranularity = 128;
+  const int64_t not_ours = kReservedBytes + int64_t(attributes.sharedSizeBytes);
   const int64_t packs = vocab_size / kVector<T>;
-  for (int blocks = 1; blocks <= (clusters ? kMaxCluster : 1); blocks *= 2) {
-    const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
-    if (bytes > room) continue;
-    const int threads = vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
-    const Grid grid{std::min<int64_t>(rows, 0x7fffffff / blocks) * blocks, threads, int(bytes), 1, blocks};
-    return launch.fits(kernel, grid) ? grid : Grid{};
+  // Where a row cannot be cut so far, two of them a multiprocessor are still better than a second pass over L2.
+  for (int resident = kRowsOfMultiprocessor; resident >= 2; --resident) {
+    const int64_t room = of_multiprocessor / resident / kGranularity * kGranularity - not_ours;
+    for (int blocks = 1; blocks <= (clusters ? kMaxCluster : 1); blocks *= 2) {
+      const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
+      const Grid grid{std::min<int64_t>(rows, 0x7fffffff / blocks) * blocks, threads_for(vocab_size), int(bytes), 1,
+                      blocks};
+      if (bytes <= room && launch.fits(kernel, grid)) return grid;
+    }
   }
   return {};
 }
@@ -254,9 +253,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
     } else {
       const auto cached = plain ? cached_kernel<T, I, true> : cached_kernel<T, I, false>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
-      const int64_t under_way = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
-                                                  launch.attribute(cudaDevAttrMultiProcessorCount));
-      launch(cached, Grid{std::min(rows.count, under_way), kCachedThreads}, rows, saved, gradients, gradient.stride(0));
+      Grid in_cache{1, kLongRowThreads};
+      // At least a row for each multiprocessor, and no more than run at once.
+      in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
+                                          launch.attribute(cudaDevAttrMultiProcessorCount));
+      in_cache.blocks = std::min({rows.count, in_cache.blocks, launch.resident_blocks(cached, in_cache)});
+      launch(cached, in_cache, rows, saved, gradients, gradient.stride(0));
     }
     launch(totals_kernel<T, I>, one_block, rows, options.reduction, divisor, saved,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));

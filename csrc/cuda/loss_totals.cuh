@@ -8,12 +8,29 @@
 namespace pdl::cuda {
 
 constexpr int kTotalsThreads = 1024;
+// Rows whose numbers a thread loads before it uses any: one block has little else to cover its loads with.
+template <typename A>
+constexpr int kRowsAtOnce = 16 / int(sizeof(A));
 
-__device__ inline void sum_over_block(RowSums& sums) {
-  sums.weighted_ce = block_sum(sums.weighted_ce);
-  sums.weight = block_sum(sums.weight);
-  sums.lse_squares = block_sum(sums.lse_squares);
-  sums.rows = block_sum(sums.rows);
+// use(i, load(i)) for each row, which the block's threads take in turns.
+template <int kRowsAtOnce, typename Load, typename Use>
+__device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) {
+  for (int64_t first = threadIdx.x; first < count; first += kRowsAtOnce * blockDim.x) {
+    decltype(load(first)) loaded[kRowsAtOnce];
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) loaded[k] = load(min(first + k * blockDim.x, count - 1));
+#pragma unroll
+    for (int k = 0; k < kRowsAtOnce; ++k) {
+      if (first + k * blockDim.x < count) use(first + k * blockDim.x, loaded[k]);
+    }
+  }
+}
+
+__device__ inline RowSums sum_over_block(const RowSums& sums) {
+  return block_reduce(sums, RowSums(), [](RowSums a, const RowSums& b) {
+    a.add(b);
+    return a;
+  });
 }
 
 template <typename A>
@@ -30,37 +47,55 @@ __global__ void __launch_bounds__(kTotalsThreads, 1)
     totals_kernel(Rows<T, I> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* saved,
                   Accumulator<T>* loss) {
   using A = Accumulator<T>;
-  RowSums sums;
+  struct Row {
+    bool counted;
+    A weight, factor, ce, lse;
+  };
   const A* outputs = rows.outputs;
-  for (int64_t i = threadIdx.x; i < rows.count; i += blockDim.x) {
-    const bool counted = rows.targets[i] != rows.ignore_index;
-    const A weight = outputs[kTokenWeight * rows.count + i], ce = outputs[kCe * rows.count + i];
-    const A lse = outputs[kMax * rows.count + i] + outputs[kLogSum * rows.count + i];
-    if (reduction == Reduction::none) {
-      loss[i] = counted ? row_term(weight * rows.factor(i), ce, rows.z_loss, lse) : A(0);
-    } else if (counted) {
-      sums.add(double(weight) * double(rows.factor(i)), ce, lse);
-    }
-  }
-  if (reduction != Reduction::none) sum_over_block(sums);
+  RowSums sums;
+  for_each_row<kRowsAtOnce<A>>(
+      rows.count,
+      [&](int64_t i) -> Row {
+        return {rows.targets[i] != rows.ignore_index, outputs[kTokenWeight * rows.count + i], rows.factor(i),
+                outputs[kCe * rows.count + i], outputs[kMax * rows.count + i] + outputs[kLogSum * rows.count + i]};
+      },
+      [&](int64_t i, const Row& row) {
+        if (reduction == Reduction::none) {
+          loss[i] = row.counted ? row_term(row.weight * row.factor, row.ce, rows.z_loss, row.lse) : A(0);
+        } else if (row.counted) {
+          sums.add(double(row.weight) * double(row.factor), row.ce, row.lse);
+        }
+      });
+  if (reduction != Reduction::none) sums = sum_over_block(sums);
   if (threadIdx.x == 0) {
     const Totals<double> factors = write_totals(reduction, sums, normalizer, saved);
     if (reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, double(rows.z_loss)));
   }
 }
 
-// The factors before any row has been read: they depend on targets and weights alone.
+// The factors before any row has been read: they depend on targets and weights alone, a sum's and given ones on none.
 template <typename T, typename I>
 __global__ void __launch_bounds__(kTotalsThreads, 1)
     totals_ahead_kernel(Rows<T, I> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* saved) {
+  using A = Accumulator<T>;
+  struct Row {
+    bool counted;
+    A weight, factor;
+  };
   RowSums sums;
-  for (int64_t i = threadIdx.x; i < rows.count; i += blockDim.x) {
-    const int64_t target = rows.targets[i];
-    if (target == rows.ignore_index) continue;
-    const Accumulator<T> weight = rows.in_vocabulary(target) ? rows.weight_of(target) : not_a_number<Accumulator<T>>();
-    sums.add(double(weight) * double(rows.factor(i)), 0.0, 0.0);
+  if (reduction != Reduction::sum && normalizer == nullptr) {
+    for_each_row<kRowsAtOnce<A>>(
+        rows.count,
+        [&](int64_t i) -> Row {
+          const int64_t target = rows.targets[i];
+          const A weight = rows.in_vocabulary(target) ? rows.weight_of(target) : not_a_number<A>();
+          return {target != rows.ignore_index, weight, rows.factor(i)};
+        },
+        [&](int64_t, const Row& row) {
+          if (row.counted) sums.add(double(row.weight) * double(row.factor), 0.0, 0.0);
+        });
+    sums = sum_over_block(sums);
   }
-  sum_over_block(sums);
   if (threadIdx.x == 0) write_totals(reduction, sums, normalizer, saved);
 }
 

@@ -10,8 +10,18 @@ namespace pdl::cuda {
 
 // Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
 constexpr int kPacks = 4;
-constexpr int kLongRow = 4096;
-constexpr int kShortRowThreads = 128;
+// Threads of a block that has a row or a part of one, and how many such blocks a multiprocessor must hold at once: one
+// loads while another reduces. float64 has no registers for the third, nor the throughput to need one.
+constexpr int kLongRowThreads = 256;
+constexpr int kRowsOfMultiprocessor = 3;
+template <typename T>
+constexpr int kResident = sizeof(T) == 8 ? 2 : kRowsOfMultiprocessor;
+
+inline int threads_for(int64_t vocab_size) {
+  constexpr int64_t kLongRow = 4096;
+  constexpr int kShortRowThreads = 128;
+  return vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
+}
 
 template <typename T, typename I>
 struct Rows {
@@ -78,7 +88,7 @@ __device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (
     for (int k = 0; k < kVector<T>; ++k) {
       const A x = widen(packs[i].value[k]);
       z[i][k] = kPlain ? x : transform.apply(x, first + i * step + k);
-      max = z[i][k] > max ? z[i][k] : max;
+      max = larger(z[i][k], max);
     }
   }
   if (predict && max > row.max) {

@@ -16,12 +16,20 @@ struct Pack {
   T value[kVector<T>];
 };
 
+__device__ __forceinline__ uint4 load_vector(const void* aligned) {
+  return *static_cast<const uint4*>(aligned);
+}
+
 template <typename T>
-__device__ __forceinline__ Pack<T> load_pack(const T* aligned) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(aligned);
+__device__ __forceinline__ Pack<T> pack_of(const uint4& raw) {
   Pack<T> pack;
   memcpy(&pack, &raw, kVectorBytes);
   return pack;
+}
+
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack(const T* aligned) {
+  return pack_of<T>(load_vector(aligned));
 }
 
 template <typename T>
@@ -75,25 +83,32 @@ struct PackRange {
   }
 };
 
-template <int kPacks, typename T, typename OnPacks>
-__device__ __forceinline__ void visit_packs(const T* data, int first, int step, OnPacks& on_packs) {
-  Pack<T> packs[kPacks];
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) packs[i] = load_pack(data + first + i * step);
-  on_packs(packs, first, step);
-}
-
 // The block shares the range: on_packs(packs, first, step), where element k of packs[i] is number first + i * step + k,
-// and on_element(j) for each element outside of whole vectors. A thread has kPacks loads under way before it uses any.
+// and on_element(j) for each element outside of whole vectors. A thread has kPacks loads under way before it uses any,
+// or as many as are left for it.
 template <int kPacks, typename T, typename OnPacks, typename OnElement>
 __device__ __forceinline__ void for_each_pack(const T* data, int size, const PackRange<T>& range, OnPacks on_packs,
                                               OnElement on_element) {
   const int step = range.step();
   int first = range.first_of_thread();
   for (; first + (kPacks - 1) * step < range.end; first += kPacks * step) {
-    visit_packs<kPacks>(data, first, step, on_packs);
+    Pack<T> packs[kPacks];
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs[i] = load_pack(data + first + i * step);
+    on_packs(packs, first, step);
   }
-  for (; first < range.end; first += step) visit_packs<1>(data, first, step, on_packs);
+  // Not as packs, whose 16-bit values nvcc would keep in a register each.
+  uint4 rest[kPacks - 1] = {};
+#pragma unroll
+  for (int i = 0; i < kPacks - 1; ++i) {
+    if (first + i * step < range.end) rest[i] = load_vector(data + first + i * step);
+  }
+#pragma unroll
+  for (int i = 0; i < kPacks - 1; ++i) {
+    if (first + i * step >= range.end) break;
+    Pack<T> packs[1] = {pack_of<T>(rest[i])};
+    on_packs(packs, first + i * step, step);
+  }
   range.for_each_outside(size, on_element);
 }
 
