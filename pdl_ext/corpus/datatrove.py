@@ -20,7 +20,7 @@ _DTYPES = {2: "uint16", 4: "uint32"}
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    return _tokens_file(path).suffix == _SUFFIX and not path.is_dir()
+    return _tokens_file(path).suffix == _SUFFIX
 
 
 def _tokens_file(path: Path) -> Path:

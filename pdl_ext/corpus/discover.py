@@ -116,7 +116,7 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in parents:
         return
-    if any(format.recognises(folder, b"") for format in FORMATS.values()):
+    if _told(folder):
         yield folder
         return
     try:
@@ -163,17 +163,23 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
     )
 
 
-def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+def _told(path: Path) -> Format | None:
+    """The format that a file or a folder can be told to be of."""
+    # The folder of a file's parts may be named as the file would be.
     is_folder = path.is_dir()
-    if not is_folder:
+    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
+    asked = (format for format in FORMATS.values() if format.has_folders or not is_folder)
+    return next((format for format in asked if format.recognises(path, head)), None)
+
+
+def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+    if not path.is_dir():
         # Before it is opened, which waits for ever for a pipe that nobody writes to.
         Stamp.of(path)
     if name is not None:
         return FORMATS[name]
-    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
-    for format in FORMATS.values():
-        if format.recognises(path, head):
-            return format
+    if (format := _told(path)) is not None:
+        return format
     # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
     if path.suffix in (".bin", ".npy"):
         return raw.FORMAT

@@ -408,4 +408,4 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     return shard
 
 
-FORMAT = Format("mds", _open, recognises=_recognises)
+FORMAT = Format("mds", _open, _recognises, has_folders=True)

@@ -167,12 +167,14 @@ class Source(ABC):
 class Format(NamedTuple):
     """A format of corpora, as discover.py asks for it.
 
-    recognises(path, head): whether a file whose first 64 bytes are `head`, or a folder (head is empty), can be nothing
-    else; open(path, options): its sources; companions: how the names of files end that are read with another one, and
-    what the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it.
+    recognises(path, head): whether a file whose first 64 bytes are `head` can be nothing else; open(path, options): its
+    sources; companions: how the names of files end that are read with another one, and what the name of that one has
+    instead: left out where the other is there, too, and otherwise opened, to tell of it; has_folders: whether a folder
+    may be of the format, which recognises is then asked about, too, with an empty head.
     """
 
     name: str
     open: Callable[[Path, ReadOptions], list[Source]]
     recognises: Callable[[Path, bytes], bool]
     companions: Mapping[str, str] = MappingProxyType({})
+    has_folders: bool = False

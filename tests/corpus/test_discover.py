@@ -16,7 +16,8 @@ from test_huggingface import save, write_stream
 from text_tokenizer import save_tokenizer
 
 from pdl_ext import TokenFrequency
-from pdl_ext.corpus import TargetPolicy, count_corpus, lines, tokenizer
+from pdl_ext.corpus import TargetPolicy, count_corpus, discover, lines, tokenizer
+from pdl_ext.corpus.source import Format
 
 V = 100
 ROWS = [np.arange(start, start + 5, dtype=np.int32) for start in range(0, 20, 5)]
@@ -56,8 +57,11 @@ def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
         total(llmc, dtype="uint16")
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "a.txt", "tokens.bin"])
-def test_a_folder_may_be_named_as_a_file_is(tmp_path, name):
+@pytest.mark.parametrize("name", ["data.jsonl", "a.txt", "tokens.bin", "0.ds", "a.slow"])
+def test_a_folder_may_be_named_as_a_file_is(tmp_path, monkeypatch, name):
+    # A format that asks for nothing but the name.
+    slow = Format("slow", lambda path, options: [], lambda path, head: path.suffix == ".slow")
+    monkeypatch.setitem(discover.FORMATS, "slow", slow)
     (tmp_path / name).mkdir()
     (tmp_path / name / "part-0.jsonl").write_text('{"input_ids": [1, 2]}')
     (tmp_path / "tokens.idx").mkdir()
