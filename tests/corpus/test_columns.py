@@ -186,7 +186,8 @@ def test_texts(tokenizer, type):
     [
         ({"a": [1], "b": ["x"]}, {}, r"got the columns a, b, expected lists .* input_ids, tokens, token_ids.*--column"),
         ({}, {}, r"got the columns \(none\)"),
-        ({"tokens": [3]}, {}, r"got the columns tokens, expected lists"),
+        ({"tokens": [3]}, {}, r"got the columns tokens \(int64\), expected lists"),
+        ({"a": [1], "input_ids": [["x"]]}, {}, r"got the columns a, input_ids \(list<.*string>\), expected lists"),
         ({"a": [[1]]}, {"column": "b"}, r"has 0 columns 'b', expected one: there are a \(--column\)"),
         ({"a": ["x"]}, {"column": "a"}, r"column 'a' holds text, expected a tokenizer for it \(--tokenizer\)"),
         ({"a": [[1.5]]}, {"column": "a"}, r"column 'a' holds list<.*double>, expected lists of integers"),
@@ -200,7 +201,8 @@ def test_texts(tokenizer, type):
             {"skip_prompt": "l"},
             r"column 'l' holds list<.*bool> beside.*expected integer",
         ),
-        ({"tokens": [[1]]}, {"mask": "m"}, r"has 0 columns 'm', expected one: there are tokens"),
+        ({"tokens": [[1]]}, {"mask": "m"}, r"has 0 columns 'm', expected one: there are tokens \(--mask\)"),
+        ({"tokens": [[1]]}, {"skip_prompt": "l"}, r"has 0 columns 'l', expected .* tokens \(--skip-prompt\)"),
     ],
 )
 def test_wrong_columns(columns, policy, message):

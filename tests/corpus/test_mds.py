@@ -169,7 +169,7 @@ def test_no_samples(tmp_path):
     ("columns", "policy", "message"),
     [
         ({"a": ("bytes", None)}, {}, r"index\.json: got the columns a, expected arrays or bytes in one of input_ids"),
-        ({"tokens": ("int", 8)}, {}, r"index\.json: got the columns tokens, expected arrays or bytes"),
+        ({"tokens": ("int", 8)}, {}, r"index\.json: got the columns tokens \(int\), expected arrays or bytes"),
         ({"a": ("int", 8)}, {"column": "a"}, r"column 'a' holds 'int', expected arrays of integers, or bytes"),
         ({"a": ("ndarray:float32", None)}, {"column": "a"}, r"column 'a' holds 'ndarray:float32', expected arrays"),
         (
@@ -183,7 +183,8 @@ def test_no_samples(tmp_path):
             r"holds 'ndarray:int32:3' in 13 bytes, expected one axis and 4",
         ),
         ({"a": ("ndarray", None)}, {"column": "b"}, r"index\.json: has no column 'b', expected one of a \(--column\)"),
-        ({"tokens": ("ndarray", None)}, {"mask": "m"}, r"has no column 'm', expected one of tokens"),
+        ({"tokens": ("ndarray", None)}, {"mask": "m"}, r"has no column 'm', expected one of tokens \(--mask\)"),
+        ({"tokens": ("ndarray", None)}, {"skip_prompt": "l"}, r"has no column 'l', .* tokens \(--skip-prompt\)"),
         (
             {"tokens": ("ndarray", None), "m": ("bytes", None)},
             {"mask": "m"},
