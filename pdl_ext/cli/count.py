@@ -79,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from pdl_ext._whole_file import partial_files
-    from pdl_ext.cli.output import check_counts_output
+    from pdl_ext.cli.counts_file import check_counts_output
     from pdl_ext.corpus.ranks import checkpoints
 
     check_counts_output(arguments.output)
