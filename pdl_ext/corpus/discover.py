@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from pdl_ext._checks import check_choice
+from pdl_ext._checks import check_choice, check_path
 from pdl_ext._tensor_file import format_of
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.access import read_head
@@ -35,16 +35,22 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     """The sources of everything named, in order, each file once.
 
     data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
-    Raises ValueError that names what is missing, empty, unreadable or of no known format.
+    Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
-    if isinstance(data, (str, os.PathLike)) or not data:
+    try:
+        names = [] if isinstance(data, (str, bytes, os.PathLike)) else list(data)
+    except TypeError as error:
+        raise TypeError(f"data: got {data!r}, expected a list of files, folders or patterns") from error
+    if not names:
         raise ValueError(f"data: got {data!r}, expected a list of files, folders or patterns")
+    for name in names:
+        check_path("data", name)
     if format_name is not None:
         check_choice("format", format_name, FORMATS)
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
-    for path in (path for name in data for path in _expand(os.fspath(name))):
+    for path in (path for name in names for path in _expand(os.fspath(name))):
         if path.is_dir():
             folders.append(path)
         elif (format_of(path) or "").startswith(_OWN_FORMATS):
@@ -66,14 +72,12 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     for folder in folders:
         _warn_of_others(folder, known)
     if not sources:
-        raise ValueError(f"data: got nothing to count in {', '.join(map(str, data))}")
+        raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
     return sources
 
 
 def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files and folders that a name stands for. lists: the .list files that it stands in."""
-    if not name:
-        raise ValueError("data: got an empty name, expected a file, a folder or a pattern")
     path = Path(name)
     if path.suffix == _LIST_SUFFIX and path.is_file():
         yield from _listed(path, lists)
@@ -183,7 +187,9 @@ def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
     # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
     if path.suffix in (".bin", ".npy"):
         return raw.FORMAT
+    # Of what a writer of columns has not finished, for one.
+    reason = "" if Stamp.of(path).size else "is empty, so that "
     raise ValueError(
-        f"{path}: its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a dtype), "
-        "or leave the file out by a pattern"
+        f"{path}: {reason}its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
+        "dtype), or leave the file out by a pattern"
     )

@@ -68,6 +68,18 @@ def test_a_folder_may_be_named_as_a_file_is(tmp_path, monkeypatch, name):
     assert total(tmp_path) == 2
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_an_empty_file_of_no_format_is_told_to_be_empty(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format cannot be told"):
+        total(tmp_path)
+
+
+def test_names_may_come_in_an_array(tmp_path):
+    paths = [str(write_npy(tmp_path, ROWS)), str(write_llmc(tmp_path, [row.astype(np.uint16) for row in ROWS]))]
+    assert count_corpus(np.array(paths), V).total == 40
+
+
 def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2]}')
