@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -16,18 +19,28 @@ from pdl_ext._whole_file import whole_file
 __all__ = ["format_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "digest"
+# In a string of JSON the marks would have backslashes before them.
+_FORMAT = re.compile(rb'"format":"(pdl_ext\.[^"]*)"')
+# The library refuses longer ones.
+_LARGEST_HEADER = 100_000_000
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
 
+    The same tensors and metadata give the same bytes.
     Raises OSError that names the path, with what was there untouched.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = serialize(on_cpu, metadata={**metadata, _DIGEST: _digest(on_cpu, metadata)})
+    tensors_at = 8 + int.from_bytes(content[:8], "little")
+    # The library has the metadata in another order each time.
+    header = json.dumps(json.loads(content[8:tensors_at]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
     # Not safetensors' save_file, which makes a file that only its owner can read.
     with whole_file(path) as partial, open(partial, "wb") as file:
-        file.write(content)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(memoryview(content)[tensors_at:])
         file.flush()
         os.fsync(file.fileno())
 
@@ -40,13 +53,15 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no file at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        # Not as PyTorch's, which the library opens by names in UTF-8 alone.
+        with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Before the tensors, which in other files may be of dtypes that NumPy does not know.
+            if metadata.get("format") != file_format:
+                raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
+            tensors = {key: torch.from_numpy(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")
@@ -54,18 +69,20 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
 
 
 def format_of(path: Path) -> str | None:
-    """The "format" of a file that write_tensors wrote, whole or damaged behind its head; None for any other file."""
+    """The "format" of a file that write_tensors wrote, whole, damaged or cut off behind it; None for any other file."""
     if not path.is_file():
         return None
     try:
         # A corpus has many files, of which few are opened twice.
         with open(path, "rb") as file:
-            if b'"__metadata__"' not in file.read(64):
+            head = file.read(64)
+            if b'"__metadata__"' not in head:
                 return None
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError):
+            # Not by the library, which opens no file that is cut off.
+            found = _FORMAT.search(head + file.read(min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)))
+    except OSError:
         return None
+    return None if found is None else found[1].decode("utf-8", "replace")
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
