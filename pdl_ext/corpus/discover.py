@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +23,7 @@ FORMATS = {
     for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
-_OWN_FORMATS = ("pdl_ext.TokenFrequency", "pdl_ext.corpus.State")
-_OWN_FILE = re.compile(r"\.safetensors$|\.checkpoint-\d+$")
+_COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
 _HEAD_BYTES = 64
 # What is missed where a folder is taken for a dataset.
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
@@ -53,7 +51,7 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     for path in (path for name in names for path in _expand(os.fspath(name))):
         if path.is_dir():
             folders.append(path)
-        elif (format_of(path) or "").startswith(_OWN_FORMATS):
+        elif (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
             # Counts and checkpoints, which may be written to where patterns find them.
             continue
         opened = _format_of(path, format_name, options).open(path, options)
@@ -84,6 +82,9 @@ def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
     elif path.is_dir():
         yield from _walk(path)
     elif path.exists():
+        # Not of checkpoints: where a shell puts names for a pattern, the same command goes on from them.
+        if (format_of(path) or "").startswith(_COUNTS):
+            raise ValueError(f"data: got {path}, which holds counts, expected a corpus: `pdl-ext merge` adds counts up")
         yield path
     else:
         found = sorted(glob.glob(name, recursive=True))
@@ -115,7 +116,7 @@ def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
 def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
     """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
 
-    Counts and checkpoints are left out, which may be written into the folder that is counted, and links to `parents`.
+    Links to `parents` are left out.
     """
     real = os.path.realpath(folder)
     if real in parents:
@@ -134,7 +135,7 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
             continue
         if path.is_dir():
             yield from _walk(path, (*parents, real))
-        elif not _OWN_FILE.search(entry.name) and not _is_companion(path, names):
+        elif not _is_companion(path, names):
             yield path
 
 

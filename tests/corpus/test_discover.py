@@ -107,6 +107,36 @@ def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
     assert total(tmp_path / data, dtype="uint16", **options) == 20
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "tokens.checkpoint-1"])
+def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    (tmp_path / name).write_bytes(b"others'")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: its format cannot be told"):
+        total(tmp_path, dtype="uint16")
+
+
+def test_counts_that_are_named_are_not_dropped(tmp_path):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    frequency = count_corpus([tmp_path / "a.bin"], V, dtype="uint16", checkpoint=tmp_path / "c")
+    frequency.save(tmp_path / "counts")
+    (tmp_path / "all.list").write_text("a.bin\ncounts\n")
+    for data in ([tmp_path / "a.bin", tmp_path / "counts"], [tmp_path / "all.list"]):
+        with pytest.raises(
+            ValueError, match=r"data: got .*counts, which holds counts, expected a corpus: `pdl-ext merge`"
+        ):
+            total(*data, dtype="uint16")
+    # As a shell names them for `*` when an interrupted command goes on.
+    assert total(tmp_path / "a.bin", tmp_path / "c-0", dtype="uint16") == 20
+
+
+@pytest.mark.parametrize("data", ["", "*"])
+def test_lists_are_followed_where_they_are_named_alone(tmp_path, data):
+    write_npy(tmp_path, ROWS)
+    (tmp_path / "all.list").write_text("tokens.npy\n")
+    with pytest.raises(ValueError, match=r"all\.list: its format cannot be told"):
+        total(tmp_path / data)
+
+
 def test_files_that_a_dataset_does_not_list_are_told_of(tmp_path):
     save(tmp_path / "hf", [ROWS])
     (tmp_path / "hf" / "more").mkdir()
