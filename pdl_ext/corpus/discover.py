@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pdl_ext._checks import check_choice, check_path
 from pdl_ext._tensor_file import format_of
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.access import read_head
 from pdl_ext.corpus.lines import has_suffix
-from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp
+from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
 
 __all__ = ["FORMATS", "open_sources"]
 
@@ -71,6 +73,7 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
         _warn_of_others(folder, known)
     if not sources:
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
+    _warn_of_narrow(sources, options.vocab_size)
     return sources
 
 
@@ -156,6 +159,23 @@ def _warn_of_others(folder: Path, known: Container[str]) -> None:
             f"{f' and {len(others) - 1} other files in it' if len(others) > 1 else ''}: not counted",
             stacklevel=2,
         )
+
+
+def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
+    """Warns, once for each dtype, of tokens that cannot hold all of a vocabulary."""
+    paths: dict[str, list[Path]] = {}
+    for source in sources:
+        paths.setdefault(source.dtype, []).append(source.path)
+    paths.pop("text", None)
+    for dtype, (first, *others) in paths.items():
+        largest = np.iinfo(token_dtype(dtype)).max
+        if vocab_size > largest + 1:
+            warnings.warn(
+                f"{first}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of "
+                f"{vocab_size}: larger ones would have wrapped when it was written"
+                f"{f'; the same goes for {len(others)} other files' if others else ''}",
+                stacklevel=2,
+            )
 
 
 def _is_companion(path: Path, among: Container[str]) -> bool:

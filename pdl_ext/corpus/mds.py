@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.access import opened, read_at
 from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, countable, warn_if_narrow
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, countable
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -173,7 +173,6 @@ class _Shard(Source):
             self._check_head(window, index)
             if not layout.text:
                 self.dtype = self._dtype(window)
-                warn_if_narrow(path, self.dtype, options.vocab_size)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)

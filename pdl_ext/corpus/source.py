@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ __all__ = [
     "Stamp",
     "countable",
     "token_dtype",
-    "warn_if_narrow",
 ]
 
 # What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
@@ -55,17 +53,6 @@ def countable(tokens: NDArray[Any]) -> NDArray[Any]:
     if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
         return tokens.astype(np.int32)
     return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
-
-
-def warn_if_narrow(path: Path, dtype: str, vocab_size: int) -> None:
-    """Warns of a dtype, a name in TOKEN_DTYPES, that cannot hold all of a vocabulary."""
-    largest = np.iinfo(token_dtype(dtype)).max
-    if vocab_size > largest + 1:
-        warnings.warn(
-            f"{path}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of {vocab_size}: "
-            "larger ones would have wrapped when it was written",
-            stacklevel=2,
-        )
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,15 @@ def test_empty_files_are_counted_as_empty(tmp_path):
 
 def test_a_narrow_dtype_is_warned_of(tmp_path):
     write(tmp_path / "a.bin", zipf(50))
-    with pytest.warns(UserWarning, match=r"a.bin: its tokens are uint16, and cannot hold ids above 65535"):
+    message = r"a.bin: its tokens are uint16, and cannot hold ids above 65535 of .* when it was written"
+    with pytest.warns(UserWarning, match=rf"{message}$"):
         count_corpus([tmp_path], 65537, dtype="uint16")
+    # Once, however many files there are.
+    for name in "bc":
+        write(tmp_path / f"{name}.bin", zipf(60))
+    with pytest.warns(UserWarning, match=rf"{message}; the same goes for 2 other files$") as warned:
+        count_corpus([tmp_path], 65537, dtype="uint16", allow_overlap=True)
+    assert len(warned) == 1
 
 
 class Slow(Source):
