@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, countable
+from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
@@ -88,6 +88,7 @@ class Columns:
                 )
             name = str(_numbers(self._type(self._tokens)))
             self.dtype = "int64" if name == "uint64" else name
+            check_told_dtype(path, self.dtype, options)
 
     def batches(self, rows: Iterable[Rows]) -> Iterator[Batch]:
         """The tokens of record batches that have the columns `names`.

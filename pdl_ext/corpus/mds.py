@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.access import opened, read_at
 from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, countable
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_told_dtype, countable
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -173,6 +173,9 @@ class _Shard(Source):
             self._check_head(window, index)
             if not layout.text:
                 self.dtype = self._dtype(window)
+                # One that is given may be that of labels alone, and a shard without samples may tell none.
+                if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
+                    check_told_dtype(path, self.dtype, options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)

@@ -24,6 +24,7 @@ __all__ = [
     "ReadOptions",
     "Source",
     "Stamp",
+    "check_told_dtype",
     "countable",
     "token_dtype",
 ]
@@ -53,6 +54,12 @@ def countable(tokens: NDArray[Any]) -> NDArray[Any]:
     if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
         return tokens.astype(np.int32)
     return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
+
+
+def check_told_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
+    """Raises ValueError unless the dtype that a file tells is the one that is given, or none is."""
+    if options.dtype not in (None, dtype):
+        raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
 
 
 @dataclass(frozen=True)

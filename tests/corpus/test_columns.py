@@ -269,6 +269,13 @@ def test_a_narrow_dtype_warns(tmp_path):
         count_corpus([tmp_path], 70_000)
 
 
+def test_a_dtype_that_is_not_the_columns_is_an_error(tmp_path):
+    write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint64()))})
+    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected int64, which the file tells, or none"):
+        count_corpus([tmp_path], VOCAB, dtype="uint16")
+    assert count_corpus([tmp_path], VOCAB, dtype="int64").total == 1
+
+
 def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -224,6 +224,18 @@ def test_bytes_that_are_no_multiple(tmp_path):
         count(folder, dtype="int64")
 
 
+def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
+    columns = {"tokens": ("ndarray", None), "labels": ("bytes", None)}
+    sample = {"tokens": b"\x10\x04\x01" + bytes(2), "labels": bytes(8)}
+    # Of a shard without samples none is told.
+    folder = write(tmp_path / "data", columns, [[sample], []])
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file tells"):
+        count(folder, dtype="int64")
+    # Of the labels another one may be given.
+    assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([0]), 1)
+    assert_counts(count(folder, dtype="uint16"), np.array([0]), 1)
+
+
 def test_masks_of_other_lengths(tmp_path):
     sample = {"tokens": bytes(8), "m": b"\x04\x03" + bytes(3)}
     folder = write(tmp_path / "data", {"tokens": ("bytes", None), "m": ("ndarray:uint8", None)}, [[sample]])
