@@ -8,10 +8,10 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from pdl_ext._whole_file import whole_file
@@ -32,15 +32,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises OSError that names the path, with what was there untouched.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = serialize(on_cpu, metadata={**metadata, _DIGEST: _digest(on_cpu, metadata)})
-    tensors_at = 8 + int.from_bytes(content[:8], "little")
-    # The library has the metadata in another order each time.
-    header = json.dumps(json.loads(content[8:tensors_at]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    # Not safetensors' save_file, which makes a file that only its owner can read.
+    # Not by the library, which has the metadata in another order each time, makes a copy of all tensors and ends the
+    # process where there is no memory for it, and makes files that only their owner can read.
+    header: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST: _digest(on_cpu, metadata)}}
+    arrays = {name: tensor.numpy() for name, tensor in on_cpu.items()}
+    # The widest first, so that each is aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    end = 0
+    for name in names:
+        array = arrays[name]
+        begin, end = end, end + array.nbytes
+        dtype = f"{array.dtype.kind}{8 * array.itemsize}".upper()
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    head = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     with whole_file(path) as partial, open(partial, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.write(memoryview(content)[tensors_at:])
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            file.write(arrays[name].reshape(-1).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -91,5 +100,5 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).numpy().tobytes())
+        digest.update(tensor.reshape(-1).numpy().data)
     return digest.hexdigest()

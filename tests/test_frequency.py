@@ -390,7 +390,7 @@ class TestFile:
 
     def test_the_same_counts_give_the_same_bytes(self, tmp_path):
         contents = set()
-        # The order of the metadata is drawn at random for each file.
+        # The safetensors library draws the order of the metadata for each file.
         for _ in range(20):
             TokenFrequency.from_counts(torch.arange(9)).save(tmp_path / "counts")
             contents.add((tmp_path / "counts").read_bytes())
