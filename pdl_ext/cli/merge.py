@@ -24,6 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output, load_counts
+    from pdl_ext.cli.streams import report
 
     check_counts_output(arguments.output)
     first, *others = arguments.counts
@@ -38,5 +39,5 @@ def _run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"{path}: does not go with {first}: {error}") from error
     frequency.save(arguments.output)
-    print(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
+    report(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
     return 0

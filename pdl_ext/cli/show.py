@@ -46,9 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "",
         *_alphas(frequency, arguments.alpha),
     ]
-    # What the terminal has no character for is printed as an escape.
-    encoding = sys.stdout.encoding or "utf-8"
-    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+    print(*lines, sep="\n")
     return 0
 
 
