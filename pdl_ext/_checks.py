@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 __all__ = [
     "check_choice",
     "check_flag",
+    "check_group",
     "check_ignore_index",
     "check_integer",
     "check_number",
+    "check_path",
     "check_vocab_size",
     "names_of",
 ]
@@ -52,6 +56,22 @@ def check_vocab_size(vocab_size: int) -> None:
 def check_ignore_index(ignore_index: int) -> None:
     """Raises ValueError unless ignore_index is an int that fits into int32."""
     check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises TypeError unless value is a path, ValueError for an empty one."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a path")
+    if not os.fspath(value):
+        raise ValueError(f"{name}: got an empty name, expected a path")
+
+
+def check_group(group: Any) -> Any:
+    """Gives the group. Raises TypeError unless it is one of processes, this one among them, or None."""
+    # A rank outside of a group has a placeholder for it, which collectives take and do nothing.
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup that this rank is in, or None")
+    return group
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor
 
 from pdl_ext._whole_file import whole_file
@@ -16,18 +19,37 @@ from pdl_ext._whole_file import whole_file
 __all__ = ["format_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "digest"
+# In a string of JSON the marks would have backslashes before them.
+_FORMAT = re.compile(rb'"format":"(pdl_ext\.[^"]*)"')
+# The library refuses longer ones.
+_LARGEST_HEADER = 100_000_000
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
 
+    The same tensors and metadata give the same bytes.
     Raises OSError that names the path, with what was there untouched.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = serialize(on_cpu, metadata={**metadata, _DIGEST: _digest(on_cpu, metadata)})
-    # Not safetensors' save_file, which makes a file that only its owner can read.
+    # Not by the library, which has the metadata in another order each time, makes a copy of all tensors and ends the
+    # process where there is no memory for it, and makes files that only their owner can read.
+    header: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST: _digest(on_cpu, metadata)}}
+    arrays = {name: tensor.numpy() for name, tensor in on_cpu.items()}
+    # The widest first, so that each is aligned.
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
+    end = 0
+    for name in names:
+        array = arrays[name]
+        begin, end = end, end + array.nbytes
+        dtype = f"{array.dtype.kind}{8 * array.itemsize}".upper()
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    head = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
     with whole_file(path) as partial, open(partial, "wb") as file:
-        file.write(content)
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            file.write(arrays[name].reshape(-1).data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -40,13 +62,15 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no file at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        # Not as PyTorch's, which the library opens by names in UTF-8 alone.
+        with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            # Before the tensors, which in other files may be of dtypes that NumPy does not know.
+            if metadata.get("format") != file_format:
+                raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
+            tensors = {key: torch.from_numpy(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")
@@ -54,18 +78,20 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
 
 
 def format_of(path: Path) -> str | None:
-    """The "format" of a file that write_tensors wrote, whole or damaged behind its head; None for any other file."""
+    """The "format" of a file that write_tensors wrote, whole, damaged or cut off behind it; None for any other file."""
     if not path.is_file():
         return None
     try:
         # A corpus has many files, of which few are opened twice.
         with open(path, "rb") as file:
-            if b'"__metadata__"' not in file.read(64):
+            head = file.read(64)
+            if b'"__metadata__"' not in head:
                 return None
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format")
-    except (SafetensorError, OSError):
+            # Not by the library, which opens no file that is cut off.
+            found = _FORMAT.search(head + file.read(min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)))
+    except OSError:
         return None
+    return None if found is None else found[1].decode("utf-8", "replace")
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -74,5 +100,5 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).numpy().tobytes())
+        digest.update(tensor.reshape(-1).numpy().data)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
-from pdl_ext._checks import check_ignore_index, check_vocab_size
+from pdl_ext._checks import check_group, check_ignore_index, check_vocab_size
 from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
@@ -178,7 +178,7 @@ class TokenFrequency(nn.Module):
         """
         if group is None and not (dist.is_available() and dist.is_initialized()):
             return
-        name = "" if group is None else _checked(group).group_name
+        name = "" if group is None else check_group(group).group_name
         if self._checked_group != name:
             # Once, since it waits for the device.
             self._check_ranks(group)
@@ -189,7 +189,7 @@ class TokenFrequency(nn.Module):
     def _check_ranks(self, group: dist.ProcessGroup | None) -> None:
         values = torch.tensor([self.vocab_size, self.ignore_index], device=self.counts.device)
         bounds = torch.cat([values, -values])
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=_checked(group))
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=check_group(group))
         *largest, _, _ = bounds.tolist()
         smallest = (-bounds[2:]).tolist()
         for name, low, high in zip(("vocab_size", "ignore_index"), smallest, largest, strict=True):
@@ -313,10 +313,3 @@ class TokenFrequency(nn.Module):
 
 def _unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return packed[:-2], packed[-2], packed[-1]
-
-
-def _checked(group: Any) -> Any:
-    # A rank outside of a group has a placeholder for it, which collectives take and do nothing.
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup that this rank is in, or None")
-    return group

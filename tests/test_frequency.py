@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pdl_ext import TokenFrequency, functional, reference
-from pdl_ext._tensor_file import write_tensors
+from pdl_ext._tensor_file import format_of, write_tensors
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
 TORCH_DTYPES = functional.TOKEN_DTYPES
@@ -377,12 +381,48 @@ class TestFile:
 
     def test_file_of_something_else(self, tmp_path):
         path = tmp_path / "model.safetensors"
-        save_file({"weight": torch.zeros(3)}, path)
+        save_file({"weight": torch.zeros(3, dtype=torch.bfloat16)}, path)
         with pytest.raises(ValueError, match=r"path: .* has format None, expected 'pdl_ext.TokenFrequency/2'"):
             TokenFrequency.load(path)
         path.write_text("a text, not tensors")
         with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
             TokenFrequency.load(path)
+
+    def test_the_same_counts_give_the_same_bytes(self, tmp_path):
+        contents = set()
+        # The safetensors library draws the order of the metadata for each file.
+        for _ in range(20):
+            TokenFrequency.from_counts(torch.arange(9)).save(tmp_path / "counts")
+            contents.add((tmp_path / "counts").read_bytes())
+        assert len(contents) == 1
+        # Aligned, for whoever maps it.
+        assert int.from_bytes(contents.pop()[:8], "little") % 8 == 0
+
+    def test_files_with_their_metadata_in_any_order_are_read(self, saved):
+        frequency, path = saved
+        with safe_open(path, framework="np") as file:
+            metadata = dict(reversed(file.metadata().items()))
+        save_file(dict(frequency.state_dict()), path, metadata=metadata)
+        assert torch.equal(TokenFrequency.load(path).counts, frequency.counts)
+        assert format_of(path) == "pdl_ext.TokenFrequency/2"
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+    def test_a_name_that_is_no_text(self, tmp_path):
+        path = tmp_path / os.fsdecode(b"\xff.counts")
+        TokenFrequency.from_counts(torch.arange(3)).save(path)
+        assert TokenFrequency.load(path).counts.tolist() == [0, 1, 2]
+        assert format_of(path) == "pdl_ext.TokenFrequency/2"
+
+    @pytest.mark.parametrize("kept", [128, -1])
+    def test_the_format_of_a_file_that_is_cut_off(self, saved, kept):
+        _, path = saved
+        path.write_bytes(path.read_bytes()[:kept])
+        assert format_of(path) == "pdl_ext.TokenFrequency/2"
+
+    def test_the_format_is_not_what_a_text_in_the_file_says(self, tmp_path):
+        inner = json.dumps({"format": "pdl_ext.TokenFrequency/2"}, separators=(",", ":"))
+        save_file({"weight": torch.zeros(3)}, tmp_path / "model", metadata={"note": inner})
+        assert format_of(tmp_path / "model") is None
 
     def test_later_format(self, saved):
         frequency, path = saved

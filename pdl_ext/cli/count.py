@@ -79,7 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     from pdl_ext._whole_file import partial_files
-    from pdl_ext.cli.output import check_counts_output
+    from pdl_ext.cli.counts_file import check_counts_output
+    from pdl_ext.cli.memory import is_out_of_memory
     from pdl_ext.corpus.ranks import checkpoints
 
     check_counts_output(arguments.output)
@@ -106,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}", file=sys.stderr)
         return 128 + _received
     except RuntimeError as error:
-        if group is None:
+        if group is None or is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
         print(f"pdl-ext count: this rank ends, since another one has ({reason})", file=sys.stderr)
@@ -169,11 +170,10 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _report(frequency: Any, output: Path) -> None:
+    from pdl_ext.cli.streams import report
+
     provenance = frequency.provenance
     unseen = int((frequency.counts == 0).sum())
-    print(f"{output}: {frequency.total:,} tokens counted of {provenance.tokens:,} in {len(provenance.shards):,} files")
-    print(f"{int(frequency.ignored):,} ignored, {int(frequency.out_of_range):,} out of range")
-    print(f"{unseen:,} of {frequency.vocab_size:,} entries never seen")
     if int(frequency.out_of_range):
         print(
             f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside [0, {frequency.vocab_size}): "
@@ -181,8 +181,12 @@ def _report(frequency: Any, output: Path) -> None:
             file=sys.stderr,
         )
     peak = _peak_memory()
-    if peak is not None:
-        print(f"peak memory {peak / 2**20:,.0f} MiB")
+    report(
+        f"{output}: {frequency.total:,} tokens counted of {provenance.tokens:,} in {len(provenance.shards):,} files",
+        f"{int(frequency.ignored):,} ignored, {int(frequency.out_of_range):,} out of range",
+        f"{unseen:,} of {frequency.vocab_size:,} entries never seen",
+        *([] if peak is None else [f"peak memory {peak / 2**20:,.0f} MiB"]),
+    )
 
 
 def _peak_memory() -> int | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
 
-from pdl_ext.cli import count, demo, info, merge, plot, show
+from pdl_ext.cli import count, demo, info, merge, plot, show, streams
+from pdl_ext.cli.memory import is_out_of_memory
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
+    streams.prepare()
     parser = argparse.ArgumentParser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in (count, merge, show, plot, info, demo):
@@ -24,14 +26,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             # Without the place in the library that warns.
             warnings.showwarning = _show_warning
-            return parsed.run(parsed)
+            code = parsed.run(parsed)
+            streams.flush_output()
+            return code
     except BrokenPipeError:
-        # Whoever reads has seen enough; what is left in the buffer has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except (ValueError, OSError, ImportError) as error:
+        # Whoever reads has seen enough.
+        code = 128 + 13
+    # Warnings are raised where Python is asked for it.
+    except (ValueError, OSError, ImportError, Warning) as error:
         print(f"pdl-ext: {error}", file=sys.stderr)
-        return 1
+        code = 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"pdl-ext: memory is not enough ({(str(error).splitlines() or ['MemoryError'])[0]})", file=sys.stderr)
+        code = 1
+    with contextlib.suppress(OSError):
+        streams.flush_output()
+    return code
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

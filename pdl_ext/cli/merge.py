@@ -23,21 +23,21 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pdl_ext import TokenFrequency
-    from pdl_ext.cli.output import check_counts_output
+    from pdl_ext.cli.counts_file import check_counts_output, load_counts
+    from pdl_ext.cli.streams import report
 
     check_counts_output(arguments.output)
     first, *others = arguments.counts
-    frequency = TokenFrequency.load(first)
+    frequency = load_counts(first)
     for number, path in enumerate(others, 1):
         # Counts that come from no files have no shards to tell it by.
         if not arguments.allow_overlap and path.exists() and any(map(path.samefile, arguments.counts[:number])):
             raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
-        other = TokenFrequency.load(path)
+        other = load_counts(path)
         try:
             frequency.merge(other, allow_overlap=arguments.allow_overlap)
         except ValueError as error:
             raise ValueError(f"{path}: does not go with {first}: {error}") from error
     frequency.save(arguments.output)
-    print(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
+    report(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
     return 0

@@ -27,14 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pdl_ext import TokenFrequency
     from pdl_ext._optional import require
     from pdl_ext._whole_file import whole_file
+    from pdl_ext.cli.counts_file import load_counts
+    from pdl_ext.cli.streams import report
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
-    frequency = TokenFrequency.load(arguments.counts)
+    frequency = load_counts(arguments.counts)
     if frequency.total == 0:
         raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
     figure = _figure(frequency, arguments.alpha)
@@ -42,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # Without a date and with names that are not random, the same counts give the same file.
     with whole_file(output) as partial, require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
         figure.savefig(partial, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
-    print(output)
+    report(str(output))
     return 0
 
 

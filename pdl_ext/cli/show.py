@@ -31,11 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pdl_ext import TokenFrequency
     from pdl_ext._checks import check_integer
+    from pdl_ext.cli.counts_file import load_counts
 
     check_integer("top", arguments.top, 1, 2**31 - 1, "an int >= 1")
-    frequency = TokenFrequency.load(arguments.counts)
+    frequency = load_counts(arguments.counts)
     text = _text_of(arguments.tokenizer, frequency.provenance)
     # All of it is computed before the first line is printed.
     lines = [
@@ -46,9 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "",
         *_alphas(frequency, arguments.alpha),
     ]
-    # What the terminal has no character for is printed as an escape.
-    encoding = sys.stdout.encoding or "utf-8"
-    print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding))
+    print(*lines, sep="\n")
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, countable, warn_if_narrow
+from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
@@ -58,6 +58,8 @@ class Columns:
         self._options = options
         self._policy = options.policy
         self._schema = schema
+        for option in ("column", "mask", "skip_prompt"):
+            self._check_is_one(option)
         self._tokens = self._policy.column or self._found()
         kind, numbers = self._kind(self._tokens)
         if kind is None:
@@ -86,7 +88,7 @@ class Columns:
                 )
             name = str(_numbers(self._type(self._tokens)))
             self.dtype = "int64" if name == "uint64" else name
-            warn_if_narrow(path, self.dtype, options.vocab_size)
+            check_told_dtype(path, self.dtype, options)
 
     def batches(self, rows: Iterable[Rows]) -> Iterator[Batch]:
         """The tokens of record batches that have the columns `names`.
@@ -108,23 +110,26 @@ class Columns:
         ):
             return TEXT_COLUMN
         if not tokens:
+            defaults = (*TOKEN_COLUMNS, TEXT_COLUMN)
+            got = [f"{field.name} ({field.type})" if field.name in defaults else field.name for field in self._schema]
             raise ValueError(
-                f"{self._path}: got the columns {', '.join(self._schema.names) or '(none)'}, expected lists of "
-                f"token ids in one of {', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with "
-                "--column"
+                f"{self._path}: got the columns {', '.join(got) or '(none)'}, expected lists of token ids in one of "
+                f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with --column"
             )
         return tokens[0]
+
+    def _check_is_one(self, option: str) -> None:
+        name = getattr(self._policy, option)
+        if name is not None and not self._is_unique(name):
+            raise ValueError(
+                f"{self._path}: has {len(self._schema.get_all_field_indices(name))} columns {name!r}, expected one: "
+                f"there are {', '.join(self._schema.names) or 'none'} (--{option.replace('_', '-')})"
+            )
 
     def _is_unique(self, name: str) -> bool:
         return len(self._schema.get_all_field_indices(name)) == 1
 
     def _type(self, name: str) -> Any:
-        if not self._is_unique(name):
-            number = len(self._schema.get_all_field_indices(name))
-            raise ValueError(
-                f"{self._path}: has {number} columns {name!r}, expected one: there are "
-                f"{', '.join(self._schema.names) or 'none'} (--column)"
-            )
         return self._schema.field(name).type
 
     def _kind(self, name: str) -> tuple[str | None, str | None]:

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 
 import pdl_ext
-from pdl_ext._checks import check_choice, check_flag, check_integer, check_number, check_vocab_size
+from pdl_ext._checks import (
+    check_choice,
+    check_flag,
+    check_group,
+    check_integer,
+    check_number,
+    check_path,
+    check_vocab_size,
+)
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
@@ -104,6 +112,13 @@ def count_corpus(
         threads = _processors()
     check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
+    if tokenizer is not None:
+        check_path("tokenizer", tokenizer)
+    if checkpoint is not None:
+        check_path("checkpoint", checkpoint)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: got {progress!r}, expected a function or None")
+    check_group(group)
     options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
 
     sources = open_sources(data, format, options)

@@ -20,7 +20,7 @@ _DTYPES = {2: "uint16", 4: "uint32"}
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    return _tokens_file(path).suffix == _SUFFIX and not path.is_dir()
+    return _tokens_file(path).suffix == _SUFFIX
 
 
 def _tokens_file(path: Path) -> Path:
@@ -37,9 +37,9 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     index_file, loss_file, metadata_file = (tokens_file.with_name(tokens_file.name + s) for s in _COMPANIONS)
     index = _index(index_file) if index_file.is_file() else None
     size = Stamp.of(tokens_file).size
-    dtype = options.dtype
-    if dtype is None and metadata_file.is_file():
-        dtype = _dtype_in(metadata_file)
+    dtype = _dtype_in(metadata_file) if metadata_file.is_file() else None
+    if dtype is None:
+        dtype = options.dtype
     if dtype is None and index is not None and index.last > 0:
         dtype = _DTYPES.get(size // index.last) if size % index.last == 0 else None
         if dtype is None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 import warnings
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
-from pdl_ext._checks import check_choice
+import numpy as np
+
+from pdl_ext._checks import check_choice, check_path
 from pdl_ext._tensor_file import format_of
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.access import read_head
 from pdl_ext.corpus.lines import has_suffix
-from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp
+from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
 
 __all__ = ["FORMATS", "open_sources"]
 
@@ -24,8 +25,7 @@ FORMATS = {
     for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
 }
 _LIST_SUFFIX = ".list"
-_OWN_FORMATS = ("pdl_ext.TokenFrequency", "pdl_ext.corpus.State")
-_OWN_FILE = re.compile(r"\.safetensors$|\.checkpoint-\d+$")
+_COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
 _HEAD_BYTES = 64
 # What is missed where a folder is taken for a dataset.
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
@@ -35,19 +35,25 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     """The sources of everything named, in order, each file once.
 
     data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
-    Raises ValueError that names what is missing, empty, unreadable or of no known format.
+    Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
-    if isinstance(data, (str, os.PathLike)) or not data:
+    try:
+        names = [] if isinstance(data, (str, bytes, os.PathLike)) else list(data)
+    except TypeError as error:
+        raise TypeError(f"data: got {data!r}, expected a list of files, folders or patterns") from error
+    if not names:
         raise ValueError(f"data: got {data!r}, expected a list of files, folders or patterns")
+    for name in names:
+        check_path("data", name)
     if format_name is not None:
         check_choice("format", format_name, FORMATS)
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
-    for path in (path for name in data for path in _expand(os.fspath(name))):
+    for path in (path for name in names for path in _expand(os.fspath(name))):
         if path.is_dir():
             folders.append(path)
-        elif (format_of(path) or "").startswith(_OWN_FORMATS):
+        elif (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
             # Counts and checkpoints, which may be written to where patterns find them.
             continue
         opened = _format_of(path, format_name, options).open(path, options)
@@ -66,20 +72,22 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     for folder in folders:
         _warn_of_others(folder, known)
     if not sources:
-        raise ValueError(f"data: got nothing to count in {', '.join(map(str, data))}")
+        raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
+    _warn_of_narrow(sources, options.vocab_size)
     return sources
 
 
 def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
     """The files and folders that a name stands for. lists: the .list files that it stands in."""
-    if not name:
-        raise ValueError("data: got an empty name, expected a file, a folder or a pattern")
     path = Path(name)
     if path.suffix == _LIST_SUFFIX and path.is_file():
         yield from _listed(path, lists)
     elif path.is_dir():
         yield from _walk(path)
     elif path.exists():
+        # Not of checkpoints: where a shell puts names for a pattern, the same command goes on from them.
+        if (format_of(path) or "").startswith(_COUNTS):
+            raise ValueError(f"data: got {path}, which holds counts, expected a corpus: `pdl-ext merge` adds counts up")
         yield path
     else:
         found = sorted(glob.glob(name, recursive=True))
@@ -111,12 +119,12 @@ def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
 def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
     """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
 
-    Counts and checkpoints are left out, which may be written into the folder that is counted, and links to `parents`.
+    Links to `parents` are left out.
     """
     real = os.path.realpath(folder)
     if real in parents:
         return
-    if any(format.recognises(folder, b"") for format in FORMATS.values()):
+    if _told(folder):
         yield folder
         return
     try:
@@ -130,7 +138,7 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
             continue
         if path.is_dir():
             yield from _walk(path, (*parents, real))
-        elif not _OWN_FILE.search(entry.name) and not _is_companion(path, names):
+        elif not _is_companion(path, names):
             yield path
 
 
@@ -153,6 +161,23 @@ def _warn_of_others(folder: Path, known: Container[str]) -> None:
         )
 
 
+def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
+    """Warns, once for each dtype, of tokens that cannot hold all of a vocabulary."""
+    paths: dict[str, list[Path]] = {}
+    for source in sources:
+        paths.setdefault(source.dtype, []).append(source.path)
+    paths.pop("text", None)
+    for dtype, (first, *others) in paths.items():
+        largest = np.iinfo(token_dtype(dtype)).max
+        if vocab_size > largest + 1:
+            warnings.warn(
+                f"{first}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of "
+                f"{vocab_size}: larger ones would have wrapped when it was written"
+                f"{f'; the same goes for {len(others)} other files' if others else ''}",
+                stacklevel=2,
+            )
+
+
 def _is_companion(path: Path, among: Container[str]) -> bool:
     """Whether a path belongs to one that is there, too."""
     name = os.fspath(path)
@@ -163,21 +188,29 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
     )
 
 
-def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+def _told(path: Path) -> Format | None:
+    """The format that a file or a folder can be told to be of."""
+    # The folder of a file's parts may be named as the file would be.
     is_folder = path.is_dir()
-    if not is_folder:
+    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
+    asked = (format for format in FORMATS.values() if format.has_folders or not is_folder)
+    return next((format for format in asked if format.recognises(path, head)), None)
+
+
+def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+    if not path.is_dir():
         # Before it is opened, which waits for ever for a pipe that nobody writes to.
         Stamp.of(path)
     if name is not None:
         return FORMATS[name]
-    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
-    for format in FORMATS.values():
-        if format.recognises(path, head):
-            return format
+    if (format := _told(path)) is not None:
+        return format
     # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
     if path.suffix in (".bin", ".npy"):
         return raw.FORMAT
+    # Of what a writer of columns has not finished, for one.
+    reason = "" if Stamp.of(path).size else "is empty, so that "
     raise ValueError(
-        f"{path}: its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a dtype), "
-        "or leave the file out by a pattern"
+        f"{path}: {reason}its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
+        "dtype), or leave the file out by a pattern"
     )

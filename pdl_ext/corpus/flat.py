@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext.corpus.access import opened, read_array, read_at
-from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, countable, token_dtype, warn_if_narrow
+from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, check_told_dtype, countable, token_dtype
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
@@ -49,6 +49,7 @@ class FlatSource(Source):
         if mask is not None:
             companions = (*companions, mask)
         super().__init__(format_name, path, dtype, companions)
+        check_told_dtype(path, dtype, options)
         self._dtype = token_dtype(dtype)
         itemsize = self._dtype.itemsize
         if tokens is None:
@@ -64,7 +65,6 @@ class FlatSource(Source):
             )
         if mask is not None and self.stamps[mask].size != tokens:
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
-        warn_if_narrow(path, dtype, options.vocab_size)
         self.first_byte = first_byte
         self.tokens = tokens
         self._shifted = options.policy.targets == "shifted"

@@ -176,4 +176,4 @@ class _Indices:
                 yield batch.column(0).to_numpy().view(np.uint64)
 
 
-FORMAT = Format("huggingface", _open, recognises=_recognises)
+FORMAT = Format("huggingface", _open, _recognises, has_folders=True)

@@ -161,9 +161,6 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    if path.is_dir():
-        # As some tools name the folder of a file's parts.
-        return False
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
     # Other JSON is seldom compressed; plain, it may be an array.

@@ -146,4 +146,4 @@ def _item_starts(
     return starts
 
 
-FORMAT = Format("litdata", _open, _recognises)
+FORMAT = Format("litdata", _open, _recognises, has_folders=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.access import opened, read_at
 from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, countable, warn_if_narrow
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_told_dtype, countable
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -70,10 +70,10 @@ class _Layout:
         self._options = options
         self._numbers_of = {column.name: number for number, column in enumerate(columns)}
         policy = options.policy
-        self.tokens = self._number(policy.column or self._found())
+        self.tokens = self._number(policy.column or self._found(), "--column")
         self.text = columns[self.tokens].encoding == "str"
-        self.mask = None if policy.mask is None else self._number(policy.mask)
-        self.labels = None if policy.skip_prompt is None else self._number(policy.skip_prompt)
+        self.mask = None if policy.mask is None else self._number(policy.mask, "--mask")
+        self.labels = None if policy.skip_prompt is None else self._number(policy.skip_prompt, "--skip-prompt")
         if self.text:
             self._check_text()
             return
@@ -94,18 +94,18 @@ class _Layout:
         for name in TOKEN_COLUMNS:
             if encodings.get(name, "").startswith(("ndarray", "bytes")):
                 return name
+        defaults = (*TOKEN_COLUMNS, TEXT_COLUMN)
+        got = [f"{name} ({encoding})" if name in defaults else name for name, encoding in encodings.items()]
         raise ValueError(
-            f"{self._index}: got the columns {self._names()}, expected arrays or bytes in one of "
+            f"{self._index}: got the columns {', '.join(got) or '(none)'}, expected arrays or bytes in one of "
             f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with --column"
         )
 
-    def _number(self, name: str) -> int:
+    def _number(self, name: str, option: str) -> int:
         if name not in self._numbers_of:
-            raise ValueError(f"{self._index}: has no column {name!r}, expected one of {self._names()} (--column)")
+            names = ", ".join(self._numbers_of) or "(none)"
+            raise ValueError(f"{self._index}: has no column {name!r}, expected one of {names} ({option})")
         return self._numbers_of[name]
-
-    def _names(self) -> str:
-        return ", ".join(self._numbers_of) or "(none)"
 
     def _check_text(self) -> None:
         name = self.columns[self.tokens].name
@@ -173,7 +173,9 @@ class _Shard(Source):
             self._check_head(window, index)
             if not layout.text:
                 self.dtype = self._dtype(window)
-                warn_if_narrow(path, self.dtype, options.vocab_size)
+                # One that is given may be that of labels alone, and a shard without samples may tell none.
+                if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
+                    check_told_dtype(path, self.dtype, options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)
@@ -408,4 +410,4 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     return shard
 
 
-FORMAT = Format("mds", _open, recognises=_recognises)
+FORMAT = Format("mds", _open, _recognises, has_folders=True)

@@ -29,9 +29,7 @@ _BLOCK = 2**15
 
 def _recognises(path: Path, head: bytes) -> bool:
     # Whatever the .idx holds: if that is damaged, the .bin alone would pass for raw ids.
-    return head.startswith(_MAGIC) or (
-        path.suffix == ".bin" and path.with_suffix(".idx").is_file() and not path.is_dir()
-    )
+    return head.startswith(_MAGIC) or (path.suffix == ".bin" and path.with_suffix(".idx").is_file())
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +24,9 @@ __all__ = [
     "ReadOptions",
     "Source",
     "Stamp",
+    "check_told_dtype",
     "countable",
     "token_dtype",
-    "warn_if_narrow",
 ]
 
 # What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
@@ -57,15 +56,10 @@ def countable(tokens: NDArray[Any]) -> NDArray[Any]:
     return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
 
 
-def warn_if_narrow(path: Path, dtype: str, vocab_size: int) -> None:
-    """Warns of a dtype, a name in TOKEN_DTYPES, that cannot hold all of a vocabulary."""
-    largest = np.iinfo(token_dtype(dtype)).max
-    if vocab_size > largest + 1:
-        warnings.warn(
-            f"{path}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of {vocab_size}: "
-            "larger ones would have wrapped when it was written",
-            stacklevel=2,
-        )
+def check_told_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
+    """Raises ValueError unless the dtype that a file tells is the one that is given, or none is."""
+    if options.dtype not in (None, dtype):
+        raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
 
 
 @dataclass(frozen=True)
@@ -167,12 +161,14 @@ class Source(ABC):
 class Format(NamedTuple):
     """A format of corpora, as discover.py asks for it.
 
-    recognises(path, head): whether a file whose first 64 bytes are `head`, or a folder (head is empty), can be nothing
-    else; open(path, options): its sources; companions: how the names of files end that are read with another one, and
-    what the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it.
+    recognises(path, head): whether a file whose first 64 bytes are `head` can be nothing else; open(path, options): its
+    sources; companions: how the names of files end that are read with another one, and what the name of that one has
+    instead: left out where the other is there, too, and otherwise opened, to tell of it; has_folders: whether a folder
+    may be of the format, which recognises is then asked about, too, with an empty head.
     """
 
     name: str
     open: Callable[[Path, ReadOptions], list[Source]]
     recognises: Callable[[Path, bytes], bool]
     companions: Mapping[str, str] = MappingProxyType({})
+    has_folders: bool = False

@@ -46,4 +46,4 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 # Not .md, which tells of the corpus that it lies beside.
-FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text") and not path.is_dir())
+FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -95,8 +96,10 @@ def test_an_output_that_holds_no_counts_is_not_overwritten(command, corpus, tmp_
     assert main([*arguments, "-o", "a.bin", *(["--vocab-size", "50"] if command == "count" else [])]) == 1
     assert "output: got a.bin, a file that holds no counts" in capsys.readouterr().err
     assert (tmp_path / "a.bin").read_bytes() == content
-    # Counts may be counted anew.
+    # Counts may be counted anew, and those that are cut off, too.
+    (tmp_path / "counts.safetensors").write_bytes((tmp_path / "counts.safetensors").read_bytes()[:-9])
     assert main([*COUNT, "50"]) == 0
+    assert torch.equal(TokenFrequency.load("counts.safetensors").counts, corpus)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
@@ -114,6 +117,14 @@ def test_an_output_may_be_empty_or_a_link_but_no_pipe(corpus, tmp_path, capsys):
     assert (tmp_path / "link").is_symlink()
     assert not list(tmp_path.glob(".*.partial"))
     assert torch.equal(TokenFrequency.load(tmp_path / "real").counts, corpus)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
+def test_an_output_whose_name_is_no_text_is_read_and_replaced(corpus):
+    name = os.fsdecode(b"\xff")
+    for _ in range(2):
+        assert main([*COUNT[:4], "-o", name, "--vocab-size", "50"]) == 0
+    assert torch.equal(TokenFrequency.load(name).counts, corpus)
 
 
 def test_warnings_are_one_line(corpus, capsys):

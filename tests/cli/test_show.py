@@ -135,5 +135,10 @@ def test_bad_arguments(arguments, message, counts, capsys):
 
 
 def test_no_counts(tmp_path, capsys):
-    assert main(["show", str(tmp_path / "none")]) == 1
-    assert "no file at" in capsys.readouterr().err
+    (tmp_path / "other").write_bytes(b"other")
+    for name, message in [
+        ("none", f"counts: no file at {tmp_path}/none, expected one that `pdl-ext count` wrote"),
+        ("other", f"counts: {tmp_path}/other is damaged or no safetensors file"),
+    ]:
+        assert main(["show", str(tmp_path / name)]) == 1
+        assert capsys.readouterr().err.startswith(f"pdl-ext: {message}")

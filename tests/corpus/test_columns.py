@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from column_files import VOCAB, count, joined, sequences
+from test_huggingface import write_stream
 
-from pdl_ext.corpus import TargetPolicy
+from pdl_ext.corpus import TargetPolicy, count_corpus
 from pdl_ext.corpus.columns import Columns, Rows
 from pdl_ext.corpus.source import ReadOptions
 
@@ -34,7 +35,6 @@ def lists(rows, type):
     return pa.array([row.tolist() for row in rows], type)
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot hold ids above 127")
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("list_type", ["list_", "large_list"])
 def test_lists_of_every_integer(dtype, list_type):
@@ -186,7 +186,8 @@ def test_texts(tokenizer, type):
     [
         ({"a": [1], "b": ["x"]}, {}, r"got the columns a, b, expected lists .* input_ids, tokens, token_ids.*--column"),
         ({}, {}, r"got the columns \(none\)"),
-        ({"tokens": [3]}, {}, r"got the columns tokens, expected lists"),
+        ({"tokens": [3]}, {}, r"got the columns tokens \(int64\), expected lists"),
+        ({"a": [1], "input_ids": [["x"]]}, {}, r"got the columns a, input_ids \(list<.*string>\), expected lists"),
         ({"a": [[1]]}, {"column": "b"}, r"has 0 columns 'b', expected one: there are a \(--column\)"),
         ({"a": ["x"]}, {"column": "a"}, r"column 'a' holds text, expected a tokenizer for it \(--tokenizer\)"),
         ({"a": [[1.5]]}, {"column": "a"}, r"column 'a' holds list<.*double>, expected lists of integers"),
@@ -200,7 +201,8 @@ def test_texts(tokenizer, type):
             {"skip_prompt": "l"},
             r"column 'l' holds list<.*bool> beside.*expected integer",
         ),
-        ({"tokens": [[1]]}, {"mask": "m"}, r"has 0 columns 'm', expected one: there are tokens"),
+        ({"tokens": [[1]]}, {"mask": "m"}, r"has 0 columns 'm', expected one: there are tokens \(--mask\)"),
+        ({"tokens": [[1]]}, {"skip_prompt": "l"}, r"has 0 columns 'l', expected .* tokens \(--skip-prompt\)"),
     ],
 )
 def test_wrong_columns(columns, policy, message):
@@ -261,10 +263,17 @@ def test_offsets_outside_of_the_values(offsets):
         read(pa.record_batch({"tokens": array}))
 
 
-def test_a_narrow_dtype_warns():
-    schema = pa.schema({"tokens": pa.list_(pa.uint16())})
-    with pytest.warns(UserWarning, match="data.parquet: its tokens are uint16, and cannot hold ids above 65535"):
-        Columns(Path("data.parquet"), schema, ReadOptions(70_000))
+def test_a_narrow_dtype_warns(tmp_path):
+    write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint16()))})
+    with pytest.warns(UserWarning, match="a.arrow: its tokens are uint16, and cannot hold ids above 65535"):
+        count_corpus([tmp_path], 70_000)
+
+
+def test_a_dtype_that_is_not_the_columns_is_an_error(tmp_path):
+    write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint64()))})
+    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected int64, which the file tells, or none"):
+        count_corpus([tmp_path], VOCAB, dtype="uint16")
+    assert count_corpus([tmp_path], VOCAB, dtype="int64").total == 1
 
 
 def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):

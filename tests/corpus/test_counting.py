@@ -128,10 +128,14 @@ def test_provenance_tells_what_was_counted(tmp_path):
     [
         ({"data": []}, "data: got []"),
         ({"data": "a.bin"}, "data: got 'a.bin', expected a list"),
+        ({"data": 5}, "data: got 5, expected a list"),
+        ({"data": [1]}, "data: got 1 of type int, expected a path"),
+        ({"data": [b"a.bin"]}, "data: got b'a.bin' of type bytes, expected a path"),
+        ({"data": np.array("a.bin")}, "data: got array('a.bin', dtype='<U5'), expected a list"),
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),
         ({"data": ["empty"]}, "data: got nothing to count in empty"),
         ({"data": ["a.txy"], "dtype": None}, "a.txy: its format cannot be told"),
-        ({"data": ["broken.list"]}, "data: got ./gone.bin" if os.name == "nt" else "gone.bin"),
+        ({"data": ["broken.list"]}, "data: got ./gone.bin, expected a file"),
         ({"data": ["binary.list"]}, "binary.list: cannot be read as a list of files"),
         ({"data": ["odd.bin"], "dtype": "uint16"}, "odd.bin: got 3 bytes, expected a multiple of 2"),
         ({"dtype": None}, "a.bin: has no header, so its dtype cannot be told: give dtype"),
@@ -140,7 +144,13 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"threads": 0}, "threads: got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every: got 0"),
-        ({"checkpoint": "nowhere/state"}, "not written: nowhere/state-0"),
+        ({"checkpoint": 5}, "checkpoint: got 5 of type int, expected a path"),
+        ({"checkpoint": ""}, "checkpoint: got an empty name, expected a path"),
+        ({"tokenizer": 5}, "tokenizer: got 5 of type int, expected a path"),
+        ({"tokenizer": ""}, "tokenizer: got an empty name, expected a path"),
+        ({"group": "x"}, "group: got str, expected a ProcessGroup that this rank is in, or None"),
+        ({"progress": 5}, "progress: got 5, expected a function or None"),
+        ({"checkpoint": "nowhere/state"}, "[Errno 2] No such file or directory; not written: nowhere/state-0"),
         ({"tokenizer": "gone.json"}, "gone.json: cannot be read"),
     ],
 )
@@ -153,7 +163,7 @@ def test_bad_arguments_are_named(options, message, tmp_path, monkeypatch):
     (tmp_path / "binary.list").write_bytes(b"\xff\xfe\x00")
     write(tmp_path / "a.bin", zipf(50))
     options = {"data": ["a.bin"], "vocab_size": V, "dtype": "uint16"} | options
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError, OSError), match=f"^{re.escape(message)}"):
         count_corpus(options.pop("data"), options.pop("vocab_size"), **options)
 
 
@@ -181,8 +191,15 @@ def test_empty_files_are_counted_as_empty(tmp_path):
 
 def test_a_narrow_dtype_is_warned_of(tmp_path):
     write(tmp_path / "a.bin", zipf(50))
-    with pytest.warns(UserWarning, match=r"a.bin: its tokens are uint16, and cannot hold ids above 65535"):
+    message = r"a.bin: its tokens are uint16, and cannot hold ids above 65535 of .* when it was written"
+    with pytest.warns(UserWarning, match=rf"{message}$"):
         count_corpus([tmp_path], 65537, dtype="uint16")
+    # Once, however many files there are.
+    for name in "bc":
+        write(tmp_path / f"{name}.bin", zipf(60))
+    with pytest.warns(UserWarning, match=rf"{message}; the same goes for 2 other files$") as warned:
+        count_corpus([tmp_path], 65537, dtype="uint16", allow_overlap=True)
+    assert len(warned) == 1
 
 
 class Slow(Source):

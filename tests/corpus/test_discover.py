@@ -16,7 +16,8 @@ from test_huggingface import save, write_stream
 from text_tokenizer import save_tokenizer
 
 from pdl_ext import TokenFrequency
-from pdl_ext.corpus import TargetPolicy, count_corpus, lines, tokenizer
+from pdl_ext.corpus import TargetPolicy, count_corpus, discover, lines, tokenizer
+from pdl_ext.corpus.source import Format
 
 V = 100
 ROWS = [np.arange(start, start + 5, dtype=np.int32) for start in range(0, 20, 5)]
@@ -56,12 +57,27 @@ def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
         total(llmc, dtype="uint16")
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "a.txt", "tokens.bin"])
-def test_a_folder_may_be_named_as_a_file_is(tmp_path, name):
+@pytest.mark.parametrize("name", ["data.jsonl", "a.txt", "tokens.bin", "0.ds", "a.slow"])
+def test_a_folder_may_be_named_as_a_file_is(tmp_path, monkeypatch, name):
+    # A format that asks for nothing but the name.
+    slow = Format("slow", lambda path, options: [], lambda path, head: path.suffix == ".slow")
+    monkeypatch.setitem(discover.FORMATS, "slow", slow)
     (tmp_path / name).mkdir()
     (tmp_path / name / "part-0.jsonl").write_text('{"input_ids": [1, 2]}')
     (tmp_path / "tokens.idx").mkdir()
     assert total(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_an_empty_file_of_no_format_is_told_to_be_empty(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format cannot be told"):
+        total(tmp_path)
+
+
+def test_names_may_come_in_an_array(tmp_path):
+    paths = [str(write_npy(tmp_path, ROWS)), str(write_llmc(tmp_path, [row.astype(np.uint16) for row in ROWS]))]
+    assert count_corpus(np.array(paths), V).total == 40
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
@@ -85,8 +101,40 @@ def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
         frequency = TokenFrequency(V)
         frequency.update(torch.tensor([1]))
         frequency.save(tmp_path / name)
+    # Nor are those that were cut off, whose bytes are ids as good.
+    (tmp_path / "cut.bin").write_bytes((tmp_path / "counts.bin").read_bytes()[:-10])
     options = {"format": "raw"} if data else {}
     assert total(tmp_path / data, dtype="uint16", **options) == 20
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "tokens.checkpoint-1"])
+def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    (tmp_path / name).write_bytes(b"others'")
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: its format cannot be told"):
+        total(tmp_path, dtype="uint16")
+
+
+def test_counts_that_are_named_are_not_dropped(tmp_path):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    frequency = count_corpus([tmp_path / "a.bin"], V, dtype="uint16", checkpoint=tmp_path / "c")
+    frequency.save(tmp_path / "counts")
+    (tmp_path / "all.list").write_text("a.bin\ncounts\n")
+    for data in ([tmp_path / "a.bin", tmp_path / "counts"], [tmp_path / "all.list"]):
+        with pytest.raises(
+            ValueError, match=r"data: got .*counts, which holds counts, expected a corpus: `pdl-ext merge`"
+        ):
+            total(*data, dtype="uint16")
+    # As a shell names them for `*` when an interrupted command goes on.
+    assert total(tmp_path / "a.bin", tmp_path / "c-0", dtype="uint16") == 20
+
+
+@pytest.mark.parametrize("data", ["", "*"])
+def test_lists_are_followed_where_they_are_named_alone(tmp_path, data):
+    write_npy(tmp_path, ROWS)
+    (tmp_path / "all.list").write_text("tokens.npy\n")
+    with pytest.raises(ValueError, match=r"all\.list: its format cannot be told"):
+        total(tmp_path / data)
 
 
 def test_files_that_a_dataset_does_not_list_are_told_of(tmp_path):

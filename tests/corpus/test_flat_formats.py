@@ -179,10 +179,20 @@ def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer|4\n12\n12 T")
     assert count_corpus([tmp_path / "a.ds"], V).counts.tolist() == bincount(tokens)
+    with pytest.raises(ValueError, match=r"a\.ds: got dtype uint16, expected uint32, which the file tells, or none"):
+        count_corpus([tmp_path / "a.ds"], V, dtype="uint16")
     # Of twice as many tokens as there are, which 2 bytes each would be.
     np.array([24], np.uint64).tofile(tmp_path / "a.ds.index")
     with pytest.raises(ValueError, match=r"its last document ends at token 24, expected 12"):
         count_corpus([tmp_path / "a.ds"], V)
+
+
+@pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "litdata"])
+def test_a_dtype_that_is_not_what_the_file_tells_is_an_error(name, tmp_path):
+    path = FORMATS[name][0](tmp_path, [np.arange(n, dtype="uint16") for n in (3, 5, 7)])
+    with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file tells, or none"):
+        count_corpus([path], V, dtype="int16")
+    assert count_corpus([path], V, dtype="uint16").total == 15
 
 
 def test_arrays_of_litdata_for_its_tokens_loader(tmp_path):

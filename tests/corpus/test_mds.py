@@ -169,7 +169,7 @@ def test_no_samples(tmp_path):
     ("columns", "policy", "message"),
     [
         ({"a": ("bytes", None)}, {}, r"index\.json: got the columns a, expected arrays or bytes in one of input_ids"),
-        ({"tokens": ("int", 8)}, {}, r"index\.json: got the columns tokens, expected arrays or bytes"),
+        ({"tokens": ("int", 8)}, {}, r"index\.json: got the columns tokens \(int\), expected arrays or bytes"),
         ({"a": ("int", 8)}, {"column": "a"}, r"column 'a' holds 'int', expected arrays of integers, or bytes"),
         ({"a": ("ndarray:float32", None)}, {"column": "a"}, r"column 'a' holds 'ndarray:float32', expected arrays"),
         (
@@ -183,7 +183,8 @@ def test_no_samples(tmp_path):
             r"holds 'ndarray:int32:3' in 13 bytes, expected one axis and 4",
         ),
         ({"a": ("ndarray", None)}, {"column": "b"}, r"index\.json: has no column 'b', expected one of a \(--column\)"),
-        ({"tokens": ("ndarray", None)}, {"mask": "m"}, r"has no column 'm', expected one of tokens"),
+        ({"tokens": ("ndarray", None)}, {"mask": "m"}, r"has no column 'm', expected one of tokens \(--mask\)"),
+        ({"tokens": ("ndarray", None)}, {"skip_prompt": "l"}, r"has no column 'l', .* tokens \(--skip-prompt\)"),
         (
             {"tokens": ("ndarray", None), "m": ("bytes", None)},
             {"mask": "m"},
@@ -221,6 +222,18 @@ def test_bytes_that_are_no_multiple(tmp_path):
     folder = write(tmp_path / "data", {"tokens": ("bytes", None)}, [[{"tokens": bytes(9)}]])
     with pytest.raises(ValueError, match=r"shard\.00000\.mds: column 'tokens' of sample 0 is damaged"):
         count(folder, dtype="int64")
+
+
+def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
+    columns = {"tokens": ("ndarray", None), "labels": ("bytes", None)}
+    sample = {"tokens": b"\x10\x04\x01" + bytes(2), "labels": bytes(8)}
+    # Of a shard without samples none is told.
+    folder = write(tmp_path / "data", columns, [[sample], []])
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file tells"):
+        count(folder, dtype="int64")
+    # Of the labels another one may be given.
+    assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([0]), 1)
+    assert_counts(count(folder, dtype="uint16"), np.array([0]), 1)
 
 
 def test_masks_of_other_lengths(tmp_path):

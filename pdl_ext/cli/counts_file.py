@@ -1,11 +1,27 @@
-"""What a sub-command may write to."""
+"""The files of counts that sub-commands read, and what they may write them to."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["check_counts_output"]
+if TYPE_CHECKING:
+    from pdl_ext import TokenFrequency
+
+__all__ = ["check_counts_output", "load_counts"]
+
+
+def load_counts(path: Path) -> TokenFrequency:
+    """What a file of counts holds. Raises ValueError that names the argument, for one that is missing or damaged."""
+    from pdl_ext import TokenFrequency
+
+    if not path.is_file():
+        raise ValueError(f"counts: no file at {path}, expected one that `pdl-ext count` wrote")
+    try:
+        return TokenFrequency.load(path)
+    except ValueError as error:
+        raise ValueError(f"counts: {str(error).removeprefix('path: ')}") from error
 
 
 def check_counts_output(path: Path) -> None:

@@ -1,0 +1,42 @@
+"""The standard streams, which may be closed, full, or of an encoding that has not every character."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+
+__all__ = ["flush_output", "prepare", "report"]
+
+
+def prepare() -> None:
+    """Makes streams that were closed usable: nothing is told on standard error, and printing is an error as it was."""
+    # Opened here, or the next file that is would have their numbers.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What it has no character for, as in the name of a file, is printed as an escape, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Raises OSError if what was printed cannot be written, and then drops it, or the interpreter would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from error
+
+
+def report(*lines: str) -> None:
+    """Prints what a sub-command says when its work is done; where that fails, the work is none the worse."""
+    try:
+        print(*lines, sep="\n")
+        flush_output()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            flush_output()
+        print(f"pdl-ext: warning: the file is written, but standard output is not ({error.strerror})", file=sys.stderr)
