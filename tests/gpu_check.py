@@ -421,15 +421,18 @@ def exercise_kernels(device: str) -> None:
                 rows, vocab_size, dtype, 0, target_dtype, reduction=reduction, inplace_backward=True, **everything
             )
 
-    # Loss and gradient at once: in one block, in clusters, and from L2, with more rows than multiprocessors.
-    rows = torch.cuda.get_device_properties(device).multi_processor_count + 3 if device == "cuda" else 7
+    # Loss and gradient at once: in one block, in clusters, and from L2, with more rows than multiprocessors. A block's
+    # share of 24,576 or 49,152 logits is 48 KiB, which only the kernel's own variables make too much without asking.
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device == "cuda" else 4
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for vocab_size in (1009, 30_011, 160_001):
+        for vocab_size in (1009, 24_576, 30_011, 49_152, 160_001):
             for options in ({}, everything):
-                check_loss(rows, vocab_size, dtype, 0, torch.int64, inplace_backward=True, **options)
+                check_loss(multiprocessors + 3, vocab_size, dtype, 0, torch.int64, inplace_backward=True, **options)
 
     for dtype in (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64):
-        for count, vocab_size in ((1000, 200), (70_001, 50_257), (70_000, 300_000)):
+        # In warps, and on chip: all ids, or the first of them.
+        on_chip = 2 * multiprocessors * 58_112 + 1
+        for count, vocab_size in ((1000, 200), (70_001, 50_257), (on_chip, 1009), (on_chip, 300_000)):
             highest = min(vocab_size + 50, 2 ** min(8 * dtype.itemsize, 31))
             tokens = torch.randint(highest, (count,), generator=generator)
             tokens[::7] = 3

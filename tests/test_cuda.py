@@ -219,6 +219,24 @@ def test_counting_from_host_memory(cuda, dtype):
     assert torch.equal(frequency.counts.cpu(), torch.from_numpy(2 * expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
+def test_counting_on_chip(cuda, dtype):
+    # More tokens than two for each counter that all multiprocessors keep, whose shared memory is 227 KiB at most.
+    count = 2 * torch.cuda.get_device_properties(cuda).multi_processor_count * 227 * 256 + 3
+    ids = torch.rand(count, device=cuda) ** 2 * 60_004
+    tokens = ids.to(torch.int64)
+    tokens[::9] = 3
+    frequency = TokenFrequency(60_000, ignore_index=3).to(cuda)
+    # Not at an aligned address.
+    frequency.update(tokens.to(dtype)[1:])
+    expected = torch.bincount(tokens[1:], minlength=60_004)
+    assert frequency.ignored == expected[3]
+    expected[3] = 0
+    assert torch.equal(frequency.counts, expected[:60_000])
+    assert frequency.out_of_range == expected[60_000:].sum()
+    assert frequency.counts[59_000:].any()
+
+
 def test_second_device(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one CUDA device")
