@@ -60,6 +60,7 @@ class Sizes:
     """How large the workloads are."""
 
     rows: int = 8192
+    few_rows: tuple[int, ...] = (1, 64)
     vocab_sizes: tuple[int, ...] = (128256, 32000, 151936, 50257, 256000)
     tokens: int = 2**28
     histogram_vocab_sizes: tuple[int, ...] = (128256, 32000, 50257, 262144)
@@ -155,18 +156,18 @@ def _takes_part(mode: str, loss: LossFunction) -> bool:
 
 
 def loss_group(
-    clock: Clock, sizes: Sizes, vocab_size: int, dtype: torch.dtype, peaked: bool = False, ignored: float = 0.0
+    clock: Clock, rows: int, vocab_size: int, dtype: torch.dtype, peaked: bool = False, ignored: float = 0.0
 ) -> Group:
     """The loss with its gradient, and either alone."""
     kind = f"{'peaked' if peaked else 'random'}, {ignored:.0%} ignored"
-    name = f"loss {str(dtype).removeprefix('torch.')} [{sizes.rows}, {vocab_size}], {kind}"
+    name = f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {kind}"
 
     def workloads() -> Iterator[Workload]:
-        inputs = LossInputs(clock, sizes.rows, vocab_size, dtype, peaked, ignored)
+        inputs = LossInputs(clock, rows, vocab_size, dtype, peaked, ignored)
         functions = loss_functions(inputs.weight, dtype)
         # Logits of ignored rows need not be read; their gradient has to be written.
         read = inputs.counted * vocab_size * dtype.itemsize
-        written = sizes.rows * vocab_size * dtype.itemsize
+        written = rows * vocab_size * dtype.itemsize
         least = {
             "forward + backward": 2 * read + written,
             "at once, in place": read + written,
@@ -181,7 +182,7 @@ def loss_group(
                 loss_limit(dtype),
                 least[mode],
                 len(inputs.logits),
-                items=sizes.rows * vocab_size,
+                items=rows * vocab_size,
             )
 
     return Group(name, workloads)
@@ -227,7 +228,7 @@ def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
 
 def plan(clock: Clock, sizes: Sizes) -> list[Group]:
     """All workloads, the most important first."""
-    loss = functools.partial(loss_group, clock, sizes)
+    loss = functools.partial(loss_group, clock, sizes.rows)
     histogram = functools.partial(counting_group, clock)
     first, *others = sizes.vocab_sizes
     ids_first, *ids_others = sizes.histogram_vocab_sizes
@@ -246,6 +247,8 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         *(loss(vocab_size, torch.bfloat16) for vocab_size in others[1:]),
         *(histogram(vocab_size, "Zipf", sizes.tokens) for vocab_size in ids_others),
         *(loss(others[0], dtype) for dtype in (torch.float32, torch.float16)),
+        *(loss_group(clock, rows, first, torch.bfloat16) for rows in sizes.few_rows),
+        histogram(ids_first, "two in turn", sizes.tokens),
         loss(first, torch.bfloat16, peaked=True),
         loss(first, torch.bfloat16, ignored=0.3),
         *(histogram(*which, sizes.tokens) for which in itertools.product(ids_others, ("uniform", "all equal"))),

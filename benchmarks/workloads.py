@@ -215,7 +215,18 @@ def sorted_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
     return torch.repeat_interleave(torch.bincount(zipf_ids(clock, count, vocab_size))).int()
 
 
-IDS = {"Zipf": zipf_ids, "uniform": uniform_ids, "sorted": sorted_ids, "all equal": equal_ids}
+def alternating_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
+    """The first id and the last in turn: never a run, and always the same two counters."""
+    return torch.arange(count, dtype=torch.int32, device=clock.device).remainder_(2).mul_(vocab_size - 1)
+
+
+IDS = {
+    "Zipf": zipf_ids,
+    "uniform": uniform_ids,
+    "sorted": sorted_ids,
+    "all equal": equal_ids,
+    "two in turn": alternating_ids,
+}
 
 
 # Makes a provider of the counts of each buffer: (buffers, vocabulary's size, error of the first one's counts).

@@ -35,6 +35,7 @@ from pdl_ext._ops import _C
 
 SIZES = gpu.Sizes(
     rows=12,
+    few_rows=(1,),
     vocab_sizes=(67, 40),
     tokens=3000,
     histogram_vocab_sizes=(300, 70_000),
@@ -153,7 +154,7 @@ class TestGpuPlan:
         assert "no kernel time: it waits for the device" in markdown
 
     def test_least_bytes_leave_out_what_need_not_be_read(self, clock, compiled_without_a_compiler):
-        group = gpu.loss_group(clock, SIZES, 40, torch.bfloat16, ignored=0.3)
+        group = gpu.loss_group(clock, SIZES.rows, 40, torch.bfloat16, ignored=0.3)
         least = [one.least_bytes for one in group.workloads()]
         ignored = int((workloads.LossInputs(clock, 12, 40, torch.bfloat16, False, 0.3).targets[0] == -100).sum())
         assert 0 < ignored < 12
@@ -205,7 +206,7 @@ class TestGpuPlan:
             monkeypatch.setitem(sys.modules, name, module)
         monkeypatch.setattr(gpu, "installed_peers", lambda: dict.fromkeys(gpu.PEERS, "1.0"))
         report = report_of(tmp_path)
-        group = gpu.loss_group(clock, SIZES, 40, torch.bfloat16, peaked=True, ignored=0.3)
+        group = gpu.loss_group(clock, SIZES.rows, 40, torch.bfloat16, peaked=True, ignored=0.3)
         harness.run([group], clock, report, 600, 2**10)
         assert report.failures == {}
         assert [(row.provider, row.failure) for row in report.rows if row.failure] == []
@@ -223,7 +224,7 @@ class TestGpuPlan:
             monkeypatch.setitem(sys.modules, module, None)
         monkeypatch.setattr(gpu, "installed_peers", lambda: dict.fromkeys(gpu.PEERS, "1.0"))
         report = report_of(tmp_path)
-        harness.run([gpu.loss_group(clock, SIZES, 40, torch.float32)], clock, report, 600, 2**10)
+        harness.run([gpu.loss_group(clock, SIZES.rows, 40, torch.float32)], clock, report, 600, 2**10)
         failed = {row.provider for row in report.rows if row.failure}
         assert failed == {
             "liger-kernel",
@@ -337,7 +338,7 @@ class TestCpuPlan:
         expected = {f"loss {dtype} [{shape}]": of_losses for shape in ("8, 67", "13, 40") for dtype in plot.COLOURS}
         expected |= {
             f"histogram of 3000 ids, V 300, {kind}, {dtype}": counters
-            for kind in ("Zipf", "uniform", "sorted", "all equal")
+            for kind in ("Zipf", "uniform", "sorted", "all equal", "two in turn")
             for dtype in ("uint16", "int64", "int32")
         }
         without_threads = ["pdl_ext", "np.bincount", "torch.bincount"]
