@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,20 +97,22 @@ class TokenFrequency(nn.Module):
         IndexError before anything is counted (on CUDA this waits for the device).
         Raises TypeError or ValueError for a wrong dtype or device.
         """
+        totals = self._totals()
+        device = totals[0].device
         if isinstance(tokens, np.ndarray):
             with warnings.catch_warnings():
                 # The array is only read, so one that cannot be written to is as good.
                 warnings.filterwarnings("ignore", message=".*not writable.*")
                 tokens = torch.from_numpy(np.ascontiguousarray(tokens))
-            if self.counts.device.type == "cuda" and tokens.nbytes > host_stream.PART_BYTES and not strict:
-                for part in host_stream.parts_on_device(tokens.view(-1), self.counts.device):
+            if device.type == "cuda" and tokens.nbytes > host_stream.PART_BYTES and not strict:
+                for part in host_stream.parts_on_device(tokens.view(-1), device):
                     self.update(part)
                 return
-            tokens = tokens.to(self.counts.device)
-        if strict and self.counts.device.type != "cpu":
+            tokens = tokens.to(device)
+        if strict and device.type != "cpu":
             self._update_strictly(tokens)
         else:
-            functional.add_tokens(*self._totals(), tokens, ignore_index=self.ignore_index, strict=strict)
+            functional.add_tokens(*totals, tokens, ignore_index=self.ignore_index, strict=strict)
             if self._tracked:
                 functional.add_tokens(*_unpacked(self._own_counts()), tokens, ignore_index=self.ignore_index)
 
@@ -284,7 +286,9 @@ class TokenFrequency(nn.Module):
             )
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.counts, self.ignored, self.out_of_range
+        # Not as attributes, which nn.Module looks up in a microsecond each: a tiny step has ten of them.
+        buffers = cast("dict[str, Tensor]", self._buffers)
+        return buffers["counts"], buffers["ignored"], buffers["out_of_range"]
 
     def _packed(self) -> Tensor:
         return torch.cat([total.reshape(-1) for total in self._totals()])

@@ -207,16 +207,19 @@ class PDLLoss(nn.Module):
         return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
 
     def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
-        weights = self._token_weight
+        # Not as attributes, which nn.Module looks up in a microsecond each.
+        buffers = self._buffers
+        weights = buffers["_token_weight"]
         if weights is not None:
             _check_vocabulary(name, vocab_size, device, weights)
             return weights
         frequency = self.frequency
+        is_new = frequency is None
         if frequency is None:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
                 frequency = self._new_frequency(vocab_size).to(device)
-        counts = frequency.counts
+        counts = frequency._totals()[0]
         _check_vocabulary(name, vocab_size, device, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
@@ -224,13 +227,13 @@ class PDLLoss(nn.Module):
                 frequency.update(learned, strict=device.type == "cpu")
             except IndexError:
                 raise bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
-        if self.frequency is None:
+        if is_new:
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
                 self._take_frequency(frequency)
         if self.training and self.sync_every is not None:
             self._sync_if_due(frequency)
-        return functional.weights_with_fixed(counts, self.weighting, self._blend, self._fixed)
+        return functional.weights_with_fixed(counts, self.weighting, buffers["_blend"], buffers["_fixed"])
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
         frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)
