@@ -23,7 +23,8 @@ namespace pdl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kTokensPerThread = 8;
+// Of the kernel that keeps no table: 2,048 threads, which no multiprocessor exceeds.
+constexpr int64_t kBlocksOfMultiprocessor = 8;
 constexpr int kOnChipThreads = 1024;
 // Packs that a thread has under way at once: enough to keep memory busy, few enough for the code of 16 ids.
 template <typename T>
@@ -166,8 +167,8 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
   const int shared_bytes = int(on_chip * sizeof(uint32_t));
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   if (n < kTokensPerCounter * multiprocessors * on_chip) {
-    const int64_t per_block = kThreads * kTokensPerThread;
-    const Grid grid{grid_for((n + per_block - 1) / per_block), kThreads};
+    // A token a thread as far as all run at once: a thread waits for one token before it loads the next.
+    const Grid grid{std::min((n + kThreads - 1) / kThreads, kBlocksOfMultiprocessor * multiprocessors), kThreads};
     launch(count_in_warps_kernel<T>, grid, ids, n, vocabulary, totals);
   } else {
     Grid grid{1, kOnChipThreads, shared_bytes};
