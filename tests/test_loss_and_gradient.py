@@ -64,6 +64,7 @@ def test_offset_matches_reference(make_case, assert_in_place_matches):
         (3, 50257),  # CUDA: misaligned rows in parts
         (UNCUT, 24576),  # CUDA: a block's share of 48 KiB, which with the kernel's own variables has to be asked for
         (UNCUT, 32000),  # CUDA: a row of one block, or of a cluster of 2 (float32) or 4 (float64)
+        (UNCUT, 40009),  # CUDA: clusters of 2, 4 and 8, of whose blocks the last one has less
         (UNCUT, 50257),  # CUDA: misaligned rows, clusters of 2, 4 and 8
         (UNCUT, 128256),  # CUDA: clusters of 4, 8 and 16
     ],
