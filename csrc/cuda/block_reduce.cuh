@@ -56,7 +56,7 @@ __device__ V block_reduce(V value, const V& identity, Combine combine) {
 
 template <typename V>
 __device__ V block_sum(V value) {
-  return block_reduce(value, V(0), [](V a, V b) { return a + b; });
+  return block_reduce(value, V{}, [](const V& a, const V& b) { return a + b; });
 }
 
 }  // namespace pdl::cuda

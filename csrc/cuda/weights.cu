@@ -25,21 +25,39 @@ const char* cuda_architectures() {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
+// As many blocks as a card runs at once, and no more than a block has threads to add up their sums with.
+constexpr int kThreads = 512;
 constexpr int64_t kMaxBlocks = 256;
 
+struct WeightSums {
+  double weights;
+  double shares;
+
+  __device__ WeightSums operator+(const WeightSums& other) const {
+    return {weights + other.weights, shares + other.shares};
+  }
+};
+
+__device__ __forceinline__ WeightSums shifted_down(const WeightSums& sums, int distance) {
+  return {shuffle_down(sums.weights, distance), shuffle_down(sums.shares, distance)};
+}
+
 struct Scratch {
-  int64_t* totals;      // [blocks]
-  double* weight_sums;  // [blocks]
-  double* share_sums;   // [blocks]
+  int64_t* totals;   // [blocks]
+  int64_t* total;    // their sum
+  WeightSums* sums;  // [blocks]
+
+  static constexpr int64_t kWords = 3 * kMaxBlocks + 1;
+  explicit Scratch(int64_t* words)
+      : totals(words), total(words + kMaxBlocks), sums(reinterpret_cast<WeightSums*>(words + kMaxBlocks + 1)) {}
 };
 
 // The sum of `partial` over the grid, for every thread of the block.
 template <typename V>
 __device__ V grid_sum(const V* partial) {
   __shared__ V sum;
-  V mine = 0;
-  for (int i = threadIdx.x; i < int(gridDim.x); i += blockDim.x) mine += partial[i];
+  V mine{};
+  for (int i = threadIdx.x; i < int(gridDim.x); i += blockDim.x) mine = mine + partial[i];
   mine = block_sum(mine);
   if (threadIdx.x == 0) sum = mine;
   __syncthreads();
@@ -53,34 +71,34 @@ __device__ __forceinline__ void for_each_entry(int64_t vocab_size, F f) {
   for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < vocab_size; t += stride) f(t);
 }
 
-__global__ void total_kernel(const int64_t* counts, int64_t vocab_size, Scratch scratch) {
+__global__ void __launch_bounds__(kThreads) total_kernel(const int64_t* counts, int64_t vocab_size, Scratch scratch) {
   int64_t total = 0;
   for_each_entry(vocab_size, [&](int64_t t) { total += counts[t]; });
   total = block_sum(total);
   if (threadIdx.x == 0) scratch.totals[blockIdx.x] = total;
 }
 
-__global__ void mean_kernel(const int64_t* counts, const float* fixed, PowerLaw law, Scratch scratch) {
+__global__ void __launch_bounds__(kThreads)
+    mean_kernel(const int64_t* counts, const float* fixed, PowerLaw law, Scratch scratch) {
   const int64_t total = grid_sum(scratch.totals);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.total = total;
   const double scale = law.frequency_scale(total);
-  double weight_sum = 0, share_sum = 0;
+  WeightSums sums{};
   for_each_entry(law.vocab_size, [&](int64_t t) {
     const double share = is_fixed(fixed, t) ? 0.0 : law.share(counts[t], total);
-    weight_sum += share == 0.0 ? 0.0 : share * law.weight(counts[t], scale);
-    share_sum += share;
+    sums.weights += share == 0.0 ? 0.0 : share * law.weight(counts[t], scale);
+    sums.shares += share;
   });
-  weight_sum = block_sum(weight_sum);
-  share_sum = block_sum(share_sum);
-  if (threadIdx.x == 0) {
-    scratch.weight_sums[blockIdx.x] = weight_sum;
-    scratch.share_sums[blockIdx.x] = share_sum;
-  }
+  sums = block_sum(sums);
+  if (threadIdx.x == 0) scratch.sums[blockIdx.x] = sums;
 }
 
-__global__ void weights_kernel(const int64_t* counts, const float* blend, const float* fixed, PowerLaw law,
-                               Scratch scratch, float* weights) {
-  const double scale = law.frequency_scale(grid_sum(scratch.totals));
-  const double mean = law.mean(grid_sum(scratch.weight_sums), grid_sum(scratch.share_sums));
+__global__ void __launch_bounds__(kThreads)
+    weights_kernel(const int64_t* counts, const float* blend, const float* fixed, PowerLaw law, Scratch scratch,
+                   float* weights) {
+  const double scale = law.frequency_scale(*scratch.total);
+  const WeightSums sums = grid_sum(scratch.sums);
+  const double mean = law.mean(sums.weights, sums.shares);
   const double mix = blend != nullptr ? double(*blend) : 1.0;
   for_each_entry(law.vocab_size, [&](int64_t t) {
     weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(law.weight(counts[t], scale), mean, mix);
@@ -94,10 +112,8 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const PowerLaw law{alpha, epsilon, smoothing, relative, Normalize(normalize), max_weight, vocab_size};
   const Launcher launch(counts_tensor);
   const Grid grid{std::min<int64_t>(kMaxBlocks, (vocab_size + kThreads - 1) / kThreads), kThreads};
-  const Tensor memory = allocate(counts_tensor, {3 * kMaxBlocks}, ScalarType::Long);
-  int64_t* words = static_cast<int64_t*>(memory.mutable_data_ptr());
-  const Scratch scratch{words, reinterpret_cast<double*>(words + kMaxBlocks),
-                        reinterpret_cast<double*>(words + 2 * kMaxBlocks)};
+  const Tensor memory = allocate(counts_tensor, {Scratch::kWords}, ScalarType::Long);
+  const Scratch scratch(static_cast<int64_t*>(memory.mutable_data_ptr()));
   const Tensor result = allocate(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;

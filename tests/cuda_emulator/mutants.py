@@ -140,7 +140,7 @@ MUTATIONS = [
     ("cuda/loss_and_gradient.cu", "if (by == Accumulator<T>(1)) return;", "return;"),
     ("cuda/loss_and_gradient.cu", "widen(row[j]) * by", "widen(row[j])"),
     ("cuda/loss_and_gradient.cu", "kept + p, x + range.begin + p * kVector<T>", "kept + p, x + p * kVector<T>"),
-    ("cuda/weights.cu", "allocate(counts_tensor, {3 * kMaxBlocks}", "allocate(counts_tensor, {kMaxBlocks}"),
+    ("cuda/weights.cu", "kWords = 3 * kMaxBlocks + 1;", "kWords = kMaxBlocks;"),
     ("cuda/weights.cu", "t < vocab_size; t += stride", "t < vocab_size - 1; t += stride"),
     ("cuda/weights.cu", "i < int(gridDim.x); i += blockDim.x", "i < int(gridDim.x) - 1; i += blockDim.x"),
     ("cuda/weights.cu", "is_fixed(fixed, t) ? 0.0 : ", ""),

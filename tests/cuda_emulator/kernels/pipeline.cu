@@ -84,7 +84,7 @@ __global__ void copy_of_zeros_alone(int*, const int* input, int) {
 
 __global__ void copy_from_nowhere(int*, const int* input, int) {
   __shared__ int value;
-  __pipeline_memcpy_async(&value, input + (1ll << 40), 4);
+  __pipeline_memcpy_async(&value, input - (1ll << 40), 4);
 }
 
 const kernels::Register kernels_of_pipelines({
