@@ -167,9 +167,8 @@ inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reducti
 // would be read and written element by element on a card. The twin of the fake kernel in pdl_ext/_ops.py.
 inline Tensor allocate_gradient(const Tensor& logits) {
   const int64_t vocab_size = logits.size(1), vector = 16 / logits.element_size();
-  const int64_t past = (logits.stride(0) - vocab_size) % vector;
-  return allocate_strided(logits, logits.sizes(), {vocab_size + (past < 0 ? past + vector : past), 1},
-                          logits.scalar_type());
+  const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % vector;
+  return allocate_strided(logits, logits.sizes(), {vocab_size + between, 1}, logits.scalar_type());
 }
 
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.

@@ -145,11 +145,8 @@ struct RowSums {
     rows += 1;
   }
 
-  PDL_INLINE void add(const RowSums& other) {
-    weighted_ce += other.weighted_ce;
-    weight += other.weight;
-    lse_squares += other.lse_squares;
-    rows += other.rows;
+  PDL_INLINE RowSums operator+(const RowSums& other) const {
+    return {weighted_ce + other.weighted_ce, weight + other.weight, lse_squares + other.lse_squares, rows + other.rows};
   }
 };
 

@@ -76,8 +76,8 @@ def _(logits: Tensor, gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
     # The twin of csrc/loss_arguments.h's allocate_gradient.
     vocab_size = logits.shape[1]
-    stride = vocab_size + (logits.stride(0) - vocab_size) % (16 // logits.element_size())
-    return logits.new_empty_strided(logits.shape, (stride, 1))
+    between = torch.sym_max(logits.stride(0) - vocab_size, 0) % (16 // logits.element_size())
+    return logits.new_empty_strided(logits.shape, (vocab_size + between, 1))
 
 
 @torch.library.register_fake("pdl_ext::reduce_rows")

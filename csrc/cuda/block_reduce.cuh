@@ -22,12 +22,8 @@ __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>&
 }
 
 __device__ __forceinline__ RowSums shifted_down(const RowSums& sums, int distance) {
-  RowSums shifted;
-  shifted.weighted_ce = shuffle_down(sums.weighted_ce, distance);
-  shifted.weight = shuffle_down(sums.weight, distance);
-  shifted.lse_squares = shuffle_down(sums.lse_squares, distance);
-  shifted.rows = shuffle_down(sums.rows, distance);
-  return shifted;
+  return {shuffle_down(sums.weighted_ce, distance), shuffle_down(sums.weight, distance),
+          shuffle_down(sums.lse_squares, distance), shuffle_down(sums.rows, distance)};
 }
 
 // combine() over the lanes of a warp, valid in lane 0.

@@ -1,7 +1,7 @@
 // Weighted cross-entropy on CUDA, by two calls.
 //
 // statistics_kernel fuses the logit transform, softmax statistics, argmax and the row's losses: reads e*N*V bytes.
-// totals_kernel sums the rows in one block, always in the same order: reads at most 28*N bytes.
+// totals_kernel sums the rows in one block, always in the same order: reads at most 28*N bytes (48*N in float64).
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //

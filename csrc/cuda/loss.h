@@ -8,13 +8,13 @@ namespace pdl::cuda {
 
 // Into how many parts to cut each row, so that few rows keep the whole card busy; 1 where there are rows enough.
 inline int parts_of_row(const Launcher& launch, const Tensor& logits) {
-  // A part is worth a block from 16 KiB on.
-  constexpr int64_t kLeastBytes = 16 * 1024;
+  // Of a part of 16 KiB each thread has all its vectors under way at once; a smaller one is not worth a block.
+  constexpr int64_t kPartBytes = 16 * 1024;
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   if (logits.size(0) == 0 || logits.size(0) >= multiprocessors) return 1;
   const int64_t wanted = (2 * multiprocessors + logits.size(0) - 1) / logits.size(0);
-  const int64_t possible = logits.size(1) * logits.element_size() / kLeastBytes;
-  return int(std::max<int64_t>(1, std::min(wanted, possible)));
+  const int64_t possible = (logits.size(1) * int64_t(logits.element_size()) + kPartBytes - 1) / kPartBytes;
+  return int(std::min(wanted, possible));
 }
 
 LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,

@@ -3,7 +3,7 @@
 //
 // totals_ahead_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
 // on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
-// totals_kernel sums the rows' losses: reads at most 28*N bytes.
+// totals_kernel sums the rows' losses: reads at most 28*N bytes (48*N in float64).
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
 // Regimes, chosen by the sizes and the device:
@@ -13,7 +13,7 @@
 //   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
 //   which merge their statistics through distributed shared memory: 262,144 logits of bfloat16 or float32.
 // - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under
-//   way as half of L2 holds, and what is written makes way first.
+//   way as half of L2 holds, but one for each multiprocessor, and what is written makes way first.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"

@@ -26,13 +26,6 @@ __device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) 
   }
 }
 
-__device__ inline RowSums sum_over_block(const RowSums& sums) {
-  return block_reduce(sums, RowSums(), [](RowSums a, const RowSums& b) {
-    a.add(b);
-    return a;
-  });
-}
-
 template <typename A>
 __device__ Totals<double> write_totals(Reduction reduction, const RowSums& sums, const A* normalizer, A* saved) {
   const Totals<double> factors = totals(reduction, sums, normalizer);
@@ -66,7 +59,7 @@ __global__ void __launch_bounds__(kTotalsThreads, 1)
           sums.add(double(row.weight) * double(row.factor), row.ce, row.lse);
         }
       });
-  if (reduction != Reduction::none) sums = sum_over_block(sums);
+  if (reduction != Reduction::none) sums = block_sum(sums);
   if (threadIdx.x == 0) {
     const Totals<double> factors = write_totals(reduction, sums, normalizer, saved);
     if (reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, double(rows.z_loss)));
@@ -94,7 +87,7 @@ __global__ void __launch_bounds__(kTotalsThreads, 1)
         [&](int64_t, const Row& row) {
           if (row.counted) sums.add(double(row.weight) * double(row.factor), 0.0, 0.0);
         });
-    sums = sum_over_block(sums);
+    sums = block_sum(sums);
   }
   if (threadIdx.x == 0) write_totals(reduction, sums, normalizer, saved);
 }

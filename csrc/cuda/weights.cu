@@ -65,15 +65,20 @@ __device__ V grid_sum(const V* partial) {
   return sum;
 }
 
+// f(t, counts[t]) for each entry, of which a thread loads two at once.
 template <typename F>
-__device__ __forceinline__ void for_each_entry(int64_t vocab_size, F f) {
+__device__ __forceinline__ void for_each_entry(const int64_t* counts, int64_t vocab_size, F f) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
-  for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < vocab_size; t += stride) f(t);
+  for (int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; t < vocab_size; t += 2 * stride) {
+    const int64_t count = counts[t], next = counts[min(t + stride, vocab_size - 1)];
+    f(t, count);
+    if (t + stride < vocab_size) f(t + stride, next);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) total_kernel(const int64_t* counts, int64_t vocab_size, Scratch scratch) {
   int64_t total = 0;
-  for_each_entry(vocab_size, [&](int64_t t) { total += counts[t]; });
+  for_each_entry(counts, vocab_size, [&](int64_t, int64_t count) { total += count; });
   total = block_sum(total);
   if (threadIdx.x == 0) scratch.totals[blockIdx.x] = total;
 }
@@ -84,9 +89,9 @@ __global__ void __launch_bounds__(kThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.total = total;
   const double scale = law.frequency_scale(total);
   WeightSums sums{};
-  for_each_entry(law.vocab_size, [&](int64_t t) {
-    const double share = is_fixed(fixed, t) ? 0.0 : law.share(counts[t], total);
-    sums.weights += share == 0.0 ? 0.0 : share * law.weight(counts[t], scale);
+  for_each_entry(counts, law.vocab_size, [&](int64_t t, int64_t count) {
+    const double share = is_fixed(fixed, t) ? 0.0 : law.share(count, total);
+    sums.weights += share == 0.0 ? 0.0 : share * law.weight(count, scale);
     sums.shares += share;
   });
   sums = block_sum(sums);
@@ -100,8 +105,8 @@ __global__ void __launch_bounds__(kThreads)
   const WeightSums sums = grid_sum(scratch.sums);
   const double mean = law.mean(sums.weights, sums.shares);
   const double mix = blend != nullptr ? double(*blend) : 1.0;
-  for_each_entry(law.vocab_size, [&](int64_t t) {
-    weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(law.weight(counts[t], scale), mean, mix);
+  for_each_entry(counts, law.vocab_size, [&](int64_t t, int64_t count) {
+    weights[t] = is_fixed(fixed, t) ? fixed[t] : blended(law.weight(count, scale), mean, mix);
   });
 }
 
