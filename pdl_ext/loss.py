@@ -232,7 +232,9 @@ class PDLLoss(nn.Module):
                 self._blend = self._blend.to(device)
                 self._take_frequency(frequency)
         if self.training and self.sync_every is not None:
-            self._sync_if_due(frequency)
+            from pdl_ext._sync_due import sync_if_due
+
+            sync_if_due(self, frequency)
         return functional.weights_with_fixed(counts, self.weighting, buffers["_blend"], buffers["_fixed"])
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
@@ -241,14 +243,6 @@ class PDLLoss(nn.Module):
             # From the first count on, which comes before the first sync.
             frequency._track()
         return frequency
-
-    # A compiled graph holds neither a counter nor a collective that not every call makes.
-    @torch.compiler.disable
-    def _sync_if_due(self, frequency: TokenFrequency) -> None:
-        self._calls_since_sync += 1
-        if self._calls_since_sync == self.sync_every:
-            self._calls_since_sync = 0
-            frequency.sync()
 
     def _weights(self) -> Tensor:
         assert self.frequency is not None
