@@ -28,12 +28,13 @@ _LARGEST_HEADER = 100_000_000
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
 
-    The same tensors and metadata give the same bytes.
+    metadata: its "format" first. The same tensors and metadata give the same bytes.
     Raises OSError that names the path, with what was there untouched.
     """
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Not by the library, which has the metadata in another order each time, makes a copy of all tensors and ends the
     # process where there is no memory for it, and makes files that only their owner can read.
+    # In this order, so that the format, which stands in front, is found in a file that is cut off.
     header: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST: _digest(on_cpu, metadata)}}
     arrays = {name: tensor.numpy() for name, tensor in on_cpu.items()}
     # The widest first, so that each is aligned.
@@ -44,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         begin, end = end, end + array.nbytes
         dtype = f"{array.dtype.kind}{8 * array.itemsize}".upper()
         header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
-    head = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     with whole_file(path) as partial, open(partial, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pdl_ext.cli.streams import report, tell
+
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
@@ -104,13 +106,13 @@ def _run(arguments: argparse.Namespace) -> int:
         _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
     except KeyboardInterrupt:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
-        print(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}", file=sys.stderr)
+        tell(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}")
         return 128 + _received
     except RuntimeError as error:
         if group is None or is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
-        print(f"pdl-ext count: this rank ends, since another one has ({reason})", file=sys.stderr)
+        tell(f"pdl-ext count: this rank ends, since another one has ({reason})")
         return 1
     if group is not None:
         dist.destroy_process_group()
@@ -170,15 +172,12 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _report(frequency: Any, output: Path) -> None:
-    from pdl_ext.cli.streams import report
-
     provenance = frequency.provenance
     unseen = int((frequency.counts == 0).sum())
     if int(frequency.out_of_range):
-        print(
+        tell(
             f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside [0, {frequency.vocab_size}): "
-            "another tokenizer, another dtype, or a larger vocabulary? (--strict makes it an error)",
-            file=sys.stderr,
+            "another tokenizer, another dtype, or a larger vocabulary? (--strict makes it an error)"
         )
     peak = _peak_memory()
     report(

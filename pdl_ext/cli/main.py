@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -34,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 128 + 13
     # Warnings are raised where Python is asked for it.
     except (ValueError, OSError, ImportError, Warning) as error:
-        print(f"pdl-ext: {error}", file=sys.stderr)
+        streams.tell(f"pdl-ext: {error}")
         code = 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"pdl-ext: memory is not enough ({(str(error).splitlines() or ['MemoryError'])[0]})", file=sys.stderr)
+        streams.tell(f"pdl-ext: memory is not enough ({(str(error).splitlines() or ['MemoryError'])[0]})")
         code = 1
     with contextlib.suppress(OSError):
         streams.flush_output()
@@ -47,4 +46,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"pdl-ext: warning: {message}", file=sys.stderr)
+    streams.tell(f"pdl-ext: warning: {message}")

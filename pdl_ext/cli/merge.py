@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pdl_ext.cli.streams import report
+
 __all__ = ["add_parser"]
 
 
@@ -24,7 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output, load_counts
-    from pdl_ext.cli.streams import report
 
     check_counts_output(arguments.output)
     first, *others = arguments.counts

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pdl_ext.cli.streams import report
+
 __all__ = ["add_parser"]
 
 _ALPHAS = (0.25, 0.5, 1.0)
@@ -30,7 +32,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._optional import require
     from pdl_ext._whole_file import whole_file
     from pdl_ext.cli.counts_file import load_counts
-    from pdl_ext.cli.streams import report
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:

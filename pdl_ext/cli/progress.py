@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
@@ -23,7 +24,17 @@ class ProgressLine:
         self._printed = 0.0
 
     def show(self, progress: Progress) -> None:
-        """Takes the newest state."""
+        """Takes the newest state. A stream that cannot be written to ends no count."""
+        with contextlib.suppress(OSError):
+            self._show(progress)
+
+    def close(self) -> None:
+        """Leaves the last state standing."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+
+    def _show(self, progress: Progress) -> None:
         if self._stream.isatty():
             self._draw(progress)
         elif progress.seconds - self._printed >= _SECONDS_BETWEEN_LINES:
@@ -37,11 +48,6 @@ class ProgressLine:
                 file=self._stream,
                 flush=True,
             )
-
-    def close(self) -> None:
-        """Leaves the last state standing."""
-        if self._bar is not None:
-            self._bar.close()
 
     def _draw(self, progress: Progress) -> None:
         if self._bar is None:

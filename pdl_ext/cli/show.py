@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pdl_ext.cli.streams import tell
 
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
@@ -110,7 +111,7 @@ def _text_of(path: Path | None, provenance: Provenance | None) -> Callable[[int]
         # The library raises nothing more special.
         raise ValueError(f"tokenizer: {path} cannot be read as one ({error})") from error
     if provenance is not None and provenance.tokenizer not in (None, digest):
-        print(f"pdl-ext show: warning: {path} is not the tokenizer of the counts", file=sys.stderr)
+        tell(f"pdl-ext show: warning: {path} is not the tokenizer of the counts")
     # As a literal: a token may be a line feed, or half of a character.
     return lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
 

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 
-__all__ = ["flush_output", "prepare", "report"]
+__all__ = ["flush_output", "prepare", "report", "tell"]
 
 
 def prepare() -> None:
@@ -39,4 +39,10 @@ def report(*lines: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             flush_output()
-        print(f"pdl-ext: warning: the file is written, but standard output is not ({error.strerror})", file=sys.stderr)
+        tell(f"pdl-ext: warning: the file is written, but standard output is not ({error.strerror})")
+
+
+def tell(line: str) -> None:
+    """Prints a line on standard error, if that can be written."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable
+from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable, unwrapped
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
@@ -162,10 +162,7 @@ class Columns:
         if self._policy.mask is not None:
             is_target = self._beside(rows, self._policy.mask, offsets) != 0
         if self._policy.skip_prompt is not None:
-            labels = self._beside(rows, self._policy.skip_prompt, offsets)
-            if labels.dtype.kind == "u" and labels.dtype.itemsize >= 4:
-                # -100 that was wrapped is -100 again.
-                labels = labels.view(labels.dtype.str.replace("u", "i"))
+            labels = unwrapped(self._beside(rows, self._policy.skip_prompt, offsets))
             is_answer = labels != self._policy.ignore_index
             is_target = is_answer if is_target is None else is_target & is_answer
         if self._policy.targets == "shifted" and offsets is not None:

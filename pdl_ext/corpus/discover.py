@@ -56,7 +56,13 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
         elif (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
             # Counts and checkpoints, which may be written to where patterns find them.
             continue
-        opened = _format_of(path, format_name, options).open(path, options)
+        try:
+            opened = _format_of(path, format_name, options).open(path, options)
+        except ValueError:
+            if os.path.lexists(path):
+                raise
+            # Gone since it was listed, as checkpoints of another count in the folder are when it ends.
+            continue
         for source in opened:
             # Of a file and its companion, both named, the second is the first again.
             real = os.path.realpath(source.path)

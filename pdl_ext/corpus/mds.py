@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.access import opened, read_at
 from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_told_dtype, countable
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_told_dtype, countable, unwrapped
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -279,7 +279,7 @@ class _Shard(Source):
             count = min(_BATCH_TOKENS, tokens.number - start)
             is_target = None
             for numbers, window, no_target in others:
-                kept = _slice(numbers, window, start, count) != no_target
+                kept = unwrapped(_slice(numbers, window, start, count)) != no_target
                 is_target = kept if is_target is None else is_target & kept
             if start == 0 and self._policy.targets == "shifted":
                 is_target = np.ones(count, np.bool_) if is_target is None else is_target

@@ -27,6 +27,7 @@ __all__ = [
     "check_told_dtype",
     "countable",
     "token_dtype",
+    "unwrapped",
 ]
 
 # What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
@@ -54,6 +55,12 @@ def countable(tokens: NDArray[Any]) -> NDArray[Any]:
     if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
         return tokens.astype(np.int32)
     return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
+
+
+def unwrapped(labels: NDArray[Any]) -> NDArray[Any]:
+    """Labels among which a negative one, as -100 is, may have been wrapped to be unsigned: negative again."""
+    wraps = labels.dtype.kind == "u" and labels.dtype.itemsize >= 4
+    return labels.view(labels.dtype.str.replace("u", "i")) if wraps else labels
 
 
 def check_told_dtype(path: Path, dtype: str, options: ReadOptions) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from pdl_ext import TokenFrequency
+from pdl_ext.cli import progress
 from pdl_ext.cli.main import main
 from pdl_ext.corpus.state import State
 
@@ -76,6 +77,19 @@ def test_standard_error_may_be_closed(monkeypatch, capsys):
     assert main(["show", "gone"]) == 1
     # Where print writes what is for no stream at all.
     assert capsys.readouterr().out == ""
+
+
+@needs_full
+def test_standard_error_may_be_full(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"))
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    # A warning before and one after, and lines between.
+    assert main([*COUNT[:5], "70000", "-o", "new"]) == 0
+    assert main([*COUNT[:5], "5", "-o", "new"]) == 0
+    assert "new: 5 tokens counted of 9" in capsys.readouterr().out
+    assert main(["show", "gone"]) == 1
+    with pytest.raises(OSError, match="No space left"):
+        sys.stderr.close()
 
 
 def test_a_name_that_the_terminal_has_no_characters_for(monkeypatch):

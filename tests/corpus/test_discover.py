@@ -102,7 +102,9 @@ def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
         frequency.update(torch.tensor([1]))
         frequency.save(tmp_path / name)
     # Nor are those that were cut off, whose bytes are ids as good.
-    (tmp_path / "cut.bin").write_bytes((tmp_path / "counts.bin").read_bytes()[:-10])
+    whole = (tmp_path / "counts.bin").read_bytes()
+    (tmp_path / "cut.bin").write_bytes(whole[:-10])
+    (tmp_path / "short.bin").write_bytes(whole[:64])
     options = {"format": "raw"} if data else {}
     assert total(tmp_path / data, dtype="uint16", **options) == 20
 
@@ -135,6 +137,27 @@ def test_lists_are_followed_where_they_are_named_alone(tmp_path, data):
     (tmp_path / "all.list").write_text("tokens.npy\n")
     with pytest.raises(ValueError, match=r"all\.list: its format cannot be told"):
         total(tmp_path / data)
+
+
+def test_files_that_are_gone_since_the_folder_was_listed_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
+    gone = tmp_path / "b.checkpoint-0"
+    TokenFrequency(V).save(gone)
+    find = discover.format_of
+
+    def removed_before(path):
+        # As the count that it is of does when it ends.
+        if path == gone:
+            gone.unlink()
+        return find(path)
+
+    monkeypatch.setattr(discover, "format_of", removed_before)
+    assert total(tmp_path, dtype="uint16") == 20
+    assert not gone.exists()
+    # But not a link that leads nowhere, which was meant to be counted.
+    (tmp_path / "c.bin").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"c\.bin: cannot be read"):
+        total(tmp_path, dtype="uint16")
 
 
 def test_files_that_a_dataset_does_not_list_are_told_of(tmp_path):

@@ -236,6 +236,15 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     assert_counts(count(folder, dtype="uint16"), np.array([0]), 1)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64", "uint64"])
+def test_labels_that_were_wrapped(tmp_path, dtype):
+    labels = np.array([-100, -100, 3, 4], dtype.removeprefix("u")).view(dtype)
+    columns = {"tokens": ("bytes", None), "labels": (f"ndarray:{dtype}:4", labels.nbytes)}
+    sample = {"tokens": np.arange(1, 5, dtype="<i8").tobytes(), "labels": labels.tobytes()}
+    folder = write(tmp_path / "data", columns, [[sample]])
+    assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([3, 4]), 4)
+
+
 def test_masks_of_other_lengths(tmp_path):
     sample = {"tokens": bytes(8), "m": b"\x04\x03" + bytes(3)}
     folder = write(tmp_path / "data", {"tokens": ("bytes", None), "m": ("ndarray:uint8", None)}, [[sample]])
