@@ -431,7 +431,7 @@ def exercise_kernels(device: str) -> None:
 
     for dtype in (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64):
         # In warps, and on chip: all ids, or the first of them.
-        on_chip = 2 * multiprocessors * 58_112 + 1
+        on_chip = 2 * multiprocessors * 58_080 + 1
         for count, vocab_size in ((1000, 200), (70_001, 50_257), (on_chip, 1009), (on_chip, 300_000)):
             highest = min(vocab_size + 50, 2 ** min(8 * dtype.itemsize, 31))
             tokens = torch.randint(highest, (count,), generator=generator)

@@ -115,7 +115,7 @@ def test_large_batches_match_bincount(device, rows, vocab_size):
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("card", ["sm_75", "sm_80", "sm_90"])
 def test_tables_of_every_card(device, monkeypatch, card, dtype, ignore_index):
-    # Their shared memory holds the first 16,384, 41,728 and 58,112 ids.
+    # Their shared memory holds the first 16,352, 41,696 and 58,080 ids.
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
     tokens = (torch.rand(480_013, generator=torch.Generator().manual_seed(0)) ** 2 * 60_004).to(dtype)
     tokens[::9] = ignore_index

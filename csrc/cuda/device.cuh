@@ -67,7 +67,8 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
 }
 
 // Counters in the block's shared memory. The address is taken once: of a generic pointer sm_90 takes it at each
-// addition.
+// addition. An addition of one, known when this is compiled, is an instruction of its own from sm_80 on, which adds up
+// the lanes of a warp that have the same counter, where other additions queue.
 class SharedCounters {
  public:
 #if defined(__CUDA_ARCH__)
@@ -75,15 +76,15 @@ class SharedCounters {
     // Opaque to the compiler, which would else take the address anew for each use.
     asm volatile("mov.u32 %0, %1;" : "=r"(address_) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(counters))));
   }
-  __device__ __forceinline__ void add(uint32_t index, uint32_t value) const {
-    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(address_ + index * 4), "r"(value) : "memory");
+  __device__ __forceinline__ void increment(uint32_t index) const {
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address_ + index * 4) : "memory");
   }
 
  private:
   uint32_t address_;
 #else
   __device__ explicit SharedCounters(uint32_t* counters) : counters_(counters) {}
-  __device__ void add(uint32_t index, uint32_t value) const { atomicAdd(counters_ + index, value); }
+  __device__ void increment(uint32_t index) const { atomicAdd(counters_ + index, 1u); }
 
  private:
   uint32_t* counters_;

@@ -3,10 +3,10 @@
 // Regimes, chosen by the sizes alone:
 // - Few tokens, as in a training step: equal ids within a warp are counted together and added to the 64-bit totals in
 //   global memory, which L2 serves.
-// - Many: a block on every multiprocessor keeps 32-bit counts of the first ids in its shared memory (58,112 of them on
+// - Many: a block on every multiprocessor keeps 32-bit counts of the first ids in its shared memory (58,080 of them on
 //   sm_90), reads ids in accesses of 16 bytes, and adds its counts to the totals at the end. Higher ids go to the
-//   totals at once. A byte-pair vocabulary is ordered by merges, so the first ids are the frequent ones. A run of one
-//   id in a thread costs one addition, so that inputs all alike do not wait for one address.
+//   totals at once. A byte-pair vocabulary is ordered by merges, so the first ids are the frequent ones. Inputs all
+//   alike do not wait for one address: on chip a warp adds equal ids at once, beyond it a thread adds a run of them.
 // Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result
 // the same every time.
 #include <torch/csrc/stable/library.h>
@@ -26,6 +26,9 @@ constexpr int kThreads = 256;
 // Of the kernel that keeps no table: 2,048 threads, which no multiprocessor exceeds.
 constexpr int64_t kBlocksOfMultiprocessor = 8;
 constexpr int kOnChipThreads = 1024;
+// Behind the table, for ids that have no counter there, so that no addition has to be branched around: one a lane, or
+// they would queue.
+constexpr uint32_t kSpareCounters = kWarp;
 // Packs that a thread has under way at once: enough to keep memory busy, few enough for the code of 16 ids.
 template <typename T>
 constexpr int kBatch = 16 / kVector<T>;
@@ -101,13 +104,11 @@ __global__ void __launch_bounds__(kOnChipThreads)
 
   const SharedCounters counters(table);
   int64_t ignored = 0, out_of_range = 0;
-  Word id_of_run = 0;
+  // Of ids beyond the table.
+  Word id_of_run = Word(on_chip);
   uint32_t length_of_run = 0;
   const auto end_run = [&] {
-    if (id_of_run < on_chip) {
-      // The ignored id as well, if it is one of these: it is told apart when the table is added up.
-      counters.add(uint32_t(id_of_run), length_of_run);
-    } else if (vocabulary.is_ignored(id_of_run)) {
+    if (vocabulary.is_ignored(id_of_run)) {
       ignored += length_of_run;
     } else if (id_of_run < vocabulary.size) {
       atomic_add(totals.counts + id_of_run, int64_t(length_of_run));
@@ -115,14 +116,22 @@ __global__ void __launch_bounds__(kOnChipThreads)
       out_of_range += length_of_run;
     }
   };
-  const auto count = [&](T token) {
+  // The ignored id as well, if it has a counter: it is told apart when the table is added up.
+  const Word no_counter = on_chip + threadIdx.x % kSpareCounters;
+  const auto count_on_chip = [&](T token) { counters.increment(uint32_t(min(Word(token), no_counter))); };
+  const auto count_beyond = [&](T token) {
     const Word id = Word(token);
+    if (id < on_chip) return;
     if (id != id_of_run) {
       end_run();
       id_of_run = id;
       length_of_run = 0;
     }
     ++length_of_run;
+  };
+  const auto count = [&](T token) {
+    count_on_chip(token);
+    count_beyond(token);
   };
 
   const int head = misaligned_head(tokens, int(std::min<int64_t>(n, kVector<T>)));
@@ -143,8 +152,16 @@ __global__ void __launch_bounds__(kOnChipThreads)
 #pragma unroll
     for (int i = 0; i < kBatch<T>; ++i) {
       if (first + i * blockDim.x >= packs) break;
+      // In two passes, of which the first has no branches, and few packs need the second.
+      bool all_on_chip = true;
 #pragma unroll
-      for (int k = 0; k < kVector<T>; ++k) count(batch[i].value[k]);
+      for (int k = 0; k < kVector<T>; ++k) {
+        count_on_chip(batch[i].value[k]);
+        all_on_chip &= Word(batch[i].value[k]) < on_chip;
+      }
+      if (all_on_chip) continue;
+#pragma unroll
+      for (int k = 0; k < kVector<T>; ++k) count_beyond(batch[i].value[k]);
     }
   }
   end_run();
@@ -162,9 +179,10 @@ __global__ void __launch_bounds__(kOnChipThreads)
 template <typename T>
 void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, int64_t ignore_index, Totals totals) {
   const Vocabulary<T> vocabulary(vocab_size, ignore_index);
-  const int64_t room = launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(uint32_t));
+  const int64_t room =
+      launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(uint32_t)) - kSpareCounters;
   const int64_t on_chip = std::min({vocab_size, room, int64_t(std::numeric_limits<T>::max()) + (sizeof(T) < 8)});
-  const int shared_bytes = int(on_chip * sizeof(uint32_t));
+  const int shared_bytes = int((on_chip + kSpareCounters) * sizeof(uint32_t));
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   if (n < kTokensPerCounter * multiprocessors * on_chip) {
     // A token a thread as far as all run at once: a thread waits for one token before it loads the next.
