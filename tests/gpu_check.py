@@ -430,9 +430,15 @@ def exercise_kernels(device: str) -> None:
                 check_loss(multiprocessors + 3, vocab_size, dtype, 0, torch.int64, inplace_backward=True, **options)
 
     for dtype in (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64):
-        # In warps, and on chip: all ids, or the first of them.
+        # In warps, and on chip: all ids in a block, in a group of blocks, and only the first ones in a group.
         on_chip = 2 * multiprocessors * 58_080 + 1
-        for count, vocab_size in ((1000, 200), (70_001, 50_257), (on_chip, 1009), (on_chip, 300_000)):
+        for count, vocab_size in (
+            (1000, 200),
+            (70_001, 50_257),
+            (on_chip, 1009),
+            (on_chip, 300_000),
+            (on_chip, 600_000),
+        ):
             highest = min(vocab_size + 50, 2 ** min(8 * dtype.itemsize, 31))
             tokens = torch.randint(highest, (count,), generator=generator)
             tokens[::7] = 3

@@ -111,20 +111,31 @@ def test_large_batches_match_bincount(device, rows, vocab_size):
 
 
 @pytest.mark.devices("emulated")
-@pytest.mark.parametrize("ignore_index", [3, 59_990])
+@pytest.mark.parametrize("ignored", [3, -10], ids=["low", "high"])
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("card", ["sm_75", "sm_80", "sm_90"])
-def test_tables_of_every_card(device, monkeypatch, card, dtype, ignore_index):
-    # Their shared memory holds the first 16,352, 41,696 and 58,080 ids.
+@pytest.mark.parametrize(
+    ("card", "vocab_size"),
+    [
+        ("sm_90", 50_000),  # a block counts all of them
+        ("sm_90", 60_001),  # two blocks share them, of which the second one has less
+        ("sm_80", 60_001),
+        ("sm_75", 60_001),  # the four blocks that there are
+        ("sm_75", 70_001),  # and some ids are beyond their counters
+    ],
+)
+def test_tables_of_every_card(device, monkeypatch, card, vocab_size, dtype, ignored):
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
-    tokens = (torch.rand(480_013, generator=torch.Generator().manual_seed(0)) ** 2 * 60_004).to(dtype)
+    ignore_index = ignored % min(vocab_size, 2**16)
+    largest = min(vocab_size + 4, 2**16) if dtype == torch.uint16 else vocab_size + 4
+    tokens = (torch.rand(480_013, generator=torch.Generator().manual_seed(0)) ** 2 * largest).to(dtype)
     tokens[::9] = ignore_index
-    frequency = TokenFrequency(60_000, ignore_index=ignore_index)
+    frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
     # Not at an aligned address.
     frequency.update(tokens[1:])
-    assert torch.equal(frequency.counts, reference.count_tokens(tokens[1:], 60_000, ignore_index=ignore_index))
+    expected = reference.count_tokens(tokens[1:], vocab_size, ignore_index=ignore_index)
+    assert torch.equal(frequency.counts, expected)
     assert frequency.ignored == (tokens[1:] == ignore_index).sum()
-    assert frequency.counts[59_000:].any()
+    assert frequency.counts[largest - 1000 :].any()
     assert_conserved(frequency, 480_012)
 
 

@@ -3,10 +3,13 @@
 // Regimes, chosen by the sizes alone:
 // - Few tokens, as in a training step: equal ids within a warp are counted together and added to the 64-bit totals in
 //   global memory, which L2 serves.
-// - Many: a block on every multiprocessor keeps 32-bit counts of the first ids in its shared memory (58,080 of them on
-//   sm_90), reads ids in accesses of 16 bytes, and adds its counts to the totals at the end. Higher ids go to the
-//   totals at once. A byte-pair vocabulary is ordered by merges, so the first ids are the frequent ones. Inputs all
-//   alike do not wait for one address: on chip a warp adds equal ids at once, beyond it a thread adds a run of them.
+// - Many: a block on every multiprocessor keeps 32-bit counters of 58,080 ids (sm_90) in its shared memory, reads ids
+// in
+//   accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a group of
+//   up to eight blocks, which read the same ids at about the same time, so that all but the first find them in L2: what
+//   that costs depends neither on which ids are frequent nor on how often they recur.
+// - Many, of a vocabulary that is larger still: ids beyond the group's counters go to the totals at once, a run of one
+//   id in a thread as one addition. A byte-pair vocabulary is ordered by merges, so these are rare ones.
 // Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result
 // the same every time.
 #include <torch/csrc/stable/library.h>
@@ -26,9 +29,12 @@ constexpr int kThreads = 256;
 // Of the kernel that keeps no table: 2,048 threads, which no multiprocessor exceeds.
 constexpr int64_t kBlocksOfMultiprocessor = 8;
 constexpr int kOnChipThreads = 1024;
-// Behind the table, for ids that have no counter there, so that no addition has to be branched around: one a lane, or
-// they would queue.
+// Behind a block's counters, for ids of which it has none, so that no addition has to be branched around: one a lane,
+// or they would queue.
 constexpr uint32_t kSpareCounters = kWarp;
+// Blocks that share a vocabulary. L2 delivers some twice what memory does: more of them would take longer than ids
+// beyond the counters do.
+constexpr int64_t kMaxGroup = 8;
 // Packs that a thread has under way at once: enough to keep memory busy, few enough for the code of 16 ids.
 template <typename T>
 constexpr int kBatch = 16 / kVector<T>;
@@ -95,17 +101,26 @@ __global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> 
 
 template <typename T>
 __global__ void __launch_bounds__(kOnChipThreads)
-    count_on_chip_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, uint32_t on_chip, Totals totals) {
+    count_on_chip_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, uint32_t counted_by_group,
+                         uint32_t group_size, uint32_t counted_by_block, Totals totals) {
   using Word = typename Vocabulary<T>::Word;
+  const uint32_t group = blockIdx.x / group_size, groups = gridDim.x / group_size, member = blockIdx.x % group_size;
+  // The ids that this block counts.
+  const uint32_t first_id = member * counted_by_block;
+  const uint32_t on_chip = min(counted_by_block, counted_by_group - first_id);
   // No overflow: no device has memory for 2^32 ids a multiprocessor.
   uint32_t* table = dynamic_shared_memory<uint32_t>();
-  for (uint32_t id = threadIdx.x; id < on_chip; id += blockDim.x) table[id] = 0;
+  for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) table[i] = 0;
   __syncthreads();
 
   const SharedCounters counters(table);
+  // The ignored id as well, if it has a counter: it is told apart when the table is added up.
+  const Word no_counter = on_chip + threadIdx.x % kSpareCounters;
+  const auto count_on_chip = [&](T token) { counters.increment(uint32_t(min(Word(token) - first_id, no_counter))); };
+
   int64_t ignored = 0, out_of_range = 0;
-  // Of ids beyond the table.
-  Word id_of_run = Word(on_chip);
+  // Of ids of which no block has a counter.
+  Word id_of_run = ~Word(0);
   uint32_t length_of_run = 0;
   const auto end_run = [&] {
     if (vocabulary.is_ignored(id_of_run)) {
@@ -116,12 +131,9 @@ __global__ void __launch_bounds__(kOnChipThreads)
       out_of_range += length_of_run;
     }
   };
-  // The ignored id as well, if it has a counter: it is told apart when the table is added up.
-  const Word no_counter = on_chip + threadIdx.x % kSpareCounters;
-  const auto count_on_chip = [&](T token) { counters.increment(uint32_t(min(Word(token), no_counter))); };
   const auto count_beyond = [&](T token) {
     const Word id = Word(token);
-    if (id < on_chip) return;
+    if (id < counted_by_group) return;
     if (id != id_of_run) {
       end_run();
       id_of_run = id;
@@ -131,18 +143,20 @@ __global__ void __launch_bounds__(kOnChipThreads)
   };
   const auto count = [&](T token) {
     count_on_chip(token);
-    count_beyond(token);
+    if (member == 0) count_beyond(token);
   };
 
   const int head = misaligned_head(tokens, int(std::min<int64_t>(n, kVector<T>)));
   const int64_t packs = (n - head) / kVector<T>;
-  if (blockIdx.x == 0) {
+  if (group == 0) {
     if (int(threadIdx.x) < head) count(tokens[threadIdx.x]);
     const int64_t tail = head + packs * kVector<T>;
     if (threadIdx.x < n - tail) count(tokens[tail + threadIdx.x]);
   }
-  const int64_t stride = int64_t(gridDim.x) * kBatch<T> * blockDim.x;
-  for (int64_t first = int64_t(blockIdx.x) * kBatch<T> * blockDim.x + threadIdx.x; first < packs; first += stride) {
+  const int64_t stride = int64_t(groups) * kBatch<T> * blockDim.x;
+  // The members take turns at the ids of which none has a counter; at 0 it is this one's.
+  uint32_t turns_until_mine = member;
+  for (int64_t first = int64_t(group) * kBatch<T> * blockDim.x + threadIdx.x; first < packs; first += stride) {
     Pack<T> batch[kBatch<T>];
 #pragma unroll
     for (int i = 0; i < kBatch<T>; ++i) {
@@ -153,45 +167,49 @@ __global__ void __launch_bounds__(kOnChipThreads)
     for (int i = 0; i < kBatch<T>; ++i) {
       if (first + i * blockDim.x >= packs) break;
       // In two passes, of which the first has no branches, and few packs need the second.
-      bool all_on_chip = true;
+      bool all_counted = true;
 #pragma unroll
       for (int k = 0; k < kVector<T>; ++k) {
         count_on_chip(batch[i].value[k]);
-        all_on_chip &= Word(batch[i].value[k]) < on_chip;
+        all_counted &= Word(batch[i].value[k]) < counted_by_group;
       }
-      if (all_on_chip) continue;
+      if (all_counted || turns_until_mine > 0) continue;
 #pragma unroll
       for (int k = 0; k < kVector<T>; ++k) count_beyond(batch[i].value[k]);
     }
+    turns_until_mine = turns_until_mine == 0 ? group_size - 1 : turns_until_mine - 1;
   }
   end_run();
   add_rejected(totals, ignored, out_of_range);
 
   __syncthreads();
-  // Each block begins elsewhere, or all would queue for the same totals.
-  const uint32_t rotation = uint32_t(uint64_t(on_chip) * blockIdx.x / gridDim.x);
+  // Each group begins elsewhere, or all would queue for the same totals.
+  const uint32_t rotation = uint32_t(uint64_t(on_chip) * group / groups);
   for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) {
-    const uint32_t id = i + rotation < on_chip ? i + rotation : i + rotation - on_chip;
-    if (table[id] != 0) atomic_add(vocabulary.is_ignored(id) ? totals.ignored : totals.counts + id, int64_t(table[id]));
+    const uint32_t at = i + rotation < on_chip ? i + rotation : i + rotation - on_chip, id = first_id + at;
+    if (table[at] != 0) atomic_add(vocabulary.is_ignored(id) ? totals.ignored : totals.counts + id, int64_t(table[at]));
   }
 }
 
 template <typename T>
 void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, int64_t ignore_index, Totals totals) {
   const Vocabulary<T> vocabulary(vocab_size, ignore_index);
+  const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t room =
       launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(uint32_t)) - kSpareCounters;
-  const int64_t on_chip = std::min({vocab_size, room, int64_t(std::numeric_limits<T>::max()) + (sizeof(T) < 8)});
-  const int shared_bytes = int((on_chip + kSpareCounters) * sizeof(uint32_t));
-  const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
+  // Ids that T can hold and that are in the vocabulary.
+  const int64_t possible = std::min(vocab_size, int64_t(std::numeric_limits<T>::max()) + (sizeof(T) < 8));
+  const int64_t group = std::max<int64_t>(1, std::min({(possible + room - 1) / room, kMaxGroup, multiprocessors}));
+  const int64_t on_chip = std::min((possible + group - 1) / group, room);
   if (n < kTokensPerCounter * multiprocessors * on_chip) {
     // A token a thread as far as all run at once: a thread waits for one token before it loads the next.
     const Grid grid{std::min((n + kThreads - 1) / kThreads, kBlocksOfMultiprocessor * multiprocessors), kThreads};
     launch(count_in_warps_kernel<T>, grid, ids, n, vocabulary, totals);
   } else {
-    Grid grid{1, kOnChipThreads, shared_bytes};
-    grid.blocks = std::max<int64_t>(launch.resident_blocks(count_on_chip_kernel<T>, grid), 1);
-    launch(count_on_chip_kernel<T>, grid, ids, n, vocabulary, uint32_t(on_chip), totals);
+    Grid grid{1, kOnChipThreads, int((on_chip + kSpareCounters) * sizeof(uint32_t))};
+    grid.blocks = std::max(launch.resident_blocks(count_on_chip_kernel<T>, grid), group) / group * group;
+    launch(count_on_chip_kernel<T>, grid, ids, n, vocabulary, uint32_t(std::min(possible, group * on_chip)),
+           uint32_t(group), uint32_t(on_chip), totals);
   }
 }
 
