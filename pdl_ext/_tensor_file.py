@@ -69,7 +69,8 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
             # Before the tensors, which in other files may be of dtypes that NumPy does not know.
             if metadata.get("format") != file_format:
                 raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
-            tensors = {key: torch.from_numpy(file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
+            # As slices that are all of it: get_tensor ends in a panic of the library's where memory is short.
+            tensors = {key: torch.from_numpy(file.get_slice(key)[()]) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
     digest = metadata.pop(_DIGEST, None)

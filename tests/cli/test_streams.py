@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +132,24 @@ def test_too_little_memory(zeros, ranks, monkeypatch, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pdl-ext: memory is not enough (")
     assert "llocate" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory this process has")
+@pytest.mark.parametrize("command", [["show", "large"], ["merge", "large", "-o", "new"]], ids=["show", "merge"])
+def test_too_little_memory_for_counts(command, capfd):
+    resource = pytest.importorskip("resource")
+    TokenFrequency.from_counts(torch.ones(2**24, dtype=torch.int64)).save("large")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    # Enough for the file, which is mapped, but not for what is read of it.
+    enough = pages * resource.getpagesize() + os.path.getsize("large") + 2**26
+    resource.setrlimit(resource.RLIMIT_AS, (enough, limits[1]))
+    try:
+        assert main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("pdl-ext: memory is not enough (")
 
 
 def test_other_errors_are_not_taken_for_too_little_memory(monkeypatch):
