@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that write_tensors wrote, whose metadata has this "format".
 
-    name: what errors begin with. Raises FileNotFoundError, or ValueError for another format or a damaged file.
+    name: what errors begin with. Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or
+    of another format.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: no file at {path}")
     try:
+        # A pipe would be waited for.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{name}: {path} is no regular file, expected one")
         # Not as PyTorch's, which the library opens by names in UTF-8 alone.
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
@@ -71,7 +74,12 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
                 raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
             # As slices that are all of it: get_tensor ends in a panic of the library's where memory is short.
             tensors = {key: torch.from_numpy(file.get_slice(key)[()]) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no file at {path}") from error
+    except OSError as error:
+        # The library's have no strerror.
+        raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
         raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):

@@ -250,7 +250,7 @@ class TokenFrequency(nn.Module):
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
         """Reads a file that `save` wrote, onto the CPU.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged or is no counts file.
+        Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is no counts file.
         """
         tensors, metadata = read_tensors(Path(path), "path", _FORMAT)
         try:

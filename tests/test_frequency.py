@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pdl_ext import TokenFrequency, functional, reference
+from pdl_ext import TokenFrequency, _tensor_file, functional, reference
 from pdl_ext._tensor_file import format_of, write_tensors
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
@@ -372,6 +373,24 @@ class TestFile:
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"path: no file at .*none"):
             TokenFrequency.load(tmp_path / "none")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs links")
+    def test_a_file_that_cannot_be_read_is_not_told_to_be_damaged_or_absent(self, tmp_path, saved, monkeypatch):
+        (tmp_path / "loop").symlink_to("loop")
+        for path, reason in [
+            (tmp_path, "is no regular file, expected one"),
+            (tmp_path / "loop", "cannot be read (Too many levels of symbolic links)"),
+            (tmp_path / ("a" * 5000), "cannot be read (File name too long)"),
+        ]:
+            with pytest.raises(ValueError, match=re.escape(f"path: {path} {reason}")):
+                TokenFrequency.load(path)
+
+        def refuse(*_, **__):
+            raise PermissionError("Permission denied (os error 13)")
+
+        monkeypatch.setattr(_tensor_file, "safe_open", refuse)
+        with pytest.raises(ValueError, match=r"path: .*counts\.safetensors cannot be read \(Permission denied"):
+            TokenFrequency.load(saved[1])
 
     @pytest.mark.parametrize("kept", [0, 1, 7, 100, 5000, -1])
     def test_truncated_file(self, saved, kept):

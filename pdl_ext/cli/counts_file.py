@@ -13,13 +13,13 @@ __all__ = ["check_counts_output", "load_counts"]
 
 
 def load_counts(path: Path) -> TokenFrequency:
-    """What a file of counts holds. Raises ValueError that names the argument, for one that is missing or damaged."""
+    """What a file of counts holds. Raises ValueError that names the argument, for what cannot be read as one."""
     from pdl_ext import TokenFrequency
 
-    if not path.is_file():
-        raise ValueError(f"counts: no file at {path}, expected one that `pdl-ext count` wrote")
     try:
         return TokenFrequency.load(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"counts: no file at {path}, expected one that `pdl-ext count` wrote") from error
     except ValueError as error:
         raise ValueError(f"counts: {str(error).removeprefix('path: ')}") from error
 
@@ -27,12 +27,13 @@ def load_counts(path: Path) -> TokenFrequency:
 def check_counts_output(path: Path) -> None:
     """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
     from pdl_ext._tensor_file import format_of
+    from pdl_ext.corpus.access import read_head
 
     # A link is written through.
     if not Path(os.path.realpath(path)).parent.is_dir():
         raise ValueError(f"output: got {path}, expected a file in a folder that exists")
     if path.is_dir():
         raise ValueError(f"output: got {path}, a folder, expected a file")
-    is_empty = path.is_file() and path.stat().st_size == 0
+    is_empty = path.is_file() and not read_head(path, 1)
     if path.exists() and not is_empty and not (format_of(path) or "").startswith("pdl_ext.TokenFrequency"):
         raise ValueError(f"output: got {path}, a file that holds no counts, expected a new one, or counts to replace")

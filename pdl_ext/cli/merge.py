@@ -31,10 +31,10 @@ def _run(arguments: argparse.Namespace) -> int:
     first, *others = arguments.counts
     frequency = load_counts(first)
     for number, path in enumerate(others, 1):
-        # Counts that come from no files have no shards to tell it by.
-        if not arguments.allow_overlap and path.exists() and any(map(path.samefile, arguments.counts[:number])):
-            raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
         other = load_counts(path)
+        # Counts that come from no files have no shards to tell it by.
+        if not arguments.allow_overlap and any(map(path.samefile, arguments.counts[:number])):
+            raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
         try:
             frequency.merge(other, allow_overlap=arguments.allow_overlap)
         except ValueError as error:

@@ -102,6 +102,17 @@ def test_an_output_that_holds_no_counts_is_not_overwritten(command, corpus, tmp_
     assert torch.equal(TokenFrequency.load("counts.safetensors").counts, corpus)
 
 
+def test_an_output_that_cannot_be_read_is_not_told_to_hold_no_counts(corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "counts.safetensors").write_bytes(b"counts")
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    assert main([*COUNT, "50"]) == 1
+    assert capsys.readouterr().err == "pdl-ext: counts.safetensors: cannot be read (Permission denied)\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with a name")
 def test_an_output_may_be_empty_or_a_link_but_no_pipe(corpus, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")

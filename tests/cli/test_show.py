@@ -136,9 +136,11 @@ def test_bad_arguments(arguments, message, counts, capsys):
 
 def test_no_counts(tmp_path, capsys):
     (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "folder").mkdir()
     for name, message in [
         ("none", f"counts: no file at {tmp_path}/none, expected one that `pdl-ext count` wrote"),
         ("other", f"counts: {tmp_path}/other is damaged or no safetensors file"),
+        ("folder", f"counts: {tmp_path}/folder is no regular file"),
     ]:
         assert main(["show", str(tmp_path / name)]) == 1
         assert capsys.readouterr().err.startswith(f"pdl-ext: {message}")
