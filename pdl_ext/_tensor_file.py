@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pdl_ext._checks import names_of
 from pdl_ext._whole_file import whole_file
 
 __all__ = ["format_of", "read_tensors", "write_tensors"]
@@ -24,14 +25,20 @@ _DIGEST = "digest"
 _FORMAT = re.compile(rb'"format":"(pdl_ext\.[^"]*)"')
 # The library refuses longer ones.
 _LARGEST_HEADER = 100_000_000
+# What counts and checkpoints hold, by the names that the library has for it.
+_DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
 
     metadata: its "format" first. The same tensors and metadata give the same bytes.
-    Raises OSError that names the path, with what was there untouched.
+    Raises, with what was there untouched, OSError that names the path, TypeError for other tensors than uint8 and
+    int64, ValueError for metadata that are too large.
     """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(tuple(_DTYPES))}")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Not by the library, which has the metadata in another order each time, makes a copy of all tensors and ends the
     # process where there is no memory for it, and makes files that only their owner can read.
@@ -44,10 +51,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name in names:
         array = arrays[name]
         begin, end = end, end + array.nbytes
-        dtype = f"{array.dtype.kind}{8 * array.itemsize}".upper()
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": _DTYPES[on_cpu[name].dtype], "shape": array.shape, "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
+    if len(head) > _LARGEST_HEADER:
+        largest = max(metadata, key=lambda name: len(metadata[name]))
+        raise ValueError(
+            f"{largest}: got {len(metadata[largest])} characters, expected fewer: a file's header of {len(head)} bytes "
+            f"is above {_LARGEST_HEADER}"
+        )
     with whole_file(path) as partial, open(partial, "wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name in names:

@@ -361,6 +361,24 @@ class TestFile:
         plain.touch()
         assert path.stat().st_mode == plain.stat().st_mode
 
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+    def test_dtypes_that_no_file_has_are_not_written(self, tmp_path, dtype):
+        with pytest.raises(TypeError, match=f"finished: got dtype {dtype}, expected one of uint8, int64"):
+            write_tensors(tmp_path / "counts", {"finished": torch.zeros(2, dtype=dtype)}, {"format": "a"})
+        assert not list(tmp_path.iterdir())
+
+    def test_a_header_that_could_not_be_read_is_not_written(self, saved, monkeypatch):
+        frequency, path = saved
+        before = path.read_bytes()
+        shard = Shard("a" * 1000, 0, "0" * 32, "raw", "uint16")
+        frequency.provenance = Provenance((shard,), 0, TargetPolicy(), None, "0")
+        monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 1000)
+        with pytest.raises(
+            ValueError, match=r"provenance: got 1\d+ characters, expected fewer: a file's header of 1\d+"
+        ):
+            frequency.save(path)
+        assert path.read_bytes() == before
+
     def test_save_into_a_missing_folder(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="missing"):
             TokenFrequency(3).save(tmp_path / "missing" / "counts.safetensors")
@@ -506,7 +524,7 @@ class TestFile:
         ("tensors", "metadata"),
         [
             ({"counts": torch.ones(4, dtype=torch.int64)}, {}),
-            ({"counts": torch.ones(3, dtype=torch.float32)}, {}),
+            ({"counts": torch.ones(3, dtype=torch.uint8)}, {}),
             ({}, {"vocab_size": "three"}),
             ({}, {"tokens_seen": None}),
             ({}, {"tokens_seen": "4"}),
