@@ -23,11 +23,23 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, real)
+        # Or a power cut may bring back what was there, after checkpoints that it was written from are deleted.
+        _sync_folder(real.parent)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows opens no folder, some file systems sync none, and one may write into a folder that one may not list.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def partial_files(path: Path) -> list[Path]:

@@ -325,6 +325,35 @@ class TestFile:
         assert TokenFrequency.load(str(path)).counts.tolist() == [1, 2]
         assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs folders that are synced")
+    def test_a_power_cut_after_save_brings_nothing_back(self, saved, monkeypatch):
+        frequency, path = saved
+        calls = []
+        fsync, replace = os.fsync, os.replace
+
+        def synced(descriptor):
+            calls.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        def replaced(*paths):
+            calls.append("replace")
+            replace(*paths)
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "replace", replaced)
+        frequency.save(path)
+        assert calls == [path.stat().st_ino, "replace", path.parent.stat().st_ino]
+
+    def test_a_folder_that_cannot_be_synced_is_no_error(self, saved, monkeypatch):
+        _, path = saved
+
+        def refuse(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(os, "open", refuse)
+        TokenFrequency.from_counts(torch.tensor([1, 2])).save(path)
+        assert TokenFrequency.load(path).counts.tolist() == [1, 2]
+
     def test_failed_save_leaves_no_part(self, saved, monkeypatch):
         frequency, path = saved
         before = path.read_bytes()
