@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -84,8 +85,7 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
             # Before the tensors, which in other files may be of dtypes that NumPy does not know.
             if metadata.get("format") != file_format:
                 raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
-            # As slices that are all of it: get_tensor ends in a panic of the library's where memory is short.
-            tensors = {key: torch.from_numpy(file.get_slice(key)[()]) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: _read(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no file at {path}") from error
     except OSError as error:
@@ -97,6 +97,13 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")
     return tensors, metadata
+
+
+def _read(tensor: Any) -> Tensor:
+    # Where memory is short the library's get_tensor panics, and the bytearray that a slice is read into prints an error
+    # of its own (Python 3.11): as many bytes are asked for before.
+    np.empty(tensor.get_shape(), np.int64)
+    return torch.from_numpy(tensor[()])
 
 
 def format_of(path: Path) -> str | None:
