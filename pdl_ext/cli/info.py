@@ -6,6 +6,8 @@ import argparse
 import platform
 from typing import Any
 
+from pdl_ext.cli.streams import write
+
 __all__ = ["add_parser"]
 
 
@@ -32,6 +34,5 @@ def _run(_: argparse.Namespace) -> int:
         "CUDA devices": ", ".join(devices) or "none",
     }
     width = max(map(len, lines))
-    for name, value in lines.items():
-        print(f"{name:<{width}}  {value}")
+    write(*(f"{name:<{width}}  {value}" for name, value in lines.items()))
     return 0

@@ -20,8 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in (count, merge, show, plot, info, demo):
         command.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
     try:
+        try:
+            parsed = parser.parse_args(arguments)
+        finally:
+            # Where that was to print help, it is all.
+            streams.flush_output()
         with warnings.catch_warnings():
             # Without the place in the library that warns.
             warnings.showwarning = _show_warning

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdl_ext.cli.streams import tell
+from pdl_ext.cli.streams import tell, write
 
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "",
         *_alphas(frequency, arguments.alpha),
     ]
-    print(*lines, sep="\n")
+    write(*lines)
     return 0
 
 

@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 
-__all__ = ["flush_output", "prepare", "report", "tell"]
+__all__ = ["flush_output", "prepare", "report", "tell", "write"]
 
 
 def prepare() -> None:
@@ -22,11 +23,24 @@ def prepare() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def write(*lines: str) -> None:
+    """Prints lines at once. Raises OSError that names the stream if they cannot be written."""
+    with _named_and_dropped():
+        print(*lines, sep="\n", flush=True)
+
+
 def flush_output() -> None:
-    """Raises OSError if what was printed cannot be written, and then drops it, or the interpreter would try again."""
-    try:
+    """Raises OSError that names the stream if what was printed cannot be written."""
+    with _named_and_dropped():
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _named_and_dropped() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
+        # Or the interpreter would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(error.errno, error.strerror, "standard output") from error
 
@@ -34,11 +48,8 @@ def flush_output() -> None:
 def report(*lines: str) -> None:
     """Prints what a sub-command says when its work is done; where that fails, the work is none the worse."""
     try:
-        print(*lines, sep="\n")
-        flush_output()
+        write(*lines)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            flush_output()
         tell(f"pdl-ext: warning: the file is written, but standard output is not ({error.strerror})")
 
 

@@ -50,13 +50,23 @@ STREAMS = [
 
 
 @pytest.mark.parametrize(("stream", "code", "reason"), STREAMS)
-def test_output_that_cannot_be_written(stream, code, reason, monkeypatch, capsys):
+@pytest.mark.parametrize("command", [["show", "old"], ["info"], ["--help"], ["count", "--help"]], ids=" ".join)
+def test_output_that_cannot_be_written(command, stream, code, reason, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", stream())
-    assert main(["show", "old"]) == code
+    assert main(command) == code
     error = capsys.readouterr().err
     assert re.fullmatch("" if code > 1 else rf"pdl-ext: \[Errno \d+\] {reason}: 'standard output'\n", error)
     # Nothing is left that the interpreter would try to write when it ends.
     sys.stdout.close()
+
+
+@needs_full
+@pytest.mark.parametrize("command", [["show", "old"], ["info"]], ids=" ".join)
+def test_output_that_is_not_buffered(command, monkeypatch, capsys):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))
+        assert main(command) == 1
+    assert capsys.readouterr().err == "pdl-ext: [Errno 28] No space left on device: 'standard output'\n"
 
 
 @pytest.mark.parametrize(("stream", "_", "reason"), STREAMS)
