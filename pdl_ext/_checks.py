@@ -59,11 +59,13 @@ def check_ignore_index(ignore_index: int) -> None:
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raises TypeError unless value is a path, ValueError for an empty one."""
+    """Raises TypeError unless value is a path, ValueError for one that no file has."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a path")
     if not os.fspath(value):
         raise ValueError(f"{name}: got an empty name, expected a path")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{name}: got {os.fspath(value)!r}, which has a null in it, expected a path")
 
 
 def check_group(group: Any) -> Any:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
-from pdl_ext._checks import check_group, check_ignore_index, check_vocab_size
+from pdl_ext._checks import check_group, check_ignore_index, check_path, check_vocab_size
 from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
@@ -234,6 +234,7 @@ class TokenFrequency(nn.Module):
         Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
         saved under: none is negative, and files have not given more tokens than were seen.
         """
+        check_path("path", path)
         self._check_conserved("counts")
         metadata = {
             "format": _FORMAT,
@@ -252,6 +253,7 @@ class TokenFrequency(nn.Module):
 
         Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is no counts file.
         """
+        check_path("path", path)
         tensors, metadata = read_tensors(Path(path), "path", _FORMAT)
         try:
             vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])

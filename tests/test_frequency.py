@@ -417,6 +417,20 @@ class TestFile:
         with pytest.raises(NotADirectoryError, match=r"not written: .*file.counts$"):
             TokenFrequency(3).save(tmp_path / "file" / "counts")
 
+    @pytest.mark.parametrize(
+        ("path", "error", "message"),
+        [
+            (5, TypeError, "path: got 5 of type int, expected a path"),
+            ("", ValueError, "path: got an empty name, expected a path"),
+            ("a\0b", ValueError, r"path: got 'a\\x00b', which has a null in it, expected a path"),
+        ],
+        ids=["number", "empty", "null"],
+    )
+    def test_what_is_no_path_is_refused(self, path, error, message):
+        for use in (TokenFrequency.load, TokenFrequency(3).save):
+            with pytest.raises(error, match=message):
+                use(path)
+
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"path: no file at .*none"):
             TokenFrequency.load(tmp_path / "none")

@@ -98,7 +98,9 @@ def _run(arguments: argparse.Namespace) -> int:
         frequency = _count(arguments, checkpoint, group, is_first)
         if not frequency.tokens_seen:
             _remove(checkpoints(checkpoint))
-            raise ValueError(f"data: got {len(frequency.provenance.shards)} files without a token, expected some")
+            first, *others = frequency.provenance.shards
+            more = f" and {len(others)} other files" if others else ""
+            raise ValueError(f"data: got no token in {first.name}{more}, expected some")
         if is_first:
             frequency.save(arguments.output)
         if group is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
 
-__all__ = ["check_counts_output", "load_counts"]
+__all__ = ["check_counts_output", "check_output_folder", "load_counts"]
 
 
 def load_counts(path: Path) -> TokenFrequency:
@@ -24,14 +24,22 @@ def load_counts(path: Path) -> TokenFrequency:
         raise ValueError(f"counts: {str(error).removeprefix('path: ')}") from error
 
 
+def check_output_folder(path: Path) -> None:
+    """Raises ValueError unless the folder exists that a file is to be written to."""
+    from pdl_ext._checks import check_path
+
+    check_path("output", path)
+    # A link is written through.
+    if not Path(os.path.realpath(path)).parent.is_dir():
+        raise ValueError(f"output: got {path}, expected a file in a folder that exists")
+
+
 def check_counts_output(path: Path) -> None:
     """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
     from pdl_ext._tensor_file import format_of
     from pdl_ext.corpus.access import read_head
 
-    # A link is written through.
-    if not Path(os.path.realpath(path)).parent.is_dir():
-        raise ValueError(f"output: got {path}, expected a file in a folder that exists")
+    check_output_folder(path)
     if path.is_dir():
         raise ValueError(f"output: got {path}, a folder, expected a file")
     is_empty = path.is_file() and not read_head(path, 1)

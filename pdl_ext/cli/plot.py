@@ -31,11 +31,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._optional import require
     from pdl_ext._whole_file import whole_file
-    from pdl_ext.cli.counts_file import load_counts
+    from pdl_ext.cli.counts_file import check_output_folder, load_counts
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
+    check_output_folder(output)
     frequency = load_counts(arguments.counts)
     if frequency.total == 0:
         raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")

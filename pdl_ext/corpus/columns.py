@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable, unwrapped
+from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable, counted_as, unwrapped
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
@@ -86,9 +86,9 @@ class Columns:
                     f"{path}: column {self._tokens!r} holds a token a row, which does not tell where sequences begin: "
                     "expected lists of tokens for targets 'shifted'"
                 )
-            name = str(_numbers(self._type(self._tokens)))
-            self.dtype = "int64" if name == "uint64" else name
-            check_told_dtype(path, self.dtype, options)
+            told = str(_numbers(self._type(self._tokens)))
+            check_told_dtype(path, told, options)
+            self.dtype = counted_as(told)
 
     def batches(self, rows: Iterable[Rows]) -> Iterator[Batch]:
         """The tokens of record batches that have the columns `names`.

@@ -50,7 +50,11 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
-    for path in (path for name in names for path in _expand(os.fspath(name))):
+    try:
+        paths = [path for name in names for path in _expand(os.fspath(name))]
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for path in paths:
         if path.is_dir():
             folders.append(path)
         elif (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):

@@ -19,7 +19,17 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.access import opened, read_at
 from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.listing import listed_file, read_json
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_told_dtype, countable, unwrapped
+from pdl_ext.corpus.source import (
+    Batch,
+    Format,
+    Part,
+    ReadOptions,
+    Source,
+    check_told_dtype,
+    countable,
+    counted_as,
+    unwrapped,
+)
 from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
@@ -172,10 +182,11 @@ class _Shard(Source):
             window = _Window(file, self.size, path, _HEAD_BYTES)
             self._check_head(window, index)
             if not layout.text:
-                self.dtype = self._dtype(window)
+                told = self._dtype(window)
+                self.dtype = counted_as(told)
                 # One that is given may be that of labels alone, and a shard without samples may tell none.
                 if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
-                    check_told_dtype(path, self.dtype, options)
+                    check_told_dtype(path, told, options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)
@@ -225,7 +236,7 @@ class _Shard(Source):
             samples = self._read(window, Part(0, min(self._samples, 1), 0))
             places = next(samples, None)
             dtype = np.dtype(np.int64) if places is None else self._numbers(window, *places, self._layout.tokens).dtype
-        return "int64" if dtype.name == "uint64" else dtype.name
+        return dtype.name
 
     def _read(self, window: _Window, part: Part) -> Iterator[tuple[int, list[tuple[int, int]]]]:
         """The number of each sample, and where each of its columns begins and ends in the file."""

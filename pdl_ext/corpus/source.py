@@ -26,6 +26,7 @@ __all__ = [
     "Stamp",
     "check_told_dtype",
     "countable",
+    "counted_as",
     "token_dtype",
     "unwrapped",
 ]
@@ -63,9 +64,14 @@ def unwrapped(labels: NDArray[Any]) -> NDArray[Any]:
     return labels.view(labels.dtype.str.replace("u", "i")) if wraps else labels
 
 
+def counted_as(dtype: str) -> str:
+    """The name in TOKEN_DTYPES of what tokens of a dtype are counted as."""
+    return "int64" if dtype == "uint64" else dtype
+
+
 def check_told_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
-    """Raises ValueError unless the dtype that a file tells is the one that is given, or none is."""
-    if options.dtype not in (None, dtype):
+    """Raises ValueError unless the dtype that a file tells is counted as the one that is given, or none is."""
+    if options.dtype not in (None, counted_as(dtype)):
         raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
 
 

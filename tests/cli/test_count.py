@@ -59,6 +59,7 @@ def test_ids_out_of_range_are_reported_and_strict_fails(corpus, capsys, tmp_path
         (["count", "b.bin", "-o", "c", "--vocab-size", "5"], "data: got b.bin"),
         (["count", "a.bin", "-o", "c", "--vocab-size", "5"], "a.bin: has no header"),
         (["count", "a.bin", "-o", "no/c", "--vocab-size", "5"], "output: got no/c"),
+        (["count", "a.bin", "-o", "a\0b", "--vocab-size", "5"], r"output: got 'a\x00b', which has a null in it"),
         ([*COUNT, "0"], "vocab_size: got 0"),
         ([*COUNT, "5", "--targets", "odd"], "targets: got 'odd'"),
         ([*COUNT, "5", "--threads", "0"], "threads: got 0"),
@@ -147,8 +148,11 @@ def test_warnings_are_one_line(corpus, capsys):
 def test_a_corpus_without_a_token_is_an_error(corpus, tmp_path, capsys):
     (tmp_path / "a.bin").write_bytes(b"")
     assert main([*COUNT, "50"]) == 1
-    assert "data: got 1 files without a token, expected some" in capsys.readouterr().err
+    assert "data: got no token in a.bin, expected some" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    (tmp_path / "b.bin").write_bytes(b"")
+    assert main(["count", "b.bin", *COUNT[1:], "50"]) == 1
+    assert "data: got no token in b.bin and 1 other files, expected some" in capsys.readouterr().err
 
 
 def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path, monkeypatch, capsys):

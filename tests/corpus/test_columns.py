@@ -271,7 +271,7 @@ def test_a_narrow_dtype_warns(tmp_path):
 
 def test_a_dtype_that_is_not_the_columns_is_an_error(tmp_path):
     write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint64()))})
-    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected int64, which the file tells, or none"):
+    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected uint64, which the file tells, or none"):
         count_corpus([tmp_path], VOCAB, dtype="uint16")
     assert count_corpus([tmp_path], VOCAB, dtype="int64").total == 1
 

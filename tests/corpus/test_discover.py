@@ -80,6 +80,14 @@ def test_names_may_come_in_an_array(tmp_path):
     assert count_corpus(np.array(paths), V).total == 40
 
 
+def test_a_name_that_is_too_long_is_told_as_any_that_cannot_be_read(tmp_path):
+    name = "a" * 5000
+    (tmp_path / "all.list").write_text(name)
+    for data in (name, tmp_path / "all.list"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read \(File name too long\)"):
+            total(data)
+
+
 def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1, 2]}')
