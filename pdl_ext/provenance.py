@@ -124,7 +124,7 @@ def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None
         if shard.size and content in seen:
             raise ValueError(
                 f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each shard "
-                "once (allow_overlap counts it again)"
+                "once: allow_overlap (--allow-overlap) counts it again"
             )
         if among is None:
             seen[content] = shard.name

@@ -49,6 +49,7 @@ def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
         ("tokenizer", "other: got counts of tokenizer"),
         ("a", "a: got the same file twice"),
         ("copy", "a.bin: got the same content as a.bin"),
+        ("copy", "expected each shard once: allow_overlap (--allow-overlap) counts it again"),
         ("gone", "counts: no file at gone, expected one that `pdl-ext count` wrote"),
     ]:
         assert main(["merge", "a", other, "-o", "all"]) == 1
