@@ -156,6 +156,7 @@ def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first
             threads=arguments.threads,
             checkpoint=checkpoint,
             checkpoint_every=arguments.checkpoint_every,
+            output=arguments.output,
             progress=line.show if line is not None else None,
             group=group,
         )

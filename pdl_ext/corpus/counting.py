@@ -74,6 +74,7 @@ def count_corpus(
     threads: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
+    output: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     group: Any = None,
 ) -> TokenFrequency:
@@ -92,6 +93,7 @@ def count_corpus(
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
+        output: where the caller is going to write the counts, which is left out of the data.
         progress: called some times a second, from the calling thread.
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
@@ -116,12 +118,14 @@ def count_corpus(
         check_path("tokenizer", tokenizer)
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
+    if output is not None:
+        check_path("output", output)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {progress!r}, expected a function or None")
     check_group(group)
     options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
 
-    sources = open_sources(data, format, options)
+    sources = open_sources(data, format, options, output)
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)

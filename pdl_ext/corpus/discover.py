@@ -31,10 +31,16 @@ _HEAD_BYTES = 64
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
 
 
-def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None, options: ReadOptions) -> list[Source]:
+def open_sources(
+    data: Sequence[str | os.PathLike[str]],
+    format_name: str | None,
+    options: ReadOptions,
+    output: str | os.PathLike[str] | None = None,
+) -> list[Source]:
     """The sources of everything named, in order, each file once.
 
-    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
+    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line;
+    output: a file that is none of them.
     Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
     try:
@@ -50,6 +56,7 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
+    own = None if output is None else os.path.realpath(output)
     try:
         paths = [path for name in names for path in _expand(os.fspath(name))]
     except OSError as error:
@@ -57,7 +64,7 @@ def open_sources(data: Sequence[str | os.PathLike[str]], format_name: str | None
     for path in paths:
         if path.is_dir():
             folders.append(path)
-        elif (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
+        elif os.path.realpath(path) == own or (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
             # Counts and checkpoints, which may be written to where patterns find them.
             continue
         try:

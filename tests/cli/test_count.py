@@ -131,6 +131,16 @@ def test_an_output_may_be_empty_or_a_link_but_no_pipe(corpus, tmp_path, capsys):
     assert torch.equal(TokenFrequency.load(tmp_path / "real").counts, corpus)
 
 
+@pytest.mark.parametrize("name", ["counts.safetensors", "counts.bin"])
+@pytest.mark.parametrize("data", [".", "*"])
+def test_an_output_that_is_empty_is_no_data(data, name, corpus, tmp_path):
+    (tmp_path / name).touch()
+    assert main(["count", data, "--dtype", "uint16", "-o", f"{tmp_path}/{name}", "--vocab-size", "50"]) == 0
+    frequency = TokenFrequency.load(name)
+    assert torch.equal(frequency.counts, corpus)
+    assert [shard.name for shard in frequency.provenance.shards] == ["a.bin"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names of any bytes")
 def test_an_output_whose_name_is_no_text_is_read_and_replaced(corpus):
     name = os.fsdecode(b"\xff")

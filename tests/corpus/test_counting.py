@@ -146,6 +146,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"checkpoint_every": 0}, "checkpoint_every: got 0"),
         ({"checkpoint": 5}, "checkpoint: got 5 of type int, expected a path"),
         ({"checkpoint": ""}, "checkpoint: got an empty name, expected a path"),
+        ({"output": 5}, "output: got 5 of type int, expected a path"),
         ({"tokenizer": 5}, "tokenizer: got 5 of type int, expected a path"),
         ({"tokenizer": ""}, "tokenizer: got an empty name, expected a path"),
         ({"group": "x"}, "group: got str, expected a ProcessGroup that this rank is in, or None"),
