@@ -79,6 +79,9 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
         # A pipe would be waited for.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{name}: {path} is no regular file, expected one")
+        # The library takes any file that it cannot open for absent.
+        with open(path, "rb") as head:
+            head.read(1)
         # Not as PyTorch's, which the library opens by names in UTF-8 alone.
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
@@ -89,7 +92,7 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no file at {path}") from error
     except OSError as error:
-        # The library's have no strerror.
+        # Those of the library have no strerror.
         raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error

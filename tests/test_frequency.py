@@ -447,10 +447,10 @@ class TestFile:
                 TokenFrequency.load(path)
 
         def refuse(*_, **__):
-            raise PermissionError("Permission denied (os error 13)")
+            raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(_tensor_file, "safe_open", refuse)
-        with pytest.raises(ValueError, match=r"path: .*counts\.safetensors cannot be read \(Permission denied"):
+        monkeypatch.setattr("builtins.open", refuse)
+        with pytest.raises(ValueError, match=r"path: .*counts\.safetensors cannot be read \(Permission denied\)"):
             TokenFrequency.load(saved[1])
 
     @pytest.mark.parametrize("kept", [0, 1, 7, 100, 5000, -1])

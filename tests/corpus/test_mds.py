@@ -234,7 +234,7 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     # Of the labels another one may be given.
     assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([0]), 1)
     assert_counts(count(folder, dtype="uint16"), np.array([0]), 1)
-    # What has no name of its own is not told by that of what it is counted as.
+    # Counted as int64, and told as what it is.
     array = {"tokens": np.arange(1, dtype="<u8").tobytes()}
     folder = write(tmp_path / "wide", {"tokens": ("ndarray:uint64:1", 8)}, [[array]])
     with pytest.raises(ValueError, match=r"mds: got dtype uint16, expected uint64, which the file tells"):
