@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     real = Path(os.path.realpath(path))
     partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
     try:
+        if real.exists() and not real.is_file():
+            # Which would be replaced: a device, for every program on the machine.
+            raise FileExistsError(errno.EEXIST, "There is something that is no regular file")
         yield partial
         os.replace(partial, real)
         # Or a power cut may bring back what was there, after checkpoints that it was written from are deleted.

@@ -412,6 +412,14 @@ class TestFile:
         with pytest.raises(FileNotFoundError, match="missing"):
             TokenFrequency(3).save(tmp_path / "missing" / "counts.safetensors")
 
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+    def test_save_replaces_no_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(FileExistsError, match=r"no regular file; not written: .*pipe$"):
+            TokenFrequency(3).save(tmp_path / "pipe")
+        assert (tmp_path / "pipe").is_fifo()
+        assert os.listdir(tmp_path) == ["pipe"]
+
     def test_save_below_a_file(self, tmp_path):
         (tmp_path / "file").touch()
         with pytest.raises(NotADirectoryError, match=r"not written: .*file.counts$"):
