@@ -201,6 +201,13 @@ def zipf_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
     return ids
 
 
+def scattered_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
+    """zipf_ids of a vocabulary that is in no order: the frequent ones are anywhere in it."""
+    generator = torch.Generator(clock.device).manual_seed(2)
+    order = torch.randperm(vocab_size, device=clock.device, generator=generator, dtype=torch.int32)
+    return order[zipf_ids(clock, count, vocab_size)]
+
+
 def uniform_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
     generator = torch.Generator(clock.device).manual_seed(1)
     return torch.randint(vocab_size, (count,), dtype=torch.int32, device=clock.device, generator=generator)
@@ -222,6 +229,7 @@ def alternating_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
 
 IDS = {
     "Zipf": zipf_ids,
+    "Zipf, scattered": scattered_ids,
     "uniform": uniform_ids,
     "sorted": sorted_ids,
     "all equal": equal_ids,

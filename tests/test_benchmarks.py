@@ -251,6 +251,9 @@ class TestWorkloads:
         zipf = torch.bincount(workloads.zipf_ids(clock, 100_000, 50), minlength=50)
         expected = 100_000 / torch.arange(1, 51) / (1 / torch.arange(1, 51)).sum()
         torch.testing.assert_close(zipf.double(), expected.double(), rtol=0.2, atol=0)
+        scattered = torch.bincount(workloads.scattered_ids(clock, 100_000, 50), minlength=50)
+        assert torch.equal(scattered.sort(descending=True).values, zipf.sort(descending=True).values)
+        assert not torch.equal(scattered, zipf)
         assert workloads.equal_ids(clock, 10, 50).unique().numel() == 1
         assert workloads.uniform_ids(clock, 1000, 50).unique().numel() == 50
         ascending = workloads.sorted_ids(clock, 100_000, 50)
