@@ -341,7 +341,7 @@ class TestCpuPlan:
         expected = {f"loss {dtype} [{shape}]": of_losses for shape in ("8, 67", "13, 40") for dtype in plot.COLOURS}
         expected |= {
             f"histogram of 3000 ids, V 300, {kind}, {dtype}": counters
-            for kind in ("Zipf", "uniform", "sorted", "all equal", "two in turn")
+            for kind in workloads.IDS
             for dtype in ("uint16", "int64", "int32")
         }
         without_threads = ["pdl_ext", "np.bincount", "torch.bincount"]

@@ -100,7 +100,6 @@ MUTATIONS = [
     ("cuda/histogram.cu", "all_counted || turns_until_mine > 0", "all_counted"),
     ("cuda/histogram.cu", "uint32_t turns_until_mine = member;", "uint32_t turns_until_mine = 0;"),
     ("cuda/histogram.cu", "turns_until_mine == 0 ? group_size - 1", "turns_until_mine == 0 ? group_size"),
-    ("cuda/histogram.cu", "(possible + group - 1) / group", "possible / group"),
     ("cuda/histogram.cu", "group) / group * group;", "group);"),
     ("cuda/histogram.cu", "std::min(possible, group * on_chip)", "group * on_chip"),
     ("cuda/histogram.cu", "id_of_run < vocabulary.size", "true"),
