@@ -4,10 +4,9 @@
 // - Few tokens, as in a training step: equal ids within a warp are counted together and added to the 64-bit totals in
 //   global memory, which L2 serves.
 // - Many: a block on every multiprocessor keeps 32-bit counters of 58,080 ids (sm_90) in its shared memory, reads ids
-// in
-//   accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a group of
-//   up to eight blocks, which read the same ids at about the same time, so that all but the first find them in L2: what
-//   that costs depends neither on which ids are frequent nor on how often they recur.
+//   in accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a group
+//   of up to eight blocks, which read the same ids at about the same time, so that all but the first find them in L2:
+//   what that costs depends neither on which ids are frequent nor on how often they recur.
 // - Many, of a vocabulary that is larger still: ids beyond the group's counters go to the totals at once, a run of one
 //   id in a thread as one addition. A byte-pair vocabulary is ordered by merges, so these are rare ones.
 // Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result

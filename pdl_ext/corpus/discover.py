@@ -70,9 +70,9 @@ def open_sources(
         try:
             opened = _format_of(path, format_name, options).open(path, options)
         except ValueError:
-            if os.path.lexists(path):
+            # A checkpoint of another count in the folder is gone when that ends; anything else was to be counted.
+            if ".checkpoint-" not in path.name or os.path.lexists(path):
                 raise
-            # Gone since it was listed, as checkpoints of another count in the folder are when it ends.
             continue
         for source in opened:
             # Of a file and its companion, both named, the second is the first again.

@@ -156,13 +156,17 @@ def test_files_that_are_gone_since_the_folder_was_listed_are_left_out(tmp_path, 
     def removed_before(path):
         # As the count that it is of does when it ends.
         if path == gone:
-            gone.unlink()
+            path.unlink()
         return find(path)
 
     monkeypatch.setattr(discover, "format_of", removed_before)
     assert total(tmp_path, dtype="uint16") == 20
     assert not gone.exists()
-    # But not a link that leads nowhere, which was meant to be counted.
+    # But not data, nor a link that leads nowhere, which were meant to be counted.
+    (tmp_path / "b.bin").write_bytes(bytes(20))
+    gone = tmp_path / "b.bin"
+    with pytest.raises(ValueError, match=r"b\.bin: cannot be read"):
+        total(tmp_path, dtype="uint16")
     (tmp_path / "c.bin").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"c\.bin: cannot be read"):
         total(tmp_path, dtype="uint16")
