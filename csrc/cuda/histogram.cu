@@ -6,7 +6,7 @@
 // - Many: a block on every multiprocessor keeps 32-bit counters of 58,080 ids (sm_90) in its shared memory, reads ids
 //   in accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a group
 //   of up to eight blocks, which read the same ids at about the same time, so that all but the first find them in L2:
-//   what that costs depends neither on which ids are frequent nor on how often they recur.
+//   that costs the same whichever ids are frequent.
 // - Many, of a vocabulary that is larger still: ids beyond the group's counters go to the totals at once, a run of one
 //   id in a thread as one addition. A byte-pair vocabulary is ordered by merges, so these are rare ones.
 // Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result
@@ -31,6 +31,8 @@ constexpr int kOnChipThreads = 1024;
 // Behind a block's counters, for ids of which it has none, so that no addition has to be branched around: one a lane,
 // or they would queue.
 constexpr uint32_t kSpareCounters = kWarp;
+// Ids that a group counts in a launch, about: fewer than a counter of 32 bits holds.
+constexpr int64_t kMaxIdsOfGroup = int64_t(1) << 31;
 // Blocks that share a vocabulary. L2 delivers some twice what memory does: more of them would take longer than ids
 // beyond the counters do.
 constexpr int64_t kMaxGroup = 8;
@@ -107,7 +109,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
   // The ids that this block counts.
   const uint32_t first_id = member * counted_by_block;
   const uint32_t on_chip = min(counted_by_block, counted_by_group - first_id);
-  // No overflow: no device has memory for 2^32 ids a multiprocessor.
+  // No overflow: a launch gives no group 2^32 ids.
   uint32_t* table = dynamic_shared_memory<uint32_t>();
   for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) table[i] = 0;
   __syncthreads();
@@ -207,8 +209,11 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
   } else {
     Grid grid{1, kOnChipThreads, int((on_chip + kSpareCounters) * sizeof(uint32_t))};
     grid.blocks = std::max(launch.resident_blocks(count_on_chip_kernel<T>, grid), group) / group * group;
-    launch(count_on_chip_kernel<T>, grid, ids, n, vocabulary, uint32_t(std::min(possible, group * on_chip)),
-           uint32_t(group), uint32_t(on_chip), totals);
+    const int64_t most = grid.blocks / group * kMaxIdsOfGroup;
+    for (int64_t first = 0; first < n; first += most) {
+      launch(count_on_chip_kernel<T>, grid, ids + first, std::min(most, n - first), vocabulary,
+             uint32_t(std::min(possible, group * on_chip)), uint32_t(group), uint32_t(on_chip), totals);
+    }
   }
 }
 

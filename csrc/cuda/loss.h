@@ -8,7 +8,7 @@ namespace pdl::cuda {
 
 // Into how many parts to cut each row, so that few rows keep the whole card busy; 1 where there are rows enough.
 inline int parts_of_row(const Launcher& launch, const Tensor& logits) {
-  // Of a part of 16 KiB each thread has all its vectors under way at once; a smaller one is not worth a block.
+  // Of a part of 16 KiB each thread has all its vectors under way at once; of smaller ones there would only be more.
   constexpr int64_t kPartBytes = 16 * 1024;
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   if (logits.size(0) == 0 || logits.size(0) >= multiprocessors) return 1;

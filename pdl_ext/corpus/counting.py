@@ -93,7 +93,8 @@ def count_corpus(
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
-        output: where the caller is going to write the counts, which is left out of the data.
+        output: where the caller is going to write the counts: left out of the data if it is empty, as one made
+            beforehand is.
         progress: called some times a second, from the calling thread.
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 

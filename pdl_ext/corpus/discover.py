@@ -40,7 +40,7 @@ def open_sources(
     """The sources of everything named, in order, each file once.
 
     data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line;
-    output: a file that is none of them.
+    output: a file that is none of them if it is empty.
     Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
     try:
@@ -56,7 +56,10 @@ def open_sources(
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
-    own = None if output is None else os.path.realpath(output)
+    own = None
+    # Data are not left out in silence.
+    if output is not None and os.path.isfile(output) and os.path.getsize(output) == 0:
+        own = os.path.realpath(output)
     try:
         paths = [path for name in names for path in _expand(os.fspath(name))]
     except OSError as error:

@@ -262,3 +262,9 @@ def test_counts_of_other_ignored_ids_do_not_add_up():
     assert first.total == 0
     second.merge(TokenFrequency.from_counts(torch.ones(V, dtype=torch.int64), ignore_index=0))
     assert second.total == V + 2
+
+
+def test_an_output_that_holds_data_is_counted(tmp_path):
+    (tmp_path / "a.bin").write_bytes(np.arange(8, dtype="<u2").tobytes())
+    (tmp_path / "b.bin").write_bytes(np.arange(12, dtype="<u2").tobytes())
+    assert total(tmp_path, dtype="uint16", output=tmp_path / "b.bin") == 20
