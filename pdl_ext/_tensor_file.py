@@ -19,13 +19,15 @@ from torch import Tensor
 from pdl_ext._checks import names_of
 from pdl_ext._whole_file import whole_file
 
-__all__ = ["format_of", "read_tensors", "write_tensors"]
+__all__ = ["check_fits", "format_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "digest"
 # In a string of JSON the marks would have backslashes before them.
 _FORMAT = re.compile(rb'"format":"(pdl_ext\.[^"]*)"')
 # The library refuses longer ones.
 _LARGEST_HEADER = 100_000_000
+# For all in a header but the longest of the metadata.
+_HEADER_OF_THE_REST = 4096
 # What counts and checkpoints hold, by the names that the library has for it.
 _DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
 
@@ -67,6 +69,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             file.write(arrays[name].reshape(-1).data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_fits(name: str, what: str, text: str) -> None:
+    """Raises ValueError that begins with `name` and tells `what` came, if `text` is too long for metadata."""
+    size, largest = len(json.dumps(text)), _LARGEST_HEADER - _HEADER_OF_THE_REST
+    if size > largest:
+        raise ValueError(
+            f"{name}: got {what}, of which a file of counts would have {size} bytes of metadata, expected at most "
+            f"{largest}"
+        )
 
 
 def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

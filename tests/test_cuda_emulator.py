@@ -515,6 +515,8 @@ def test_device_attributes(device, monkeypatch):
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", device)
     assert tuple(attribute(number) for number in ATTRIBUTES) == tuple((0, value) for value in DEVICES[device])
     assert attribute(16) == (0, 4)
+    monkeypatch.setenv("PDL_EXT_EMULATOR_MULTIPROCESSORS", "9")
+    assert attribute(16) == (0, 9)
     assert attribute(8) == (0, 49152)
     assert attribute(999)[0] == NOT_SUPPORTED
 

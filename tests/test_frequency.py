@@ -115,20 +115,24 @@ def test_large_batches_match_bincount(device, rows, vocab_size):
 @pytest.mark.parametrize("ignored", [3, -10], ids=["low", "high"])
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(
-    ("card", "vocab_size"),
+    ("card", "multiprocessors", "vocab_size"),
     [
-        ("sm_90", 50_000),  # a block counts all of them
-        ("sm_90", 60_001),  # two blocks share them, of which the second one has less
-        ("sm_80", 60_001),
-        ("sm_75", 60_001),  # the four blocks that there are
-        ("sm_75", 70_001),  # and some ids are beyond their counters
+        ("sm_90", 4, 50_000),  # a block counts all of them
+        ("sm_90", 4, 60_001),  # two blocks share them, of which the second one has less
+        ("sm_80", 4, 60_001),
+        ("sm_75", 4, 60_001),  # the four blocks that there are
+        ("sm_75", 4, 70_001),  # and some ids are beyond their counters
+        ("sm_75", 7, 80_003),  # a group of five, and no second one
+        ("sm_75", 17, 120_007),  # two groups of eight, and a multiprocessor that is left over
+        ("sm_75", 9, 140_009),  # more than the most that share
     ],
 )
-def test_tables_of_every_card(device, monkeypatch, card, vocab_size, dtype, ignored):
+def test_tables_of_every_card(device, monkeypatch, card, multiprocessors, vocab_size, dtype, ignored):
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
+    monkeypatch.setenv("PDL_EXT_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
     ignore_index = ignored % min(vocab_size, 2**16)
     largest = min(vocab_size + 4, 2**16) if dtype == torch.uint16 else vocab_size + 4
-    tokens = (torch.rand(480_013, generator=torch.Generator().manual_seed(0)) ** 2 * largest).to(dtype)
+    tokens = (torch.rand(600_013, generator=torch.Generator().manual_seed(0)) ** 2 * largest).to(dtype)
     tokens[::9] = ignore_index
     # One of which no block has a counter, before the first vector.
     tokens[1] = largest - 1
@@ -139,7 +143,7 @@ def test_tables_of_every_card(device, monkeypatch, card, vocab_size, dtype, igno
     assert torch.equal(frequency.counts, expected)
     assert frequency.ignored == (tokens[1:] == ignore_index).sum()
     assert frequency.counts[largest - 1000 :].any()
-    assert_conserved(frequency, 480_012)
+    assert_conserved(frequency, 600_012)
 
 
 def test_updates_add_up(device):

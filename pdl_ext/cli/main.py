@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from pdl_ext.cli import count, demo, info, merge, plot, show, streams
 from pdl_ext.cli.memory import is_out_of_memory
@@ -16,16 +17,12 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
     streams.prepare()
-    parser = argparse.ArgumentParser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
+    parser = _Parser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for command in (count, merge, show, plot, info, demo):
         command.add_parser(subparsers)
     try:
-        try:
-            parsed = parser.parse_args(arguments)
-        finally:
-            # Where that was to print help, it is all.
-            streams.flush_output()
+        parsed = parser.parse_args(arguments)
         with warnings.catch_warnings():
             # Without the place in the library that warns.
             warnings.showwarning = _show_warning
@@ -47,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(OSError):
         streams.flush_output()
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def print_help(self, file: Any = None) -> None:
+        # argparse drops the error where help cannot be written.
+        streams.write(self.format_help().rstrip("\n"))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -30,6 +30,7 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
 )
+from pdl_ext._tensor_file import check_fits
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
@@ -94,7 +95,7 @@ def count_corpus(
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
         output: where the caller is going to write the counts: left out of the data if it is empty, as one made
-            beforehand is.
+            beforehand is. What such a file has no room for is an error before anything is counted.
         progress: called some times a second, from the calling thread.
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
@@ -130,6 +131,9 @@ def count_corpus(
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
+    if output is not None:
+        # Found out before hours of counting, as below.
+        check_fits("data", f"{len(sources)} files", provenance.to_json())
     # By the files alone, and not by the threads of this run.
     part_bytes = min(PART_BYTES, max(_LEAST_PART_BYTES, sum(source.size for source in sources) // _PARTS))
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]

@@ -49,8 +49,13 @@ STREAMS = [
 ]
 
 
+COMMANDS = pytest.mark.parametrize(
+    "command", [["show", "old"], ["info"], ["--help"], ["count", "--help"]], ids=" ".join
+)
+
+
 @pytest.mark.parametrize(("stream", "code", "reason"), STREAMS)
-@pytest.mark.parametrize("command", [["show", "old"], ["info"], ["--help"], ["count", "--help"]], ids=" ".join)
+@COMMANDS
 def test_output_that_cannot_be_written(command, stream, code, reason, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", stream())
     assert main(command) == code
@@ -61,7 +66,7 @@ def test_output_that_cannot_be_written(command, stream, code, reason, monkeypatc
 
 
 @needs_full
-@pytest.mark.parametrize("command", [["show", "old"], ["info"]], ids=" ".join)
+@COMMANDS
 def test_output_that_is_not_buffered(command, monkeypatch, capsys):
     with open("/dev/full", "wb", buffering=0) as full:
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from pdl_ext import _tensor_file
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting, discover, flat
 from pdl_ext.corpus.source import Batch, Format, Part, Source
 
@@ -112,6 +114,26 @@ def test_the_same_content_twice_is_refused(tmp_path):
         count_corpus([tmp_path], V, dtype="uint16")
     frequency = count_corpus([tmp_path], V, dtype="uint16", allow_overlap=True)
     assert torch.equal(frequency.counts, 2 * expected(zipf(50)))
+
+
+def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
+    for name in "abc":
+        write(tmp_path / f"{name}.bin", zipf(10, seed=ord(name)))
+    seen = []
+    monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 4096 + 500)
+    options = {"dtype": "uint16", "progress": seen.append}
+    with pytest.raises(
+        ValueError, match=r"^data: got 3 files, .* would have \d+ bytes of metadata, expected at most 500"
+    ):
+        count_corpus([tmp_path], V, **options, output=tmp_path / "counts", checkpoint=tmp_path / "checkpoint")
+    assert not seen
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "b.bin", "c.bin"]
+    # Counts that no file is made of may come from any number.
+    frequency = count_corpus([tmp_path], V, **options)
+    assert frequency.total == 30
+    # What was let through has room.
+    monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 4096 + len(json.dumps(frequency.provenance.to_json())))
+    count_corpus([tmp_path], V, **options, output=tmp_path / "counts").save(tmp_path / "counts")
 
 
 def test_provenance_tells_what_was_counted(tmp_path):

@@ -55,6 +55,11 @@ const Device& device() {
                            name);
 }
 
+int multiprocessors() {
+  const char* number = getenv("PDL_EXT_EMULATOR_MULTIPROCESSORS");
+  return number == nullptr ? kMultiprocessors : atoi(number);
+}
+
 // What the module was built for, 10 * major + minor: less than the device's where PDL_EXT_EMULATOR_PTX says so.
 int built_for() {
   const char* name = getenv("PDL_EXT_EMULATOR_PTX");
@@ -111,7 +116,7 @@ cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int number) {
       *value = 32;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiprocessors;
+      *value = multiprocessors();
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = device().l2;
@@ -211,7 +216,7 @@ cudaError_t count_clusters(int* clusters, const void* kernel, const cudaLaunchCo
   if (const cudaError_t error = count_blocks(&blocks, kernel, threads, launch.dynamic_shared)) return error;
   // A card has more multiprocessors than this one: at least a cluster always fits.
   const int size = int(launch.cluster.x * launch.cluster.y * launch.cluster.z);
-  *clusters = std::max(1, kMultiprocessors * blocks / size);
+  *clusters = std::max(1, multiprocessors() * blocks / size);
   return cudaSuccess;
 }
 
