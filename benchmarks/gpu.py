@@ -245,8 +245,13 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         histogram(ids_first, "uniform", sizes.tokens),
         histogram(ids_first, "all equal", sizes.tokens),
         *(loss(vocab_size, torch.bfloat16) for vocab_size in others[1:]),
+        histogram(ids_others[-1], "Zipf, scattered", sizes.tokens),
         *(histogram(vocab_size, "Zipf", sizes.tokens) for vocab_size in ids_others),
-        *(loss(others[0], dtype) for dtype in (torch.float32, torch.float16)),
+        *(
+            loss(vocab_size, dtype)
+            for vocab_size in dict.fromkeys((others[-1], others[0]))
+            for dtype in (torch.float32, torch.float16)
+        ),
         *(loss_group(clock, rows, first, torch.bfloat16) for rows in sizes.few_rows),
         histogram(ids_first, "two in turn", sizes.tokens),
         loss(first, torch.bfloat16, peaked=True),

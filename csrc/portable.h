@@ -40,12 +40,15 @@ PDL_INLINE constexpr A not_a_number() {
 }
 
 // exp(x) for x <= 0, -inf or NaN; 0 where the result would be subnormal. Within 2 ulp on the host. On the device the
-// rounding of x log2(e) adds |x| / 2^24, no more than the subtraction that made x did: 2 instructions, expf takes 8.
+// rounding of x log2(e) adds |x| / 2^24, as much as the subtraction that made x did: 2 instructions, expf takes 8.
+// PDL_EX2_APPROX is the instruction where it is emulated.
 PDL_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504088896341f));
   return result;
+#elif defined(PDL_EX2_APPROX)
+  return PDL_EX2_APPROX(x * 1.44269504088896341f);
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits of the sum.
   constexpr float kRound = 12582912.0f;
@@ -68,6 +71,22 @@ PDL_INLINE float exp_nonpositive(float x) {
 }
 
 PDL_INLINE double exp_nonpositive(double x) {
+  return exp(x);
+}
+
+// exp_nonpositive(x) without that rounding, and 0 for NaN on the device: 5 instructions.
+PDL_INLINE float exp_compensated(float x) {
+#if defined(__CUDA_ARCH__) || defined(PDL_EX2_APPROX)
+  // Far below what has an exponential, so that the difference of two infinities is none.
+  x = fmaxf(x, -200.0f);
+  const float e = exp_nonpositive(x);
+  return fmaf(e, fmaf(x * 1.44269504088896341f, -0.693147180559945309f, x), e);
+#else
+  return exp_nonpositive(x);
+#endif
+}
+
+PDL_INLINE double exp_compensated(double x) {
   return exp(x);
 }
 

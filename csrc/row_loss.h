@@ -178,31 +178,35 @@ PDL_INLINE RowScalars<A> row_scalars(A upstream, A weight, A z_loss, A lse, cons
 }
 
 // The gradient of one row, element by element, in the accumulator's precision: at the target p_y - q_y is taken
-// before anything is rounded to the logits' dtype.
+// before anything is rounded to the logits' dtype. Of probabilities it takes shares of the largest one, exp(z - max):
+// exp((z - max) - log_sum) would round twice, the second time a larger number.
 template <typename A>
 struct GradientRow {
   A max;
-  A log_sum;
-  A a;
+  A a_share;    // A max_j p_j
   A b_uniform;  // B s / V
   A b_target;   // B (1 - s + s / V)
 
-  PDL_INLINE GradientRow(A max, A log_sum, RowScalars<A> scalars, A label_smoothing, int64_t vocab_size)
-      : max(max), log_sum(log_sum), a(scalars.a) {
+  // largest: the probability of the largest logit, 1 / sum or exp(-log_sum). Where all are -inf it has none.
+  PDL_INLINE GradientRow(A max, A largest, RowScalars<A> scalars, A label_smoothing, int64_t vocab_size)
+      : max(max), a_share(max == -infinity<A>() ? not_a_number<A>() : scalars.a * largest) {
     const A uniform = label_smoothing / A(vocab_size);
     b_uniform = scalars.b * uniform;
     b_target = scalars.b * (A(1) - label_smoothing + uniform);
   }
 
-  PDL_INLINE A log_probability(A z) const { return (z - max) - log_sum; }
-  PDL_INLINE A probability(A z) const { return exp_nonpositive(log_probability(z)); }
-  PDL_INLINE A off_target_of(A probability) const { return a * probability - b_uniform; }
-  // off_target_of(share * factor) for any share, in one multiplication a share.
-  PDL_INLINE auto off_target_of_shares(A factor) const {
-    return [a_share = a * factor, b_uniform = b_uniform](A share) { return a_share * share - b_uniform; };
+  PDL_INLINE A log_share(A z) const { return z - max; }
+  // Of a row with a NaN, which is in a_share, any number will do.
+  PDL_INLINE A share(A z) const { return exp_compensated(log_share(z)); }
+  PDL_INLINE A off_target_of(A share) const { return a_share * share - b_uniform; }
+  // The same row for shares of exp(origin - max).
+  PDL_INLINE GradientRow relative_to(A origin) const {
+    GradientRow row = *this;
+    row.a_share *= exp_nonpositive(origin - max);
+    return row;
   }
-  PDL_INLINE A off_target(A z) const { return off_target_of(probability(z)); }
-  PDL_INLINE A at_target(A z) const { return a * probability(z) - b_target; }
+  PDL_INLINE A off_target(A z) const { return off_target_of(share(z)); }
+  PDL_INLINE A at_target(A z) const { return a_share * share(z) - b_target; }
 };
 
 }  // namespace pdl

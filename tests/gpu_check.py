@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -34,6 +36,8 @@ import cuda_compile
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 WORDS = ("build", "tests", "sanitizer", "bench")
+# As pyproject.toml asks for.
+LEAST_SETUPTOOLS = 77
 MODULES = ("numpy", "pybind11", "pytest", "safetensors", "setuptools")
 NEEDS = "gpu-check needs a CUDA device, PyTorch built with CUDA, and nvcc"
 # The log of one part keeps its beginning and its end.
@@ -360,7 +364,8 @@ def parts_for(words: Sequence[str]) -> list[Part]:
     if "sanitizer" in words:
         parts += [Part(f"sanitizer: {tool}", 75, 45, sanitizer(tool)) for tool in SANITIZERS]
     if "bench" in words:
-        parts.append(Part("bench", 240, BENCH_OVERRUN + 20, bench))
+        # The last one, which has use for all that is left.
+        parts.append(Part("bench", math.inf, BENCH_OVERRUN + 20, bench))
     return parts
 
 
@@ -459,6 +464,10 @@ def exercise_kernels(device: str) -> None:
 def probe() -> dict[str, Any]:
     """What this machine is and what it lacks."""
     missing = [f"the Python package {name}" for name in MODULES if importlib.util.find_spec(name) is None]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("setuptools")
+        if int(version.split(".")[0]) < LEAST_SETUPTOOLS:
+            missing.append(f"setuptools {LEAST_SETUPTOOLS} or later (there is {version})")
     if shutil.which("ninja", path=search_path()) is None:
         missing.append("ninja")
     nvcc = cuda_compile.find_nvcc()

@@ -145,7 +145,8 @@ def test_compiled_function_with_dynamic_shapes(make_case, reduction):
             eager, got = case.run(functional.pdl_loss, **options), case.run(compiled, **options)
             assert eager["grad_logits"].any()
             for name in eager:
-                torch.testing.assert_close(got[name], eager[name], rtol=1e-6, atol=0)
+                # In one call and in two a row is summed in another order.
+                torch.testing.assert_close(got[name], eager[name], rtol=4e-6, atol=0)
 
 
 def test_compiled_shift(make_case):

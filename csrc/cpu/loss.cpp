@@ -188,9 +188,9 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
   for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
     const int64_t n = std::min(kChunk<kPlain, T>, end - first);
     const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer);
-    const auto log_probability = [&](A z) { return row.log_probability(z); };
-    map_exp<kPlain>(instructions, z, gradient + first, n, log_probability, [&](A probability, int64_t j) {
-      const A g = row.off_target_of(probability);
+    const auto log_share = [&](A z) { return row.log_share(z); };
+    map_exp<kPlain>(instructions, z, gradient + first, n, log_share, [&](A share, int64_t j) {
+      const A g = row.off_target_of(share);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }
@@ -202,15 +202,13 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
 // The gradient from what row_statistics kept; kept and gradient may be one.
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, const T* x, const A* kept,
-                                     const A* chunk_origin, const RowStatistics<A>& statistics, T* gradient,
-                                     int64_t vocab_size, const LogitTransform<A>& transform,
-                                     const GradientRow<A>& row) {
+                                     const A* chunk_origin, T* gradient, int64_t vocab_size,
+                                     const LogitTransform<A>& transform, const GradientRow<A>& row) {
   for (int64_t first = 0; first < vocab_size; first += kChunk<kPlain, T>) {
     const int64_t n = std::min(kChunk<kPlain, T>, vocab_size - first);
-    const A factor = exp_nonpositive(chunk_origin[first / kChunk<kPlain, T>] - statistics.max) / statistics.sum;
-    const auto off_target = row.off_target_of_shares(factor);
+    const GradientRow<A> of_chunk = row.relative_to(chunk_origin[first / kChunk<kPlain, T>]);
     map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
-      const A g = off_target(e);
+      const A g = of_chunk.off_target_of(e);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }
@@ -384,9 +382,9 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
       const auto loss = call.finish_row(i, statistics, z_target);
       const A weight = call.weight_of(target) * call.factor_of_row(i);
       const auto scalars = canonical(row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors));
-      const GradientRow<A> row(statistics.max, loss.log_sum, scalars, label_smoothing, vocab_size);
-      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_origin.data(), statistics, gradient, vocab_size,
-                                   call.transform, row);
+      const GradientRow<A> row(statistics.max, A(1) / statistics.sum, scalars, label_smoothing, vocab_size);
+      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_origin.data(), gradient, vocab_size, call.transform,
+                                   row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
     }
   });
@@ -426,7 +424,7 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
       const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
       const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
       const auto scalars = canonical(row_scalars(factor, weight, z_loss, max + log_sum, sums));
-      const GradientRow<A> row(max, log_sum, scalars, label_smoothing, slice.vocab_size);
+      const GradientRow<A> row(max, exp(-log_sum), scalars, label_smoothing, slice.vocab_size);
       row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - slice.first_id, transform, row);
     }
   });

@@ -114,6 +114,11 @@ class Launcher {
         const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(attributes.sharedSizeBytes);
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
       }
+      if (error == cudaSuccess) {
+        // Of L1: grids are planned for as many such blocks as shared memory has room for.
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                     cudaSharedmemCarveoutMaxShared);
+      }
     }
     if (error == cudaSuccess && grid.cluster > kClusterWithoutAsking) {
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

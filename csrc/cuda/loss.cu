@@ -85,7 +85,7 @@ __global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream,
     const A weight = rows.outputs[kTokenWeight * rows.count + i] * rows.factor(i);
     const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
     const RowScalars<A> scalars = row_scalars(factor, weight, rows.z_loss, max + log_sum, sums);
-    const GradientRow<A> row(max, log_sum, scalars, rows.label_smoothing, slice.vocab_size);
+    const GradientRow<A> row(max, exp(-log_sum), scalars, rows.label_smoothing, slice.vocab_size);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
     // In another slice an id is that of no column. Out of range it may be cut to one: then the row's statistics are

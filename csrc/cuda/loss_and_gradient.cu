@@ -92,7 +92,7 @@ __device__ __forceinline__ GradientRow<A> gradient_row(const Rows<T, I>& rows, i
   const Totals<A> sums{saved[0], saved[1], saved[2]};
   const A weight = rows.weight_of(target) * rows.factor(i);
   const RowScalars<A> scalars = row_scalars(A(1), weight, rows.z_loss, statistics.max + loss.log_sum, sums);
-  return GradientRow<A>(statistics.max, loss.log_sum, scalars, rows.label_smoothing, rows.vocab_size);
+  return GradientRow<A>(statistics.max, A(1) / statistics.sum, scalars, rows.label_smoothing, rows.vocab_size);
 }
 
 // A cluster a row; `shared_bytes` of the launch hold a block's share of it.

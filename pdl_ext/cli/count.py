@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import re
 import signal
 import sys
 from pathlib import Path
@@ -93,7 +95,9 @@ def _run(arguments: argparse.Namespace) -> int:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         group = dist.group.WORLD
     is_first = group is None or dist.get_rank(group) == 0
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     try:
         frequency = _count(arguments, checkpoint, group, is_first)
         if not frequency.tokens_seen:
@@ -171,6 +175,9 @@ _received: int = signal.SIGINT
 def _interrupt(number: int, _: FrameType | None) -> None:
     global _received
     _received = number
+    # Another one would come in the way of the checkpoint that this one leads to.
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -192,6 +199,11 @@ def _report(frequency: Any, output: Path) -> None:
 
 
 def _peak_memory() -> int | None:
+    # Linux' getrusage begins with what the process had that started this one.
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found is not None:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:

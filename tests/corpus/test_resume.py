@@ -8,11 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting
 from pdl_ext.corpus.ranks import checkpoints
@@ -69,7 +71,12 @@ def test_kill_9_at_any_moment(corpus, tmp_path):
     assert frequency.tokens_seen == frequency.provenance.tokens == 3_000_000
 
 
-def test_the_command_goes_on_after_sigterm(corpus, tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]],
+    ids=lambda signals: "-".join(one.name for one in signals),
+)
+def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
     path, counts = corpus
     fifo = tmp_path / "out"
     command = [sys.executable, "-m", "pdl_ext.cli", "count", str(path), "--dtype", "uint16", "--vocab-size", str(V)]
@@ -83,11 +90,16 @@ def test_the_command_goes_on_after_sigterm(corpus, tmp_path):
     first = tmp_path / "out.checkpoint-0"
     while not first.exists():
         assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
+    # Some parts, which are not in the file yet.
+    time.sleep(0.3)
+    for number in signals:
+        run.send_signal(number)
+        time.sleep(0.05)
     _, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGTERM
+    assert run.returncode == 128 + signals[0]
     assert "the same command goes on from it" in error
-    assert first.exists()
+    with safe_open(first, framework="np") as file:
+        assert int(file.metadata()["tokens"]) > 0
     assert not fifo.exists()
 
     run = subprocess.run([sys.executable, "-c", slowly.replace("0.02", "0"), *command[3:]], check=True)

@@ -47,7 +47,7 @@ FLAGS += ["-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divi
 FLAGS += ["-fno-sanitize-recover=all"]
 # The twins of setup.py's macros.
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPDL_EXT_WITH_CUDA", "-DUSE_CUDA"]
-FLAGS += [f"-I{INCLUDE}", "-isystem", str(TORCH / "include")]
+FLAGS += [f"-I{INCLUDE}", "-include", "ex2_approx.h", "-isystem", str(TORCH / "include")]
 
 
 def build() -> Path:

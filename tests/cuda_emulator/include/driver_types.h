@@ -48,6 +48,8 @@ enum cudaFuncAttribute {
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
 
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
+
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   size_t constSizeBytes;
