@@ -33,7 +33,7 @@ from pdl_ext._checks import (
 from pdl_ext._tensor_file import check_fits
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
-from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
+from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
@@ -127,6 +127,7 @@ def count_corpus(
     check_group(group)
     options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
 
+    tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
     sources = open_sources(data, format, options, output)
     provenance = _provenance(sources, options)
     if not allow_overlap:
@@ -151,7 +152,12 @@ def count_corpus(
     if path is not None:
         # A path that cannot be written to is found out before hours of counting.
         state.save(path)
-    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress).run()
+
+    def check_tokenizer() -> None:
+        if options.tokenizer is not None and tokenizer_stamp is not None:
+            tokenizer_stamp.check(options.tokenizer)
+
+    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
     for source in sources:
         source.check_unchanged()
     tokens = ranks.total(state, group)
@@ -197,6 +203,7 @@ class _Count:
         checkpoint: Path | None,
         checkpoint_every: float,
         progress: Callable[[Progress], None] | None,
+        check_tokenizer: Callable[[], None],
     ) -> None:
         self._parts = parts
         self._todo = iter(todo)
@@ -205,6 +212,7 @@ class _Count:
         self._checkpoint = checkpoint
         self._checkpoint_every = checkpoint_every
         self._progress = progress
+        self.check_tokenizer = check_tokenizer
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped_at = 0.0
@@ -343,6 +351,8 @@ class _Worker(threading.Thread):
                 raise ValueError(f"{source.path}: {error}") from None
             self.tokens_read += batch.tokens.size
         source.check_unchanged()
+        # Which each part may load anew.
+        self._count.check_tokenizer()
         self.bytes_done += part.size
         self._finished.append(index)
         return True

@@ -8,6 +8,7 @@ ones write the rows themselves.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,8 @@ def _only_split(folder: Path) -> Path:
             f"{folder}: holds the splits {', '.join(splits)}, expected one: name the folder of the one that is trained "
             f"on, as {folder / splits[0]}"
         )
+    if not os.path.isdir(folder / splits[0]):
+        raise ValueError(f"{folder / splits[0]}: is no folder, which {_SPLITS} lists")
     return folder / splits[0]
 
 

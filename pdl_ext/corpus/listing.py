@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,6 +33,7 @@ def listed_file(listing: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{listing}: got {name!r}, expected the name of a file in its folder")
     path = listing.parent / name
-    if not path.is_file():
+    # Also of a name that none can have.
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: is missing, which {listing.name} lists")
     return path

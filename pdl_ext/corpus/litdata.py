@@ -7,6 +7,7 @@ index.json tells what an item is; only those that are nothing but tokens are rea
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -91,12 +92,13 @@ def _dtype(path: Path, data_format: Any, loader: Any) -> str:
             f"{path}: got items of {data_format!r} for {loader}, expected those of one tensor or array of one "
             "dimension for TokensLoader"
         )
-    if int(number) not in known[kind]:
+    dtypes = {str(of_torch): name for of_torch, name in known[kind].items()}
+    if number not in dtypes:
         raise ValueError(
             f"{path}: got items of {data_format[0]!r}, a dtype that is not one of {', '.join(TOKEN_DTYPES)} "
             f"(those have the numbers {sorted(known[kind])})"
         )
-    return known[kind][int(number)]
+    return dtypes[number]
 
 
 def _is_one_name(data_format: Any) -> bool:
@@ -106,7 +108,8 @@ def _is_one_name(data_format: Any) -> bool:
 def _source(
     path: Path, items: int, tokens: int | None, dtype: str, index_file: Path, options: ReadOptions
 ) -> FlatSource:
-    if not path.is_file():
+    # Also of a name that none can have.
+    if not os.path.isfile(path):
         raise ValueError(f"{path}: is missing, expected it beside {index_file}, which lists it")
     size = Stamp.of(path).size
     first_byte = 4 * (items + 2)

@@ -7,6 +7,7 @@ JSON, then the samples. A sample: the sizes (u32) of those columns that have no 
 from __future__ import annotations
 
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -357,13 +358,13 @@ def _join(pieces: list[Batch]) -> Batch:
 def _columns(config: dict[str, Any]) -> list[_Column]:
     """Raises KeyError, TypeError or ValueError for anything else than a description of columns."""
     columns = [
-        _Column(str(name), str(encoding), None if size is None else int(size))
+        _Column(str(name), str(encoding), None if size is None else operator.index(size))
         for name, encoding, size in zip(
             config["column_names"], config["column_encodings"], config["column_sizes"], strict=True
         )
     ]
-    if any(column.size is not None and column.size < 1 for column in columns):
-        raise ValueError("sizes below 1")
+    if any(column.size is not None and not 1 <= column.size < 2**32 for column in columns):
+        raise ValueError("sizes outside of [1, 2^32)")
     return columns
 
 
@@ -405,12 +406,14 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     if entry["format"] != "mds":
         raise ValueError(f"{index}: got shards of format {entry['format']!r}, expected 'mds'")
     raw, packed = entry["raw_data"], entry.get("zip_data")
-    if packed and not (index.parent / raw["basename"]).is_file():
+    if packed and not os.path.isfile(index.parent / raw["basename"]):
         raise ValueError(
             f"{index.parent / packed['basename']}: is compressed ({entry['compression']}), expected "
             f"{raw['basename']}: decompress it into its folder first"
         )
     path = listed_file(index, raw["basename"])
+    if type(entry["samples"]) is not int:
+        raise TypeError(f"samples {entry['samples']!r}")
     try:
         columns = _columns(entry)
     except (KeyError, TypeError, ValueError) as error:

@@ -128,6 +128,15 @@ class Stamp(NamedTuple):
             raise ValueError(f"{path}: is no regular file, expected one")
         return cls(status.st_size, status.st_mtime_ns)
 
+    def check(self, path: Path) -> None:
+        """Raises ValueError that names a file whose stamp is another by now."""
+        now = Stamp.of(path)
+        if now != self:
+            raise ValueError(
+                f"{path}: changed while it was counted, from {self.size} bytes to {now.size}, modified "
+                f"{(now.mtime_ns - self.mtime_ns) / 1e9:+.3f} s later"
+            )
+
 
 class Source(ABC):
     """The tokens of one shard: a file, with its companions.
@@ -155,12 +164,7 @@ class Source(ABC):
     def check_unchanged(self) -> None:
         """Raises ValueError that names a file which is no longer what it was when the source was made."""
         for path, stamp in self._stamps.items():
-            now = Stamp.of(path)
-            if now != stamp:
-                raise ValueError(
-                    f"{path}: changed while it was counted, from {stamp.size} bytes to {now.size}, modified "
-                    f"{(now.mtime_ns - stamp.mtime_ns) / 1e9:+.3f} s later"
-                )
+            stamp.check(path)
 
     @abstractmethod
     def parts(self, size: int) -> Iterable[Part]:

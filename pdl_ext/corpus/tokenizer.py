@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from array import array
@@ -24,7 +25,9 @@ CHUNK_CHARACTERS = 2**18
 
 
 class TextEncoder:
-    """Encodes texts as in training: whole, neither truncated nor padded, with special tokens if the policy has them.
+    """Encodes texts as in training: neither truncated nor padded, with special tokens if the policy has them.
+
+    Without dropout, by which a text would have other tokens each time.
 
     With policy.targets "shifted" the first token of each text, which may be a special one, is no target. Threads may
     share it.
@@ -72,11 +75,8 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> Batch:
         """The tokens of all texts, uint32. Raises ValueError for a text that the tokenizer refuses."""
-        try:
+        with _errors_told_as(f"{self._prefix}cannot be encoded by {self._path}"):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
-        except Exception as error:
-            # The library raises nothing more special.
-            raise ValueError(f"{self._prefix}cannot be encoded by {self._path} ({error})") from error
         ids = array("I")
         for encoding in encodings:
             ids += array("I", encoding.ids)
@@ -89,16 +89,26 @@ class TextEncoder:
         return Batch(tokens, is_target)
 
 
+@contextlib.contextmanager
+def _errors_told_as(message: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # The library raises nothing more special, and where it panics not even an Exception.
+        raise ValueError(f"{message} ({error})") from error
+
+
 @functools.lru_cache(maxsize=1)
 def _load(path: Path, stamp: Stamp) -> Any:
     # By its stamp, so that a file which was replaced is loaded again.
     tokenizers = require("tokenizers", "corpus")
-    try:
+    with _errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The library raises nothing more special.
-        raise ValueError(f"{path}: is damaged or no file of the tokenizers library ({error})") from error
-    # The file may ask for both.
+    # The file may ask for these.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
     return tokenizer

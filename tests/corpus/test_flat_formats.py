@@ -438,6 +438,11 @@ BAD = {
         {},
         r"index\.json: got items of \['no_header_t",
     ),
+    "litdata, digits": (
+        _litdata(config={"data_format": ["no_header_tensor:" + "1" * 5000]}),
+        {},
+        r"index\.json: got items of 'no_header_tensor:1+', a dtype that is not one of",
+    ),
     "litdata, pickles": (_litdata(config={"data_format": ["pickle"]}), {}, r"index\.json: got items of \['pickle'\]"),
     "litdata, arrays": (
         _litdata(config={"data_format": ["no_header_numpy:2"]}),

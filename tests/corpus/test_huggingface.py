@@ -133,6 +133,7 @@ def test_indices_that_are_none(tmp_path, columns, message):
         ('{"_data_files": [{"filename": "../a.arrow"}]}', r"got '\.\./a\.arrow', expected the name of a file in its"),
         ('{"_data_files": [{"filename": "/etc/passwd"}]}', r"got '/etc/passwd', expected the name of a file in its"),
         ('{"_data_files": [{"filename": "b.arrow"}]}', r"b\.arrow: is missing, which state\.json lists"),
+        (f'{{"_data_files": [{{"filename": "{"b" * 5000}"}}]}}', r"b: is missing, which state\.json lists"),
     ],
 )
 def test_a_damaged_state(tmp_path, state, message):
@@ -140,6 +141,13 @@ def test_a_damaged_state(tmp_path, state, message):
     (folder / "state.json").write_text(state)
     with pytest.raises(ValueError, match=message):
         count(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "b" * 5000], ids=len)
+def test_a_split_that_is_not_there(tmp_path, split):
+    (tmp_path / "dataset_dict.json").write_text(f'{{"splits": ["{split}"]}}')
+    with pytest.raises(ValueError, match=rf"{split}: is no folder, which dataset_dict\.json lists"):
+        count(tmp_path)
 
 
 @pytest.mark.parametrize("splits", ["[]", '"train"', "[1]"])

@@ -322,13 +322,21 @@ def test_truncated_shards(tmp_path, cut):
     [
         ({"format": "json"}, r"got shards of format 'json', expected 'mds'"),
         ({"samples": 3}, r"shard\.00000\.mds: got 30 samples in \d+ bytes, expected 3"),
-        ({"samples": "x"}, r"shard\.00000\.mds: got 30 samples"),
+        ({"samples": "x"}, r"index\.json: is damaged or no index of MDS shards .*samples 'x'"),
+        ({"samples": 30.0}, r"index\.json: is damaged or no index of MDS shards .*samples 30\.0"),
         ({"column_names": ["input_ids"]}, r"shard\.00000\.mds: got the columns .*'tokens'.*, expected .*'input_ids'"),
         ({"column_sizes": [8]}, r"shard\.00000\.mds: got the columns .*, expected .*8"),
+        ({"column_sizes": [float("inf")]}, r"got no columns of shard\.00000\.mds"),
+        ({"column_sizes": [10**40]}, r"got no columns of shard\.00000\.mds"),
         ({"column_sizes": [0]}, r"got no columns of shard\.00000\.mds"),
         ({"column_sizes": []}, r"got no columns of shard\.00000\.mds"),
         ({"column_names": 3}, r"got no columns of shard\.00000\.mds"),
         ({"raw_data": {"basename": "b.mds", "bytes": 1}}, r"b\.mds: is missing, which index\.json lists"),
+        ({"raw_data": {"basename": "b" * 5000, "bytes": 1}}, r"b: is missing, which index\.json lists"),
+        (
+            {"raw_data": {"basename": "b" * 5000}, "zip_data": {"basename": "c"}, "compression": "d"},
+            r"c: is compressed",
+        ),
         ({"raw_data": {"basename": "../b", "bytes": 1}}, r"got '\.\./b', expected the name of a file in its folder"),
         (
             {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}},
@@ -336,7 +344,7 @@ def test_truncated_shards(tmp_path, cut):
         ),
         ({"raw_data": None}, r"index\.json: is damaged or no index of MDS shards"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_indexes_that_lie(tmp_path, changes, message):
     folder = write_tokens(tmp_path / "data", sequences(60), **changes)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import threading
 import warnings
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
+from pdl_ext.corpus import count_corpus, counting
 from pdl_ext.corpus import tokenizer as module
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.corpus.tokenizer import TextEncoder
@@ -125,6 +129,61 @@ def test_a_damaged_tokenizer(tmp_path, content):
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
     with pytest.raises(ValueError, match=r"tokenizer\.json: is damaged or no file of the tokenizers library"):
         TextEncoder(ReadOptions(320, tokenizer=path))
+
+
+def test_a_tokenizer_at_which_the_library_panics(tmp_path):
+    path = save_tokenizer(tmp_path / "tokenizer.json", special_tokens=True)
+    content = json.loads(path.read_text())
+    content["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"a\.txt: cannot be encoded by .*tokenizer\.json"):
+        TextEncoder(ReadOptions(320, tokenizer=path), tmp_path / "a.txt").encode(["a"])
+
+
+def test_dropout_is_left_out(tmp_path):
+    path = save_tokenizer(tmp_path / "tokenizer.json")
+    expected = counts_of(path, TRAINED_ON)
+    content = json.loads(path.read_text())
+    content["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(content))
+    np.testing.assert_array_equal(counts(TextEncoder(ReadOptions(320, tokenizer=path)), TRAINED_ON), expected)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_tokenizer_that_is_replaced_during_the_count(tmp_path, monkeypatch, kind):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = save_tokenizer(tmp_path / "tokenizer.json")
+    other = save_tokenizer(tmp_path / "other.json", special_tokens=True)
+    for number in range(3):
+        texts = ["the fox"] * (10 + number)
+        if kind == "jsonl":
+            (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            parquet.write_table(pa.table({"text": texts}), tmp_path / f"{number}.parquet")
+    count_part = counting._Worker._count_part
+    asked = []
+
+    def replaced_before(self, index):
+        asked.append(index)
+        if len(asked) == 2:
+            os.replace(other, path)
+        return count_part(self, index)
+
+    monkeypatch.setattr(counting._Worker, "_count_part", replaced_before)
+    monkeypatch.setattr(counting, "_SECONDS_BETWEEN_MERGES", 0.0)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: changed while it was counted, from \d+ bytes to \d+"):
+        count_corpus([tmp_path / f"*.{kind}"], 320, tokenizer=path, threads=1, checkpoint=tmp_path / "checkpoint")
+    # Without the part that was encoded by the other one.
+    with safe_open(tmp_path / "checkpoint-0", framework="np") as file:
+        assert file.get_tensor("finished").sum() == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_tokenizer_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    np.arange(9, dtype="<u2").tofile(tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is no regular file"):
+        count_corpus([tmp_path / "a.bin"], 9, dtype="uint16", tokenizer=tmp_path / "tokenizer.json")
 
 
 def test_a_text_that_the_tokenizer_refuses(tmp_path):
