@@ -154,15 +154,32 @@ class TokenFrequency(nn.Module):
         self.provenance = provenance
 
     @torch.no_grad()
-    def all_reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def all_reduce(self, group: dist.ProcessGroup | None = None, *, allow_overlap: bool = False) -> None:
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
-        It sums all that the counts hold, also what was loaded. `sync` may follow, and goes on from the sum.
-        Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
-        ignored ids differ.
+        It sums all that the counts hold, also what was loaded, and joins the ranks' provenances. `sync` may follow, and
+        goes on from the sum.
+        Raises TypeError for what is no process group, ValueError on every rank, with nothing changed, if their
+        vocabularies or ignored ids differ, or as `merge` does for their provenances (`allow_overlap` is its).
         """
         self._check_ranks(group)
+        provenance = self._provenance_of_ranks(group, allow_overlap)
         self._replace_by_sum(self._packed(), group)
+        self.provenance = provenance
+
+    def _provenance_of_ranks(self, group: dist.ProcessGroup | None, allow_overlap: bool) -> Provenance | None:
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, None if self.provenance is None else self.provenance.to_json(), group)
+        joined = None
+        for rank, text in enumerate(found):
+            if text is None:
+                continue
+            provenance = Provenance.from_json(text)
+            try:
+                joined = provenance if joined is None else joined.merged(provenance, allow_overlap=allow_overlap)
+            except ValueError as error:
+                raise ValueError(f"rank {rank} of the group: {error}") from error
+        return joined
 
     @torch.no_grad()
     def sync(self, group: dist.ProcessGroup | None = None) -> None:

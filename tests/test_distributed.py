@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pdl_ext import PDLLoss, TokenFrequency
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
 VOCAB, WIDTH, RANKS, STEPS = 37, 8, 2, 3
 
@@ -114,8 +115,26 @@ def counting_worker(rank, init, folder):
         except ValueError as error:
             message = str(error)
         torch.save(message, f"{folder}/{rank}.error.pt")
+        torch.save(provenances(rank), f"{folder}/{rank}.provenance.pt")
     finally:
         dist.destroy_process_group()
+
+
+def provenances(rank):
+    """After all_reduce: where each rank has a shard of its own, the last one alone, both the same."""
+    shards = [Shard(name, 10, name * 32, "raw", "uint16") for name in "ab"]
+    results = []
+    for shard in (shards[rank], shards[1] if rank == RANKS - 1 else None, shards[0]):
+        frequency = TokenFrequency(VOCAB)
+        frequency.update(torch.arange(10))
+        frequency.provenance = shard and Provenance((shard,), 10, TargetPolicy(), None, "0")
+        try:
+            frequency.all_reduce()
+        except ValueError as error:
+            results.append((str(error), frequency.tokens_seen))
+            frequency.all_reduce(allow_overlap=True)
+        results.append((frequency.provenance.tokens, [one.name for one in frequency.provenance.shards]))
+    return results
 
 
 def tokens_of_rank(rank):
@@ -157,3 +176,8 @@ def test_all_reduce_equals_merging(tmp_path):
     for rank in range(RANKS):
         message = torch.load(tmp_path / f"{rank}.error.pt")
         assert message == f"vocab_size: got {VOCAB} to {VOCAB + 1} over the ranks, expected the same on all"
+        *of_parts, (message, unchanged), of_same = torch.load(tmp_path / f"{rank}.provenance.pt")
+        assert of_parts == [(20, ["a", "b"]), (10, ["b"])]
+        assert "rank 1 of the group: a: got the same content as a" in message
+        assert unchanged == 10
+        assert of_same == (20, ["a", "a"])

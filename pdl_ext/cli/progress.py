@@ -43,8 +43,8 @@ class ProgressLine:
             rate = (done - progress.bytes_before) / max(progress.seconds, 1e-9)
             left = tqdm.format_interval((total - done) / rate) if rate > 0 else "?"
             print(
-                f"{100 * done / max(total, 1):5.1f} %  {progress.tokens / 1e6:,.0f} M tokens  "
-                f"{progress.tokens / max(progress.seconds, 1e-9) / 1e6:,.0f} M tokens/s  {left} left",
+                f"{100 * done / max(total, 1):5.1f} %  {tqdm.format_sizeof(progress.tokens)} tokens  "
+                f"{tqdm.format_sizeof(_rate(progress))} tokens/s  {left} left",
                 file=self._stream,
                 flush=True,
             )
@@ -60,6 +60,10 @@ class ProgressLine:
                 unit_divisor=1024,
                 dynamic_ncols=True,
             )
-        rate = progress.tokens / max(progress.seconds, 1e-9) / 1e6
-        self._bar.set_postfix_str(f"{progress.tokens / 1e6:,.0f} M tokens, {rate:,.0f} M/s", refresh=False)
+        told = f"{tqdm.format_sizeof(progress.tokens)} tokens, {tqdm.format_sizeof(_rate(progress))}/s"
+        self._bar.set_postfix_str(told, refresh=False)
         self._bar.update(progress.bytes_now - self._bar.n)
+
+
+def _rate(progress: Progress) -> float:
+    return progress.tokens / max(progress.seconds, 1e-9)

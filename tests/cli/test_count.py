@@ -211,10 +211,10 @@ def test_progress(is_terminal):
         line.show(Progress(int(seconds * 1e6), 100, 100 + int(seconds), 200, seconds))
     line.close()
     if is_terminal:
-        assert "50 M tokens, 1 M/s" in stream.text
+        assert "50.0M tokens, 1.00M/s" in stream.text
         assert "150/200" in stream.text.replace("150B", "150").replace("200B", "200") or "75%" in stream.text
     else:
         assert stream.text.splitlines() == [
-            " 56.0 %  12 M tokens  1 M tokens/s  01:28 left",
-            " 75.0 %  50 M tokens  1 M tokens/s  00:50 left",
+            " 56.0 %  12.0M tokens  1.00M tokens/s  01:28 left",
+            " 75.0 %  50.0M tokens  1.00M tokens/s  00:50 left",
         ]
