@@ -30,15 +30,22 @@ def _run(arguments: argparse.Namespace) -> int:
     check_counts_output(arguments.output)
     first, *others = arguments.counts
     frequency = load_counts(first)
-    for number, path in enumerate(others, 1):
+    seen = {_identity(first)}
+    for path in others:
         other = load_counts(path)
         # Counts that come from no files have no shards to tell it by.
-        if not arguments.allow_overlap and any(map(path.samefile, arguments.counts[:number])):
+        if not arguments.allow_overlap and _identity(path) in seen:
             raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
         try:
             frequency.merge(other, allow_overlap=arguments.allow_overlap)
         except ValueError as error:
-            raise ValueError(f"{path}: does not go with {first}: {error}") from error
+            raise ValueError(f"{path}: does not go with those before it: {error}") from error
+        seen.add(_identity(path))
     frequency.save(arguments.output)
     report(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
     return 0
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino

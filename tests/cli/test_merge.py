@@ -64,7 +64,7 @@ def test_a_refused_or_failed_merge_leaves_the_old_output(counts, capsys, tmp_pat
     before = {name: (tmp_path / name).read_bytes() for name in ("a", "bb")}
     # The output is one of the inputs, and the refusal comes after a sum that went well.
     assert main(["merge", "a", "bb", "vocabulary", "-o", "a"]) == 1
-    assert "vocabulary: does not go with a" in capsys.readouterr().err
+    assert "vocabulary: does not go with those before it" in capsys.readouterr().err
 
     def full(*_):
         raise OSError(28, "No space left on device")
