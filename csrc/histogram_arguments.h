@@ -1,4 +1,4 @@
-// What the histogram op shares between devices: the checks that keep memory safe.
+// What the histogram op shares between devices: what it adds to, and the checks that keep memory safe.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,17 +9,27 @@ namespace pdl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline void check_histogram_arguments(const Tensor& counts, const Tensor& ignored, const Tensor& out_of_range,
-                                      const Tensor& tokens) {
+struct Totals {
+  int64_t* counts;
+  int64_t* ignored;
+  int64_t* out_of_range;
+  // All tokens given, so that a histogram that loses or invents one is found out.
+  int64_t* seen;
+};
+
+inline Totals checked_totals(const Tensor& counts, const Tensor& ignored, const Tensor& out_of_range,
+                             const Tensor& seen, const Tensor& tokens) {
   STD_TORCH_CHECK(counts.dim() == 1 && counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
                   "counts must be contiguous int64 with shape [V]");
-  for (const Tensor* total : {&ignored, &out_of_range}) {
+  for (const Tensor* total : {&ignored, &out_of_range, &seen}) {
     STD_TORCH_CHECK(
         total->numel() == 1 && total->scalar_type() == ScalarType::Long && total->device() == counts.device(),
-        "ignored and out_of_range must be int64 with one element, on the counts' device");
+        "ignored, out_of_range and seen must be int64 with one element, on the counts' device");
   }
   STD_TORCH_CHECK(tokens.is_contiguous(), "tokens must be contiguous");
   STD_TORCH_CHECK(tokens.device() == counts.device(), "tokens must be on the counts' device");
+  const auto data = [](const Tensor& total) { return static_cast<int64_t*>(total.mutable_data_ptr()); };
+  return {data(counts), data(ignored), data(out_of_range), data(seen)};
 }
 
 // Calls f with a pointer to the tokens in their own dtype.

@@ -34,8 +34,8 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
       "token_weights(Tensor counts, Tensor? blend, Tensor? fixed, float alpha, float epsilon, float smoothing, "
       "bool relative, int normalize, float max_weight) -> Tensor");
   m.def(
-      "count_tokens_(Tensor(a!) counts, Tensor(b!) ignored, Tensor(c!) out_of_range, Tensor tokens, int ignore_index, "
-      "bool strict) -> ()");
+      "count_tokens_(Tensor(a!) counts, Tensor(b!) ignored, Tensor(c!) out_of_range, Tensor(d!) seen, Tensor "
+      "tokens, int ignore_index, bool strict) -> ()");
 }
 
 #ifndef PDL_EXT_WITH_CUDA

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
-from pdl_ext._checks import check_group, check_ignore_index, check_path, check_vocab_size
+from pdl_ext._checks import check_group, check_ignore_index, check_integer, check_path, check_vocab_size
 from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
-__all__ = ["TokenFrequency"]
+__all__ = ["TokenFrequency", "unpacked"]
 
 _FORMAT = "pdl_ext.TokenFrequency/2"
 
@@ -26,10 +26,11 @@ _FORMAT = "pdl_ext.TokenFrequency/2"
 class TokenFrequency(nn.Module):
     """Counts of the tokens of a corpus, exact, gathered a batch at a time.
 
-    Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored` and
-    `out_of_range`. counts.sum() + ignored + out_of_range is `tokens_seen`. `provenance` tells of those that were read
-    from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none were. Over ranks
-    `all_reduce` sums once, `sync` as often as wanted.
+    Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored`,
+    `out_of_range` and `seen`, the number of tokens given, which counts.sum() + ignored + out_of_range must be: `save`,
+    `load` and `merge` check it. Write to none of them; `from_counts` makes a frequency of other counts. `provenance`
+    tells of those that were read from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none
+    were. Over ranks `all_reduce` sums once, `sync` as often as wanted.
 
     Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
     """
@@ -37,8 +38,9 @@ class TokenFrequency(nn.Module):
     counts: Tensor
     ignored: Tensor
     out_of_range: Tensor
+    seen: Tensor
     provenance: Provenance | None
-    # What update and merge have added since the last sync, packed [V + 2]; None is nothing. No buffer, or
+    # What update and merge have added since the last sync, packed [V + 3]; None is nothing. No buffer, or
     # DistributedDataParallel would overwrite it by rank 0's. Until _tracked it is everything that the counts hold, and
     # a frequency that only counts does not count twice.
     _own: Tensor | None
@@ -54,8 +56,8 @@ class TokenFrequency(nn.Module):
         self._tracked = False
         self._checked_group: str | None = None
         self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
-        self.register_buffer("ignored", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("out_of_range", torch.zeros((), dtype=torch.int64))
+        for name in ("ignored", "out_of_range", "seen"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def from_counts(cls, counts: Tensor, *, ignore_index: int = -100) -> TokenFrequency:
@@ -67,6 +69,7 @@ class TokenFrequency(nn.Module):
             raise ValueError("counts: got a negative count, expected all >= 0")
         frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
         frequency.counts.copy_(counts)
+        frequency.seen.copy_(counts.sum())
         frequency._track()
         return frequency
 
@@ -83,7 +86,7 @@ class TokenFrequency(nn.Module):
     @property
     def tokens_seen(self) -> int:
         """All tokens, counted, ignored or out of range. Waits for the device."""
-        return self.total + int(self.ignored) + int(self.out_of_range)
+        return int(self.seen)
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.vocab_size}, ignore_index={self.ignore_index}"
@@ -114,7 +117,7 @@ class TokenFrequency(nn.Module):
         else:
             functional.add_tokens(*totals, tokens, ignore_index=self.ignore_index, strict=strict)
             if self._tracked:
-                functional.add_tokens(*_unpacked(self._own_counts()), tokens, ignore_index=self.ignore_index)
+                functional.add_tokens(*unpacked(self._own_counts()), tokens, ignore_index=self.ignore_index)
 
     def _update_strictly(self, tokens: Tensor) -> None:
         batch = TokenFrequency(self.vocab_size, ignore_index=self.ignore_index).to(self.counts.device)
@@ -217,7 +220,7 @@ class TokenFrequency(nn.Module):
 
     def _replace_by_sum(self, packed: Tensor, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(packed, group=group)
-        for mine, total in zip(self._totals(), _unpacked(packed), strict=True):
+        for mine, total in zip(self._totals(), unpacked(packed), strict=True):
             mine.copy_(total)
         self._track()
 
@@ -249,7 +252,8 @@ class TokenFrequency(nn.Module):
         """Writes counts and provenance as a safetensors file with metadata; the file appears whole or not at all.
 
         Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
-        saved under: none is negative, and files have not given more tokens than were seen.
+        saved under: none is negative, with the ignored and the out of range they are as many as the tokens seen, and
+        files have not given more than these.
         """
         check_path("path", path)
         self._check_conserved("counts")
@@ -278,7 +282,8 @@ class TokenFrequency(nn.Module):
                 # Before a table is made that may be larger than memory.
                 raise ValueError(f"counts of shape {list(tensors['counts'].shape)}, a vocabulary of {vocab_size}")
             frequency = cls(vocab_size, ignore_index=int(metadata["ignore_index"]))
-            frequency.load_state_dict(tensors)
+            check_integer("tokens_seen", tokens_seen, 0, 2**63 - 1, "an int in [0, 2^63)")
+            frequency.load_state_dict({**tensors, "seen": torch.tensor(tokens_seen)})
             if "provenance" in metadata:
                 frequency.provenance = Provenance.from_json(metadata["provenance"])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -286,28 +291,30 @@ class TokenFrequency(nn.Module):
         if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
             raise ValueError(f"path: {path} has counts of dtype {tensors['counts'].dtype}, expected int64")
         frequency._check_conserved(f"path: {path}")
-        if frequency.tokens_seen != tokens_seen:
-            raise ValueError(
-                f"path: {path} has counts, ignored and out of range of {frequency.tokens_seen} tokens, expected "
-                f"{tokens_seen}, as it states: it is damaged"
-            )
         return frequency
 
     def _check_conserved(self, name: str) -> None:
         if any(bool((total < 0).any()) for total in self._totals()):
             raise ValueError(f"{name}: got a negative count, expected all >= 0")
-        if sum(float(total.double().sum()) for total in self._totals()) >= 2**63:
+        *parts, seen = self._totals()
+        if sum(float(part.double().sum()) for part in parts) >= 2**63:
             raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")
+        in_all = sum(int(part.sum()) for part in parts)
+        if in_all != int(seen):
+            raise ValueError(
+                f"{name}: got {in_all} tokens counted, ignored and out of range, expected the {int(seen)} seen: "
+                "they were changed other than by counting (from_counts takes any counts)"
+            )
         read = 0 if self.provenance is None else self.provenance.tokens
         if self.tokens_seen < read:
             raise ValueError(
                 f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more"
             )
 
-    def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _totals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # Not as attributes, which nn.Module looks up in a microsecond each: a tiny step has ten of them.
         buffers = cast("dict[str, Tensor]", self._buffers)
-        return buffers["counts"], buffers["ignored"], buffers["out_of_range"]
+        return buffers["counts"], buffers["ignored"], buffers["out_of_range"], buffers["seen"]
 
     def _packed(self) -> Tensor:
         return torch.cat([total.reshape(-1) for total in self._totals()])
@@ -322,7 +329,7 @@ class TokenFrequency(nn.Module):
         if self._own is None:
             # Counting may begin under inference_mode, and must be able to go on without.
             with torch.inference_mode(False):
-                self._own = torch.zeros(self.vocab_size + 2, dtype=torch.int64, device=self.counts.device)
+                self._own = torch.zeros(self.vocab_size + 3, dtype=torch.int64, device=self.counts.device)
         elif self._own.device != self.counts.device:
             # Here, since FSDP moves buffers without a call of the module's.
             self._own = self._own.to(self.counts.device)
@@ -334,5 +341,6 @@ class TokenFrequency(nn.Module):
             self._track()
 
 
-def _unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[:-2], packed[-2], packed[-1]
+def unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a TokenFrequency holds as views of one int64 [V + 3]: counts, ignored, out of range and seen."""
+    return packed[:-3], packed[-3], packed[-2], packed[-1]

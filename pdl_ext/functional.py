@@ -384,15 +384,23 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
-    rejected = torch.zeros(2, dtype=torch.int64, device=tokens.device)
-    add_tokens(counts, rejected[0], rejected[1], tokens, ignore_index=ignore_index)
+    ignored, out_of_range, seen = torch.zeros(3, dtype=torch.int64, device=tokens.device)
+    add_tokens(counts, ignored, out_of_range, seen, tokens, ignore_index=ignore_index)
     return counts
 
 
 def add_tokens(
-    counts: Tensor, ignored: Tensor, out_of_range: Tensor, tokens: Tensor, *, ignore_index: int, strict: bool = False
+    counts: Tensor,
+    ignored: Tensor,
+    out_of_range: Tensor,
+    seen: Tensor,
+    tokens: Tensor,
+    *,
+    ignore_index: int,
+    strict: bool = False,
 ) -> None:
-    """Adds a histogram of `tokens` to `counts`, and what it rejects to `ignored` and `out_of_range`, all int64.
+    """Adds a histogram of `tokens` to `counts`, and what it rejects to `ignored` and `out_of_range`, and the
+    number of all to `seen`, all int64.
 
     strict (CPU only) raises IndexError for an id out of range before anything is changed.
     """
@@ -402,7 +410,7 @@ def add_tokens(
         raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
     if tokens.device != counts.device:
         raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
-    _ops.ops.count_tokens_(counts, ignored, out_of_range, tokens.contiguous(), ignore_index, strict)
+    _ops.ops.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict)
 
 
 def _check_counts(counts: Tensor) -> None:

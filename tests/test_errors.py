@@ -260,9 +260,12 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
             lambda ops, x, y: ops.token_weights(x[0], None, None, 1.0, 0.0, 1.0, True, 1, 1.0),
             "counts must be contiguous int64",
         ),
-        (lambda ops, x, y: ops.count_tokens_(y, y[:1], y, y, 0, False), "ignored and out_of_range must be int64"),
         (
-            lambda ops, x, y: ops.count_tokens_(y, y[:1], y[1:], x, 0, False),
+            lambda ops, x, y: ops.count_tokens_(y, y[:1], y, y[:1], y, 0, False),
+            "ignored, out_of_range and seen must be int64",
+        ),
+        (
+            lambda ops, x, y: ops.count_tokens_(y, y[:1], y[1:], y[1:], x, 0, False),
             "tokens must be uint8, uint16, int32, uint32 or int64",
         ),
     ],

@@ -22,6 +22,7 @@ TORCH_DTYPES = functional.TOKEN_DTYPES
 
 def assert_conserved(frequency, seen):
     assert frequency.counts.sum() + frequency.ignored + frequency.out_of_range == seen
+    assert frequency.seen == seen
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
@@ -192,7 +193,7 @@ def test_strict_counting_by_the_op_is_refused(device):
     ops = torch.ops.pdl_ext_emulated if device.type == "cpu" else torch.ops.pdl_ext
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match="strict counting"):
-        ops.count_tokens_(counts, counts[0], counts[1], counts, -100, True)
+        ops.count_tokens_(counts, counts[0], counts[1], counts[2], counts, -100, True)
 
 
 @pytest.mark.devices("cpu", "cuda")
@@ -226,7 +227,7 @@ def test_merge(device):
     first.update(parts[0])
     second.update(parts[1])
     first.merge(second)
-    for name in ("counts", "ignored", "out_of_range"):
+    for name in ("counts", "ignored", "out_of_range", "seen"):
         assert torch.equal(getattr(first, name), getattr(whole, name))
 
 
@@ -244,12 +245,31 @@ def test_a_merge_that_breaks_the_law_changes_nothing():
     second.counts[0] = -1
     with pytest.raises(ValueError, match="other: got a negative count"):
         first.merge(second)
-    second.counts[0] = 0
+    second.counts[0] = 777
+    with pytest.raises(
+        ValueError, match=r"other: got 778 tokens counted, ignored and out of range, expected the [0-9]+ seen"
+    ):
+        first.merge(second)
+    second = TokenFrequency.from_counts(torch.tensor([0, 1]))
     second.provenance = Provenance((), 2, TargetPolicy(), None, "0")
     with pytest.raises(ValueError, match="other: got 1 tokens seen, expected the 2 of the provenance or more"):
         first.merge(second)
     assert first.counts.tolist() == [2**62, 1]
     assert first.provenance is None
+
+
+@pytest.mark.parametrize("name", ["counts", "ignored", "out_of_range", "seen"])
+@pytest.mark.parametrize("change", [777, -1])
+def test_what_was_written_to_is_not_saved(tmp_path, name, change):
+    frequency = TokenFrequency(5)
+    frequency.update(torch.tensor([1, 3, 3, -100, 9]))
+    buffer = getattr(frequency, name).view(-1)
+    buffer[3 % len(buffer)] += change
+    with pytest.raises(
+        ValueError, match=r"counts: got \d+ tokens counted, ignored and out of range, expected the \d+ seen"
+    ):
+        frequency.save(tmp_path / "counts")
+    assert not any(tmp_path.iterdir())
 
 
 def test_probabilities(device):
@@ -298,7 +318,7 @@ def test_buckets_refuse_other_shares(shares):
 def saved(tmp_path):
     frequency = TokenFrequency(70_000, ignore_index=-1)
     frequency.update(torch.randint(-1, 70_003, (5000,), generator=torch.Generator().manual_seed(0)))
-    frequency.counts[3] = 2**50 + 1
+    frequency.merge(TokenFrequency.from_counts(torch.tensor([0, 0, 0, 2**50 + 1] + [0] * 69_996), ignore_index=-1))
     frequency.save(tmp_path / "counts.safetensors")
     return frequency, tmp_path / "counts.safetensors"
 

@@ -127,9 +127,9 @@ def test_opcheck_token_weights(device, optional):
 
 @pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES, ids=str)
 def test_opcheck_count_tokens(device, dtype):
-    counts, ignored, out_of_range = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), ()))
+    counts, *others = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), (), ()))
     tokens = torch.tensor([1, 6, 6, 9, 3], device=device).to(dtype)
-    torch.library.opcheck(ops.count_tokens_.default, (counts, ignored, out_of_range, tokens, 3, False))
+    torch.library.opcheck(ops.count_tokens_.default, (counts, *others, tokens, 3, False))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -23,41 +23,41 @@ inline int64_t bin_of(T token, int64_t vocab_size, int64_t ignore_index) {
 }
 
 template <typename T>
-void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, int64_t* counts, int64_t* ignored,
-           int64_t* out_of_range) {
+void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const Totals& totals) {
+  int64_t* const counts = totals.counts;
+  *totals.seen += n;
   const int64_t parts = torch::stable::get_num_threads();
   // A private table costs two passes over V entries, so it has to be earned.
   if (parts == 1 || n < 8 * vocab_size) {
-    if (ignored == counts + vocab_size && out_of_range == ignored + 1) {
+    if (totals.ignored == counts + vocab_size && totals.out_of_range == totals.ignored + 1) {
       // A bin is a place: no choice of one for each id.
       for (int64_t i = 0; i < n; ++i) ++counts[bin_of(tokens[i], vocab_size, ignore_index)];
       return;
     }
     for (int64_t i = 0; i < n; ++i) {
       const int64_t bin = bin_of(tokens[i], vocab_size, ignore_index);
-      int64_t* slot = bin < vocab_size ? counts + bin : bin == vocab_size ? ignored : out_of_range;
+      int64_t* slot = bin < vocab_size ? counts + bin : bin == vocab_size ? totals.ignored : totals.out_of_range;
       *slot += 1;
     }
     return;
   }
-  std::mutex totals;
+  std::mutex adding;
   torch::stable::parallel_for(0, n, (n + parts - 1) / parts, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> table(vocab_size + 2);
     for (int64_t i = begin; i < end; ++i) ++table[bin_of(tokens[i], vocab_size, ignore_index)];
-    const std::lock_guard<std::mutex> lock(totals);
+    const std::lock_guard<std::mutex> lock(adding);
     for (int64_t t = 0; t < vocab_size; ++t) counts[t] += table[t];
-    *ignored += table[vocab_size];
-    *out_of_range += table[vocab_size + 1];
+    *totals.ignored += table[vocab_size];
+    *totals.out_of_range += table[vocab_size + 1];
   });
 }
 
-void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor tokens, int64_t ignore_index,
+void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
                    bool strict) {
-  check_histogram_arguments(counts, ignored, out_of_range, tokens);
+  const Totals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
   dispatch_tokens(tokens, [&](const auto* ids) {
     if (strict) check_ids("tokens", ids, tokens.numel(), counts.size(0), ignore_index);
-    count(ids, tokens.numel(), counts.size(0), ignore_index, static_cast<int64_t*>(counts.mutable_data_ptr()),
-          static_cast<int64_t*>(ignored.mutable_data_ptr()), static_cast<int64_t*>(out_of_range.mutable_data_ptr()));
+    count(ids, tokens.numel(), counts.size(0), ignore_index, totals);
   });
 }
 

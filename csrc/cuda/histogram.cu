@@ -59,12 +59,6 @@ struct Vocabulary {
   __device__ bool is_ignored(Word id) const { return ignores && id == ignored; }
 };
 
-struct Totals {
-  int64_t* counts;
-  int64_t* ignored;
-  int64_t* out_of_range;
-};
-
 __device__ __forceinline__ int64_t warp_sum(int64_t value) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) value += shuffle_down(value, distance);
   return value;
@@ -78,6 +72,11 @@ __device__ __forceinline__ void add_rejected(const Totals& totals, int64_t ignor
     if (ignored != 0) atomic_add(totals.ignored, ignored);
     if (out_of_range != 0) atomic_add(totals.out_of_range, out_of_range);
   }
+}
+
+// What a launch was given, once.
+__device__ __forceinline__ void add_seen(const Totals& totals, int64_t n) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) atomic_add(totals.seen, n);
 }
 
 template <typename T>
@@ -98,6 +97,7 @@ __global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> 
     if (counted && lane == __ffs(equal) - 1) atomic_add(totals.counts + id, int64_t(__popc(equal)));
   }
   add_rejected(totals, ignored, out_of_range);
+  add_seen(totals, n);
 }
 
 template <typename T>
@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
   }
   end_run();
   add_rejected(totals, ignored, out_of_range);
+  add_seen(totals, n);
 
   __syncthreads();
   // Each group begins elsewhere, or all would queue for the same totals.
@@ -217,14 +218,11 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
   }
 }
 
-void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor tokens, int64_t ignore_index,
+void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
                    bool strict) {
   STD_TORCH_CHECK(!strict, "strict counting would have to wait for the device; TokenFrequency.update does it");
-  check_histogram_arguments(counts, ignored, out_of_range, tokens);
+  const Totals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
   const Launcher launch(counts);
-  const Totals totals{static_cast<int64_t*>(counts.mutable_data_ptr()),
-                      static_cast<int64_t*>(ignored.mutable_data_ptr()),
-                      static_cast<int64_t*>(out_of_range.mutable_data_ptr())};
   dispatch_tokens(tokens, [&]<typename T>(const T* ids) {
     count(launch, ids, tokens.numel(), counts.size(0), ignore_index, totals);
   });

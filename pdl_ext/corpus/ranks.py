@@ -58,20 +58,18 @@ def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -
 def total(state: State, group: Any) -> int:
     """Makes the state's counts those of all ranks; returns how many tokens they read.
 
-    Raises RuntimeError on every rank if a part is missing or the counts are not those of the tokens read.
+    Raises RuntimeError on every rank if a part is missing, ValueError if the counts are not those of the tokens read.
     """
-    tokens, finished = state.tokens, state.finished.to(torch.int32)
+    finished = state.finished.to(torch.int32)
     if group is not None:
         finished = _all_reduce(finished, group)
-        tokens = int(_all_reduce(torch.tensor([tokens]), group))
         frequency = state.frequency.to(_device(group))
         frequency.all_reduce(group)
         state.frequency = frequency.cpu()
-        state.tokens = tokens
     if not bool((finished == 1).all()):
         raise RuntimeError(f"got {int((finished != 1).sum())} parts not counted once, expected none")
-    state.check_conserved()
-    return tokens
+    state.frequency._check_conserved("counts")
+    return state.frequency.tokens_seen
 
 
 def _take_over(state: State, checkpoint: Path) -> None:

@@ -13,31 +13,29 @@ from pdl_ext.frequency import TokenFrequency
 
 __all__ = ["State"]
 
-_FORMAT = "pdl_ext.corpus.State/1"
+_FORMAT = "pdl_ext.corpus.State/2"
 
 
 class State:
     """What was counted of a corpus' parts.
 
-    frequency: the counts of the finished parts; finished: uint8 [parts]; tokens: how many they hold; identity: what
-    tells a corpus, its division into parts and the policy from all others.
+    frequency: the counts of the finished parts; finished: uint8 [parts]; identity: what tells a corpus, its division
+    into parts and the policy from all others.
     """
 
-    def __init__(self, frequency: TokenFrequency, finished: Tensor, tokens: int, identity: str) -> None:
+    def __init__(self, frequency: TokenFrequency, finished: Tensor, identity: str) -> None:
         self.frequency = frequency
         self.finished = finished
-        self.tokens = tokens
         self.identity = identity
 
     @classmethod
     def empty(cls, vocab_size: int, ignore_index: int, parts: int, identity: str) -> State:
         """Nothing counted yet."""
         frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
-        return cls(frequency, torch.zeros(parts, dtype=torch.uint8), 0, identity)
+        return cls(frequency, torch.zeros(parts, dtype=torch.uint8), identity)
 
     def add(self, table: Table, parts: list[int]) -> None:
         """Takes over the counts of parts that are finished now."""
-        self.tokens += table.tokens
         table.move_to(self.frequency)
         self.finished[parts] = 1
 
@@ -50,21 +48,14 @@ class State:
         if both == 0:
             self.frequency.merge(other.frequency)
             self.finished |= other.finished
-            self.tokens += other.tokens
         elif both != int(other.finished.sum()):
             raise ValueError("checkpoint: got two that counted the same part, expected each part in one")
-
-    def check_conserved(self) -> None:
-        """Raises RuntimeError unless every token read was counted, ignored or out of range."""
-        if self.frequency.tokens_seen != self.tokens:
-            raise RuntimeError(f"got counts of {self.frequency.tokens_seen} tokens, expected those of {self.tokens}")
 
     def save(self, path: Path) -> None:
         """Raises OSError that names the path, which then holds what it held before."""
         tensors = {f"frequency.{name}": buffer for name, buffer in self.frequency.state_dict().items()}
         tensors["finished"] = self.finished
-        metadata = {"format": _FORMAT, "identity": self.identity, "tokens": str(self.tokens)}
-        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, {"format": _FORMAT, "identity": self.identity})
 
     @classmethod
     def load(cls, path: Path, like: State) -> State:
@@ -82,7 +73,7 @@ class State:
                 f"checkpoint: {path} is that of another count (files, options or pdl_ext's version differ), expected "
                 "this one's: delete it to begin anew"
             )
-        loaded.finished, loaded.tokens = tensors.pop("finished"), int(metadata["tokens"])
+        loaded.finished = tensors["finished"]
         # Not load_state_dict, after which a `sync` of the counts would take them for all ranks' and not this one's own.
         for name, buffer in loaded.frequency.named_buffers():
             buffer.copy_(tensors[f"frequency.{name}"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdl_ext import functional
 from pdl_ext.corpus.source import Batch
-from pdl_ext.frequency import TokenFrequency
+from pdl_ext.frequency import TokenFrequency, unpacked
 
 __all__ = ["Table"]
 
@@ -20,16 +20,16 @@ class Table:
 
     What a TokenFrequency holds, in one tensor, into which the histogram counts fastest. What is no target is counted
     with the rest and once more by itself, to be subtracted: that is less work than leaving it out of each batch.
+    tokens: how many were given, by the size of the batches and not by the histogram.
     """
 
     def __init__(self, vocab_size: int, ignore_index: int, strict: bool) -> None:
         self.vocab_size = vocab_size
         self._ignore_index = ignore_index
         self._strict = strict
-        self._all = torch.zeros(vocab_size + 2, dtype=torch.int64)
+        self._all = torch.zeros(vocab_size + 3, dtype=torch.int64)
         self._no_targets = torch.zeros_like(self._all)
         self.tokens = 0
-        self._tokens_no_targets = 0
 
     def add(self, batch: Batch) -> None:
         """Counts a batch. Raises IndexError if `strict` and a target is outside [0, V), with nothing changed."""
@@ -43,34 +43,30 @@ class Table:
             else:
                 self._count(tokens, self._all)
                 self._count(others, self._no_targets)
-                self._tokens_no_targets += others.size
         else:
             self._count(tokens, self._all)
         self.tokens += tokens.size
 
     def move_to(self, frequency: TokenFrequency) -> None:
         """Adds the counts to a frequency, and begins anew."""
-        if self._tokens_no_targets:
+        no_targets = unpacked(self._no_targets)[-1].clone()
+        if no_targets:
             self._all -= self._no_targets
-            self._all[self.vocab_size] += self._tokens_no_targets
+            self._all[self.vocab_size] += no_targets
             self._no_targets.zero_()
-            self._tokens_no_targets = 0
-        counts, ignored, out_of_range = _parts(self._all)
+        counts, ignored, out_of_range, _ = unpacked(self._all)
         frequency.counts += counts
         frequency.ignored += ignored
         frequency.out_of_range += out_of_range
+        frequency.seen += self.tokens
         self._all.zero_()
         self.tokens = 0
 
     def _count(self, tokens: NDArray[Any], table: Tensor) -> None:
         try:
             functional.add_tokens(
-                *_parts(table), torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
+                *unpacked(table), torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
             )
         except IndexError:
             wrong = (tokens != self._ignore_index) & ((tokens < 0) | (tokens >= self.vocab_size))
             raise IndexError(f"got the id {tokens[wrong][0]}, expected 0 <= id < {self.vocab_size}") from None
-
-
-def _parts(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return table[:-2], table[-2], table[-1]

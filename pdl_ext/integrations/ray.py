@@ -1,6 +1,6 @@
 """Ray Data: the tokens of a dataset's column, counted where its blocks lie.
 
-What travels is one table a block, int64 [V + 2]: the counts, then how many were ignored and how many out of range.
+What travels is one table a block, int64 [V + 3]: the counts, then how many were ignored, out of range, and seen in all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pdl_ext
 from pdl_ext._checks import check_vocab_size
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import countable
-from pdl_ext.frequency import TokenFrequency
+from pdl_ext.frequency import TokenFrequency, unpacked
 from pdl_ext.provenance import Provenance, TargetPolicy
 
 __all__ = ["TokenCounts", "count_dataset", "to_frequency"]
@@ -92,14 +92,17 @@ def count_dataset(
 
 
 def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> TokenFrequency:
-    """The TokenFrequency of what TokenCounts gave, int64 [V + 2]. Raises TypeError for anything else."""
-    if not isinstance(table, np.ndarray) or table.dtype != np.int64 or table.ndim != 1 or table.size < 3:
+    """The TokenFrequency of what TokenCounts gave, int64 [V + 3].
+
+    Raises TypeError for anything else, ValueError if it does not hold as many tokens as it was given.
+    """
+    if not isinstance(table, np.ndarray) or table.dtype != np.int64 or table.ndim != 1 or table.size < 4:
         got = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else type(table).__name__
-        raise TypeError(f"table: got {got}, expected int64 [V + 2]")
-    frequency = TokenFrequency(table.size - 2, ignore_index=ignore_index)
-    frequency.counts.copy_(torch.tensor(table[:-2]))
-    frequency.ignored.fill_(int(table[-2]))
-    frequency.out_of_range.fill_(int(table[-1]))
+        raise TypeError(f"table: got {got}, expected int64 [V + 3]")
+    frequency = TokenFrequency(table.size - 3, ignore_index=ignore_index)
+    for total, given in zip(frequency._totals(), unpacked(torch.tensor(table)), strict=True):
+        total.copy_(given)
+    frequency._check_conserved("table")
     return frequency
 
 
@@ -114,7 +117,7 @@ class _BlockCount:
         self._vocab_size = vocab_size
 
     def empty(self) -> NDArray[np.int64]:
-        return np.zeros(self._vocab_size + 2, np.int64)
+        return np.zeros(self._vocab_size + 3, np.int64)
 
     def as_batch(self, block: Any) -> dict[str, NDArray[Any]]:
         # Ray would wrap what is raised, try again, and keep of the first error its text alone.
@@ -145,11 +148,11 @@ class _BlockCount:
                     )
                 is_target = marks != 0
                 tokens = tokens[is_target]
-                frequency.ignored += is_target.size - tokens.size
+                masked = is_target.size - tokens.size
+                frequency.ignored += masked
+                frequency.seen += masked
             frequency.update(countable(tokens))
-        return np.concatenate(
-            [total.numpy().reshape(-1) for total in (frequency.counts, frequency.ignored, frequency.out_of_range)]
-        )
+        return frequency._packed().numpy()
 
 
 def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:

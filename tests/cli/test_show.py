@@ -19,6 +19,7 @@ def counts(tmp_path):
     frequency = TokenFrequency.from_counts(torch.tensor([0, 5, 900, 1, 94]))
     frequency.ignored += 7
     frequency.out_of_range += 2
+    frequency.seen += 9
     shards = tuple(Shard(f"{number}.bin", 10, f"{number:032x}", "raw", "uint16") for number in range(5))
     policy = TargetPolicy(targets="shifted", column="ids")
     frequency.provenance = Provenance(shards, 1009, policy, "ab" * 16, "0.1.0")

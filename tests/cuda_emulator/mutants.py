@@ -107,6 +107,11 @@ MUTATIONS = [
     ("cuda/histogram.cu", "std::min(possible, group * on_chip)", "group * on_chip"),
     ("cuda/histogram.cu", "id_of_run < vocabulary.size", "true"),
     ("cuda/histogram.cu", "ignored += length_of_run;", ""),
+    (
+        "cuda/histogram.cu",
+        "blockIdx.x == 0 && threadIdx.x == 0) atomic_add(totals.seen",
+        "threadIdx.x == 0) atomic_add(totals.seen",
+    ),
     ("cuda/histogram.cu", "if (int(threadIdx.x) < head) count", "if (false) count"),
     ("cuda/histogram.cu", "if (threadIdx.x < n - tail) count", "if (false) count"),
     ("cuda/histogram.cu", "if (pack < packs) batch", "batch"),

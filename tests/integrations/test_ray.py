@@ -135,8 +135,10 @@ def test_bad_arguments_are_named():
         count_dataset([1, 2], "tokens", VOCAB)
     with pytest.raises(ValueError, match="vocab_size: got 0"):
         count_dataset(dataset, "tokens", 0)
-    with pytest.raises(TypeError, match=r"table: got list, expected int64 \[V \+ 2\]"):
+    with pytest.raises(TypeError, match=r"table: got list, expected int64 \[V \+ 3\]"):
         to_frequency([1, 2, 3])
+    with pytest.raises(ValueError, match="table: got 3 tokens counted, ignored and out of range, expected the 4 seen"):
+        to_frequency(np.array([2, 0, 1, 0, 4]))
 
 
 def test_the_documented_snippet(tmp_path, monkeypatch):
