@@ -64,13 +64,13 @@ def test_counting_stays_within_its_tensors(guarded, dtype, size, at_end):
     if dtype == torch.int64:
         tokens[6::50] = 2**32 + 5
     counts = guarded(torch.ones(vocab_size, dtype=torch.int64), at_end)
-    rejected = guarded(torch.ones(2, dtype=torch.int64), at_end)
+    others = guarded(torch.ones(3, dtype=torch.int64), at_end)
     ids = guarded(tokens.to(dtype), at_end)
-    functional.add_tokens(counts, rejected[0], rejected[1], ids, ignore_index=ignore_index)
+    functional.add_tokens(counts, *others, ids, ignore_index=ignore_index)
     counted = reference.count_tokens(tokens, vocab_size, ignore_index=ignore_index)
     assert (counts - 1).tolist() == counted.tolist()
     ignored = int((tokens == ignore_index).sum())
-    assert rejected.tolist() == [1 + ignored, 1 + size - int(counted.sum()) - ignored]
+    assert others.tolist() == [1 + ignored, 1 + size - int(counted.sum()) - ignored, 1 + size]
 
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["before", "past_the_end"])
