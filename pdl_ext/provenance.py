@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -87,15 +88,16 @@ class Provenance:
                 raise ValueError(f"other: got counts with {field.name}={theirs!r}, expected {mine!r}: another policy")
         if self.tokenizer != other.tokenizer:
             raise ValueError(f"other: got counts of tokenizer {other.tokenizer}, expected {self.tokenizer}")
-        if not allow_overlap:
-            # Between the two: within one it was allowed before.
+        # Between the two: within one it was allowed before.
+        if not allow_overlap and _may_overlap(self.shards, other.shards):
             check_distinct(other.shards, among=self.shards)
         shards = self.shards + other.shards
         return dataclasses.replace(self, shards=shards, tokens=self.tokens + other.tokens)
 
     def to_json(self) -> str:
         """All of it, as from_json reads it."""
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+        # Not asdict of all, which copies the shards one by one.
+        return json.dumps({**vars(self), "policy": dataclasses.asdict(self.policy)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
@@ -113,6 +115,13 @@ class Provenance:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no provenance of counts ({error!r})") from error
         return cls(shards, tokens, policy, tokenizer, version)
+
+
+def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
+    # A set of the fewer, and no loop over the others: a merge of many files comes here with ever more on one side.
+    few, many = sorted((first, second), key=len)
+    digest = operator.attrgetter("digest")
+    return not set(map(digest, few)).isdisjoint(map(digest, many))
 
 
 def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:

@@ -100,20 +100,14 @@ def _printable(name: str) -> str:
 def _text_of(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
     if path is None:
         return lambda token: ""
-    from pdl_ext._optional import require
+    from pdl_ext.corpus.tokenizer import text_of_token
     from pdl_ext.provenance import file_digest
 
-    tokenizers = require("tokenizers", "corpus")
-    try:
-        digest = file_digest(path)
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        # The library raises nothing more special.
-        raise ValueError(f"tokenizer: {path} cannot be read as one ({error})") from error
-    if provenance is not None and provenance.tokenizer not in (None, digest):
+    text = text_of_token(path)
+    if provenance is not None and provenance.tokenizer not in (None, file_digest(path)):
         tell(f"pdl-ext show: warning: {path} is not the tokenizer of the counts")
     # As a literal: a token may be a line feed, or half of a character.
-    return lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
+    return lambda token: repr(text(token))
 
 
 def _tokens(frequency: TokenFrequency, top: int, text: Callable[[int], str]) -> list[str]:

@@ -83,6 +83,8 @@ def open_sources(
             first = seen.setdefault(real, source)
             if first is source:
                 sources.append(source)
+            elif any(first is other for other in opened):
+                raise ValueError(f"{path}: lists {source.path} twice, expected each file once")
             elif first.format != source.format:
                 raise ValueError(
                     f"{source.path}: got it as {first.format} and as {source.format}, expected one: name the folder or "

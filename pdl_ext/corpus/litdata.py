@@ -76,6 +76,8 @@ def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | No
     for name, value in (("compression", compression), ("encryption", encryption)):
         if value:
             raise ValueError(f"{path}: got chunks with {name} {value!r}, expected none: write them anew without it")
+    if len(chunks) != len(index["chunks"]):
+        raise ValueError(f"{path}: lists a chunk twice, expected each once")
     for name in chunks:
         if not name or name != Path(name).name:
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
 
-__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder"]
+__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
 
 # A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
 MAX_TEXT_BYTES = 2**24
@@ -87,6 +87,20 @@ class TextEncoder:
             is_target = np.ones(tokens.size, np.bool_)
             is_target[(np.cumsum(lengths) - lengths)[lengths > 0]] = False
         return Batch(tokens, is_target)
+
+
+def text_of_token(path: Path) -> Callable[[int], str]:
+    """What gives the text of an id by a tokenizer's file.
+
+    Raises ValueError for a file that is damaged or none of them, and later for an id that it refuses.
+    """
+    tokenizer = _load(path, Stamp.of(path))
+
+    def text(token: int) -> str:
+        with _errors_told_as(f"{path}: cannot decode the id {token}"):
+            return str(tokenizer.decode([token], skip_special_tokens=False))
+
+    return text
 
 
 @contextlib.contextmanager

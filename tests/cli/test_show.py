@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import re
 import sys
 
 import pytest
@@ -125,13 +127,52 @@ def test_counts_from_memory_and_of_nothing(tmp_path, capsys):
         (["--alpha", "nan"], "alpha: got nan"),
         (["--alpha", "1000"], "alpha: got 1000.0, expected one for which the weights of this corpus are finite"),
         (["--top", "0"], "top: got 0"),
-        (["--tokenizer", "gone.json"], "tokenizer: gone.json cannot be read as one"),
+        (["--tokenizer", "gone.json"], "gone.json: cannot be read (No such file or directory)"),
     ],
 )
 def test_bad_arguments(arguments, message, counts, capsys):
     assert main(["show", str(counts), *arguments]) == 1
     captured = capsys.readouterr()
     assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_tokenizer_that_is_a_pipe(counts, capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["show", str(counts), "--tokenizer", str(tmp_path / "pipe")]) == 1
+    assert "pipe: is no regular file, expected one" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_cannot_decode(counts, capsys, tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
+
+    class Panic(BaseException):
+        pass
+
+    class Panicking:
+        def __init__(self, tokenizer):
+            self.model = tokenizer.model
+
+        def no_truncation(self):
+            pass
+
+        def no_padding(self):
+            pass
+
+        def decode(self, ids, skip_special_tokens):
+            raise Panic("index out of bounds")
+
+        @classmethod
+        def from_file(cls, name, load=tokenizers.Tokenizer.from_file):
+            return cls(load(name))
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Panicking)
+    assert main(["show", str(counts), "--tokenizer", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert re.search(r"tokenizer\.json: cannot decode the id \d \(index out of bounds\)", captured.err)
     assert captured.out == ""
 
 

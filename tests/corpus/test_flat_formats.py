@@ -423,6 +423,15 @@ BAD = {
     "litdata, no config": (_litdata(index='{"chunks": []}'), {}, r"index\.json: is damaged .*KeyError: 'config'"),
     "litdata, list": (_litdata(index='[{"chunks": 1}]'), {}, r"index\.json: got list, expected an object"),
     "litdata, strange": (_litdata(index='{"chunks": 1, "config": []}'), {}, r"index\.json: is damaged .*TypeError"),
+    "litdata, twice": (
+        _litdata(
+            index=json.dumps(
+                {k: v * 2 if k == "chunks" else v for k, v in json.loads(_litdata()["index.json"]).items()}
+            )
+        ),
+        {},
+        r"index\.json: lists a chunk twice, expected each once",
+    ),
     "litdata, compressed": (
         _litdata(config={"compression": "zstd"}),
         {},

@@ -132,6 +132,10 @@ def test_indices_that_are_none(tmp_path, columns, message):
         ('{"_data_files": [{}]}', r"state\.json: got None, expected the name of a file in its folder"),
         ('{"_data_files": [{"filename": "../a.arrow"}]}', r"got '\.\./a\.arrow', expected the name of a file in its"),
         ('{"_data_files": [{"filename": "/etc/passwd"}]}', r"got '/etc/passwd', expected the name of a file in its"),
+        (
+            json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}] * 2}),
+            r"data: lists .*data-00000-of-00001\.arrow twice, expected each file once",
+        ),
         ('{"_data_files": [{"filename": "b.arrow"}]}', r"b\.arrow: is missing, which state\.json lists"),
         (f'{{"_data_files": [{{"filename": "{"b" * 5000}"}}]}}', r"b: is missing, which state\.json lists"),
     ],

@@ -352,6 +352,15 @@ def test_indexes_that_lie(tmp_path, changes, message):
         count(folder, dtype="int32")
 
 
+def test_a_shard_that_is_listed_twice(tmp_path):
+    folder = write_tokens(tmp_path / "data", sequences(60))
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"].append(index["shards"][0])
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"data: lists .*shard\.00000\.mds twice, expected each file once"):
+        count(folder, dtype="int32")
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
