@@ -194,7 +194,7 @@ class TokenFrequency(nn.Module):
         All ranks call it equally often, or they wait for each other for ever; how much each has counted makes no
         difference. Save after a sync: the state of one rank lacks what others have counted since. In a module under
         DistributedDataParallel, which overwrites the counts by those of rank 0, sync once before the first update; from
-        then on nothing is lost. Does nothing without a process group.
+        then on nothing is lost. Each rank keeps its own provenance. Does nothing without a process group.
         Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
         ignored ids differ.
         """

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 
 from pdl_ext import TokenFrequency
 from pdl_ext.corpus import count_corpus, counting
@@ -112,17 +113,63 @@ def test_one_process_goes_on_from_two_ranks(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("copied-*")] == ["copied-state-0"]
 
 
-def test_torchrun(tmp_path):
-    counts = write_corpus(tmp_path / "corpus")
+def torchrun(folder, *program):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "pdl_ext.cli", "count", str(tmp_path / "corpus"), "--dtype", "uint16"]
-    command += ["--vocab-size", str(V), "-o", str(tmp_path / "counts.safetensors")]
-    run = subprocess.run(
+    command += [*program, "count", str(folder / "corpus"), "--dtype", "uint16", "--vocab-size", str(V)]
+    command += ["-o", str(folder / "counts.safetensors")]
+    return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
+
+
+def test_torchrun(tmp_path):
+    counts = write_corpus(tmp_path / "corpus")
+    run = torchrun(tmp_path, "-m", "pdl_ext.cli")
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("tokens counted") == 1
     assert torch.equal(TokenFrequency.load(tmp_path / "counts.safetensors").counts, counts)
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+SMALL_PARTS = """
+import os, signal, sys
+from pdl_ext.corpus import counting
+from pdl_ext.cli.main import main
+
+counting.PART_BYTES = 256
+"""
+KILLED_AFTER_TEN_PARTS = """
+counting._SECONDS_BETWEEN_MERGES = 0.0
+finish, finished = counting._Count.finish, []
+
+def finish_and_die(self, table, parts):
+    finish(self, table, parts)
+    finished.extend(parts)
+    if os.environ["RANK"] == "1" and len(finished) >= 10:
+        self._save()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+counting._Count.finish = finish_and_die
+"""
+RUN = "sys.exit(main(sys.argv[1:]))"
+
+
+def test_a_rank_that_is_killed_under_torchrun(tmp_path):
+    counts = write_corpus(tmp_path / "corpus")
+    (tmp_path / "dies.py").write_text(SMALL_PARTS + KILLED_AFTER_TEN_PARTS + RUN)
+    (tmp_path / "lives.py").write_text(SMALL_PARTS + RUN)
+    assert torchrun(tmp_path, str(tmp_path / "dies.py")).returncode != 0
+    assert not (tmp_path / "counts.safetensors").exists()
+    left = [tmp_path / f"counts.safetensors.checkpoint-{rank}" for rank in range(RANKS)]
+    with safe_open(left[1], framework="np") as file:
+        assert 10 <= file.get_tensor("finished").sum() < file.get_tensor("finished").size
+    assert left[0].exists()
+
+    run = torchrun(tmp_path, str(tmp_path / "lives.py"))
+    assert run.returncode == 0, run.stderr
+    frequency = TokenFrequency.load(tmp_path / "counts.safetensors")
+    assert torch.equal(frequency.counts, counts)
+    assert frequency.tokens_seen == frequency.provenance.tokens == counts.sum()
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
