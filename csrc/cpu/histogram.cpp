@@ -23,7 +23,7 @@ inline int64_t bin_of(T token, int64_t vocab_size, int64_t ignore_index) {
 }
 
 template <typename T>
-void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const Totals& totals) {
+void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const TokenTotals& totals) {
   int64_t* const counts = totals.counts;
   *totals.seen += n;
   const int64_t parts = torch::stable::get_num_threads();
@@ -54,7 +54,7 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
                    bool strict) {
-  const Totals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
+  const TokenTotals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
   dispatch_tokens(tokens, [&](const auto* ids) {
     if (strict) check_ids("tokens", ids, tokens.numel(), counts.size(0), ignore_index);
     count(ids, tokens.numel(), counts.size(0), ignore_index, totals);
