@@ -71,6 +71,26 @@ def test_kill_9_at_any_moment(corpus, tmp_path):
     assert frequency.tokens_seen == frequency.provenance.tokens == 3_000_000
 
 
+# Reads that last long enough for a signal to come between, and a part of which a count waits for.
+SLOW_AFTER_TEN = """
+import itertools, pathlib, sys, time
+from pdl_ext.cli.main import main
+from pdl_ext.corpus import counting, flat
+
+counting.PART_BYTES = 2**16
+read, reads = flat.read_at, itertools.count(1)
+
+def slow(*arguments):
+    if next(reads) > 10:
+        pathlib.Path({marker!r}).touch()
+        time.sleep(0.3)
+    read(*arguments)
+
+flat.read_at = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize(
     "signals",
     [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGTERM]],
@@ -81,17 +101,13 @@ def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
     fifo = tmp_path / "out"
     command = [sys.executable, "-m", "pdl_ext.cli", "count", str(path), "--dtype", "uint16", "--vocab-size", str(V)]
     command += ["-o", str(fifo)]
-    slowly = (
-        "import sys, time\nfrom pdl_ext.corpus import counting, flat\ncounting.PART_BYTES = 2**16\n"
-        "read = flat.read_at\ndef slow(*a):\n    time.sleep(0.02); read(*a)\nflat.read_at = slow\n"
-        "from pdl_ext.cli.main import main\nsys.exit(main(sys.argv[1:]))"
-    )
-    run = subprocess.Popen([sys.executable, "-c", slowly, *command[3:]], stderr=subprocess.PIPE, text=True)
+    slow_after_ten = SLOW_AFTER_TEN.format(marker=str(tmp_path / "ten"))
+    run = subprocess.Popen([sys.executable, "-c", slow_after_ten, *command[3:]], stderr=subprocess.PIPE, text=True)
     first = tmp_path / "out.checkpoint-0"
-    while not first.exists():
-        assert run.poll() is None
     # Some parts, which are not in the file yet.
-    time.sleep(0.3)
+    while not (tmp_path / "ten").exists():
+        assert run.poll() is None
+        time.sleep(0.01)
     for number in signals:
         run.send_signal(number)
         time.sleep(0.05)
@@ -102,7 +118,7 @@ def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
         assert int(file.get_tensor("frequency.seen")) > 0
     assert not fifo.exists()
 
-    run = subprocess.run([sys.executable, "-c", slowly.replace("0.02", "0"), *command[3:]], check=True)
+    subprocess.run([sys.executable, "-c", slow_after_ten.replace("0.3", "0"), *command[3:]], check=True)
     from pdl_ext import TokenFrequency
 
     assert torch.equal(TokenFrequency.load(fifo).counts, counts)
