@@ -112,7 +112,7 @@ def test_a_null_in_a_chosen_row_is_named_by_its_row(tmp_path):
         ({"index": pa.array([1], pa.uint64())}, "got the columns index: uint64"),
         ({"indices": pa.array([None], pa.uint64())}, "got a null in indices"),
     ],
-    ids=str,
+    ids=["int32", "another name", "null"],
 )
 def test_indices_that_are_none(tmp_path, columns, message):
     folder = save(tmp_path / "data", [sequences(5)], [1])
