@@ -144,7 +144,8 @@ class TokenFrequency(nn.Module):
         provenance = self.provenance or other.provenance
         if self.provenance is not None and other.provenance is not None:
             provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)
-        self._check_conserved("self")
+        # DistributedDataParallel may have put rank 0's counts, but not its provenance, in place of these until a sync.
+        self._check_conserved("self", with_files=not self._tracked)
         other._check_conserved("other")
         if self.tokens_seen + other.tokens_seen >= 2**63:
             raise ValueError(
@@ -194,7 +195,8 @@ class TokenFrequency(nn.Module):
         All ranks call it equally often, or they wait for each other for ever; how much each has counted makes no
         difference. Save after a sync: the state of one rank lacks what others have counted since. In a module under
         DistributedDataParallel, which overwrites the counts by those of rank 0, sync once before the first update; from
-        then on nothing is lost. Each rank keeps its own provenance. Does nothing without a process group.
+        then on nothing is lost. Each rank keeps its own provenance, and a pickled frequency what it had counted as its
+        own: load the state, and not the module, on several ranks. Does nothing without a process group.
         Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
         ignored ids differ.
         """
@@ -293,10 +295,10 @@ class TokenFrequency(nn.Module):
         frequency._check_conserved(f"path: {path}")
         return frequency
 
-    def _check_conserved(self, name: str) -> None:
-        if any(bool((total < 0).any()) for total in self._totals()):
-            raise ValueError(f"{name}: got a negative count, expected all >= 0")
+    def _check_conserved(self, name: str, *, with_files: bool = True) -> None:
         *parts, seen = self._totals()
+        if any(bool((part < 0).any()) for part in parts):
+            raise ValueError(f"{name}: got a negative count, expected all >= 0")
         if sum(float(part.double().sum()) for part in parts) >= 2**63:
             raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")
         in_all = sum(int(part.sum()) for part in parts)
@@ -305,7 +307,7 @@ class TokenFrequency(nn.Module):
                 f"{name}: got {in_all} tokens counted, ignored and out of range, expected the {int(seen)} seen: "
                 "they were changed other than by counting (from_counts takes any counts)"
             )
-        read = 0 if self.provenance is None else self.provenance.tokens
+        read = 0 if self.provenance is None or not with_files else self.provenance.tokens
         if self.tokens_seen < read:
             raise ValueError(
                 f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more"
@@ -336,8 +338,12 @@ class TokenFrequency(nn.Module):
         return self._own
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        before = None if self.provenance is None or self.counts.is_meta else self._packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}counts" in state_dict:
+            if before is None or self.counts.is_meta or not torch.equal(before, self._packed().to(before.device)):
+                # It was that of other counts.
+                self.provenance = None
             self._track()
 
 

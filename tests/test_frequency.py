@@ -258,6 +258,33 @@ def test_a_merge_that_breaks_the_law_changes_nothing():
     assert first.provenance is None
 
 
+def test_counts_that_another_rank_has_overwritten_go_on_to_a_sync():
+    files = TokenFrequency.from_counts(torch.arange(3))
+    files.provenance = Provenance((), 3, TargetPolicy(), None, "0")
+    mine = TokenFrequency.from_counts(torch.tensor([1, 0, 0]))
+    mine.merge(files)
+    of_rank_0 = TokenFrequency.from_counts(torch.tensor([1, 0, 0]))
+    for buffer, broadcast in zip(mine.buffers(), of_rank_0.buffers(), strict=True):
+        buffer.copy_(broadcast)
+    mine.merge(TokenFrequency.from_counts(torch.tensor([0, 0, 5])))
+    assert mine.counts.tolist() == [1, 0, 5]
+
+
+def test_a_sum_past_int64_is_called_that(tmp_path):
+    frequency = TokenFrequency.from_counts(torch.tensor([2**62, 2**62]))
+    with pytest.raises(ValueError, match=r"counts: got counts whose sum is past 2\^63"):
+        frequency.save(tmp_path / "counts")
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_loaded_counts_have_the_provenance_of_their_own(equal):
+    frequency = TokenFrequency.from_counts(torch.arange(3))
+    frequency.provenance = Provenance((), 3, TargetPolicy(), None, "0")
+    other = TokenFrequency.from_counts(torch.arange(3) if equal else torch.tensor([2, 1, 0]))
+    frequency.load_state_dict(other.state_dict())
+    assert (frequency.provenance is not None) == equal
+
+
 @pytest.mark.parametrize("name", ["counts", "ignored", "out_of_range", "seen"])
 @pytest.mark.parametrize("change", [777, -1])
 def test_what_was_written_to_is_not_saved(tmp_path, name, change):

@@ -78,9 +78,9 @@ def open_sources(
                 raise
             continue
         for source in opened:
-            # Of a file and its companion, both named, the second is the first again.
-            real = os.path.realpath(source.path)
-            first = seen.setdefault(real, source)
+            # Of a file and its companion, both named, the second is the first again; of a link to it not, which is a
+            # copy like any other.
+            first = seen.setdefault(os.path.abspath(source.path), source)
             if first is source:
                 sources.append(source)
             elif any(first is other for other in opened):

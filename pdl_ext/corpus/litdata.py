@@ -6,6 +6,7 @@ index.json tells what an item is; only those that are nothing but tokens are rea
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import re
@@ -77,7 +78,8 @@ def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | No
         if value:
             raise ValueError(f"{path}: got chunks with {name} {value!r}, expected none: write them anew without it")
     if len(chunks) != len(index["chunks"]):
-        raise ValueError(f"{path}: lists a chunk twice, expected each once")
+        ((name, times),) = collections.Counter(str(chunk["filename"]) for chunk in index["chunks"]).most_common(1)
+        raise ValueError(f"{path}: lists {name} {times} times, expected each chunk once")
     for name in chunks:
         if not name or name != Path(name).name:
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")

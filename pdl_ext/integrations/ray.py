@@ -170,7 +170,8 @@ def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:
                 # Ray's tensors of different shapes; the other field is the shape.
                 array = array.field("data")
         elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-            lengths.append(compute.list_value_length(array))
+            # Of large lists in int64, which equals none in int32.
+            lengths.append(compute.list_value_length(array).cast(pyarrow.int64()))
             # Unlike `values`, these are of this slice alone.
             array = array.flatten()
         elif types.is_integer(kind) or types.is_boolean(kind):

@@ -219,6 +219,15 @@ def test_labels_that_wrapped(tmp_path):
     assert (frequency.total, int(frequency.ignored)) == (2, 1)
 
 
+def test_a_link_is_a_copy_like_any_other(tmp_path):
+    np.arange(3, dtype="<u2").tofile(tmp_path / "a.bin")
+    (tmp_path / "b.bin").symlink_to("a.bin")
+    with pytest.raises(ValueError, match=r"b\.bin: got the same content as .*a\.bin"):
+        count_corpus([tmp_path], 3, dtype="uint16")
+    assert count_corpus([tmp_path], 3, dtype="uint16", allow_overlap=True).counts.tolist() == [2, 2, 2]
+    assert count_corpus([tmp_path / "a.bin", f"{tmp_path}/./a.bin"], 3, dtype="uint16").counts.tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize("column", ["input_ids", "tokens", "token_ids"])
 def test_json_lines_find_ids_as_columns_do(tmp_path, column):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "hello", column: [1, 2]}))

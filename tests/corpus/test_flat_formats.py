@@ -430,7 +430,7 @@ BAD = {
             )
         ),
         {},
-        r"index\.json: lists a chunk twice, expected each once",
+        r"index\.json: lists chunk-0-0\.bin 2 times, expected each chunk once",
     ),
     "litdata, compressed": (
         _litdata(config={"compression": "zstd"}),

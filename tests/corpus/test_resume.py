@@ -73,10 +73,12 @@ def test_kill_9_at_any_moment(corpus, tmp_path):
 
 # Reads that last long enough for a signal to come between, and a part of which a count waits for.
 SLOW_AFTER_TEN = """
-import itertools, pathlib, sys, time
+import itertools, pathlib, signal, sys, time
 from pdl_ext.cli.main import main
 from pdl_ext.corpus import counting, flat
 
+# What runs in the background has it ignored from its shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 counting.PART_BYTES = 2**16
 read, reads = flat.read_at, itertools.count(1)
 

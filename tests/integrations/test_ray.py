@@ -97,6 +97,13 @@ def test_what_is_masked_is_ignored(rows):
     assert (frequency.provenance.policy.column, frequency.provenance.policy.mask) == ("tokens", "mask")
 
 
+@pytest.mark.parametrize("type_of_mask", [pa.large_list(pa.int8()), pa.list_(pa.int8(), 2)])
+def test_a_mask_in_lists_of_another_kind(type_of_mask):
+    table = pa.table({"tokens": pa.array([[1, 2], [2, 3]]), "mask": pa.array([[1, 0], [1, 1]], type_of_mask)})
+    frequency = count_dataset(ray.data.from_arrow(table), "tokens", 5, mask="mask")
+    assert (frequency.counts.tolist(), int(frequency.ignored)) == ([0, 1, 1, 1, 0], 1)
+
+
 def test_aggregation(rows):
     column = pa.array([row.tolist() for row in rows], pa.list_(pa.int64()))
     result = blocks_of(column).aggregate(TokenCounts("tokens", VOCAB, alias_name="counts"))
