@@ -49,7 +49,7 @@ class Table:
 
     def move_to(self, frequency: TokenFrequency) -> None:
         """Adds the counts to a frequency, and begins anew."""
-        no_targets = unpacked(self._no_targets)[-1].clone()
+        no_targets = unpacked(self._no_targets)[-1]
         if no_targets:
             self._all -= self._no_targets
             self._all[self.vocab_size] += no_targets
