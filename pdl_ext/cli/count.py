@@ -189,24 +189,26 @@ def _report(frequency: Any, output: Path) -> None:
             f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside [0, {frequency.vocab_size}): "
             "another tokenizer, another dtype, or a larger vocabulary? (--strict makes it an error)"
         )
-    peak = _peak_memory()
     report(
         f"{output}: {frequency.total:,} tokens counted of {provenance.tokens:,} in {len(provenance.shards):,} files",
         f"{int(frequency.ignored):,} ignored, {int(frequency.out_of_range):,} out of range",
         f"{unseen:,} of {frequency.vocab_size:,} entries never seen",
-        *([] if peak is None else [f"peak memory {peak / 2**20:,.0f} MiB"]),
+        *_peak_memory(),
     )
 
 
-def _peak_memory() -> int | None:
+def _peak_memory() -> list[str]:
+    """A line that tells it, where the system does."""
     # Linux' getrusage begins with what the process had that started this one.
     with contextlib.suppress(OSError):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if found is not None:
-            return int(found[1]) * 1024
+        status = dict(re.findall(r"(VmHWM|RssFile):\s*(\d+) kB", Path("/proc/self/status").read_text()))
+        if len(status) == 2:
+            peak, mapped = (int(status[name]) / 1024 for name in ("VmHWM", "RssFile"))
+            return [f"peak memory {peak:,.0f} MiB, of which {mapped:,.0f} MiB are mapped files of libraries"]
     try:
         import resource
     except ImportError:
-        return None
+        return []
     # In KiB, but on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return [f"peak memory {peak:,.0f} MiB"]

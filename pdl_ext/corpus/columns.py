@@ -21,7 +21,7 @@ TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 TEXT_COLUMN = "text"
 # A part of a record batch, that a core's cache holds while it is counted.
 _BATCH_TOKENS = 2**18
-_TEXTS = 1024
+_TEXTS = 64
 
 
 class Rows(NamedTuple):

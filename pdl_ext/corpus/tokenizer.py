@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +20,14 @@ __all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
 
 # A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
 MAX_TEXT_BYTES = 2**24
-# Of texts that are encoded at once: enough of them for the library's own threads, which one compressed file depends on,
-# and no more, since it takes a hundred bytes for each character of those that it is at.
+# Of texts that are encoded at once, by all threads together: enough of them for the library's own threads, which one
+# compressed file depends on, and no more, since it takes some 200 bytes for each character of those that it is at, and
+# a kilobyte for each text, which stands for some characters more.
 CHUNK_CHARACTERS = 2**18
+_CHARACTERS_PER_TEXT = 8
+
+_lock = threading.Lock()
+_threads_encoding = 0
 
 
 class TextEncoder:
@@ -54,24 +60,29 @@ class TextEncoder:
             )
 
     def batches(self, texts: Iterable[str]) -> Iterator[Batch]:
-        """The tokens of the texts, about CHUNK_CHARACTERS at a time.
+        """The tokens of the texts, a thread's share of CHUNK_CHARACTERS or one text at a time.
 
         Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters.
         """
         chunk: list[str] = []
         characters = 0
-        for text in texts:
-            if len(text) > MAX_TEXT_BYTES:
-                raise ValueError(
-                    f"{self._prefix}got a text of {len(text):,} characters, expected {MAX_TEXT_BYTES:,} at most"
-                )
-            chunk.append(text)
-            characters += len(text)
-            if characters >= CHUNK_CHARACTERS:
+        # Of the first one: other threads may be about to begin.
+        most = CHUNK_CHARACTERS // 16
+        with _one_more_encodes():
+            for text in texts:
+                if len(text) > MAX_TEXT_BYTES:
+                    raise ValueError(
+                        f"{self._prefix}got a text of {len(text):,} characters, expected {MAX_TEXT_BYTES:,} at most"
+                    )
+                size = len(text) + _CHARACTERS_PER_TEXT
+                if chunk and characters + size > most:
+                    yield self.encode(chunk)
+                    chunk, characters = [], 0
+                    most = CHUNK_CHARACTERS // _threads_encoding
+                chunk.append(text)
+                characters += size
+            if chunk:
                 yield self.encode(chunk)
-                chunk, characters = [], 0
-        if chunk:
-            yield self.encode(chunk)
 
     def encode(self, texts: list[str]) -> Batch:
         """The tokens of all texts, uint32. Raises ValueError for a text that the tokenizer refuses."""
@@ -101,6 +112,18 @@ def text_of_token(path: Path) -> Callable[[int], str]:
             return str(tokenizer.decode([token], skip_special_tokens=False))
 
     return text
+
+
+@contextlib.contextmanager
+def _one_more_encodes() -> Iterator[None]:
+    global _threads_encoding
+    with _lock:
+        _threads_encoding += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _threads_encoding -= 1
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -42,6 +43,41 @@ def test_no_texts_are_no_batches(tmp_path):
     encoder = TextEncoder(ReadOptions(320, tokenizer=save_tokenizer(tmp_path / "tokenizer.json")))
     assert list(encoder.batches([])) == []
     assert encoder.encode(["", ""]).tokens.size == 0
+
+
+def test_threads_share_what_is_encoded_at_once(tmp_path, monkeypatch):
+    path = save_tokenizer(tmp_path / "tokenizer.json")
+    encoder, other = (TextEncoder(ReadOptions(320, tokenizer=path)) for _ in range(2))
+    # Texts of no character, which take memory nevertheless.
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 160 * module._CHARACTERS_PER_TEXT)
+    sizes = []
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: sizes.append(len(texts)))
+
+    def sizes_of(batches, number):
+        sizes.clear()
+        for _ in range(number):
+            next(batches)
+        return list(sizes)
+
+    alone = encoder.batches(itertools.repeat(""))
+    # Few at first, since others may be about to begin.
+    assert sizes_of(alone, 3) == [10, 160, 160]
+    beside = other.batches(itertools.repeat(""))
+    assert sizes_of(beside, 2) == [10, 80]
+    assert sizes_of(alone, 1) == [80]
+    beside.close()
+    assert sizes_of(alone, 1) == [160]
+    alone.close()
+    assert module._threads_encoding == 0
+
+
+def test_a_text_larger_than_a_share_is_encoded_alone(tmp_path, monkeypatch):
+    path = save_tokenizer(tmp_path / "tokenizer.json")
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 160)
+    encoded = []
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: encoded.append([len(text) for text in texts]))
+    list(TextEncoder(ReadOptions(320, tokenizer=path)).batches(["", "x" * 200, "x" * 100, "x" * 40, "x" * 50]))
+    assert encoded == [[0], [200], [100, 40], [50]]
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path):
