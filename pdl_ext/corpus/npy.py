@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pdl_ext.corpus.access import read_head
 from pdl_ext.corpus.flat import FlatSource
-from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source
+from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, counted_as
 
 __all__ = ["FORMAT"]
 
@@ -27,7 +27,8 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     shape, fortran_order, dtype, first_byte = _header(path)
     if dtype.byteorder == ">":
         raise ValueError(f"{path}: got big-endian {dtype.name}, expected little-endian tokens")
-    if dtype.name not in TOKEN_DTYPES:
+    counted = counted_as(dtype.name)
+    if counted not in TOKEN_DTYPES:
         raise ValueError(f"{path}: got an array of {dtype}, expected one of {', '.join(TOKEN_DTYPES)}")
     if any(length < 0 for length in shape):
         raise ValueError(f"{path}: got shape {shape}, expected lengths of 0 or more")
@@ -43,9 +44,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     tokens = math.prod(shape)
     starts_between = row_starts if is_matrix else None
     return [
-        FlatSource(
-            "npy", path, dtype.name, options, first_byte=first_byte, tokens=tokens, starts_between=starts_between
-        )
+        FlatSource("npy", path, counted, options, first_byte=first_byte, tokens=tokens, starts_between=starts_between)
     ]
 
 
