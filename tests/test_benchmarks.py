@@ -461,7 +461,7 @@ class TestCorpus:
             "pdl_ext, raw",
             "pdl_ext, Parquet",
         ]
-        assert [row["failure"] for row in rows] == [""] * 10
+        assert [row["failure"] for row in rows] == [""] * 11
         # What it wrote to count is deleted.
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
