@@ -21,8 +21,8 @@ __all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
 # A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
 MAX_TEXT_BYTES = 2**24
 # Of texts that are encoded at once, by all threads together: enough of them for the library's own threads, which one
-# compressed file depends on, and no more, since it takes some 200 bytes for each character of those that it is at, and
-# a kilobyte for each text, which stands for some characters more.
+# compressed file depends on, and no more, since it takes 100 to 200 bytes for each character of those that it is at,
+# and a kilobyte for each text, which stands for some characters more.
 CHUNK_CHARACTERS = 2**18
 _CHARACTERS_PER_TEXT = 8
 

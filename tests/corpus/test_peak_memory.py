@@ -38,6 +38,7 @@ def private_peak(folder: Path, name: str, tokens: int | None = None, *options: s
         assert count.returncode == 0, count.stderr.read().decode()
     total = TokenFrequency.load(output).total
     assert total == tokens if tokens is not None else total > 0
+    assert peak > 0
     return peak
 
 
