@@ -29,7 +29,7 @@ from pdl_ext import TokenFrequency
 from pdl_ext.corpus import count_corpus
 
 VOCAB_SIZE = 50257
-PROTOCOL = harness.Protocol(warm_up=0.0, least_rounds=5, most_rounds=5)
+PROTOCOL = harness.Protocol(warm_up=0.0, least_rounds=9, most_rounds=9)
 # What a row of the columns holds, and a row group.
 LENGTH, ROWS = 2048, 4096
 

@@ -2,6 +2,7 @@
 
 - A provider's result is compared with the float64 definition, and only then does its time count.
 - Each warms up for 200 ms; then they take turns, a sample each, so that a noisy neighbour or a falling clock hits all.
+  The order is drawn anew each time: none always bears what another leaves, such as memory that the system takes back.
 - Calls rotate over buffers that exceed three times the last cache, so that inputs come from memory.
 - A sample is a row of calls. `wall` is the host's clock around eager calls, the device awaited; `kernel`, on CUDA, is
   the device's clock around the same calls replayed as one CUDA graph, without the host.
@@ -21,6 +22,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -317,7 +319,7 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
     for turn in range(protocol.most_rounds):
         if turn >= (workload.least_rounds or protocol.least_rounds) and time.perf_counter() - start > protocol.seconds:
             break
-        for contestant in list(contestants):
+        for contestant in random.Random(turn).sample(contestants, len(contestants)):
             try:
                 contestant.sample()
             except Exception as error:

@@ -576,25 +576,34 @@ class TestMeasure:
     def test_providers_take_turns(self, clock):
         calls = []
         first, second = (provider(name, lambda i, name=name: calls.append((name, i))) for name in "ab")
-        rows = harness.measure(workload(first, second, calls=2), clock, BRIEF)
-        rounds = [("a", 0), ("a", 1), ("b", 0), ("b", 1)] * rows[0].wall.samples
-        assert calls[-len(rounds) :] == rounds
-        assert [row.wall.samples for row in rows] == [2, 2]
+        protocol = dataclasses.replace(BRIEF, least_rounds=8, most_rounds=8)
+        rows = harness.measure(workload(first, second, calls=2), clock, protocol)
+        assert [row.wall.samples for row in rows] == [8, 8]
+        rounds = [tuple(calls[i : i + 4]) for i in range(len(calls) - 32, len(calls), 4)]
+        of_first, of_second = [("a", 0), ("a", 1)], [("b", 0), ("b", 1)]
+        # None always follows the same one.
+        assert set(rounds) == {(*of_first, *of_second), (*of_second, *of_first)}
 
     def test_figures(self):
         class Clock(harness.HostClock):
             def wall(self, work):
                 work()
-                return seconds.pop(0)
+                return seconds[called[-1]].pop(0)
 
             def capture(self, work):
                 return lambda: 0.5
 
         # Warm-up of either, then three turns of samples of two calls.
-        seconds = [9.0, 9.0, 2.0, 4.0, 4.0, 8.0, 6.0, 12.0]
+        seconds = {"mine": [9.0, 2.0, 4.0, 6.0], "other": [9.0, 4.0, 8.0, 12.0]}
+        called = []
         protocol = harness.Protocol(warm_up=0.0, least_rounds=3, most_rounds=3, seconds=0.0)
         mine, other = harness.measure(
-            workload(provider(), provider("other", not_capturable="it waits"), calls=2, items=10),
+            workload(
+                provider("mine", lambda _: called.append("mine")),
+                provider("other", lambda _: called.append("other"), not_capturable="it waits"),
+                calls=2,
+                items=10,
+            ),
             Clock(0),
             protocol,
             copy_rate=8000.0,

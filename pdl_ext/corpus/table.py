@@ -18,8 +18,8 @@ __all__ = ["Table"]
 class Table:
     """Counts of some tokens.
 
-    What a TokenFrequency holds, in one tensor, into which the histogram counts fastest. What is no target is counted
-    with the rest and once more by itself, to be subtracted: that is less work than leaving it out of each batch.
+    What a TokenFrequency holds, in one tensor. What is no target is counted with the rest and once more by itself, to
+    be subtracted: that is less work than leaving it out of each batch.
     tokens: how many were given, by the size of the batches and not by the histogram.
     """
 
