@@ -170,6 +170,22 @@ def test_ignore_index_inside_the_vocabulary(device):
     assert frequency.ignored == 2
 
 
+@pytest.mark.parametrize("n", [45, 40_003])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("ignore_index", [3, 12, -1, 2**8 + 3])
+def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
+    # Among which are the id that is ignored, and one that is it but for the bits that the dtype does not have.
+    tokens = torch.randint(-1, 14, (n,), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    frequency = TokenFrequency.from_counts(torch.arange(100, 110, device=device), ignore_index=ignore_index)
+    frequency.update(tokens)
+    wide = tokens.long()
+    is_counted = (0 <= wide) & (wide < 10) & (wide != ignore_index)
+    expected = torch.arange(100, 110) + torch.bincount(wide[is_counted].cpu(), minlength=10)
+    assert frequency.counts.tolist() == expected.tolist()
+    assert frequency.ignored == (wide == ignore_index).sum()
+    assert_conserved(frequency, 1045 + n)
+
+
 @pytest.mark.parametrize("token", [0, 99, 100, -100])
 def test_tokens_all_alike(device, token):
     frequency = TokenFrequency(100).to(device)

@@ -7,13 +7,14 @@ so whoever goes on finds the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,26 @@ def count_corpus(
         if options.tokenizer is not None and tokenizer_stamp is not None:
             tokenizer_stamp.check(options.tokenizer)
 
-    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
-    for source in sources:
-        source.check_unchanged()
-    tokens = ranks.total(state, group)
+    with _ops_on_one_thread():
+        _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
+        for source in sources:
+            source.check_unchanged()
+        tokens = ranks.total(state, group)
     frequency = state.frequency
     frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency
+
+
+@contextlib.contextmanager
+def _ops_on_one_thread() -> Iterator[None]:
+    """Keeps PyTorch from sharing out what is done meanwhile: threads that count have a processor each, and the rest is
+    done sooner than another thread wakes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _processors() -> int:
@@ -224,13 +238,12 @@ class _Count:
 
     def run(self) -> None:
         begin = saved = time.monotonic()
-        threads = torch.get_num_threads()
         # A column of a file is an array that cannot be written to, which PyTorch warns of.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable.*")
-            for worker in self._workers:
-                worker.start()
             try:
+                for worker in self._workers:
+                    worker.start()
                 while not all(worker.done.is_set() for worker in self._workers):
                     self._wait()
                     now = time.monotonic()
@@ -241,9 +254,9 @@ class _Count:
             finally:
                 self._stop_workers()
                 for worker in self._workers:
-                    worker.done.wait()
-                # A worker sets its own, but also what threads begin with that are started later.
-                torch.set_num_threads(threads)
+                    # An interruption may come before the last of them is started.
+                    if worker.ident is not None:
+                        worker.done.wait()
                 # All of this process' share, if it came so far: whatever happens to another rank, that is done.
                 if self._checkpoint is not None:
                     self._save()
@@ -323,8 +336,6 @@ class _Worker(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        # Of the calling thread alone; each of these uses one.
-        torch.set_num_threads(1)
         try:
             while (index := self._count.next()) is not None:
                 if not self._count_part(index):

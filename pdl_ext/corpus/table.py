@@ -29,6 +29,9 @@ class Table:
         self._strict = strict
         self._all = torch.zeros(vocab_size + 3, dtype=torch.int64)
         self._no_targets = torch.zeros_like(self._all)
+        # Once, and not for each of many batches.
+        self._totals = unpacked(self._all)
+        self._totals_of_no_targets = unpacked(self._no_targets)
         self.tokens = 0
 
     def add(self, batch: Batch) -> None:
@@ -38,23 +41,23 @@ class Table:
             others = tokens[~is_target]
             if self._strict:
                 # What is no target may be any number.
-                self._count(tokens[is_target], self._all)
+                self._count(tokens[is_target], self._totals)
                 self._all[self.vocab_size] += others.size
             else:
-                self._count(tokens, self._all)
-                self._count(others, self._no_targets)
+                self._count(tokens, self._totals)
+                self._count(others, self._totals_of_no_targets)
         else:
-            self._count(tokens, self._all)
+            self._count(tokens, self._totals)
         self.tokens += tokens.size
 
     def move_to(self, frequency: TokenFrequency) -> None:
         """Adds the counts to a frequency, and begins anew."""
-        no_targets = unpacked(self._no_targets)[-1]
+        no_targets = self._totals_of_no_targets[-1]
         if no_targets:
             self._all -= self._no_targets
             self._all[self.vocab_size] += no_targets
             self._no_targets.zero_()
-        counts, ignored, out_of_range, _ = unpacked(self._all)
+        counts, ignored, out_of_range, _ = self._totals
         frequency.counts += counts
         frequency.ignored += ignored
         frequency.out_of_range += out_of_range
@@ -62,10 +65,10 @@ class Table:
         self._all.zero_()
         self.tokens = 0
 
-    def _count(self, tokens: NDArray[Any], table: Tensor) -> None:
+    def _count(self, tokens: NDArray[Any], totals: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         try:
             functional.add_tokens(
-                *unpacked(table), torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
+                *totals, torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
             )
         except IndexError:
             wrong = (tokens != self._ignore_index) & ((tokens < 0) | (tokens >= self.vocab_size))

@@ -127,6 +127,31 @@ def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
     assert not first.exists()
 
 
+def test_an_interruption_before_the_last_thread_starts(corpus, tmp_path, monkeypatch):
+    path, counts = corpus
+    start = counting._Worker.start
+    started = []
+
+    def interrupt(worker):
+        if started:
+            deadline = time.monotonic() + 60
+            while started[0].bytes_done == 0 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        start(worker)
+        started.append(worker)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(counting._Worker, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            count_corpus([path], V, dtype="uint16", threads=2, checkpoint=tmp_path / "state")
+    assert started[0].done.is_set()
+    with safe_open(tmp_path / "state-0", framework="np") as file:
+        assert int(file.get_tensor("frequency.seen")) > 0
+    frequency = count_corpus([path], V, dtype="uint16", checkpoint=tmp_path / "state")
+    assert torch.equal(frequency.counts, counts)
+
+
 def interrupted(path, checkpoint, monkeypatch, vocab_size=V):
     monkeypatch.setattr(counting, "PART_BYTES", 2**16)
     loop = counting._Count.run
