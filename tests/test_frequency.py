@@ -179,7 +179,7 @@ def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
     frequency = TokenFrequency.from_counts(torch.arange(100, 110, device=device), ignore_index=ignore_index)
     frequency.update(tokens)
     wide = tokens.long()
-    is_counted = (0 <= wide) & (wide < 10) & (wide != ignore_index)
+    is_counted = (wide >= 0) & (wide < 10) & (wide != ignore_index)
     expected = torch.arange(100, 110) + torch.bincount(wide[is_counted].cpu(), minlength=10)
     assert frequency.counts.tolist() == expected.tolist()
     assert frequency.ignored == (wide == ignore_index).sum()
