@@ -319,7 +319,7 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
     for turn in range(protocol.most_rounds):
         if turn >= (workload.least_rounds or protocol.least_rounds) and time.perf_counter() - start > protocol.seconds:
             break
-        for contestant in random.Random(turn).sample(contestants, len(contestants)):
+        for contestant in random.sample(contestants, len(contestants)):
             try:
                 contestant.sample()
             except Exception as error:

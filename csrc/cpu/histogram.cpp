@@ -1,12 +1,14 @@
 // Histogram of token ids on the CPU: one read of the ids in their own dtype, no pre-pass over them.
 //
-// A token is added to a count that is chosen without a branch, since no processor foresees which ids are ignored or out
-// of range. Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its
+// A token's count is chosen in a way that compiles to no branch, since no processor foresees which ids are ignored or
+// out of range. Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its
 // own, and adds it to the totals at its end.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
+#include <memory>
 #include <mutex>
-#include <vector>
 
 #include "../histogram_arguments.h"
 #include "check_ids.h"
@@ -53,11 +55,15 @@ void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_
   if (parts == 1 || n < 8 * vocab_size) {
     return count_part<kMayBeIgnored>(tokens, n, vocab_size, ignore_index, counts, rejected);
   }
+  // All at once, so that nothing is counted where memory is too little.
+  const std::unique_ptr<int64_t[]> tables(new int64_t[parts * vocab_size]);
+  std::atomic<int64_t> used = 0;
   std::mutex adding;
   torch::stable::parallel_for(0, n, (n + parts - 1) / parts, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> table(vocab_size);
+    int64_t* const table = tables.get() + used++ * vocab_size;
+    std::fill_n(table, vocab_size, 0);
     Rejected others;
-    count_part<kMayBeIgnored>(tokens + begin, end - begin, vocab_size, ignore_index, table.data(), others);
+    count_part<kMayBeIgnored>(tokens + begin, end - begin, vocab_size, ignore_index, table, others);
     const std::lock_guard<std::mutex> lock(adding);
     for (int64_t t = 0; t < vocab_size; ++t) counts[t] += table[t];
     *rejected.out_of_range() += *others.out_of_range();
@@ -67,7 +73,6 @@ void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_
 
 template <typename T>
 void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const TokenTotals& totals) {
-  *totals.seen += n;
   Rejected rejected;
   if (0 <= ignore_index && ignore_index < vocab_size) {
     // Counted with the rest, and taken back.
@@ -83,6 +88,7 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
   }
   *totals.ignored += *rejected.ignored();
   *totals.out_of_range += *rejected.out_of_range();
+  *totals.seen += n;
 }
 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,

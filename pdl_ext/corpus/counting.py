@@ -173,8 +173,8 @@ def _ops_on_one_thread() -> Iterator[None]:
     """Keeps PyTorch from sharing out what is done meanwhile: threads that count have a processor each, and the rest is
     done sooner than another thread wakes."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)
@@ -336,6 +336,8 @@ class _Worker(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
+        # Whatever the number is that threads begin with, which another count may have changed meanwhile.
+        torch.set_num_threads(1)
         try:
             while (index := self._count.next()) is not None:
                 if not self._count_part(index):

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting
 from pdl_ext.corpus.flat import AscendingNumbers
+from pdl_ext.corpus.table import Table
 
 V = 311
 GOLDEN = Path(__file__).parent / "golden"
@@ -633,8 +634,30 @@ def test_a_count_leaves_the_number_of_threads_alone(tmp_path):
         count_corpus([tmp_path / "tokens.bin"], V, dtype="uint16", threads=2)
         assert torch.get_num_threads() == 3
         assert _threads_of_a_new_thread() == 3
+        with pytest.raises(ValueError, match="got the id"):
+            count_corpus([tmp_path / "tokens.bin"], 5, dtype="uint16", threads=2, strict=True)
+        assert torch.get_num_threads() == 3
+        assert _threads_of_a_new_thread() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_each_thread_counts_by_itself(tmp_path, monkeypatch):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    add, seen = Table.add, []
+
+    def recorded(table, batch):
+        seen.append(torch.get_num_threads())
+        add(table, batch)
+
+    monkeypatch.setattr(Table, "add", recorded)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        count_corpus([tmp_path / "tokens.bin"], V, dtype="uint16", threads=2)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 def _threads_of_a_new_thread():

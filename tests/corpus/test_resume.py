@@ -131,6 +131,7 @@ def test_an_interruption_before_the_last_thread_starts(corpus, tmp_path, monkeyp
     path, counts = corpus
     start = counting._Worker.start
     started = []
+    threads = torch.get_num_threads()
 
     def interrupt(worker):
         if started:
@@ -146,6 +147,7 @@ def test_an_interruption_before_the_last_thread_starts(corpus, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             count_corpus([path], V, dtype="uint16", threads=2, checkpoint=tmp_path / "state")
     assert started[0].done.is_set()
+    assert torch.get_num_threads() == threads
     with safe_open(tmp_path / "state-0", framework="np") as file:
         assert int(file.get_tensor("frequency.seen")) > 0
     frequency = count_corpus([path], V, dtype="uint16", checkpoint=tmp_path / "state")
