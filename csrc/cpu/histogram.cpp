@@ -20,7 +20,7 @@ namespace {
 // that might be the next token.
 constexpr int kAtOnce = 8;
 
-// Tokens that are in no vocabulary: bins that lie one after the other, so that the second is found by adding one.
+// How many tokens are outside the vocabulary: bins side by side, so that the second is found by adding one.
 struct Rejected {
   int64_t bins[2] = {0, 0};
   int64_t* out_of_range() { return &bins[0]; }
