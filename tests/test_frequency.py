@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -184,6 +185,38 @@ def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
     assert frequency.counts.tolist() == expected.tolist()
     assert frequency.ignored == (wide == ignore_index).sum()
     assert_conserved(frequency, 1045 + n)
+
+
+# In a process of its own, which has freed no memory that could be taken again. There is enough for the table of one of
+# two threads.
+IN_LITTLE_MEMORY = """
+import resource, torch
+from pdl_ext import TokenFrequency
+
+torch.set_num_threads(2)
+size = 2**22
+tokens = torch.full((8 * size,), 3, dtype=torch.uint8)
+tokens[::2] = 7
+frequency = TokenFrequency(size, ignore_index=3)
+# Fewer, which need no tables; the other thread begins with what it needs.
+frequency.update(tokens[:size])
+(torch.zeros(2**20) + 1).sum()
+before = [total.clone() for total in frequency.buffers()]
+pages = int(open("/proc/self/statm").read().split()[0])
+enough = pages * resource.getpagesize() + 12 * size
+resource.setrlimit(resource.RLIMIT_AS, (enough, enough))
+try:
+    frequency.update(tokens)
+except MemoryError:
+    assert all(torch.equal(total, other) for total, other in zip(frequency.buffers(), before, strict=True))
+    print("unchanged")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory a process has")
+def test_too_little_memory_changes_nothing():
+    run = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY], capture_output=True, text=True)
+    assert run.stdout == "unchanged\n", run.stderr
 
 
 @pytest.mark.parametrize("token", [0, 99, 100, -100])
