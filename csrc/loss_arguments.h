@@ -163,14 +163,6 @@ inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reducti
           allocate(logits, {kTotals}, dtype), allocate(logits, {predict ? n : 0}, ScalarType::Long)};
 }
 
-// Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
-// would be read and written element by element on a card. The twin of the fake kernel in pdl_ext/_ops.py.
-inline Tensor allocate_gradient(const Tensor& logits) {
-  const int64_t vocab_size = logits.size(1), vector = 16 / logits.element_size();
-  const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % vector;
-  return allocate_strided(logits, logits.sizes(), {vocab_size + between, 1}, logits.scalar_type());
-}
-
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.
 template <typename BFloat16, typename Float16, typename F>
 void dispatch_logits(const Tensor& logits, F&& f) {

@@ -102,8 +102,8 @@ class _Problem:
         if self.kept is not None:
             hidden, targets = hidden[self.kept], targets[self.kept]
             row_weight = None if row_weight is None else row_weight[self.kept]
-        self.hidden = hidden.to(settings.dtype)
-        self.weight = weight.to(settings.dtype)
+        self.hidden = _without_gaps(hidden.to(settings.dtype))
+        self.weight = _without_gaps(weight.to(settings.dtype))
         self.bias = None if bias is None else bias.to(settings.dtype)
         self.targets = targets
         self.row_weight = row_weight
@@ -129,6 +129,8 @@ class _Problem:
             needed = max(needed, self.chunks_of_tile[0][1] * columns)
         # What is not written to takes no memory.
         self.memory = self.hidden.new_empty(needed)
+        # The rows and columns of the last slab whose padding was zeroed; kernels and products leave it alone.
+        self._zeroed = (0, 0)
 
     @property
     def sums_in_float32(self) -> bool:
@@ -146,9 +148,14 @@ class _Problem:
         )
 
     def slab(self, rows: int, columns: int) -> Tensor:
-        """A slab, in memory that the next one uses again."""
+        """A slab, in memory that the next one uses again, with zeros between its rows."""
         stride = _row_stride(columns)
-        return self.memory[: rows * stride].view(rows, stride)[:, :columns]
+        padded = self.memory[: rows * stride].view(rows, stride)
+        if columns != self._zeroed[1] or rows > self._zeroed[0]:
+            # oneDNN's 16-bit products read beyond a row and multiply that by 0, which of NaN or infinity is NaN.
+            padded[:, columns:].zero_()
+            self._zeroed = (rows, columns)
+        return padded[:, :columns]
 
     def of_rows(self, tensor: Tensor | None, begin: int, end: int) -> Tensor | None:
         return None if tensor is None else tensor[begin:end]
@@ -193,6 +200,15 @@ class _Problem:
         result = values.new_full((*values.shape[:-1], self.n), fill)
         result[..., self.kept] = values
         return result
+
+
+def _without_gaps(matrix: Tensor) -> Tensor:
+    """A matrix of which a product on the CPU reads nothing but its elements, as `_Problem.slab` says; a copy if need be."""
+    if matrix.device.type != "cpu" or matrix.dtype.itemsize > 2:
+        return matrix
+    (rows, columns), (of_row, of_column) = matrix.shape, matrix.stride()
+    gaps = (of_column == 1 and of_row > columns) or (of_row == 1 and of_column > rows)
+    return matrix.contiguous() if gaps else matrix
 
 
 def _kept_rows(targets: Tensor, ignore_index: int, flop_of_row: int) -> Tensor | None:

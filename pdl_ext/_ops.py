@@ -74,8 +74,10 @@ def _(logits: Tensor, gradient: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Ten
 
 @torch.library.register_fake("pdl_ext::loss_backward")
 def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    # The twin of csrc/loss_arguments.h's allocate_gradient.
     vocab_size = logits.shape[1]
+    if logits.device.type != "cuda":
+        return logits.new_empty(logits.shape)
+    # The twin of csrc/cuda/loss.cu's allocate_gradient.
     between = torch.sym_max(logits.stride(0) - vocab_size, 0) % (16 // logits.element_size())
     return logits.new_empty_strided(logits.shape, (vocab_size + between, 1))
 

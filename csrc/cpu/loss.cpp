@@ -511,7 +511,7 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor row
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                      double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
                      int64_t vocab_size) {
-  const Tensor grad_logits = allocate_gradient(logits);
+  const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * int64_t(grad_logits.element_size()));
   loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
                      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},

@@ -42,6 +42,11 @@ class Launcher {
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
+  // Zeroes the first `width` bytes of rows that begin `pitch` bytes from one another.
+  void zero(void* address, int64_t pitch, int64_t width, int64_t rows) const {
+    STD_CUDA_CHECK(cudaMemset2DAsync(address, size_t(pitch), 0, size_t(width), size_t(rows), stream_));
+  }
+
   int attribute(cudaDeviceAttr attribute) const {
     int device = 0, value = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));

@@ -106,6 +106,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
   return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
 }
 
+// Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
+// would be read and written element by element. What lies between is zero, since a product may read it. The twin of the
+// fake kernel in pdl_ext/_ops.py.
+Tensor allocate_gradient(const Tensor& logits) {
+  const int64_t rows = logits.size(0), vocab_size = logits.size(1), bytes = logits.element_size();
+  const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % (16 / bytes);
+  const int64_t stride = vocab_size + between;
+  const Tensor gradient = allocate_strided(logits, logits.sizes(), {stride, 1}, logits.scalar_type());
+  if (between > 0 && rows > 1) {
+    Launcher(logits).zero(static_cast<char*>(gradient.mutable_data_ptr()) + vocab_size * bytes, stride * bytes,
+                          between * bytes, rows - 1);
+  }
+  return gradient;
+}
+
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
                      OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
                      double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,

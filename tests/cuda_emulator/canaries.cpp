@@ -48,9 +48,11 @@ void forget_canaries() {
 }  // namespace cuda_emulator
 
 // Linked with -Bsymbolic, so that this wins over what libtorch_cpu has.
-extern "C" AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t*, int32_t dtype,
-                                                   int32_t, int32_t, AtenTensorHandle* result) {
+extern "C" AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                                                   int32_t dtype, int32_t, int32_t, AtenTensorHandle* result) {
   std::vector<int64_t> larger(sizes, sizes + dims);
+  // Rows may lie apart.
+  if (dims == 2) larger[1] = std::max(larger[1], strides[0]);
   if (dims == 0) larger.push_back(1);
   int64_t row = 1;
   for (size_t i = 1; i < larger.size(); ++i) row *= larger[i];
@@ -66,5 +68,6 @@ extern "C" AOTITorchError aoti_torch_empty_strided(int64_t dims, const int64_t* 
     canaries.push_back({whole, begin});
   }
   if (dims == 0) part = torch::stable::select(part, 0, 0);
+  if (dims == 2) part = torch::stable::narrow(part, 1, 0, sizes[1]);
   return aoti_torch_new_tensor_handle(part.get(), result);
 }

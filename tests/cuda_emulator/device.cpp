@@ -297,6 +297,11 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return cudaSuccess;
 }
 
+cudaError_t cudaMemset2DAsync(void* address, size_t pitch, int value, size_t width, size_t rows, cudaStream_t) {
+  for (size_t i = 0; i < rows; ++i) memset(static_cast<char*>(address) + i * pitch, value, width);
+  return cudaSuccess;
+}
+
 cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
   memset(address, value, bytes);
   return cudaSuccess;
