@@ -4,6 +4,7 @@
 //   w = min((f + epsilon)^-alpha, max_weight), divided by its mean, then 1 + blend (w - 1)
 //
 // arXiv 2505.16900, eq. for w(t). Evaluated in float64, since alpha * log(f) reaches the hundreds for steep weights.
+// Weights beyond float32 are its largest number, or 0.
 #pragma once
 
 #include "portable.h"
@@ -11,6 +12,36 @@
 namespace pdl {
 
 enum class Normalize : int64_t { none = 0, corpus = 1, types = 2 };
+
+// What all counts add up to, and the least of those that are not fixed.
+struct CountSums {
+  static constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+
+  int64_t total = 0;
+  // kMost less the least count, and less the least count above 0; 0: there is none.
+  int64_t rareness = 0;
+  int64_t rareness_of_seen = 0;
+
+  PDL_INLINE void add(int64_t count, bool is_fixed) {
+    // Past 2^63 it becomes negative.
+    total = int64_t(uint64_t(total) + uint64_t(count));
+    const int64_t own = is_fixed || count < 0 ? 0 : kMost - count, of_seen = count > 0 ? own : 0;
+    rareness = own > rareness ? own : rareness;
+    rareness_of_seen = of_seen > rareness_of_seen ? of_seen : rareness_of_seen;
+  }
+
+  PDL_INLINE CountSums operator+(const CountSums& other) const {
+    return {int64_t(uint64_t(total) + uint64_t(other.total)), rareness > other.rareness ? rareness : other.rareness,
+            rareness_of_seen > other.rareness_of_seen ? rareness_of_seen : other.rareness_of_seen};
+  }
+};
+
+// What turns counts into frequencies, and these into weights that float64 can hold.
+struct WeightScale {
+  double of_count;      // 1 / (N + smoothing V), or 1 where frequencies are counts
+  double of_frequency;  // the reciprocal of the frequency whose weight is 1
+  double max_weight;    // in that unit; +inf: no limit
+};
 
 struct PowerLaw {
   double alpha;
@@ -21,15 +52,35 @@ struct PowerLaw {
   double max_weight;  // +inf: no limit
   int64_t vocab_size;
 
-  // 1 / (N + smoothing V), or 1 where frequencies are counts. Nothing counted and nothing smoothed is uniform.
-  PDL_INLINE double frequency_scale(int64_t total) const {
-    const double denominator = double(total) + smoothing * double(vocab_size);
-    return relative && denominator > 0.0 ? 1.0 / denominator : 1.0;
+  // A weight that is divided by the mean may be in any unit. This one is the largest weight of an entry that the mean
+  // is taken over, so that the mean is neither infinite nor 0, and no weight is a quotient of such.
+  PDL_INLINE WeightScale scale(const CountSums& sums) const {
+    const double denominator = double(sums.total) + smoothing * double(vocab_size);
+    // Nothing counted and nothing smoothed is uniform.
+    WeightScale scale{relative && denominator > 0.0 ? 1.0 / denominator : 1.0, 1.0, max_weight};
+    if (sums.total < 0) scale.of_count = not_a_number<double>();
+    const bool of_seen = normalize == Normalize::corpus && sums.total > 0;
+    const int64_t rareness = of_seen ? sums.rareness_of_seen : sums.rareness;
+    if (normalize == Normalize::none || rareness == 0 || alpha == 0.0) return scale;
+    double unit = log(frequency(CountSums::kMost - rareness, scale));
+    if (max_weight < infinity<double>()) {
+      const double at_limit = -log(max_weight) / alpha;
+      unit = unit > at_limit ? unit : at_limit;
+      scale.max_weight = exp(log(max_weight) + alpha * unit);
+    }
+    scale.of_frequency = exp(-unit);
+    return scale;
   }
 
-  PDL_INLINE double weight(int64_t count, double frequency_scale) const {
-    const double w = power((to_double(count) + smoothing) * frequency_scale + epsilon, -alpha);
-    return w < max_weight ? w : max_weight;
+  PDL_INLINE double frequency(int64_t count, const WeightScale& scale) const {
+    return (to_double(count) + smoothing) * scale.of_count + epsilon;
+  }
+
+  // NaN of a count that is negative, and of all where their sum is.
+  PDL_INLINE double weight(int64_t count, const WeightScale& scale) const {
+    const double w = power(frequency(count, scale) * scale.of_frequency, -alpha);
+    const double limited = w < scale.max_weight ? w : scale.max_weight;
+    return count < 0 || scale.of_count != scale.of_count ? not_a_number<double>() : limited;
   }
 
   // What the entry counts for in the mean that normalises the weights.
@@ -42,9 +93,11 @@ struct PowerLaw {
   }
 };
 
-// Not 1 + blend * (w - 1): that rounds a small w to the grain of 1, and to 0 below it.
+// Not 1 + blend * (w - 1): that rounds a small w to the grain of 1, and to 0 below it. At most what float32 can hold.
 PDL_INLINE float blended(double weight, double mean, double blend) {
-  return float((1.0 - blend) + blend * (weight / mean));
+  const double mixed = (1.0 - blend) + (blend == 0.0 ? 0.0 : blend * (weight / mean));
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  return mixed > double(kLargest) ? kLargest : float(mixed);
 }
 
 // An entry that the user fixed takes no part in the mean and is not blended; NaN in the table marks a free one.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = [
     "check_choice",
+    "check_dense",
     "check_flag",
     "check_group",
     "check_ignore_index",
@@ -18,22 +21,39 @@ __all__ = [
     "check_number",
     "check_path",
     "check_vocab_size",
+    "default_device",
     "names_of",
+    "not_scriptable",
+    "refuse_transforms",
 ]
 
 
-def check_number(name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False) -> None:
-    """Raises TypeError unless value is a number, ValueError unless low <= value <= high (open_low: low < value)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+T = TypeVar("T")
+
+# NumPy's scalars are among them; mypy knows no order of these.
+_NUMBERS: Any = numbers.Real
+_INTEGERS: Any = numbers.Integral
+_functorch: Any = torch._C._functorch
+_ASKED_BY_SCRIPT = "__prepare_scriptable__"
+
+
+def check_number(name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False) -> float:
+    """The value as a float; any real number is one, NumPy's too.
+
+    Raises TypeError unless it is a number, ValueError unless low <= value <= high (open_low: low < value).
+    """
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
     if not low <= value <= high or (open_low and value == low):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return float(value)
 
 
-def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> None:
-    """Raises ValueError unless value is an int with low <= value <= high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
+    """The value as an int; NumPy's are ints. Raises ValueError unless it is one with low <= value <= high."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS) or not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
+    return int(value)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -48,14 +68,14 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {sorted(choices)}")
 
 
-def check_vocab_size(vocab_size: int) -> None:
-    """Raises ValueError unless vocab_size is an int in [1, 2^31)."""
-    check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
+def check_vocab_size(vocab_size: int) -> int:
+    """The size as an int. Raises ValueError unless it is one in [1, 2^31)."""
+    return check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
 
 
-def check_ignore_index(ignore_index: int) -> None:
-    """Raises ValueError unless ignore_index is an int that fits into int32."""
-    check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
+def check_ignore_index(ignore_index: int) -> int:
+    """The id as an int. Raises ValueError unless it is one that fits into int32."""
+    return check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
 
 
 def check_path(name: str, value: Any) -> None:
@@ -74,6 +94,50 @@ def check_group(group: Any) -> Any:
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup that this rank is in, or None")
     return group
+
+
+def default_device() -> torch.device:
+    """Where PyTorch puts what a module makes; the CPU instead of meta: counts are no weights that are filled later."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor that is sparse, or nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor, as to_dense() or to_padded_tensor() give")
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError inside a transform of torch.func that wraps one of the tensors.
+
+    The kernels would see through vmap's wrapper, and leave no gradient.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    # A compiler's tracer knows neither of the two; functionalize, which passes both, is not traced.
+    if torch.compiler.is_compiling() or any(
+        tensor is not None and (_functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor))
+        for tensor in tensors
+    ):
+        raise RuntimeError(
+            "pdl_ext: the kernels do not go with torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
+            "leading dimensions at once instead of vmap, and take gradients by backward() or torch.autograd.grad; "
+            "pdl_ext.reference goes with all of them"
+        )
+
+
+def not_scriptable(callable_: T) -> T:
+    """Decorates a function, or a module's class: torch.jit.script raises TypeError, and no riddle about annotations."""
+    setattr(callable_, _ASKED_BY_SCRIPT, _refuse_script)
+    return callable_
+
+
+def _refuse_script(*_: object) -> NoReturn:
+    raise TypeError(
+        "pdl_ext: torch.jit.script does not take it, expected torch.compile, torch.export or torch.jit.trace"
+    )
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:

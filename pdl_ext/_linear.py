@@ -203,7 +203,7 @@ class _Problem:
 
 
 def _without_gaps(matrix: Tensor) -> Tensor:
-    """A matrix of which a product on the CPU reads nothing but its elements, as `_Problem.slab` says; a copy if need be."""
+    """The matrix, or a copy of it where a product on the CPU may read more than its elements: see `_Problem.slab`."""
     if matrix.device.type != "cpu" or matrix.dtype.itemsize > 2:
         return matrix
     (rows, columns), (of_row, of_column) = matrix.shape, matrix.stride()
@@ -375,7 +375,7 @@ def _divisors(
     if reduction == _ops.REDUCTIONS["token_mean"]:
         return torch.stack((count, count)).to(wide)
     valid = counted & (targets >= 0) & (targets < problem.part.vocab_size)
-    weights = torch.where(valid, 1.0, torch.nan)
+    weights = torch.where(valid, 1.0, torch.nan).to(wide)
     if token_weight is not None:
         weights = weights * token_weight[torch.where(valid, targets, 0)]
     if problem.row_weight is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pdl_ext import _ops
-from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_number, names_of
+from pdl_ext._checks import (
+    check_choice,
+    check_dense,
+    check_flag,
+    check_ignore_index,
+    check_number,
+    names_of,
+    refuse_transforms,
+)
 from pdl_ext.weighting import MAX
 
 __all__ = [
@@ -38,18 +45,29 @@ class LossOptions(NamedTuple):
     softcap: float | None
     logit_scale: float
 
-    def check(self) -> None:
+    @classmethod
+    def checked(
+        cls,
+        reduction: str,
+        ignore_index: int,
+        shift: bool,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> LossOptions:
         """Raises TypeError or ValueError that names the first option of a wrong type or outside its range."""
-        check_choice("reduction", self.reduction, _ops.REDUCTIONS)
-        check_ignore_index(self.ignore_index)
-        check_flag("shift", self.shift)
-        check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]")
-        check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0")
-        if self.softcap is not None:
-            check_number("softcap", self.softcap, 0, MAX, "None or a finite number > 0", open_low=True)
-        check_number("logit_scale", self.logit_scale, -MAX, MAX, "a finite number other than 0")
-        if self.logit_scale == 0:
-            raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected a finite number other than 0")
+        check_choice("reduction", reduction, _ops.REDUCTIONS)
+        ignore_index = check_ignore_index(ignore_index)
+        check_flag("shift", shift)
+        label_smoothing = check_number("label_smoothing", label_smoothing, 0, 1, "a number in [0, 1]")
+        z_loss = check_number("z_loss", z_loss, 0, MAX, "a finite number >= 0")
+        if softcap is not None:
+            softcap = check_number("softcap", softcap, 0, MAX, "None or a finite number > 0", open_low=True)
+        logit_scale = check_number("logit_scale", logit_scale, -MAX, MAX, "a finite number other than 0")
+        if logit_scale == 0:
+            raise ValueError(f"logit_scale: got {logit_scale!r}, expected a finite number other than 0")
+        return cls(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
 
     def of_op(self) -> tuple[int, int, float, float, float, float]:
         """The options as the compiled ops take them."""
@@ -65,8 +83,7 @@ def check_loss_inputs(
     normalizer: float | Tensor | None,
     options: LossOptions,
 ) -> None:
-    """Raises TypeError or ValueError that names the first option or input that the loss of logits cannot take."""
-    options.check()
+    """Raises TypeError or ValueError that names the first input that the loss of logits cannot take."""
     _check_scores("logits", logits)
     _check_targets_dtype(targets)
     if logits.dim() == 0 or not 1 <= logits.shape[-1] <= 2**30:
@@ -85,8 +102,7 @@ def check_linear_inputs(
     normalizer: float | Tensor | None,
     options: LossOptions,
 ) -> None:
-    """Raises TypeError or ValueError that names the first option or input that the linear loss cannot take."""
-    options.check()
+    """Raises TypeError or ValueError that names the first input that the linear loss cannot take."""
     _check_scores("hidden", hidden)
     _check_scores("weight", weight)
     _check_targets_dtype(targets)
@@ -113,6 +129,7 @@ def check_linear_inputs(
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
     _check_rest("hidden is", hidden, targets, row_weight, normalizer, options)
     _refuse_tangents(weight, bias)
+    refuse_transforms(weight, bias)
 
 
 def _check_scores(name: str, tensor: Tensor) -> None:
@@ -120,10 +137,13 @@ def _check_scores(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
         raise TypeError(
-            f"{name}: got a DTensor, expected a plain tensor: call the loss where FSDP has gathered "
-            "the classifier, or pass full_tensor(), or the local part of one that is cut over the vocabulary and its "
-            "process_group"
+            f"{name}: got a DTensor, expected a plain tensor. With FSDP2 call the loss in the model's forward, where "
+            "the classifier is gathered. Of one that is a fully_shard unit of its own give lm_head.weight after "
+            'lm_head.unshard(), or full_tensor(grad_placements=[Partial("avg")]), since the gradient of a mere '
+            "full_tensor() is wrong. With tensor parallelism give to_local() of what is cut over the vocabulary, and "
+            "its process_group"
         )
+    check_dense(name, tensor)
     if tensor.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(LOGITS_DTYPES)}")
 
@@ -131,6 +151,7 @@ def _check_scores(name: str, tensor: Tensor) -> None:
 def _check_targets_dtype(targets: Tensor) -> None:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets: got {type(targets).__name__}, expected a tensor")
+    check_dense("targets", targets)
     if targets.dtype not in TARGET_DTYPES:
         raise TypeError(f"targets: got dtype {targets.dtype}, expected one of {names_of(TARGET_DTYPES)}")
 
@@ -157,6 +178,7 @@ def _check_rest(
     if row_weight is not None:
         _check_row_weight(row_weight, targets)
     _refuse_tangents(scores, row_weight)
+    refuse_transforms(scores, targets, row_weight, normalizer if isinstance(normalizer, Tensor) else None)
     if normalizer is not None:
         _check_normalizer(normalizer, targets, options.reduction)
 
@@ -177,6 +199,8 @@ def check_table(name: str, table: Tensor | None, vocab_size: int, device: torch.
         return
     if not isinstance(table, Tensor):
         raise TypeError(f"{name}: got {type(table).__name__}, expected a tensor or None")
+    check_dense(name, table)
+    refuse_transforms(table)
     if table.dtype != torch.float32:
         raise TypeError(f"{name}: got dtype {table.dtype}, expected float32 whatever the logits' dtype is")
     if table.shape != (vocab_size,):
@@ -204,6 +228,7 @@ def bad_target(targets: Tensor, vocab_size: int, ignore_index: int, shift: bool)
 def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
     if not isinstance(row_weight, Tensor):
         raise TypeError(f"row_weight: got {type(row_weight).__name__}, expected a tensor or None")
+    check_dense("row_weight", row_weight)
     if not row_weight.is_floating_point():
         raise TypeError(f"row_weight: got dtype {row_weight.dtype}, expected a floating one")
     if row_weight.shape != targets.shape:
@@ -226,7 +251,5 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
                 f"{', requiring grad' if normalizer.requires_grad else ''}, expected a 0-d tensor on {targets.device} "
                 "that does not require grad"
             )
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"normalizer: got {type(normalizer).__name__}, expected a number or a 0-d tensor")
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number > 0")
+    else:
+        check_number("normalizer", normalizer, 0, MAX, "a finite number >= 0 or a 0-d tensor")

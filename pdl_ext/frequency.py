@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
-from pdl_ext._checks import check_group, check_ignore_index, check_integer, check_path, check_vocab_size
+from pdl_ext._checks import (
+    check_group,
+    check_ignore_index,
+    check_integer,
+    check_path,
+    check_vocab_size,
+    default_device,
+    not_scriptable,
+)
 from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
@@ -23,6 +31,7 @@ __all__ = ["TokenFrequency", "unpacked"]
 _FORMAT = "pdl_ext.TokenFrequency/2"
 
 
+@not_scriptable
 class TokenFrequency(nn.Module):
     """Counts of the tokens of a corpus, exact, gathered a batch at a time.
 
@@ -48,26 +57,28 @@ class TokenFrequency(nn.Module):
 
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
-        check_vocab_size(vocab_size)
-        check_ignore_index(ignore_index)
-        self.ignore_index = ignore_index
+        vocab_size = check_vocab_size(vocab_size)
+        self.ignore_index = check_ignore_index(ignore_index)
         self.provenance = None
         self._own = None
         self._tracked = False
         self._checked_group: str | None = None
-        self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64))
+        device = default_device()
+        self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64, device=device))
         for name in ("ignored", "out_of_range", "seen"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
 
     @classmethod
     def from_counts(cls, counts: Tensor, *, ignore_index: int = -100) -> TokenFrequency:
-        """A frequency with a copy of the given counts, int64 [V], on their device."""
-        if not isinstance(counts, Tensor) or counts.dtype != torch.int64 or counts.dim() != 1 or counts.numel() == 0:
-            got = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
-            raise TypeError(f"counts: got {got}, expected an int64 tensor of shape [V]")
-        if counts.device.type != "meta" and bool((counts < 0).any()):
-            raise ValueError("counts: got a negative count, expected all >= 0")
-        frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
+        """A frequency with a copy of the given counts, int64 [V], on their device.
+
+        Raises TypeError for another dtype, ValueError for another shape, a negative count or a sum past 2^63.
+        """
+        functional.check_counts(counts)
+        if counts.is_cuda:
+            functional.check_count_values("counts", counts)
+        with counts.device:
+            frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
         frequency.counts.copy_(counts)
         frequency.seen.copy_(counts.sum())
         frequency._track()
@@ -283,9 +294,11 @@ class TokenFrequency(nn.Module):
             if tensors["counts"].shape != (vocab_size,):
                 # Before a table is made that may be larger than memory.
                 raise ValueError(f"counts of shape {list(tensors['counts'].shape)}, a vocabulary of {vocab_size}")
-            frequency = cls(vocab_size, ignore_index=int(metadata["ignore_index"]))
             check_integer("tokens_seen", tokens_seen, 0, 2**63 - 1, "an int in [0, 2^63)")
-            frequency.load_state_dict({**tensors, "seen": torch.tensor(tokens_seen)})
+            with torch.device("cpu"):
+                frequency = cls(vocab_size, ignore_index=int(metadata["ignore_index"]))
+            seen = torch.tensor(tokens_seen, dtype=torch.int64, device="cpu")
+            frequency.load_state_dict({**tensors, "seen": seen})
             if "provenance" in metadata:
                 frequency.provenance = Provenance.from_json(metadata["provenance"])
         except (KeyError, ValueError, RuntimeError) as error:
@@ -297,10 +310,7 @@ class TokenFrequency(nn.Module):
 
     def _check_conserved(self, name: str, *, with_files: bool = True) -> None:
         *parts, seen = self._totals()
-        if any(bool((part < 0).any()) for part in parts):
-            raise ValueError(f"{name}: got a negative count, expected all >= 0")
-        if sum(float(part.double().sum()) for part in parts) >= 2**63:
-            raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")
+        functional.check_count_values(name, torch.cat([part.reshape(-1) for part in parts]))
         in_all = sum(int(part.sum()) for part in parts)
         if in_all != int(seen):
             raise ValueError(
@@ -333,14 +343,23 @@ class TokenFrequency(nn.Module):
             with torch.inference_mode(False):
                 self._own = torch.zeros(self.vocab_size + 3, dtype=torch.int64, device=self.counts.device)
         elif self._own.device != self.counts.device:
-            # Here, since FSDP moves buffers without a call of the module's.
-            self._own = self._own.to(self.counts.device)
+            # Here, since FSDP moves buffers without a call of the module's. Of meta there is nothing to move.
+            own = torch.zeros_like(self._own, device="cpu") if self._own.is_meta else self._own
+            self._own = own.to(self.counts.device)
         return self._own
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        counts = state_dict.get(f"{prefix}counts")
+        if counts is not None and not counts.is_meta:
+            try:
+                functional.check_count_values(f"{prefix}counts", counts)
+            except ValueError as error:
+                # Told with what else is wrong, and nothing is loaded.
+                args[-1].append(str(error))
+                return
         before = None if self.provenance is None or self.counts.is_meta else self._packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}counts" in state_dict:
+        if counts is not None:
             if before is None or self.counts.is_meta or not torch.equal(before, self._packed().to(before.device)):
                 # It was that of other counts.
                 self.provenance = None

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from pdl_ext import _ops
 from pdl_ext._autograd import weighted_loss
-from pdl_ext._checks import check_choice, check_ignore_index, check_integer, check_vocab_size, names_of
+from pdl_ext._checks import (
+    check_choice,
+    check_dense,
+    check_ignore_index,
+    check_integer,
+    check_vocab_size,
+    names_of,
+    not_scriptable,
+    refuse_transforms,
+)
 from pdl_ext._linear import ACCUMULATE, Settings, linear_weighted_loss
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs, check_table
 from pdl_ext._vocabulary import VocabularySlice
@@ -38,6 +47,7 @@ class RowStats(NamedTuple):
     predicted: Tensor
 
 
+@not_scriptable
 def pdl_loss(
     logits: Tensor,
     targets: Tensor,
@@ -64,8 +74,8 @@ def pdl_loss(
         targets: [...] token ids, int64 or int32; rows whose target is `ignore_index` count for nothing.
         token_weight: float32 [V], or None for ones. It takes no gradient.
         row_weight: [...] extra factor of each row, any floating dtype; it takes a gradient.
-        normalizer: replaces the denominator of "mean" and "token_mean": a number > 0 or a 0-d tensor, such as the
-            number of items in an accumulated batch, or a sum of weights reduced over ranks.
+        normalizer: replaces the denominator of "mean" and "token_mean": a number >= 0 or a 0-d tensor, such as the
+            number of items in an accumulated batch, or a sum of weights reduced over ranks. With 0 the loss is 0.
         logit_offset: float32 [V], added to the logits last (logit adjustment, or -inf to mask). No gradient.
         reduction: "mean" (divided by the sum of weights), "token_mean" (by the number of rows), "sum" or "none".
         shift: the row at position t predicts targets[..., t + 1], as in causal language models, without a copy of
@@ -92,7 +102,7 @@ def pdl_loss(
     such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
-    options = LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+    options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
     check_loss_inputs(logits, targets, row_weight, normalizer, options)
     part = VocabularySlice.of_rank(logits.shape[-1], logits.device, process_group)
     check_table("token_weight", token_weight, part.vocab_size, logits.device)
@@ -111,6 +121,7 @@ def pdl_loss(
     )
 
 
+@not_scriptable
 def linear_pdl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -152,7 +163,7 @@ def linear_pdl_loss(
     Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
     Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
     """
-    options = LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+    options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
     check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
     part = VocabularySlice.of_rank(weight.shape[0], hidden.device, process_group)
     check_table("token_weight", token_weight, part.vocab_size, hidden.device)
@@ -208,7 +219,7 @@ def loss_of_checked(
 def linear_settings(hidden: Tensor, max_chunk_bytes: int | None, accumulate: str) -> Settings:
     """How to compute the products. Raises ValueError that names the argument."""
     if max_chunk_bytes is not None:
-        check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
+        max_chunk_bytes = check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
     check_choice("accumulate", accumulate, ACCUMULATE)
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -290,7 +301,7 @@ class _Rows(NamedTuple):
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(dtype).expand(2).contiguous()
         elif normalizer is not None:
-            normalizer = torch.full((2,), normalizer, dtype=dtype, device=targets.device)
+            normalizer = torch.full((2,), float(normalizer), dtype=dtype, device=targets.device)
         shift = options.shift and targets.shape[-1] > 0
         if shift:
             targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
@@ -325,15 +336,17 @@ class _Rows(NamedTuple):
         return F.pad(values[..., :-1], (1, 0), value=fill) if self.shift else values
 
 
+@not_scriptable
 def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
     """The weight of every vocabulary entry from its count.
 
-    counts: int64 [V], none of them negative. Returns float32 [V].
+    counts: int64 [V], none of them negative, of a sum below 2^63: ValueError on the CPU, NaN on CUDA. Returns
+    float32 [V].
     Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside
     the vocabulary.
     Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; smoothing and normalisation as in PowerLaw.
     """
-    _check_counts(counts)
+    check_counts(counts)
     if not isinstance(weighting, PowerLaw):
         raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
     blend = None
@@ -346,15 +359,19 @@ def fixed_table(weighting: PowerLaw, counts: Tensor) -> Tensor | None:
     """float32 [V] with the fixed weights and NaN elsewhere, on the counts' device; None where nothing is fixed."""
     if not weighting.fixed:
         return None
-    vocab_size = counts.shape[0]
-    if max(weighting.fixed) >= vocab_size:
+    check_fixed(weighting, counts.shape[0])
+    table = torch.full((counts.shape[0],), math.nan, dtype=torch.float32, device="cpu")
+    ids = torch.tensor(list(weighting.fixed), dtype=torch.int64, device="cpu")
+    table[ids] = torch.tensor(list(weighting.fixed.values()), dtype=torch.float32, device="cpu")
+    return table.to(counts.device)
+
+
+def check_fixed(weighting: PowerLaw, vocab_size: int) -> None:
+    """Raises ValueError if `weighting.fixed` names a token outside the vocabulary."""
+    if weighting.fixed and max(weighting.fixed) >= vocab_size:
         raise ValueError(
             f"fixed: got token id {max(weighting.fixed)}, expected ids below the vocabulary size {vocab_size}"
         )
-    table = torch.full((vocab_size,), math.nan)
-    for token, weight in weighting.fixed.items():
-        table[token] = weight
-    return table.to(counts.device)
 
 
 def weights_with_fixed(counts: Tensor, weighting: PowerLaw, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
@@ -372,6 +389,7 @@ def weights_with_fixed(counts: Tensor, weighting: PowerLaw, blend: Tensor | None
     )
 
 
+@not_scriptable
 def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -> Tensor:
     """How often each token id occurs.
 
@@ -379,8 +397,8 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     [0, vocab_size) are left out (TokenFrequency keeps their number). Returns int64 [vocab_size] on the tokens' device.
     Raises TypeError or ValueError that names the argument.
     """
-    check_vocab_size(vocab_size)
-    check_ignore_index(ignore_index)
+    vocab_size = check_vocab_size(vocab_size)
+    ignore_index = check_ignore_index(ignore_index)
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
@@ -406,17 +424,36 @@ def add_tokens(
     """
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
+    check_dense("tokens", tokens)
+    refuse_transforms(tokens)
     if tokens.dtype not in TOKEN_DTYPES:
         raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
     if tokens.device != counts.device:
         raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
     _ops.ops.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict)
+    if not torch.compiler.is_compiling() and not counts.is_inference():
+        # Which PyTorch does for its own ops.
+        torch.autograd.graph.increment_version(counts)
 
 
-def _check_counts(counts: Tensor) -> None:
+def check_counts(counts: Tensor) -> None:
+    """Raises TypeError or ValueError unless these are int64 [V] counts; on the CPU also for what no count can be."""
     if not isinstance(counts, Tensor):
-        raise TypeError(f"counts: got {type(counts).__name__}, expected a tensor")
+        raise TypeError(f"counts: got {type(counts).__name__}, expected an int64 tensor of shape [V]")
+    check_dense("counts", counts)
+    refuse_transforms(counts)
     if counts.dtype != torch.int64:
         raise TypeError(f"counts: got dtype {counts.dtype}, expected int64")
     if counts.dim() != 1 or counts.shape[0] == 0:
         raise ValueError(f"counts: got shape {list(counts.shape)}, expected [V] with V >= 1")
+    # On CUDA that would wait for the device, and a compiler has no numbers.
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_count_values("counts", counts)
+
+
+def check_count_values(name: str, counts: Tensor) -> None:
+    """Raises ValueError for a negative count, or a sum past 2^63. Waits for the device."""
+    if bool((counts < 0).any()):
+        raise ValueError(f"{name}: got a negative count, expected all >= 0")
+    if float(counts.double().sum()) >= 2**63:
+        raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")

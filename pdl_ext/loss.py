@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import torch
@@ -11,16 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional
-from pdl_ext._checks import check_integer
+from pdl_ext._checks import check_integer, default_device, not_scriptable
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
+from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext._vocabulary import VocabularySlice
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import RowStats
+from pdl_ext.functional import RowStats, check_count_values
 from pdl_ext.weighting import PowerLaw, check_blend
 
 __all__ = ["PDLLoss"]
 
 
+@not_scriptable
 class PDLLoss(nn.Module):
     """Cross-entropy in which each target weighs (frequency + epsilon) ** -alpha.
 
@@ -38,17 +41,21 @@ class PDLLoss(nn.Module):
         reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale, inplace_backward: as in
             `functional.pdl_loss`.
 
-    With a given frequency the weights are computed once; after changing it call `refresh`. `state_dict` holds the
-    counts and `blend`, and restores them also into a loss that has seen no logits yet.
+    The weights of a given frequency are kept until its counts, `blend` or `weighting` change; every write that PyTorch
+    sees is noticed. Call `refresh` after one that it does not see (`.data`, NumPy, a collective of gloo), and before a
+    CUDA graph is replayed on other counts. Compiled graphs compute the weights in each call.
 
-    Raises TypeError or ValueError that names the argument.
+    `state_dict` holds the counts and `blend`. `load_state_dict` restores them also into an online loss that has seen no
+    logits yet; what loads in place, as torch.distributed.checkpoint and from_pretrained do, needs `vocab_size`.
+
+    Raises TypeError or ValueError that names the argument. A call raises ValueError for counts that are memory which
+    nobody has written, and warns of those that break the law of TokenFrequency. `state_dict` raises ValueError for an
+    online loss without vocab_size that has seen no logits.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y) with w(t) = 1 / (freq(t) + eps) ** alpha.
     """
 
     frequency: TokenFrequency | None
     _blend: Tensor
-    _token_weight: Tensor | None
-    _fixed: Tensor | None
 
     def __init__(
         self,
@@ -69,27 +76,27 @@ class PDLLoss(nn.Module):
         sync_every: int | None = None,
     ) -> None:
         super().__init__()
-        LossOptions(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale).check()
+        options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
         elif not isinstance(weighting, PowerLaw):
             raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
-        elif (alpha, epsilon) != (1.0, 1e-7):
+        elif not (alpha == 1.0 and epsilon == 1e-7):
             raise ValueError(
                 "weighting: got one together with alpha or epsilon, expected either: they are its shorthand"
             )
         self.weighting = weighting
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.shift = shift
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.logit_scale = logit_scale
+        self.reduction = options.reduction
+        self.ignore_index = options.ignore_index
+        self.shift = options.shift
+        self.label_smoothing = options.label_smoothing
+        self.z_loss = options.z_loss
+        self.softcap = options.softcap
+        self.logit_scale = options.logit_scale
         self.inplace_backward = inplace_backward
         self.online = frequency is None
         if sync_every is not None:
-            check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+            sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
             if frequency is not None:
                 raise ValueError(
                     f"sync_every: got {sync_every} with a given frequency, expected None: only an online loss counts"
@@ -110,31 +117,36 @@ class PDLLoss(nn.Module):
         if frequency is not None and vocab_size not in (None, frequency.vocab_size):
             raise ValueError(f"vocab_size: got {vocab_size}, expected {frequency.vocab_size}, the frequency's")
 
-        self.frequency = None
-        device = None if frequency is None else frequency.counts.device
-        self.register_buffer("_blend", torch.tensor(weighting.blend, dtype=torch.float32, device=device))
-        self.register_buffer("_token_weight", None, persistent=False)
-        self.register_buffer("_fixed", None, persistent=False)
+        self.frequency = frequency
+        self._weights = TokenWeights(self.weighting.blend)
+        # What was given holds tokens, which memory that nobody has written does not tell.
+        self._holds_tokens = frequency is not None and not frequency.counts.is_meta and frequency.total > 0
+        device = default_device() if frequency is None else frequency.counts.device
+        self.register_buffer("_blend", blend_state(weighting.blend, device))
         if frequency is not None:
-            self._take_frequency(frequency)
+            functional.check_fixed(weighting, frequency.vocab_size)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     @property
     def blend(self) -> float:
         """How far the weights are from 1, in [0, 1]; 0 is plain cross-entropy. May be set while training."""
-        return float(self._blend)
+        return self._weights.blend_of(self._blend)
 
     @blend.setter
     def blend(self, value: float) -> None:
-        check_blend(value)
-        self._blend.fill_(value)
+        self._weights.set_blend(self._blend, check_blend(value))
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes the weights of a given frequency again, in place; an online loss does so at every call."""
-        if self._token_weight is not None:
-            self._token_weight.copy_(self._weights())
+        """Computes the weights of a given frequency again, in place; an online loss does so at every call.
+
+        Only needed after a write that PyTorch does not see, or before a CUDA graph is replayed.
+        """
+        self._weights.forget()
+        frequency = self.frequency
+        if frequency is not None and not self.online and not frequency.counts.is_meta:
+            self._weights.kept(frequency.counts, self._blend, self.weighting)
 
     def forward(
         self,
@@ -193,7 +205,7 @@ class PDLLoss(nn.Module):
             )
 
     def _options(self) -> LossOptions:
-        return LossOptions(
+        return LossOptions.checked(
             self.reduction,
             self.ignore_index,
             self.shift,
@@ -207,12 +219,6 @@ class PDLLoss(nn.Module):
         return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
 
     def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
-        # Not as attributes, which nn.Module looks up in a microsecond each.
-        buffers = self._buffers
-        weights = buffers["_token_weight"]
-        if weights is not None:
-            _check_vocabulary(name, vocab_size, device, weights)
-            return weights
         frequency = self.frequency
         is_new = frequency is None
         if frequency is None:
@@ -221,6 +227,15 @@ class PDLLoss(nn.Module):
                 frequency = self._new_frequency(vocab_size).to(device)
         counts = frequency._totals()[0]
         _check_vocabulary(name, vocab_size, device, counts)
+        if torch.compiler.is_compiling():
+            from pdl_ext._outside_graphs import check_when_traced
+
+            check_when_traced(self)
+        elif counts is not self._weights.checked and not is_new:
+            self._check_state()
+        if not self.online:
+            of_counts = self._weights.fresh if torch.compiler.is_compiling() else self._weights.kept
+            return of_counts(counts, self._blend, self.weighting)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
@@ -230,12 +245,42 @@ class PDLLoss(nn.Module):
         if is_new:
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
-                self._take_frequency(frequency)
+                self.frequency = frequency
         if self.training and self.sync_every is not None:
-            from pdl_ext._sync_due import sync_if_due
+            from pdl_ext._outside_graphs import sync_if_due
 
             sync_if_due(self, frequency)
-        return functional.weights_with_fixed(counts, self.weighting, buffers["_blend"], buffers["_fixed"])
+        return self._weights.fresh(counts, self._blend, self.weighting)
+
+    def _check_state(self) -> None:
+        """Raises ValueError for counts that are none, and warns of what an online loss does on several ranks.
+
+        Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
+        """
+        frequency = self.frequency
+        if frequency is None:
+            return
+        counts = frequency.counts
+        # A tracer's tensors have no numbers.
+        if (
+            type(counts) is not Tensor
+            or counts.is_meta
+            or (counts.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return
+        lost = "to_empty and from_pretrained lose counts that they do not load: load them, or make the loss afterwards"
+        try:
+            check_count_values("frequency", counts)
+        except ValueError as error:
+            raise ValueError(f"{error}. {lost}") from None
+        if self._holds_tokens and not frequency.total:
+            raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
+        try:
+            frequency._check_conserved("frequency", with_files=False)
+        except ValueError as error:
+            # An average of a model's buffers is not conserved either, and of use.
+            warnings.warn(f"{error}. {lost}", stacklevel=4)
+        self._weights.checked = counts
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
         frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)
@@ -244,44 +289,40 @@ class PDLLoss(nn.Module):
             frequency._track()
         return frequency
 
-    def _weights(self) -> Tensor:
-        assert self.frequency is not None
-        return functional.weights_with_fixed(self.frequency.counts, self.weighting, self._blend, self._fixed)
+    def _replicate_for_data_parallel(self) -> PDLLoss:
+        replica = super()._replicate_for_data_parallel()
+        # On a device of its own, and for one call.
+        replica._weights = copy.copy(self._weights)
+        return replica
 
-    def _take_frequency(self, frequency: TokenFrequency) -> None:
-        self.frequency = frequency
-        self._fixed = functional.fixed_table(self.weighting, frequency.counts)
-        if not self.online:
-            self._token_weight = self._weights()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PDLLoss:
-        # .half() and .to(dtype) are about the model: weights stay float32, or the loss would change with them.
-        kept = {name: self._buffers[name] for name in ("_blend", "_token_weight", "_fixed")}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        return self
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.frequency is None:
+            raise ValueError(
+                f"vocab_size: got none for {prefix.removesuffix('.') or 'a loss'}, which learns online and has seen no "
+                "logits, expected PDLLoss(vocab_size=...): what asks for its state in order to load into it, as "
+                "torch.distributed.checkpoint and from_pretrained do, would leave the counts of a checkpoint out"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         counts = state_dict.get(f"{prefix}frequency.counts")
-        if self.frequency is None and counts is not None:
-            self._take_frequency(self._new_frequency(counts.shape[0]).to(self._blend.device))
+        if counts is not None:
+            self._holds_tokens = False
+            if self.frequency is None:
+                self.frequency = self._new_frequency(counts.shape[0]).to(self._blend.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_vocabulary(name: str, vocab_size: int, device: torch.device, table: Tensor) -> None:
-    if vocab_size != table.shape[0]:
-        raise ValueError(f"{name}: got a vocabulary of {vocab_size}, expected {table.shape[0]}, the frequency's")
-    if device != table.device:
-        raise ValueError(f"{name}: got device {device}, expected {table.device}: move the loss with .to()")
+def _check_vocabulary(name: str, vocab_size: int, device: torch.device, counts: Tensor) -> None:
+    if vocab_size != counts.shape[0]:
+        raise ValueError(f"{name}: got a vocabulary of {vocab_size}, expected {counts.shape[0]}, the frequency's")
+    if device != counts.device:
+        remedy = "load its counts" if counts.is_meta else "move the loss with .to()"
+        raise ValueError(f"{name}: got device {device}, expected {counts.device}, where the frequency is: {remedy}")
 
 
 # At module level, so that the loss can be pickled.
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
     # Whenever ranks load, they go on in step.
     loss._calls_since_sync = 0
-    if loss.frequency is not None:
-        loss._fixed = functional.fixed_table(loss.weighting, loss.frequency.counts)
     loss.refresh()

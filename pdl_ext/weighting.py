@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["PowerLaw"]
 
 MAX = sys.float_info.max
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
 
 
@@ -28,7 +29,8 @@ class PowerLaw:
     f(t) is the smoothed relative frequency (n(t) + smoothing) / (N + smoothing * V), or n(t) + smoothing with
     `relative=False`. The weight is then limited to `max_weight`, divided by its mean (`normalize`: over the tokens of
     the corpus, over the vocabulary's "types", or "none"), and blended with 1: 1 + blend * (w - 1). `fixed` maps token
-    ids to final weights; those tokens take no part in the mean.
+    ids to final weights; those tokens take no part in the mean. Weights that float32 cannot hold are its largest
+    number, or 0.
 
     Raises TypeError or ValueError that names the option.
     Source: arXiv 2505.16900, the definition of w(t); smoothing and normalisation are this library's.
@@ -45,7 +47,7 @@ class PowerLaw:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "epsilon", "smoothing"):
-            check_number(name, getattr(self, name), 0, MAX, "a finite number >= 0")
+            self._set(name, check_number(name, getattr(self, name), 0, MAX, "a finite number >= 0"))
         if self.alpha > 0 and self.epsilon == 0 and self.smoothing == 0:
             raise ValueError(
                 "epsilon: got 0 with smoothing 0, expected one of them > 0: a token never counted would weigh infinity"
@@ -53,13 +55,20 @@ class PowerLaw:
         check_flag("relative", self.relative)
         check_choice("normalize", self.normalize, NORMALIZE)
         if self.max_weight is not None:
-            check_number("max_weight", self.max_weight, 0, math.inf, "a number > 0", open_low=True)
-        check_blend(self.blend)
+            limit = check_number("max_weight", self.max_weight, 0, math.inf, "a number > 0", open_low=True)
+            self._set("max_weight", limit)
+        self._set("blend", check_blend(self.blend))
         if not isinstance(self.fixed, Mapping):
             raise TypeError(f"fixed: got {type(self.fixed).__name__}, expected a mapping from token ids to weights")
+        # A copy, that nobody else writes to.
+        fixed: dict[int, float] = {}
         for token, weight in self.fixed.items():
-            check_integer("fixed", token, 0, 2**31 - 1, "token ids that are ints >= 0")
-            check_number(f"fixed[{token}]", weight, 0, MAX, "a finite number >= 0")
+            token = check_integer("fixed", token, 0, 2**31 - 1, "token ids that are ints >= 0")
+            fixed[token] = check_number(f"fixed[{token}]", weight, 0, FLOAT32_MAX, "a finite number >= 0 in float32")
+        self._set("fixed", fixed)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def __hash__(self) -> int:
         return hash(
@@ -82,6 +91,6 @@ class PowerLaw:
         return functional.token_weights(frequency.counts, self)
 
 
-def check_blend(blend: float) -> None:
-    """Raises TypeError or ValueError unless blend is a number in [0, 1]."""
-    check_number("blend", blend, 0, 1, "a number in [0, 1]")
+def check_blend(blend: float) -> float:
+    """The blend as a float. Raises TypeError or ValueError unless it is a number in [0, 1]."""
+    return check_number("blend", blend, 0, 1, "a number in [0, 1]")

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from pdl_ext import _ops, functional, reference
 
-
 # M_PERTURB of glibc's malloc.h; malloc fills what it gives with the complement of the low byte.
 _PERTURB, _PERTURB_TO_ONES = -6, 0x100
 

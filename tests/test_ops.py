@@ -99,10 +99,13 @@ def test_gradient_of_columns_lies_as_they_do(op_inputs, device, dtype, width):
     loss, rows, totals, _ = ops.loss_forward(columns, targets, None, None, None, None, 2, *NO_TRANSFORM, False)
     arguments = (torch.ones_like(loss), columns, targets, rows, totals, None, None, 2, *NO_TRANSFORM, 0, 9)
     gradient = ops.loss_backward(*arguments)
-    # Equal strides up to whole vectors of 16 bytes, of which none is wasted: a card then reads and writes in those.
-    assert (gradient.stride(0) - width) * dtype.itemsize % 16 == 0
-    assert 9 <= gradient.stride(0) < 9 + 16 // dtype.itemsize
-    assert gradient.is_contiguous() == (width == 9 or (width - 9) * dtype.itemsize % 16 == 0)
+    if device.type == "cpu":
+        assert gradient.is_contiguous()
+    else:
+        # Equal strides up to whole vectors of 16 bytes, of which none is wasted: it reads and writes in those.
+        assert (gradient.stride(0) - width) * dtype.itemsize % 16 == 0
+        assert 9 <= gradient.stride(0) < 9 + 16 // dtype.itemsize
+        assert gradient.is_contiguous() == (width == 9 or (width - 9) * dtype.itemsize % 16 == 0)
     torch.library.opcheck(ops.loss_backward.default, arguments)
 
 

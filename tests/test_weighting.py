@@ -207,12 +207,14 @@ def test_fixed_outside_the_vocabulary_is_refused():
 @pytest.mark.parametrize(
     ("counts", "error", "message"),
     [
-        ([1, 2], TypeError, "counts: got list, expected a tensor"),
+        ([1, 2], TypeError, "counts: got list, expected an int64 tensor"),
         (torch.ones(3), TypeError, "counts: got dtype torch.float32, expected int64"),
         (torch.ones(2, 2, dtype=torch.int64), ValueError, r"counts: got shape \[2, 2\], expected \[V\]"),
         (torch.ones(0, dtype=torch.int64), ValueError, r"counts: got shape \[0\], expected \[V\] with V >= 1"),
+        (torch.tensor([3, -1]), ValueError, "counts: got a negative count"),
+        (torch.tensor([2**62] * 4), ValueError, r"counts: got counts whose sum is past 2\^63"),
     ],
-    ids=["list", "dtype", "matrix", "empty"],
+    ids=["list", "dtype", "matrix", "empty", "negative", "sum"],
 )
 def test_bad_counts_are_refused(counts, error, message):
     with pytest.raises(error, match=message):

@@ -27,16 +27,17 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const Tensor result = allocate(counts_tensor, counts_tensor.sizes(), ScalarType::Float);
   float* weights = static_cast<float*>(result.mutable_data_ptr());
 
-  int64_t total = 0;
-  for (int64_t t = 0; t < vocab_size; ++t) total += counts[t];
-  const double scale = law.frequency_scale(total);
+  CountSums sums;
+  for (int64_t t = 0; t < vocab_size; ++t) sums.add(counts[t], is_fixed(fixed, t));
+  const int64_t total = sums.total;
+  const WeightScale scale = law.scale(sums);
   const std::unique_ptr<double[]> raw(new double[vocab_size]);
   const int64_t parts = (vocab_size + kPart - 1) / kPart;
   std::vector<double> weight_sums(parts), share_sums(parts);
   simd_parallel_for(parts, kPart * kCost, [&](int64_t begin, int64_t end, auto) {
     // Copies that no store can change, or the loops would not become vector code.
     const PowerLaw own_law = law;
-    const double own_scale = scale;
+    const WeightScale own_scale = scale;
     const int64_t* own_counts = counts;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kPart, n = std::min(kPart, vocab_size - first);

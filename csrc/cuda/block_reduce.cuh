@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../row_loss.h"
+#include "../token_weights.h"
 #include "device.cuh"
 
 namespace pdl::cuda {
@@ -24,6 +25,11 @@ __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>&
 __device__ __forceinline__ RowSums shifted_down(const RowSums& sums, int distance) {
   return {shuffle_down(sums.weighted_ce, distance), shuffle_down(sums.weight, distance),
           shuffle_down(sums.lse_squares, distance), shuffle_down(sums.rows, distance)};
+}
+
+__device__ __forceinline__ CountSums shifted_down(const CountSums& sums, int distance) {
+  return {shuffle_down(sums.total, distance), shuffle_down(sums.rareness, distance),
+          shuffle_down(sums.rareness_of_seen, distance)};
 }
 
 // combine() over the lanes of a warp, valid in lane 0.

@@ -1,5 +1,5 @@
 // Token weights on CUDA: the table of w(t) from the counts, in three launches that hand their sums on in memory, so
-// that nothing is read back: total of the counts, mean of the weights, weights. Reads 8*V bytes three times (L2 after
+// that nothing is read back: sums of the counts, mean of the weights, weights. Reads 8*V bytes three times (L2 after
 // the first), writes 4*V. Each block sums the partial sums of all blocks itself, in the same order every time.
 #include <torch/csrc/stable/library.h>
 
@@ -43,13 +43,15 @@ __device__ __forceinline__ WeightSums shifted_down(const WeightSums& sums, int d
 }
 
 struct Scratch {
-  int64_t* totals;   // [blocks]
-  int64_t* total;    // their sum
-  WeightSums* sums;  // [blocks]
+  CountSums* of_blocks;  // [blocks]
+  CountSums* counts;     // their sum
+  WeightSums* sums;      // [blocks]
 
-  static constexpr int64_t kWords = 3 * kMaxBlocks + 1;
+  static constexpr int64_t kWords = 3 * (kMaxBlocks + 1) + 2 * kMaxBlocks;
   explicit Scratch(int64_t* words)
-      : totals(words), total(words + kMaxBlocks), sums(reinterpret_cast<WeightSums*>(words + kMaxBlocks + 1)) {}
+      : of_blocks(reinterpret_cast<CountSums*>(words)),
+        counts(of_blocks + kMaxBlocks),
+        sums(reinterpret_cast<WeightSums*>(counts + 1)) {}
 };
 
 // The sum of `partial` over the grid, for every thread of the block.
@@ -76,18 +78,20 @@ __device__ __forceinline__ void for_each_entry(const int64_t* counts, int64_t vo
   }
 }
 
-__global__ void __launch_bounds__(kThreads) total_kernel(const int64_t* counts, int64_t vocab_size, Scratch scratch) {
-  int64_t total = 0;
-  for_each_entry(counts, vocab_size, [&](int64_t, int64_t count) { total += count; });
-  total = block_sum(total);
-  if (threadIdx.x == 0) scratch.totals[blockIdx.x] = total;
+__global__ void __launch_bounds__(kThreads)
+    counts_kernel(const int64_t* counts, const float* fixed, int64_t vocab_size, Scratch scratch) {
+  CountSums sums{};
+  for_each_entry(counts, vocab_size, [&](int64_t t, int64_t count) { sums.add(count, is_fixed(fixed, t)); });
+  sums = block_sum(sums);
+  if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
 }
 
 __global__ void __launch_bounds__(kThreads)
     mean_kernel(const int64_t* counts, const float* fixed, PowerLaw law, Scratch scratch) {
-  const int64_t total = grid_sum(scratch.totals);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.total = total;
-  const double scale = law.frequency_scale(total);
+  const CountSums of_counts = grid_sum(scratch.of_blocks);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *scratch.counts = of_counts;
+  const int64_t total = of_counts.total;
+  const WeightScale scale = law.scale(of_counts);
   WeightSums sums{};
   for_each_entry(counts, law.vocab_size, [&](int64_t t, int64_t count) {
     const double share = is_fixed(fixed, t) ? 0.0 : law.share(count, total);
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     weights_kernel(const int64_t* counts, const float* blend, const float* fixed, PowerLaw law, Scratch scratch,
                    float* weights) {
-  const double scale = law.frequency_scale(*scratch.total);
+  const WeightScale scale = law.scale(*scratch.counts);
   const WeightSums sums = grid_sum(scratch.sums);
   const double mean = law.mean(sums.weights, sums.shares);
   const double mix = blend != nullptr ? double(*blend) : 1.0;
@@ -123,7 +127,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;
   const float* mix = blend ? static_cast<const float*>(blend->const_data_ptr()) : nullptr;
-  launch(total_kernel, grid, counts, vocab_size, scratch);
+  launch(counts_kernel, grid, counts, fixed, vocab_size, scratch);
   launch(mean_kernel, grid, counts, fixed, law, scratch);
   launch(weights_kernel, grid, counts, mix, fixed, law, scratch, static_cast<float*>(result.mutable_data_ptr()));
   return result;

@@ -13,22 +13,24 @@ using Wide = long double;
 const std::vector<int64_t> kCounts{1000, 0, 1, 37, 250, 0, 9};
 const PowerLaw kDefault{1.0, 1e-7, 1.0, true, Normalize::corpus, infinity<double>(), int64_t(kCounts.size())};
 
-int64_t sum(const std::vector<int64_t>& counts) {
-  int64_t total = 0;
-  for (const int64_t count : counts) total += count;
-  return total;
+CountSums sum(const std::vector<int64_t>& counts, const float* fixed = nullptr) {
+  CountSums sums;
+  for (size_t t = 0; t < counts.size(); ++t) sums.add(counts[t], is_fixed(fixed, int64_t(t)));
+  return sums;
 }
 
 // The steps in the order in which a kernel takes them.
 std::vector<float> weights(const PowerLaw& law, const std::vector<int64_t>& counts, double blend = 1.0,
                            const float* fixed = nullptr) {
-  const int64_t total = sum(counts);
-  const double scale = law.frequency_scale(total);
+  const CountSums sums = sum(counts, fixed);
+  const int64_t total = sums.total;
+  const WeightScale scale = law.scale(sums);
   double weight_sum = 0, share_sum = 0;
   for (size_t t = 0; t < counts.size(); ++t) {
     if (is_fixed(fixed, int64_t(t))) continue;
-    weight_sum += law.share(counts[t], total) * law.weight(counts[t], scale);
-    share_sum += law.share(counts[t], total);
+    const double share = law.share(counts[t], total);
+    weight_sum += share == 0.0 ? 0.0 : share * law.weight(counts[t], scale);
+    share_sum += share;
   }
   const double mean = law.mean(weight_sum, share_sum);
   std::vector<float> result(counts.size());
@@ -41,7 +43,7 @@ std::vector<float> weights(const PowerLaw& law, const std::vector<int64_t>& coun
 // Design section 2.1, from the counts to the weights in one go.
 std::vector<Wide> definition(const PowerLaw& law, const std::vector<int64_t>& counts, Wide blend = 1.0L,
                              const float* fixed = nullptr) {
-  const Wide total = sum(counts), size = counts.size();
+  const Wide total = sum(counts).total, size = counts.size();
   std::vector<Wide> w(counts.size());
   Wide numerator = 0, denominator = 0;
   for (size_t t = 0; t < counts.size(); ++t) {
@@ -139,7 +141,7 @@ TEST(TokenWeights, MeansThatNormalisationPromises) {
   const auto types = weights(law, kCounts);
   Wide corpus_mean = 0, types_mean = 0;
   for (size_t t = 0; t < kCounts.size(); ++t) {
-    corpus_mean += Wide(kCounts[t]) * corpus[t] / sum(kCounts);
+    corpus_mean += Wide(kCounts[t]) * corpus[t] / sum(kCounts).total;
     types_mean += Wide(types[t]) / kCounts.size();
   }
   EXPECT_NEAR(corpus_mean, 1.0L, 1e-6L);
@@ -194,6 +196,52 @@ TEST(TokenWeights, CountsBeyondFloat32AreTold) {
   // epsilon is felt at these frequencies, a count of one is not.
   EXPECT_NEAR(w[0] / w[1], 3.0, 1e-5);
   expect_near(w, definition(law, counts));
+}
+
+// Where (f + epsilon)^-alpha is 0 or infinite in float64 for some or all entries.
+TEST(TokenWeights, AreFiniteAtExtremes) {
+  const std::vector<int64_t> counts{1000000000000000, 999999999999999, 500000000000000, 3, 1, 0};
+  for (const double alpha : {5.0, 30.0, 250.0}) {
+    for (const double smoothing : {1e-3, 1.0}) {
+      for (const bool relative : {false, true}) {
+        for (const Normalize normalize : {Normalize::none, Normalize::corpus, Normalize::types}) {
+          for (const double max_weight : {1e-30, 2.0, 1e200, infinity<double>()}) {
+            SCOPED_TRACE("alpha " + std::to_string(alpha) + ", smoothing " + std::to_string(smoothing) + ", relative " +
+                         std::to_string(relative) + ", normalize " + std::to_string(int64_t(normalize)) +
+                         ", max_weight " + std::to_string(max_weight));
+            const PowerLaw law{alpha, 0.0, smoothing, relative, normalize, max_weight, int64_t(counts.size())};
+            std::vector<Wide> expected(counts.size());
+            const Wide total = sum(counts).total;
+            Wide mean = 0, shares = 0;
+            std::vector<Wide> logs(counts.size());
+            for (size_t t = 0; t < counts.size(); ++t) {
+              const Wide f = (counts[t] + Wide(smoothing)) / (relative ? total + Wide(smoothing) * counts.size() : 1);
+              logs[t] = std::min(-Wide(alpha) * std::log(f), std::log(Wide(max_weight)));
+            }
+            for (size_t t = 0; t < counts.size(); ++t) {
+              const Wide q = normalize == Normalize::corpus ? Wide(counts[t]) : 1.0L;
+              // long double's exponents reach to 1e4932, which alpha 250 of a count of 1e15 is within.
+              mean += q * std::exp(logs[t]);
+              shares += q;
+            }
+            mean /= shares;
+            constexpr Wide kLargest = std::numeric_limits<float>::max();
+            for (size_t t = 0; t < counts.size(); ++t) {
+              const Wide w = std::exp(logs[t]) / (normalize == Normalize::none ? 1.0L : mean);
+              expected[t] = std::min(w, kLargest);
+            }
+            expect_near(weights(law, counts), expected);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(TokenWeights, AreNoNumbersForNegativeCounts) {
+  EXPECT_TRUE(std::isnan(weights(kDefault, {1000, 0, 1, -1, 250, 0, 9})[3]));
+  constexpr int64_t kHuge = int64_t(1) << 62;
+  for (const float w : weights(kDefault, {kHuge, kHuge, kHuge, 0, 0, 0, 0})) EXPECT_TRUE(std::isnan(w));
 }
 
 }  // namespace
