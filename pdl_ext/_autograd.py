@@ -188,6 +188,16 @@ def _scaled_gradients(
     return gradient.detach().view(ctx.shape), grad_row_weight
 
 
+def _refuse_leaf(logits: Tensor) -> None:
+    # As PyTorch refuses to write to either: a parameter would be overwritten by its gradient.
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        got = "a leaf" if logits.is_leaf else "a view of a leaf"
+        raise RuntimeError(
+            f"logits: got {got} that requires grad, expected what a model computed: inplace_backward would overwrite it"
+        )
+
+
 def weighted_loss(
     tensors: tuple[Tensor | None, ...],
     options: tuple[Any, ...],
@@ -210,10 +220,8 @@ def weighted_loss(
             _as_rows(logits), targets, tuple(others), (*options, predict), part
         )
         return (loss, rows, predicted) if predict else (loss, None, None)
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise RuntimeError(
-            "logits: got a leaf that requires grad, expected what a model computed: inplace_backward would overwrite it"
-        )
+    if inplace_backward and logits.requires_grad:
+        _refuse_leaf(logits)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     at_once = (
         inplace_backward

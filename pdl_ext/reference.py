@@ -5,6 +5,7 @@ Slow, and differentiable as often as PyTorch is. In float64 these are the yardst
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -124,9 +125,10 @@ def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
     if weighting.relative:
         denominator = total + weighting.smoothing * vocab_size
         frequency = frequency / (denominator if denominator > 0 else 1.0)
-    weight = (frequency + weighting.epsilon) ** -weighting.alpha
+    # As logarithms, since a power may be beyond float64 where its quotient by the mean is not.
+    log_weight = -weighting.alpha * (frequency + weighting.epsilon).log() if weighting.alpha else torch.zeros_like(n)
     if weighting.max_weight is not None:
-        weight = weight.clamp(max=weighting.max_weight)
+        log_weight = log_weight.clamp(max=math.log(weighting.max_weight))
     free = torch.ones(vocab_size, dtype=torch.bool, device=counts.device)
     for token in weighting.fixed:
         free[token] = False
@@ -134,8 +136,12 @@ def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
         share = n if weighting.normalize == "corpus" and total > 0 else torch.ones_like(n)
         share = share * free
         if share.sum() > 0:
-            weight = weight / ((share * weight).sum() / share.sum())
+            log_weight = log_weight - (torch.logsumexp(log_weight + share.log(), 0) - share.sum().log())
+    weight = log_weight.exp()
+    # Before they are mixed: 0 * inf would be NaN.
+    weight = weight.clamp(max=torch.finfo(torch.float64).max)
     weight = (1 - weighting.blend) + weighting.blend * weight
+    weight = weight.clamp(max=torch.finfo(torch.float32).max)
     for token, fixed in weighting.fixed.items():
         weight[token] = fixed
     return weight

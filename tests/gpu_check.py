@@ -397,7 +397,7 @@ def exercise_kernels(device: str) -> None:
         def gradient(function: Callable[..., Any], where: str, dtype: torch.dtype, **more: Any) -> list[torch.Tensor]:
             leaf = wide.to(dtype, copy=True).to(where).requires_grad_()
             # What a model hands over is no leaf, and may be written to in place.
-            logits = leaf.view_as(leaf)[:, offset:]
+            logits = leaf.clone()[:, offset:]
             moved = {k: v.to(where) if isinstance(v, torch.Tensor) else v for k, v in {**options, **more}.items()}
             factors = row_weight.clone().to(where).requires_grad_()
             loss, stats = function(

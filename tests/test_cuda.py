@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import computed
 
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, host_stream, reference
 
@@ -283,8 +284,7 @@ class TestBeyond32Bits:
         with torch.no_grad():
             forward_alone = functional.pdl_loss(logits, targets, reduction="none")
         logits.requires_grad_()
-        # No leaf, which may not be written to.
-        loss = functional.pdl_loss(logits.view_as(logits), targets, reduction="none", inplace_backward=inplace_backward)
+        loss = functional.pdl_loss(computed(logits), targets, reduction="none", inplace_backward=inplace_backward)
         (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
         assert (gradient.data_ptr() == logits.data_ptr()) == inplace_backward
         loss = loss.detach()
@@ -321,8 +321,7 @@ class TestBeyond32Bits:
         alone = torch.stack([logits[row] for row in special])
         expected_losses, expected_gradient = loss_and_gradient(alone, targets[special], reduction="none")
         logits.requires_grad_()
-        # No leaf, which may not be written to.
-        loss = functional.pdl_loss(logits.view_as(logits), targets, reduction="sum", inplace_backward=True)
+        loss = functional.pdl_loss(computed(logits), targets, reduction="sum", inplace_backward=True)
         (gradient,) = torch.autograd.grad(loss, logits)
         assert gradient.data_ptr() == logits.data_ptr()
         # All other rows are zeros, so their losses are log V, and their gradients 1 / V but at the target.

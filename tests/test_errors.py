@@ -141,7 +141,9 @@ def test_logits_of_another_vocabulary(frequency):
 
 
 def test_logits_on_another_device():
-    with pytest.raises(ValueError, match=r"logits: got device meta, expected cpu, where the frequency is: move the loss with \.to"):
+    with pytest.raises(
+        ValueError, match=r"logits: got device meta, expected cpu, where the frequency is: move the loss with \.to"
+    ):
         PDLLoss(vocab_size=5)(LOGITS.to("meta"), TARGETS.to("meta"))
 
 

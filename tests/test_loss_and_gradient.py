@@ -277,6 +277,66 @@ def test_a_leaf_is_refused(make_case, dtype, reduction):
     assert torch.equal(leaf.detach(), case.leaf)
 
 
+class Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def view_without_grad(leaf):
+    with torch.no_grad():
+        return leaf[:]
+
+
+VIEWS = {
+    "view": lambda leaf: leaf.view(2, 3, 257),
+    "reshape": lambda leaf: leaf.reshape(3, 2, 257),
+    "slice": lambda leaf: leaf[:],
+    "rows": lambda leaf: leaf[2:5],
+    "columns": lambda leaf: leaf[:, :200],
+    "narrow": lambda leaf: leaf.narrow(0, 1, 3),
+    "split": lambda leaf: leaf.split(2)[1],
+    "unbind": lambda leaf: leaf.unbind(0)[1],
+    "transposed twice": lambda leaf: leaf.t().t(),
+    "transposed": lambda leaf: leaf[:, :6].t(),
+    "as_strided": lambda leaf: leaf.as_strided((3, 257), (514, 1)),
+    "expanded": lambda leaf: leaf[0].expand(4, 257),
+    "cast to its own dtype": lambda leaf: leaf.to(leaf.dtype).view_as(leaf),
+    "detached and attached": lambda leaf: Passed.apply(leaf),
+    "made without gradients": view_without_grad,
+    "view of a view": lambda leaf: leaf.view(2, 3, 257)[1].unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.devices("cpu", "cuda")
+def test_a_view_of_a_leaf_is_refused(make_case, kind, reduction):
+    # As PyTorch refuses to write to it: the parameter would become its own gradient.
+    case = make_case((6,), 257)
+    leaf = case.leaf.clone().requires_grad_()
+    logits = VIEWS[kind](leaf)
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=leaf.device)
+    with pytest.raises(RuntimeError, match="logits: got a (view of a )?leaf that requires grad"):
+        functional.pdl_loss(logits, targets, reduction=reduction, inplace_backward=True)
+    assert torch.equal(leaf.detach(), case.leaf)
+    # Nobody asks for its gradient: nothing is overwritten.
+    functional.pdl_loss(logits.detach(), targets, reduction=reduction, inplace_backward=True)
+    with torch.no_grad():
+        functional.pdl_loss(logits, targets, reduction=reduction, inplace_backward=True)
+    assert torch.equal(leaf.detach(), case.leaf)
+    if kind in ("split", "unbind", "detached and attached", "made without gradients"):
+        # PyTorch itself lets nobody write to these, whatever they are views of.
+        return
+    # The same view of what a model computed is taken.
+    functional.pdl_loss(VIEWS[kind](leaf * 1), targets, reduction=reduction, inplace_backward=True).sum().backward()
+    assert leaf.grad.any()
+
+
 def test_copied_logits_are_left_alone(make_case):
     # Rows that are no view of the logits are copied, and the gradient lies in the copy.
     case = make_case((2, 5), 101)
