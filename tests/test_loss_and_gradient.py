@@ -321,7 +321,7 @@ def test_a_view_of_a_leaf_is_refused(make_case, kind, reduction):
     leaf = case.leaf.clone().requires_grad_()
     logits = VIEWS[kind](leaf)
     targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=leaf.device)
-    with pytest.raises(RuntimeError, match="logits: got a (view of a )?leaf that requires grad"):
+    with pytest.raises(RuntimeError, match=r"logits: got a (view of a )?leaf that requires grad"):
         functional.pdl_loss(logits, targets, reduction=reduction, inplace_backward=True)
     assert torch.equal(leaf.detach(), case.leaf)
     # Nobody asks for its gradient: nothing is overwritten.
