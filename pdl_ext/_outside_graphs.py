@@ -27,7 +27,10 @@ def sync_if_due(loss: PDLLoss, frequency: TokenFrequency) -> None:
 
 
 @torch.compiler.assume_constant_result
-def check_when_traced(loss: PDLLoss) -> bool:
+def check_when_traced(loss: PDLLoss, of_slice: bool) -> bool:
     """Checks the state of a loss while a graph is traced that has no room for it; the result means nothing."""
-    loss._check_state()
+    if loss.frequency is not None:
+        loss._check_counts(loss.frequency)
+    if loss.online and loss.training and loss.sync_every is None and not of_slice:
+        loss._tell_of_ranks(None)
     return True

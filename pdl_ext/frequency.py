@@ -222,7 +222,7 @@ class TokenFrequency(nn.Module):
         self._replace_by_sum(self._packed() if all_of_it else self._own_counts().clone(), group)
 
     def _check_ranks(self, group: dist.ProcessGroup | None) -> None:
-        values = torch.tensor([self.vocab_size, self.ignore_index], device=self.counts.device)
+        values = torch.tensor([self.vocab_size, self.ignore_index], dtype=torch.int64, device=self.counts.device)
         bounds = torch.cat([values, -values])
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=check_group(group))
         *largest, _, _ = bounds.tolist()

@@ -103,6 +103,7 @@ class PDLLoss(nn.Module):
                 )
         self.sync_every = sync_every
         self._calls_since_sync = 0
+        self._told_of_ranks = False
 
         if isinstance(frequency, (str, os.PathLike)):
             frequency = TokenFrequency.load(frequency)
@@ -159,7 +160,7 @@ class PDLLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
-        self._check_process_group(process_group)
+        self._check_state(process_group)
         options = self._options()
         # Everything that can be refused is refused before an online loss counts its targets.
         check_loss_inputs(logits, targets, row_weight, normalizer, options)
@@ -187,7 +188,7 @@ class PDLLoss(nn.Module):
 
         Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
         """
-        self._check_process_group(process_group)
+        self._check_state(process_group)
         options = self._options()
         check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
         settings = functional.linear_settings(hidden, max_chunk_bytes, accumulate)
@@ -196,13 +197,6 @@ class PDLLoss(nn.Module):
         return functional.linear_loss_of_checked(
             hidden, weight, bias, targets, weights, row_weight, normalizer, None, options, part, settings, return_stats
         )
-
-    def _check_process_group(self, process_group: dist.ProcessGroup | None) -> None:
-        if process_group is not None and self.sync_every is not None:
-            raise ValueError(
-                "process_group: got one with sync_every, expected either: its ranks count the same targets, so call "
-                "`frequency.sync` with a group of ranks whose targets differ"
-            )
 
     def _options(self) -> LossOptions:
         return LossOptions.checked(
@@ -227,12 +221,6 @@ class PDLLoss(nn.Module):
                 frequency = self._new_frequency(vocab_size).to(device)
         counts = frequency._totals()[0]
         _check_vocabulary(name, vocab_size, device, counts)
-        if torch.compiler.is_compiling():
-            from pdl_ext._outside_graphs import check_when_traced
-
-            check_when_traced(self)
-        elif counts is not self._weights.checked and not is_new:
-            self._check_state()
         if not self.online:
             of_counts = self._weights.fresh if torch.compiler.is_compiling() else self._weights.kept
             return of_counts(counts, self._blend, self.weighting)
@@ -252,14 +240,26 @@ class PDLLoss(nn.Module):
             sync_if_due(self, frequency)
         return self._weights.fresh(counts, self._blend, self.weighting)
 
-    def _check_state(self) -> None:
-        """Raises ValueError for counts that are none, and warns of what an online loss does on several ranks.
+    def _check_state(self, process_group: dist.ProcessGroup | None) -> None:
+        """Raises ValueError, or warns, of what is wrong whatever the inputs of a call are."""
+        if process_group is not None and self.sync_every is not None:
+            raise ValueError(
+                "process_group: got one with sync_every, expected either: its ranks count the same targets, so call "
+                "`frequency.sync` with a group of ranks whose targets differ"
+            )
+        if torch.compiler.is_compiling():
+            from pdl_ext._outside_graphs import check_when_traced
 
-        Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
-        """
-        frequency = self.frequency
-        if frequency is None:
+            check_when_traced(self, process_group is not None)
             return
+        frequency = self.frequency
+        if frequency is not None and frequency._totals()[0] is not self._weights.checked:
+            self._check_counts(frequency)
+        if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
+            self._tell_of_ranks(process_group)
+
+    def _check_counts(self, frequency: TokenFrequency) -> None:
+        # Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
         counts = frequency.counts
         # A tracer's tensors have no numbers.
         if (
@@ -279,8 +279,23 @@ class PDLLoss(nn.Module):
             frequency._check_conserved("frequency", with_files=False)
         except ValueError as error:
             # An average of a model's buffers is not conserved either, and of use.
-            warnings.warn(f"{error}. {lost}", stacklevel=4)
+            warnings.warn(f"{error}. {lost}", stacklevel=6)
         self._weights.checked = counts
+
+    def _tell_of_ranks(self, process_group: dist.ProcessGroup | None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            return
+        # Those of a vocabulary that is cut count the same targets.
+        ranks = dist.get_world_size() // (1 if process_group is None else dist.get_world_size(process_group))
+        if ranks > 1:
+            self._told_of_ranks = True
+            if dist.get_rank() == 0:
+                warnings.warn(
+                    f"PDLLoss: learns the frequencies online on {ranks} ranks, each from its own targets, so that they "
+                    "weigh differently. Pass sync_every=k for counts of all ranks, or count ahead and pass the "
+                    "frequency; if each rank is to learn for itself, there is nothing to do",
+                    stacklevel=6,
+                )
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
         frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)

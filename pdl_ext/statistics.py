@@ -37,18 +37,15 @@ class AlphaStatistics:
 def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics:
     """What an exponent makes of a corpus.
 
-    Raises TypeError or ValueError for an alpha that PowerLaw does not take, or with which a token seen weighs infinity.
+    Raises TypeError or ValueError for an alpha that PowerLaw does not take.
     """
     weights = PowerLaw(alpha=alpha).weights(frequency).double()
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     counts, weights = frequency.counts[order].double(), weights[order]
     seen = counts > 0
-    # What was never seen has no mass, even where a large alpha makes its weight infinite.
-    mass = torch.where(seen, counts * weights, 0.0)
-    squares = torch.where(seen, mass * weights, 0.0)
+    mass = counts * weights
+    squares = mass * weights
     total = mass.sum()
-    if not bool(squares.sum().isfinite()):
-        raise ValueError(f"alpha: got {alpha!r}, expected one for which the weights of this corpus are finite")
     return AlphaStatistics(
         alpha=float(alpha),
         effective_fraction=float(total**2 / (counts.sum() * squares.sum())),
@@ -76,5 +73,5 @@ def zipf_slope(counts: torch.Tensor) -> float | None:
 
 def log_spaced_ranks(types: int, number: int) -> torch.Tensor:
     """About `number` ranks from 0 to types - 1, both of them in it, whose logarithms are evenly spaced: int64."""
-    exact = torch.logspace(0, math.log10(types), number, dtype=torch.float64) - 1
+    exact = torch.logspace(0, math.log10(types), number, dtype=torch.float64, device="cpu") - 1
     return torch.unique(exact.round().long().clamp(0, types - 1))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["PowerLaw"]
 
 MAX = sys.float_info.max
+# Where the power of a frequency is still exact to a part in a billion, and far beyond any use.
+MAX_ALPHA = 10_000.0
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
 
@@ -46,7 +48,8 @@ class PowerLaw:
     fixed: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "epsilon", "smoothing"):
+        self._set("alpha", check_number("alpha", self.alpha, 0, MAX_ALPHA, f"a number in [0, {MAX_ALPHA:g}]"))
+        for name in ("epsilon", "smoothing"):
             self._set(name, check_number(name, getattr(self, name), 0, MAX, "a finite number >= 0"))
         if self.alpha > 0 and self.epsilon == 0 and self.smoothing == 0:
             raise ValueError(

@@ -449,7 +449,7 @@ def test_sharded_classifier_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         weight = distribute_tensor(WEIGHT, init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(TypeError, match="weight: got a DTensor, expected a plain tensor: call the loss where FSDP"):
+        with pytest.raises(TypeError, match=r"weight: got a DTensor, expected a plain tensor\. With FSDP2"):
             functional.linear_pdl_loss(HIDDEN_STATES, weight, TARGETS)
     finally:
         dist.destroy_process_group()

@@ -531,7 +531,7 @@ def test_a_blend_that_was_lost_is_restored():
         assert torch.equal(weights_of(loss), weights)
 
 
-def test_a_traced_loss_is_checked():
+def test_a_compiled_loss_is_checked():
     loss = PDLLoss(COUNTS)
     loss.to_empty(device="cpu")
     for buffer in loss.frequency.buffers():

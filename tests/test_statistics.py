@@ -36,9 +36,10 @@ def test_the_rarest_seen_is_not_the_never_seen():
     assert statistics.largest == pytest.approx(2 * statistics.largest_seen, rel=1e-5)
 
 
-def test_a_never_seen_type_of_infinite_weight_has_no_mass():
-    statistics = alpha_statistics(frequency_of(0, 7, 0), 50.0)
-    assert statistics.largest == math.inf
+@pytest.mark.parametrize("alpha", [50.0, 1000.0])
+def test_a_never_seen_type_of_the_largest_weight_has_no_mass(alpha):
+    statistics = alpha_statistics(frequency_of(0, 7, 0), alpha)
+    assert statistics.largest == torch.finfo(torch.float32).max
     assert (statistics.effective_fraction, statistics.mass_of_most_frequent) == pytest.approx((1.0, 1.0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -442,6 +443,46 @@ def test_compiled_loss_leaves_the_graph(monkeypatch):
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(wrapped, backend="aot_eager", fullgraph=True)(logits, targets)
+
+
+class TestWarning:
+    """An online loss on several ranks that each count for themselves says so, once."""
+
+    @pytest.fixture(autouse=True)
+    def four_ranks(self, monkeypatch):
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4)
+        monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+
+    def call(self, loss):
+        for _ in range(2):
+            loss(torch.zeros(3, VOCAB), torch.arange(3))
+
+    def test_once(self):
+        with pytest.warns(UserWarning, match=r"online on 4 ranks.*sync_every=k.*count ahead.*for itself") as caught:
+            self.call(PDLLoss(vocab_size=VOCAB))
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+
+    def test_traced(self):
+        torch._dynamo.reset()
+        with pytest.warns(UserWarning, match="online on 4 ranks"):
+            self.call(torch.compile(PDLLoss(vocab_size=VOCAB), backend="eager", fullgraph=True))
+
+    @pytest.mark.parametrize("silent", ["eval", "given", "synced", "rank", "alone"])
+    def test_not(self, silent, monkeypatch):
+        loss = PDLLoss(torch.ones(VOCAB, dtype=torch.int64)) if silent == "given" else PDLLoss(vocab_size=VOCAB)
+        if silent == "eval":
+            loss.eval()
+        elif silent == "synced":
+            loss.sync_every = 5
+        elif silent == "rank":
+            monkeypatch.setattr(dist, "get_rank", lambda group=None: 1)
+        elif silent == "alone":
+            monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            self.call(loss)
 
 
 @pytest.mark.parametrize("sync_every", [0, -1, 2.0, True, "2"])

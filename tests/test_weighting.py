@@ -166,11 +166,11 @@ def test_frozen_and_hashable():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha": -0.5}, r"alpha: got -0.5, expected a finite number >= 0"),
-        ({"alpha": math.nan}, r"alpha: got nan, expected a finite number"),
-        ({"alpha": math.inf}, r"alpha: got inf, expected a finite number"),
-        ({"alpha": "1"}, r"alpha: got '1' of type str, expected a finite number"),
-        ({"alpha": True}, r"alpha: got True of type bool, expected a finite number"),
+        ({"alpha": -0.5}, r"alpha: got -0.5, expected a number in \[0, 10000\]"),
+        ({"alpha": math.nan}, r"alpha: got nan, expected a number in"),
+        ({"alpha": math.inf}, r"alpha: got inf, expected a number in"),
+        ({"alpha": "1"}, r"alpha: got '1' of type str, expected a number in"),
+        ({"alpha": True}, r"alpha: got True of type bool, expected a number in"),
         ({"epsilon": -1e-9}, r"epsilon: got -1e-09, expected a finite number >= 0"),
         ({"epsilon": 0.0, "smoothing": 0.0}, r"epsilon: got 0 with smoothing 0, expected one of them > 0"),
         ({"smoothing": -1}, r"smoothing: got -1, expected a finite number >= 0"),

@@ -78,8 +78,6 @@ def _figure(frequency: Any, alphas: list[float]) -> Any:
     handles = [*axes.get_lines()]
     for number, alpha in enumerate(alphas):
         weights = PowerLaw(alpha=alpha).weights(frequency)[shown]
-        if not bool(weights.isfinite().all()):
-            raise ValueError(f"alpha: got {alpha!r}, expected one for which the weights of this corpus are finite")
         label = f"weight, alpha {alpha:g}"
         style = {"color": f"C{number}", "linestyle": "--", "marker": marker}
         handles += weights_axes.plot(x, weights.tolist(), label=label, **style)

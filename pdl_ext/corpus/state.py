@@ -32,7 +32,7 @@ class State:
     def empty(cls, vocab_size: int, ignore_index: int, parts: int, identity: str) -> State:
         """Nothing counted yet."""
         frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
-        return cls(frequency, torch.zeros(parts, dtype=torch.uint8), identity)
+        return cls(frequency, torch.zeros(parts, dtype=torch.uint8, device="cpu"), identity)
 
     def add(self, table: Table, parts: list[int]) -> None:
         """Takes over the counts of parts that are finished now."""

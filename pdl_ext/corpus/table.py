@@ -27,7 +27,7 @@ class Table:
         self.vocab_size = vocab_size
         self._ignore_index = ignore_index
         self._strict = strict
-        self._all = torch.zeros(vocab_size + 3, dtype=torch.int64)
+        self._all = torch.zeros(vocab_size + 3, dtype=torch.int64, device="cpu")
         self._no_targets = torch.zeros_like(self._all)
         # Once, and not for each of many batches.
         self._totals = unpacked(self._all)

@@ -100,7 +100,7 @@ def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> Token
         got = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else type(table).__name__
         raise TypeError(f"table: got {got}, expected int64 [V + 3]")
     frequency = TokenFrequency(table.size - 3, ignore_index=ignore_index)
-    for total, given in zip(frequency._totals(), unpacked(torch.tensor(table)), strict=True):
+    for total, given in zip(frequency._totals(), unpacked(torch.tensor(table, device="cpu")), strict=True):
         total.copy_(given)
     frequency._check_conserved("table")
     return frequency

@@ -1,0 +1,60 @@
+"""A pytest plugin: each call into the package is made under another default dtype, and on the default device meta.
+
+What a program sets, the package must not heed: of its tensors it names dtype and device. The tests' own tensors are
+made outside of these calls, so that all tests run as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _autograd, _linear, corpus, functional, reference, statistics
+
+CALLS = {
+    functional: ("pdl_loss", "linear_pdl_loss", "count_tokens", "token_weights"),
+    reference: ("pdl_loss", "linear_pdl_loss", "count_tokens", "token_weights"),
+    statistics: ("alpha_statistics", "zipf_slope", "log_spaced_ranks"),
+    corpus: ("count_corpus",),
+    PowerLaw: ("weights",),
+    PDLLoss: ("__init__", "forward", "linear", "refresh", "state_dict", "load_state_dict", "_apply"),
+    TokenFrequency: (
+        *("__init__", "update", "merge", "save", "load", "from_counts", "probabilities", "buckets"),
+        *("state_dict", "load_state_dict", "_apply"),
+    ),
+    _autograd.Loss: ("backward",),
+    _autograd.LossOverLogits: ("backward",),
+    _linear.LinearLoss: ("backward",),
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--default-dtype", choices=["float64", "float16", "bfloat16"], required=True)
+
+
+def under(function, dtype):
+    @functools.wraps(function)
+    def called(*arguments, **options):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                return function(*arguments, **options)
+        finally:
+            torch.set_default_dtype(before)
+
+    return called
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    dtype = getattr(torch, config.getoption("--default-dtype"))
+    for owner, names in CALLS.items():
+        for name in names:
+            method = vars(owner).get(name)
+            if isinstance(method, (classmethod, staticmethod)):
+                setattr(owner, name, type(method)(under(method.__func__, dtype)))
+            else:
+                setattr(owner, name, under(getattr(owner, name), dtype))

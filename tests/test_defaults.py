@@ -1,0 +1,43 @@
+"""The API's tests once more, under other defaults of PyTorch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdl_ext import PDLLoss, TokenFrequency
+
+TESTS = Path(__file__).parent
+MODULES = ("loss", "functional", "weighting", "identities", "reference", "statistics", "module_life", "linear")
+# The kernels' sizes and alignments know no defaults, and a compiler does not trace what sets them.
+LEFT_OUT = "emulated or compile or sizes or memory"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_defaults_are_not_heeded(dtype, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "other_defaults", "-p", "no:cacheprovider"]
+    command += ["--default-dtype", dtype, "-k", f"not ({LEFT_OUT})"]
+    done = subprocess.run(
+        [*command, *(str(TESTS / f"test_{name}.py") for name in MODULES)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("make", [lambda: TokenFrequency(7), lambda: PDLLoss(vocab_size=7)], ids=["frequency", "loss"])
+def test_what_is_made_is_where_the_default_device_is(make):
+    """As other modules are; but counts on meta would be none."""
+    with torch.device("meta"):
+        assert {buffer.device.type for buffer in make().buffers()} == {"cpu"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        assert {buffer.device.type for buffer in make().buffers()} == {device}
