@@ -104,8 +104,8 @@ class _Index:
         # An index of several modalities ends with one more byte a sequence, its mode.
         if got not in (of_megatron, of_megatron + sequences):
             raise ValueError(
-                f"{self._path}: got {got} bytes, expected {of_megatron}: it states {sequences} sequences and {documents} "
-                f"document boundaries (or {end} bytes, as fairseq's without boundaries)"
+                f"{self._path}: got {got} bytes, expected {of_megatron}: it states {sequences} sequences and "
+                f"{documents} document boundaries (or {end} bytes, as fairseq's without boundaries)"
             )
         return documents
 
