@@ -126,7 +126,7 @@ def count_corpus(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {progress!r}, expected a function or None")
     check_group(group)
-    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
+    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
 
     tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
     sources = open_sources(data, format, options, output)

@@ -33,6 +33,7 @@ from pdl_ext.corpus.source import (
     unwrapped,
 )
 from pdl_ext.corpus.tokenizer import TextEncoder
+from pdl_ext.corpus.width import BLOCK_BYTES, doubt_of_width
 
 __all__ = ["FORMAT"]
 
@@ -44,6 +45,8 @@ _WINDOW_BYTES = 2**20
 _LARGEST_CONFIG = 2**20
 # Samples whose offsets are read at once.
 _OFFSETS = 2**14
+# Samples whose bytes tell of what width their numbers are.
+_SAMPLES = 8
 # Few enough to stay in a core's cache, enough to outweigh a call.
 _BATCH_TOKENS = 2**16
 # By the number that arrays begin with in columns that do not tell.
@@ -194,6 +197,20 @@ class _Shard(Source):
                 # One that is given may be that of labels alone, and a shard without samples may tell none.
                 if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
                     check_told_dtype(path, told, options)
+
+    def doubt(self) -> str | None:
+        if self._layout.text or self._layout.columns[self._layout.tokens].encoding != "bytes":
+            return None
+        samples = sorted({self._samples * number // _SAMPLES for number in range(min(self._samples, _SAMPLES))})
+        blocks, sizes = [], []
+        with opened(self.path) as file:
+            window = _Window(file, self.size, self.path, _HEAD_BYTES)
+            for sample in samples:
+                for _, places in self._read(window, Part(sample, sample + 1, 0)):
+                    begin, end = places[self._layout.tokens]
+                    blocks.append(window.read(begin, min(BLOCK_BYTES, end - begin)))
+                    sizes.append(end - begin)
+        return doubt_of_width(self.path, self.dtype, blocks, sizes, self._options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)

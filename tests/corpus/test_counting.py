@@ -334,7 +334,7 @@ def test_threads_of_the_caller_are_left_alone(tmp_path):
 def test_only_ids_are_taken_from_a_folder_of_ids(tmp_path):
     write(tmp_path / "train.bin", zipf(50))
     (tmp_path / "meta.pkl").write_bytes(b"even")
-    with pytest.raises(ValueError, match=r"meta.pkl: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"meta.pkl: is a pickle, which is not read"):
         count_corpus([tmp_path], V, dtype="uint16")
     assert torch.equal(count_corpus([str(tmp_path / "*.bin")], V, dtype="uint16").counts, expected(zipf(50)))
     assert count_corpus([tmp_path / "meta.pkl"], V, format="raw", dtype="uint16").tokens_seen == 2

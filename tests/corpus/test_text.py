@@ -244,7 +244,7 @@ def test_what_stands_in_the_provenance(tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["README.md", "a.txt.bak", "a.gz", "txt"])
 def test_other_names_are_not_text(tmp_path, tokenizer, name):
     (tmp_path / name).write_text("the fox")
-    with pytest.raises(ValueError, match="its format cannot be told"):
+    with pytest.raises(ValueError, match=r"its format cannot be told|is gzip data, which is not read"):
         count(tmp_path / name, tokenizer)
     if not name.endswith(".gz"):
         np.testing.assert_array_equal(
