@@ -197,8 +197,10 @@ def _is_lock(path: Path) -> bool:
 
 def _warn_of_left_out(paths: Sequence[Path]) -> None:
     """Warns of index maps that were found and not counted."""
-    if paths:
-        others = f" and {len(paths) - 1} other files like it" if len(paths) > 1 else ""
+    # One may be found by several names.
+    different = set(map(os.path.abspath, paths))
+    if different:
+        others = f", and {len(different) - 1} other files like it" if len(different) > 1 else ""
         warnings.warn(f"{paths[0]}: is {_INDEX_MAP}: it was left out{others}", stacklevel=2)
 
 
