@@ -583,13 +583,17 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("case", EMPTY)
-def test_empty_files_are_no_error(case, tmp_path):
+def test_empty_files_are_no_error_beside_others(case, tmp_path):
     files, dtype = EMPTY[case]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    counted = count_corpus([tmp_path], V, policy=SHIFTED, dtype=dtype)
-    assert counted.tokens_seen == 0
-    assert [shard.format for shard in counted.provenance.shards] == [case.partition(",")[0]]
+    with pytest.raises(ValueError, match="data: got no token in"):
+        count_corpus([tmp_path], V, policy=SHIFTED, dtype=dtype)
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "more" / "tokens.npy", np.arange(5, dtype=dtype or "uint16"))
+    counted = count_corpus([tmp_path, tmp_path / "more"], V, policy=SHIFTED, dtype=dtype)
+    assert counted.tokens_seen == 5
+    assert [shard.format for shard in counted.provenance.shards] in ([case.partition(",")[0], "npy"], ["npy"])
 
 
 @pytest.mark.parametrize("case", BAD)
