@@ -28,7 +28,7 @@ FORMATS = {
 }
 _LIST_SUFFIX = ".list"
 _COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
-_INDEX_MAP = "an index map or a dictionary, which a trainer makes of its data, and holds no tokens"
+_INDEX_MAP = "a trainer's own (an index map, what it is of, or a dictionary), and holds no tokens"
 # What is missed where a folder is taken for a dataset.
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
 
@@ -98,9 +98,9 @@ def open_sources(
     known = {os.path.realpath(file) for source in sources for file in source.stamps}
     for folder in folders:
         _warn_of_others(folder, known)
+    _warn_of_left_out(left_out)
     if not sources:
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
-    _warn_of_left_out(left_out)
     for name, some in of_name.items():
         _warn_of_formats(name, some)
     _warn_of_narrow(sources, options.vocab_size)

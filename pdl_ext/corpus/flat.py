@@ -80,10 +80,11 @@ class FlatSource(Source):
         if not self._is_given:
             return None
         size = self.tokens * self._dtype.itemsize
-        blocks = [
-            read_array(self.path, "u1", self.first_byte + start, min(BLOCK_BYTES, size - start))
-            for start in block_starts(size)
-        ]
+        blocks = []
+        with opened(self.path) as file:
+            for start in block_starts(size):
+                blocks.append(np.empty(min(BLOCK_BYTES, size - start), np.uint8))
+                read_at(file, blocks[-1], self.first_byte + start, self.path)
         return doubt_of_width(self.path, self.dtype, blocks, [size], self._options)
 
     def parts(self, size: int) -> Iterator[Part]:
