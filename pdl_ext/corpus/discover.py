@@ -104,7 +104,7 @@ def open_sources(
     for name, some in of_name.items():
         _warn_of_formats(name, some)
     _warn_of_narrow(sources, options.vocab_size)
-    _tell_doubts(sources, options.strict)
+    _tell_doubts(sources, format_name, options.strict)
     return sources
 
 
@@ -219,9 +219,15 @@ def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
         )
 
 
-def _tell_doubts(sources: Sequence[Source], strict: bool) -> None:
+def _tell_doubts(sources: Sequence[Source], format_name: str | None, strict: bool) -> None:
     """Warns, once, of files that do not look like what they are read as. Raises ValueError instead if `strict`."""
-    doubts = [doubt for source in sources if (doubt := source.doubt()) is not None]
+    doubts = []
+    for source in sources:
+        told = _told(source.path, read_head(source.path, HEAD_BYTES)) if format_name == raw.FORMAT.name else None
+        if told is not None and told.has_header:
+            doubts.append(f"{source.path}: is of format {told.name}, and all of it is counted as ids of {source.dtype}")
+        elif (doubt := source.doubt()) is not None:
+            doubts.append(doubt)
     if doubts:
         others = f"; {len(doubts) - 1} other files are in doubt, too" if len(doubts) > 1 else ""
         if strict:

@@ -32,9 +32,8 @@ _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    index_file = _index_file(path)
-    # Without its index it is refused: its header would pass for ids.
-    return _is_index(index_file) or (path.suffix == ".bin" and not index_file.is_file() and _is_chunk(path, head))
+    # Without its index a chunk is refused: its header would pass for ids.
+    return _is_index(_index_file(path)) or (path.suffix == ".bin" and _is_chunk(path, head))
 
 
 def _is_chunk(path: Path, head: bytes) -> bool:
@@ -166,4 +165,4 @@ def _item_starts(
     return starts
 
 
-FORMAT = Format("litdata", _open, _recognises, has_folders=True)
+FORMAT = Format("litdata", _open, _recognises, has_folders=True, has_header=True)

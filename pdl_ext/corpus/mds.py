@@ -462,4 +462,4 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     return shard
 
 
-FORMAT = Format("mds", _open, _recognises, has_folders=True)
+FORMAT = Format("mds", _open, _recognises, has_folders=True, has_header=True)

@@ -186,7 +186,8 @@ class Format(NamedTuple):
     recognises(path, head): whether a file that begins with `head`, 512 bytes of it, can be nothing else;
     open(path, options): its sources; companions: how the names of files end that are read with another one, and what
     the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it;
-    has_folders: whether a folder may be of the format, which recognises is then asked about, too, with an empty head.
+    has_folders: whether a folder may be of the format, which recognises is then asked about, too, with an empty head;
+    has_header: whether not all of a file is tokens.
     """
 
     name: str
@@ -194,3 +195,4 @@ class Format(NamedTuple):
     recognises: Callable[[Path, bytes], bool]
     companions: Mapping[str, str] = MappingProxyType({})
     has_folders: bool = False
+    has_header: bool = False

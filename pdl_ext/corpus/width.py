@@ -45,19 +45,17 @@ def doubt_of_width(
 
 
 def _are_ids(blocks: Sequence[NDArray[np.uint8]], width: int, itemsize: int, options: ReadOptions) -> bool:
-    """Whether bytes are ids of the vocabulary in `width` bytes, and can hardly be ids in `itemsize` bytes.
-
-    Of narrow ids, two or more make a wide one, which is below V only if the last of them is 0 or nearly so. Zeros are
-    left out, since padding is zeros either way. What is left must be ids, but for a few that are out of range. Narrow
-    ids of which the last of each group is often 0 have its neighbours 0 as often, or lie scattered in padding: so the
-    first of a group must be larger than the last may be, and enough groups that are not 0 must follow one another.
-    """
+    """Whether bytes are ids of the vocabulary in `width` bytes, and can hardly be ids in `itemsize` bytes."""
+    # Two or more narrow ids make a wide one, which is below V only if the last of them is 0 or nearly so. Padding with 0
+    # or -1 is that in every width, so it tells nothing. All of the rest must be ids, but for a few out of range. Narrow
+    # ids that are often 0 fail here: 0 comes first in a group as often as last. Two more conditions are for data of
+    # little else: small ids, of which the first is no larger than the last may be, and single ids scattered in padding.
     number = ids = clear = neighbours = 0
     vocab_size, ignore_index = options.vocab_size, options.policy.ignore_index
     largest_top = (vocab_size - 1) >> 8 * (width - itemsize)
     for block in blocks:
         wide = block[: block.size // width * width].view(f"<u{width}")
-        is_some = wide != 0
+        is_some = (wide != 0) & (wide != 2 ** (8 * width) - 1)
         is_id = is_some & ((wide < vocab_size) | (wide == ignore_index % 2 ** (8 * width)))
         number += int(is_some.sum())
         ids += int(is_id.sum())

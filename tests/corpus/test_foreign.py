@@ -12,13 +12,17 @@ import re
 import sqlite3
 import struct
 import tarfile
+import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from flat_files import write_litdata
+from flat_files import write_datatrove, write_litdata, write_llmc, write_megatron, write_npy
 from safetensors.torch import save
+from test_arrow import write as write_arrow
+from test_mds import write_tokens as write_mds
+from test_parquet import write as write_parquet
 from text_tokenizer import save_tokenizer
 
 from pdl_ext.corpus import count_corpus, foreign
@@ -192,9 +196,45 @@ def test_chunks_of_litdata_without_their_index(named, tmp_path):
     chunk = folder / "chunk-0-0.bin"
     with pytest.raises(ValueError, match=r"index\.json: is missing, expected it beside litdata's chunk chunk-0-0\.bin"):
         count_corpus([chunk if named == "file" else folder], V, dtype="int32")
+    with pytest.warns(
+        UserWarning, match=r"chunk-0-0\.bin: is of format litdata, and all of it is counted as ids of int32"
+    ):
+        assert count_corpus([chunk], V, dtype="int32", format="raw").tokens_seen == 160 + 5
+    (folder / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: is damaged or no index of litdata"):
+        count_corpus([chunk], V, dtype="int32")
     # Of one byte more or less it has not the header.
     chunk.write_bytes(chunk.read_bytes() + bytes(4))
     assert count_corpus([chunk], V, dtype="int32").tokens_seen == 160 + 5 + 1
+
+
+@pytest.mark.parametrize("name", ["npy", "llmc", "mds", "parquet", "arrow"])
+def test_headers_of_the_formats_are_warned_of_as_raw_ids(name, tmp_path):
+    if name in ("parquet", "arrow"):
+        pytest.importorskip("pyarrow")
+    write = {
+        "npy": write_npy,
+        "llmc": write_llmc,
+        "mds": lambda folder, rows: write_mds(folder / "a", rows) / "shard.00000.mds",
+        "parquet": lambda folder, rows: write_parquet(folder / "a.parquet", rows),
+        "arrow": lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 10),
+    }[name]
+    path = write(tmp_path, [IDS, IDS[:7]])
+    options = {"format": "raw", "dtype": "uint8"}
+    with pytest.warns(
+        UserWarning, match=rf"{path.name}: is of format {name}, and all of it is counted as ids of uint8"
+    ):
+        count_corpus([path], 256, **options)
+    with pytest.raises(ValueError, match=rf"{path.name}: is of format {name}"):
+        count_corpus([path], 256, strict=True, **options)
+
+
+@pytest.mark.parametrize("write", [write_megatron, write_datatrove])
+def test_tokens_without_a_header_are_raw_ids_as_good(write, tmp_path):
+    path = write(tmp_path, [IDS, IDS[:7]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert count_corpus([path], V, format="raw", dtype="uint16").total == 407
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "int32", "int64"])

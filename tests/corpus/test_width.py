@@ -62,7 +62,7 @@ def test_a_dtype_that_is_too_narrow(own, given, vocab_size, tmp_path):
     assert doubts(tmp_path / "a.bin", vocab_size, own) == []
 
 
-@pytest.mark.parametrize("change", ["ignored", "padded", "few out of range", "zeros first"])
+@pytest.mark.parametrize("change", ["ignored", "padded", "padded with -1", "few out of range", "zeros first"])
 @pytest.mark.parametrize(
     ("own", "given"), [("int64", "int32"), ("int64", "uint16"), ("int32", "uint16"), ("int32", "uint8")]
 )
@@ -73,6 +73,8 @@ def test_a_dtype_that_is_too_narrow_of_data_that_are_not_ids_alone(own, given, c
         tokens[generator.random(tokens.size) < 0.6] = -100
     elif change == "padded":
         tokens[np.arange(tokens.size) % 1000 > 100] = 0
+    elif change == "padded with -1":
+        tokens[np.arange(tokens.size) % 1000 > 100] = -1
     elif change == "few out of range":
         tokens[generator.random(tokens.size) < 0.003] = 2**31 - 1
     else:
@@ -156,11 +158,20 @@ def _sparse(tokens, generator):
     return np.where(generator.random(tokens.size) < 0.02, tokens, 0).astype(tokens.dtype)
 
 
+def _padded_with_minus_one(tokens, generator):
+    rows = tokens[: tokens.size // 8 * 8].reshape(-1, 8).copy()
+    rows[generator.random(len(rows)) < 0.99] = -1
+    return rows.ravel()
+
+
 GENUINE = {
     "plain": lambda tokens, _: tokens,
     "zeros": lambda tokens, _: np.zeros_like(tokens),
     "ones": lambda tokens, _: np.ones_like(tokens),
     "padded": _padded,
+    "padded with -1": lambda tokens, generator: (
+        _padded_with_minus_one(tokens, generator) if tokens.dtype.kind == "i" else tokens
+    ),
     "an id a row": _of_one_id_a_row,
     "alternating in nine of ten": _alternating,
     "sparse": _sparse,
@@ -178,8 +189,10 @@ def test_genuine_data_are_not_in_doubt(name, dtype):
         high = min(vocab_size, np.iinfo(dtype).max + 1)
         tokens = GENUINE[name](zipf(high, 512, seed).astype(dtype), generator)
         blocks = [tokens.view(np.uint8)[:4096]]
-        doubt = doubt_of_width("a", dtype, blocks, [tokens.nbytes], ReadOptions(vocab_size))
-        assert doubt is None, (seed, vocab_size)
+        for ignore_index in (-100, -1, 0):
+            options = ReadOptions(vocab_size, TargetPolicy(ignore_index=ignore_index))
+            doubt = doubt_of_width("a", dtype, blocks, [tokens.nbytes], options)
+            assert doubt is None, (seed, vocab_size, ignore_index)
 
 
 @settings(max_examples=300, deadline=None)
