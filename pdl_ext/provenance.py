@@ -130,22 +130,25 @@ def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
 def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:
     """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`.
 
-    Of shards below 1,024 bytes it warns, once.
+    Of shards below 1,024 bytes it warns, once, unless all are of `among`.
     """
     seen = {(shard.size, shard.digest): shard.name for shard in among or ()}
+    # Empty ones overlap nowhere.
+    shards = [shard for shard in shards if shard.size]
     small = []
     for shard in shards:
         content = (shard.size, shard.digest)
-        # Empty ones overlap nowhere.
-        if shard.size and content in seen:
-            if shard.size >= _LEAST_COMPARED_BYTES:
-                raise ValueError(
-                    f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each "
-                    "shard once: allow_overlap (--allow-overlap) counts it again"
-                )
-            small.append((shard.name, seen[content]))
-        elif among is None:
-            seen[content] = shard.name
+        if content not in seen:
+            if among is None:
+                seen[content] = shard.name
+            continue
+        small.append((shard.name, seen[content]))
+        # Not by chance, if each of the counts' shards is another one's.
+        if shard.size >= _LEAST_COMPARED_BYTES or (among is not None and len(small) == len(shards)):
+            raise ValueError(
+                f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each shard "
+                "once: allow_overlap (--allow-overlap) counts it again"
+            )
     if small:
         others = f", and {len(small) - 1} other files like it" if len(small) > 1 else ""
         warnings.warn(

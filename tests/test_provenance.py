@@ -118,16 +118,19 @@ def test_a_tokenizers_digest_is_of_all_of_it(tmp_path):
 
 
 def test_small_shards_are_the_same_by_chance():
-    small = [Shard(f"{number}.bin", 1023, "c" * 32, "raw", "uint16") for number in range(3)]
+    small = tuple(Shard(f"{number}.bin", 1023, "c" * 32, "raw", "uint16") for number in range(3))
     with pytest.warns(
         UserWarning, match=r"^1\.bin: has the same content as 0\.bin, and 1 other files like it: each is c"
     ):
         check_distinct(small)
-    first, second = (dataclasses.replace(FIRST, shards=(shard,)) for shard in small[:2])
+    first, second, same = (dataclasses.replace(FIRST, shards=of) for of in (small[:1], (small[1], B), small[2:]))
     with pytest.warns(
         UserWarning, match=r"^1\.bin: has the same content as 0\.bin: each is counted, since files below"
     ):
-        assert len(first.merged(second).shards) == 2
+        assert len(first.merged(second).shards) == 3
+    # By chance it is hardly all of them.
+    with pytest.raises(ValueError, match=r"^2\.bin: got the same content as 0\.bin"):
+        first.merged(same)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first.merged(second, allow_overlap=True)

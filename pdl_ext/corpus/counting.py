@@ -103,9 +103,8 @@ def count_corpus(
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
     Returns the counts with their provenance, on the CPU, on every rank the same.
-    Raises TypeError or ValueError that names the argument, or the file and the place in it, and for data without a
-    token, ignored or not; OSError for a checkpoint
-    that cannot be written; KeyboardInterrupt, after a checkpoint.
+    Raises TypeError or ValueError that names the argument, or the file and the place in it, also for data without a
+    token, ignored or not; OSError for a checkpoint that cannot be written; KeyboardInterrupt, after a checkpoint.
     """
     check_vocab_size(vocab_size)
     if policy is None:

@@ -59,10 +59,10 @@ class LineSource(Source):
             raise ValueError(f"{path}: got 0 bytes, expected {self._compression} data")
         if self._compression in (".zst", ".zstd"):
             require("pyarrow", "corpus")
-        if not self._compression:
-            kind = kind_of_lines(read_head(path, HEAD_BYTES))
-            if kind is not None:
-                raise ValueError(f"{path}: is {kind.name}, expected text in UTF-8: {kind.remedy}")
+        head = next(self._blocks(0, self.size), b"") if self._compression else read_head(path, HEAD_BYTES)
+        kind = kind_of_lines(head[:HEAD_BYTES])
+        if kind is not None:
+            raise ValueError(f"{path}: is {kind.name}, expected text in UTF-8: {kind.remedy}")
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._compression:

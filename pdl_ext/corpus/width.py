@@ -46,10 +46,10 @@ def doubt_of_width(
 
 def _are_ids(blocks: Sequence[NDArray[np.uint8]], width: int, itemsize: int, options: ReadOptions) -> bool:
     """Whether bytes are ids of the vocabulary in `width` bytes, and can hardly be ids in `itemsize` bytes."""
-    # Two or more narrow ids make a wide one, which is below V only if the last of them is 0 or nearly so. Padding with 0
-    # or -1 is that in every width, so it tells nothing. All of the rest must be ids, but for a few out of range. Narrow
-    # ids that are often 0 fail here: 0 comes first in a group as often as last. Two more conditions are for data of
-    # little else: small ids, of which the first is no larger than the last may be, and single ids scattered in padding.
+    # Two or more narrow ids make a wide one, which is below V only if the last of them is 0 or nearly so. Padding with
+    # 0 or -1 is that in every width, and tells nothing. All of the rest must be ids, but for a few out of range. Narrow
+    # ids that are often 0 fail here: 0 comes first in a group as often as last. Two conditions more are for data of
+    # little else: small ids, of which the first is no larger than the last may be, and single ids amid padding.
     number = ids = clear = neighbours = 0
     vocab_size, ignore_index = options.vocab_size, options.policy.ignore_index
     largest_top = (vocab_size - 1) >> 8 * (width - itemsize)

@@ -47,9 +47,9 @@ def small_parts(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Warnings of narrow dtypes have a test of their own."""
+    """Warnings of narrow dtypes and of several formats have tests of their own."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cannot hold ids.*")
+        warnings.filterwarnings("ignore", message=".*(cannot hold ids|got files of . formats).*")
         yield
 
 

@@ -172,6 +172,13 @@ def test_lines_are_called_by_what_they_are(called, content, suffix, tmp_path):
         count_corpus([path], 320, format=format, tokenizer=save_tokenizer(tmp_path / "tokenizer.json"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_compressed_lines_are_called_by_what_they_are(encoding, tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("a line\nand".encode(encoding)))
+    with pytest.raises(ValueError, match=rf"a\.txt\.gz: is text in {encoding[:6].upper()}, expected text in UTF-8"):
+        count_corpus([tmp_path], 320, tokenizer=save_tokenizer(tmp_path / "tokenizer.json"))
+
+
 @pytest.mark.parametrize(
     "text", ["<!DOCTYPE html>\n<p>", "<?xml ?>\n", "GGUF is a format", "LITPKDS begins", "BZh9 compresses", "version h"]
 )

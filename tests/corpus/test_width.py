@@ -16,6 +16,8 @@ from pdl_ext.corpus import TargetPolicy, count_corpus
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.corpus.width import doubt_of_width
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot hold ids|as which its bytes are ids)")
+
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
 
 
