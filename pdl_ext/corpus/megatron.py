@@ -23,10 +23,10 @@ __all__ = ["FORMAT"]
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16", 9: "uint32", 10: "uint64"}
-# Of the two, Megatron and fairseq each have another one as which width.
+# Of 32 and 64 bits: which is which differs between Megatron and fairseq.
 _FLOATS = (6, 7)
 _OTHER_MAGICS = {
-    b"TNTIDX": "the older datasets (lazy and cached) of fairseq and Megatron, in which fairseq's ids are one too large",
+    b"TNTIDX": "the older datasets (lazy and cached) of fairseq, whose ids are one too large, or of Megatron",
     b"HUFFIDX": "fairseq's Huffman codes",
 }
 _BLOCK = 2**15
@@ -96,7 +96,7 @@ class _Index:
         """How many document boundaries there are; None if the file is as long as fairseq's, which has none."""
         got = Stamp.of(self._path).size
         end = _HEADER.size + 12 * sequences
-        # No index of Megatron can be as long: of two programs' files this one magic, but never one length.
+        # They share the magic, but with as many sequences Megatron's is longer, whatever its boundaries are.
         if got == end:
             return None
         documents = int(read_array(self._path, "<u8", _HEADER.size, 1)[0]) if got >= _HEADER.size + 8 else 0
