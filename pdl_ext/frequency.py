@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,14 +105,16 @@ class TokenFrequency(nn.Module):
     def update(self, tokens: Tensor | np.ndarray[Any, Any], *, strict: bool = False) -> None:
         """Counts a batch.
 
-        tokens: any shape, uint8, uint16, int32, uint32 or int64, read in that dtype: a tensor on the counts' device, or
-        a NumPy array, of which a CUDA device counts a part while the next is copied to it. An id outside [0, V) adds to
-        `out_of_range`; with `strict` it raises
-        IndexError before anything is counted (on CUDA this waits for the device).
-        Raises TypeError or ValueError for a wrong dtype or device.
+        tokens: any shape, integers of any dtype, read in that: a tensor on the counts' device, or a NumPy array, of
+        which a CUDA device counts a part while the next is copied to it. An id outside [0, V) adds to `out_of_range`;
+        with `strict` it raises IndexError before anything is counted (on CUDA this waits for the device). int8, int16
+        and uint64 are converted first.
+        Raises TypeError or ValueError for a wrong dtype or device, TypeError that says what to pass for a list or a
+        batch of several entries.
         """
         totals = self._totals()
         device = totals[0].device
+        _check_is_one(tokens)
         if isinstance(tokens, np.ndarray):
             with warnings.catch_warnings():
                 # The array is only read, so one that cannot be written to is as good.
@@ -123,6 +125,7 @@ class TokenFrequency(nn.Module):
                     self.update(part)
                 return
             tokens = tokens.to(device)
+        tokens = _countable(tokens)
         if strict and device.type != "cpu":
             self._update_strictly(tokens)
         else:
@@ -364,6 +367,26 @@ class TokenFrequency(nn.Module):
                 # It was that of other counts.
                 self.provenance = None
             self._track()
+
+
+def _check_is_one(tokens: Any) -> None:
+    """Raises TypeError for what is not one tensor or array, that says what to pass instead."""
+    if isinstance(tokens, (Tensor, np.ndarray)):
+        return
+    instead = ""
+    if isinstance(tokens, Mapping):
+        targets = next((name for name in ("labels", "input_ids") if name in tokens), "labels")
+        instead = f": pass the entry that holds the targets, as batch[{targets!r}]"
+    elif isinstance(tokens, (list, tuple)):
+        instead = ": pass torch.tensor of it, or one sequence after the other"
+    raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor or a NumPy array{instead}")
+
+
+def _countable(tokens: Tensor) -> Tensor:
+    """Integers as the histogram counts them: those above 2^63 become negative, and are of no vocabulary either way."""
+    if tokens.dtype in (torch.int8, torch.int16):
+        return tokens.to(torch.int32)
+    return tokens.view(torch.int64) if tokens.dtype == torch.uint64 else tokens
 
 
 def unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

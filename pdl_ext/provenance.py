@@ -7,6 +7,7 @@ import hashlib
 import json
 import operator
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ __all__ = ["Provenance", "Shard", "TargetPolicy", "file_digest", "shard_digest"]
 
 TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
+# Smaller files are the same by chance: a document a file, of a few tokens or words.
+_LEAST_COMPARED_BYTES = 1024
 # Of the beginning and of the end: a change that keeps both and the size is not seen.
 _DIGESTED_BYTES = 16 * 1024
 
@@ -125,18 +128,34 @@ def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
 
 
 def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:
-    """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`."""
+    """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`.
+
+    Of shards below 1,024 bytes it warns, once, unless all are of `among`.
+    """
     seen = {(shard.size, shard.digest): shard.name for shard in among or ()}
+    # Empty ones overlap nowhere.
+    shards = [shard for shard in shards if shard.size]
+    small = []
     for shard in shards:
         content = (shard.size, shard.digest)
-        # Empty ones overlap nowhere.
-        if shard.size and content in seen:
+        if content not in seen:
+            if among is None:
+                seen[content] = shard.name
+            continue
+        small.append((shard.name, seen[content]))
+        # Not by chance, if each of the counts' shards is another one's.
+        if shard.size >= _LEAST_COMPARED_BYTES or (among is not None and len(small) == len(shards)):
             raise ValueError(
                 f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each shard "
                 "once: allow_overlap (--allow-overlap) counts it again"
             )
-        if among is None:
-            seen[content] = shard.name
+    if small:
+        others = f", and {len(small) - 1} other files like it" if len(small) > 1 else ""
+        warnings.warn(
+            f"{small[0][0]}: has the same content as {small[0][1]}{others}: each is counted, since files below "
+            f"{_LEAST_COMPARED_BYTES} bytes are the same by chance (allow_overlap, --allow-overlap: no warning)",
+            stacklevel=2,
+        )
 
 
 def shard_digest(path: Path) -> str:

@@ -122,7 +122,7 @@ def counting_worker(rank, init, folder):
 
 def provenances(rank):
     """After all_reduce: where each rank has a shard of its own, the last one alone, both the same."""
-    shards = [Shard(name, 10, name * 32, "raw", "uint16") for name in "ab"]
+    shards = [Shard(name, 1024, name * 32, "raw", "uint16") for name in "ab"]
     results = []
     for shard in (shards[rank], shards[1] if rank == RANKS - 1 else None, shards[0]):
         frequency = TokenFrequency(VOCAB)

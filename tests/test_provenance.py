@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 
 import pytest
 
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy, file_digest, shard_digest
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
 
-A, B = (Shard(f"{name}.bin", 10, name * 32, "raw", "uint16") for name in "ab")
+A, B = (Shard(f"{name}.bin", 1024, name * 32, "raw", "uint16") for name in "ab")
 FIRST = Provenance((A,), 5, TargetPolicy(), "f" * 32, "0.1")
 
 
@@ -114,6 +115,29 @@ def test_a_tokenizers_digest_is_of_all_of_it(tmp_path):
     before = file_digest(path)
     path.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
     assert file_digest(path) != before
+
+
+def test_small_shards_are_the_same_by_chance():
+    small = tuple(Shard(f"{number}.bin", 1023, "c" * 32, "raw", "uint16") for number in range(3))
+    with pytest.warns(
+        UserWarning, match=r"^1\.bin: has the same content as 0\.bin, and 1 other files like it: each is c"
+    ):
+        check_distinct(small)
+    first, second, same = (dataclasses.replace(FIRST, shards=of) for of in (small[:1], (small[1], B), small[2:]))
+    with pytest.warns(
+        UserWarning, match=r"^1\.bin: has the same content as 0\.bin: each is counted, since files below"
+    ):
+        assert len(first.merged(second).shards) == 3
+    # By chance it is hardly all of them.
+    with pytest.raises(ValueError, match=r"^2\.bin: got the same content as 0\.bin"):
+        first.merged(same)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first.merged(second, allow_overlap=True)
+        # None is copied where nothing is.
+        check_distinct([small[0]._replace(size=0)] * 3)
+    with pytest.raises(ValueError, match=r"b\.bin: got the same content as b\.bin"):
+        check_distinct([*small, B, B])
 
 
 def test_an_overlap_that_was_allowed_before_stands_in_no_ones_way():

@@ -66,7 +66,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="UNIT",
         help="what one text of a plain text file is: a line, or the whole document (default: line)",
     )
-    parser.add_argument("--strict", action="store_true", help="fail at the first id outside the vocabulary")
+    parser.add_argument(
+        "--strict", action="store_true", help="fail at an id outside the vocabulary, or a dtype that seems wrong"
+    )
     parser.add_argument("--allow-overlap", action="store_true", help="count files with the same content each")
     parser.add_argument("--threads", type=int, metavar="N", help="default: one a processor")
     parser.add_argument(
@@ -100,11 +102,6 @@ def _run(arguments: argparse.Namespace) -> int:
             signal.signal(number, _interrupt)
     try:
         frequency = _count(arguments, checkpoint, group, is_first)
-        if not frequency.tokens_seen:
-            _remove(checkpoints(checkpoint))
-            first, *others = frequency.provenance.shards
-            more = f" and {len(others)} other files" if others else ""
-            raise ValueError(f"data: got no token in {first.name}{more}, expected some")
         if is_first:
             frequency.save(arguments.output)
         if group is not None:

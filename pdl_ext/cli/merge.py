@@ -39,7 +39,8 @@ def _run(arguments: argparse.Namespace) -> int:
         try:
             frequency.merge(other, allow_overlap=arguments.allow_overlap)
         except ValueError as error:
-            raise ValueError(f"{path}: does not go with those before it: {error}") from error
+            before = first if len(seen) == 1 else f"{first} and those after it"
+            raise ValueError(f"{path}: does not go with {before}: {str(error).removeprefix('other: ')}") from error
         seen.add(_identity(path))
     frequency.save(arguments.output)
     report(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")

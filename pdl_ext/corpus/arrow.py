@@ -126,4 +126,6 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     return [_FileSource(path, options) if head.startswith(_MAGIC) else StreamSource("arrow", path, options)]
 
 
-FORMAT = Format("arrow", _open, recognises=lambda path, head: head.startswith(_MAGIC) or _is_stream(head))
+FORMAT = Format(
+    "arrow", _open, recognises=lambda path, head: head.startswith(_MAGIC) or _is_stream(head), has_header=True
+)

@@ -112,9 +112,12 @@ class Columns:
         if not tokens:
             defaults = (*TOKEN_COLUMNS, TEXT_COLUMN)
             got = [f"{field.name} ({field.type})" if field.name in defaults else field.name for field in self._schema]
+            flat = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("flat", "integer")]
+            # Which may be ids as well as how many there are.
+            named = f"--column {flat[0]} takes it for an id a row" if flat else "name another with --column"
             raise ValueError(
                 f"{self._path}: got the columns {', '.join(got) or '(none)'}, expected lists of token ids in one of "
-                f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: name another with --column"
+                f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: {named}"
             )
         return tokens[0]
 

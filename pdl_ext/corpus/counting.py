@@ -89,8 +89,10 @@ def count_corpus(
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
         policy: which tokens are targets; TargetPolicy() if None: all but -100.
         tokenizer: a file of the `tokenizers` library, for text.
-        strict: an id outside [0, V) is an error; otherwise it is counted as out of range.
-        allow_overlap: files with the same content are each counted; otherwise an error.
+        strict: an id outside [0, V) is an error, and so is a file that looks like another dtype or kind than what it is
+            read as; otherwise the one is counted as out of range and the other is warned of.
+        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
+            a warning.
         threads: as many as there are processors if None.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
@@ -101,8 +103,8 @@ def count_corpus(
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
     Returns the counts with their provenance, on the CPU, on every rank the same.
-    Raises TypeError or ValueError that names the argument, or the file and the place in it; OSError for a checkpoint
-    that cannot be written; KeyboardInterrupt, after a checkpoint.
+    Raises TypeError or ValueError that names the argument, or the file and the place in it, also for data without a
+    token, ignored or not; OSError for a checkpoint that cannot be written; KeyboardInterrupt, after a checkpoint.
     """
     check_vocab_size(vocab_size)
     if policy is None:
@@ -126,7 +128,7 @@ def count_corpus(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {progress!r}, expected a function or None")
     check_group(group)
-    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer))
+    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
 
     tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
     sources = open_sources(data, format, options, output)
@@ -163,6 +165,13 @@ def count_corpus(
         for source in sources:
             source.check_unchanged()
         tokens = ranks.total(state, group)
+    if not tokens:
+        if checkpoint is not None:
+            # They hold nothing that another count could go on from.
+            for left in ranks.checkpoints(Path(checkpoint)):
+                left.unlink(missing_ok=True)
+        more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
+        raise ValueError(f"data: got no token in {sources[0].path}{more}, expected some")
     frequency = state.frequency
     frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency

@@ -38,7 +38,8 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     index = _index(index_file) if index_file.is_file() else None
     size = Stamp.of(tokens_file).size
     dtype = _dtype_in(metadata_file) if metadata_file.is_file() else None
-    if dtype is None:
+    is_given = dtype is None and options.dtype is not None
+    if is_given:
         dtype = options.dtype
     if dtype is None and index is not None and index.last > 0:
         dtype = _DTYPES.get(size // index.last) if size % index.last == 0 else None
@@ -65,6 +66,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
         starts_between=None if index is None else index.distinct_between,
         mask=loss_file if has_mask else None,
         companions=() if index is None else (index_file,),
+        is_given=is_given,
     )
     if index is not None and index.last != source.tokens:
         raise ValueError(

@@ -14,6 +14,8 @@ from pdl_ext._checks import check_choice, check_path
 from pdl_ext._tensor_file import format_of
 from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
 from pdl_ext.corpus.access import read_head
+from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of, kind_of_content
+from pdl_ext.corpus.index_maps import is_index_map
 from pdl_ext.corpus.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
 
@@ -26,7 +28,7 @@ FORMATS = {
 }
 _LIST_SUFFIX = ".list"
 _COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
-_HEAD_BYTES = 64
+_INDEX_MAP = "a trainer's own (an index map, what it is of, or a dictionary), and holds no tokens"
 # What is missed where a folder is taken for a dataset.
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
 
@@ -56,15 +58,17 @@ def open_sources(
     sources: list[Source] = []
     seen: dict[str, Source] = {}
     folders: list[Path] = []
+    left_out: list[Path] = []
     own = None
     # Data are not left out in silence.
     if output is not None and os.path.isfile(output) and os.path.getsize(output) == 0:
         own = os.path.realpath(output)
     try:
-        paths = [path for name in names for path in _expand(os.fspath(name))]
+        paths = [(os.fspath(name), path) for name in names for path in _expand(os.fspath(name), format_name, left_out)]
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for path in paths:
+    of_name: dict[str, list[Source]] = {}
+    for name, path in paths:
         if path.is_dir():
             folders.append(path)
         elif os.path.realpath(path) == own or (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
@@ -83,6 +87,7 @@ def open_sources(
             first = seen.setdefault(os.path.abspath(source.path), source)
             if first is source:
                 sources.append(source)
+                of_name.setdefault(name, []).append(source)
             elif any(first is other for other in opened):
                 raise ValueError(f"{path}: lists {source.path} twice, expected each file once")
             elif first.format != source.format:
@@ -93,23 +98,36 @@ def open_sources(
     known = {os.path.realpath(file) for source in sources for file in source.stamps}
     for folder in folders:
         _warn_of_others(folder, known)
+    _warn_of_left_out(left_out)
     if not sources:
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
+    for name, some in of_name.items():
+        _warn_of_formats(name, some)
     _warn_of_narrow(sources, options.vocab_size)
+    _tell_doubts(sources, format_name, options.strict)
     return sources
 
 
-def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files and folders that a name stands for. lists: the .list files that it stands in."""
+def _expand(name: str, format_name: str | None, left_out: list[Path], lists: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files and folders that a name stands for.
+
+    left_out: takes the index maps among them, which only a name of their own with a format opens; lists: the .list
+    files that it stands in.
+    """
     path = Path(name)
     if path.suffix == _LIST_SUFFIX and path.is_file():
-        yield from _listed(path, lists)
+        yield from _listed(path, format_name, left_out, lists)
     elif path.is_dir():
-        yield from _walk(path)
+        yield from _walk(path, left_out)
     elif path.exists():
         # Not of checkpoints: where a shell puts names for a pattern, the same command goes on from them.
         if (format_of(path) or "").startswith(_COUNTS):
             raise ValueError(f"data: got {path}, which holds counts, expected a corpus: `pdl-ext merge` adds counts up")
+        if format_name is None and is_index_map(path):
+            raise ValueError(
+                f"data: got {path}, expected tokens: by its name it is {_INDEX_MAP}; if it holds tokens all the same, "
+                "give its format"
+            )
         yield path
     else:
         found = sorted(glob.glob(name, recursive=True))
@@ -119,12 +137,12 @@ def _expand(name: str, lists: tuple[str, ...] = ()) -> Iterator[Path]:
         names = set(map(os.fspath, matches))
         for match in matches:
             if match.is_dir():
-                yield from _walk(match)
-            elif not _is_companion(match, names):
-                yield match
+                yield from _walk(match, left_out)
+            else:
+                yield from _if_data(match, names, left_out)
 
 
-def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
+def _listed(path: Path, format_name: str | None, left_out: list[Path], lists: tuple[str, ...]) -> Iterator[Path]:
     real = os.path.realpath(path)
     if real in lists:
         raise ValueError(f"{path}: lists itself, expected other files")
@@ -135,10 +153,10 @@ def _listed(path: Path, lists: tuple[str, ...]) -> Iterator[Path]:
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
             # As a shell would: what a list names is relative to the list.
-            yield from _expand(os.path.join(path.parent, line), (*lists, real))
+            yield from _expand(os.path.join(path.parent, line), format_name, left_out, (*lists, real))
 
 
-def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
+def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> Iterator[Path]:
     """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
 
     Links to `parents` are left out.
@@ -159,9 +177,62 @@ def _walk(folder: Path, parents: tuple[str, ...] = ()) -> Iterator[Path]:
         if entry.name.startswith((".", "_")):
             continue
         if path.is_dir():
-            yield from _walk(path, (*parents, real))
-        elif not _is_companion(path, names):
-            yield path
+            yield from _walk(path, left_out, (*parents, real))
+        else:
+            yield from _if_data(path, names, left_out)
+
+
+def _if_data(path: Path, among: Container[str], left_out: list[Path]) -> Iterator[Path]:
+    """A file that nobody named, unless it is known to hold no tokens of its own. among: what is found with it."""
+    if is_index_map(path):
+        left_out.append(path)
+    elif not _is_companion(path, among) and not _is_lock(path):
+        yield path
+
+
+def _is_lock(path: Path) -> bool:
+    """Whether a file is what keeps two processes out of each other's way, as Hugging Face's cache has them."""
+    return path.suffix == ".lock" and path.is_file() and not path.stat().st_size
+
+
+def _warn_of_left_out(paths: Sequence[Path]) -> None:
+    """Warns of index maps that were found and not counted."""
+    # One may be found by several names.
+    different = set(map(os.path.abspath, paths))
+    if different:
+        others = f", and {len(different) - 1} other files like it" if len(different) > 1 else ""
+        warnings.warn(f"{paths[0]}: is {_INDEX_MAP}: it was left out{others}", stacklevel=2)
+
+
+def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
+    """Warns of a name that stands for files of several formats, of which some may be no data."""
+    paths: dict[str, list[Path]] = {}
+    for source in sources:
+        # Not apart, those that have a mask and those that have none.
+        paths.setdefault(source.format.partition(" ")[0], []).append(source.path)
+    if len(paths) > 1:
+        listed = ", ".join(f"{format} ({len(some)}, as {some[0]})" for format, some in sorted(paths.items()))
+        warnings.warn(
+            f"{name}: got files of {len(paths)} formats, expected one: {listed}; all are counted: if some are no data, "
+            "name the others by a pattern",
+            stacklevel=2,
+        )
+
+
+def _tell_doubts(sources: Sequence[Source], format_name: str | None, strict: bool) -> None:
+    """Warns, once, of files that do not look like what they are read as. Raises ValueError instead if `strict`."""
+    doubts = []
+    for source in sources:
+        told = _told(source.path, read_head(source.path, HEAD_BYTES)) if format_name == raw.FORMAT.name else None
+        if told is not None and told.has_header:
+            doubts.append(f"{source.path}: is of format {told.name}, and all of it is counted as ids of {source.dtype}")
+        elif (doubt := source.doubt()) is not None:
+            doubts.append(doubt)
+    if doubts:
+        others = f"; {len(doubts) - 1} other files are in doubt, too" if len(doubts) > 1 else ""
+        if strict:
+            raise ValueError(doubts[0] + others)
+        warnings.warn(doubts[0] + others, stacklevel=2)
 
 
 def _warn_of_others(folder: Path, known: Container[str]) -> None:
@@ -210,28 +281,35 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
     )
 
 
-def _told(path: Path) -> Format | None:
-    """The format that a file or a folder can be told to be of."""
+def _told(path: Path, head: bytes = b"") -> Format | None:
+    """The format that a folder, or a file that begins with `head`, can be told to be of."""
     # The folder of a file's parts may be named as the file would be.
     is_folder = path.is_dir()
-    head = b"" if is_folder else read_head(path, _HEAD_BYTES)
     asked = (format for format in FORMATS.values() if format.has_folders or not is_folder)
     return next((format for format in asked if format.recognises(path, head)), None)
 
 
 def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
-    if not path.is_dir():
+    is_folder = path.is_dir()
+    if not is_folder:
         # Before it is opened, which waits for ever for a pipe that nobody writes to.
         Stamp.of(path)
     if name is not None:
         return FORMATS[name]
-    if (format := _told(path)) is not None:
+    head = b"" if is_folder else read_head(path, HEAD_BYTES)
+    if (format := _told(path, head)) is not None:
         return format
     # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
     if path.suffix in (".bin", ".npy"):
+        if (kind := kind_of_content(head)) is not None:
+            raise ValueError(
+                f"{path}: begins as {kind.name} does, expected ids: {kind.remedy} (format raw takes all of it for ids)"
+            )
         return raw.FORMAT
+    if head and (kind := kind_of(path, head)) is not None:
+        raise ValueError(f"{path}: is {kind.name}, which is not read: {kind.remedy}, or leave it out by a pattern")
     # Of what a writer of columns has not finished, for one.
-    reason = "" if Stamp.of(path).size else "is empty, so that "
+    reason = "" if head else "is empty, so that "
     raise ValueError(
         f"{path}: {reason}its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
         "dtype), or leave the file out by a pattern"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pdl_ext.corpus.access import opened, read_array, read_at
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, check_told_dtype, countable, token_dtype
+from pdl_ext.corpus.width import BLOCK_BYTES, block_starts, doubt_of_width
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
@@ -24,7 +25,8 @@ class FlatSource(Source):
 
     tokens: as many as the file states, None if it does not. starts_between(a, b): the positions in [a, b) of the tokens
     that begin a sequence, whose first token is no target with policy.targets "shifted", the first of all left out or
-    not; None: the file is one sequence. mask: a file with one byte a token, 0 where it is no target.
+    not; None: the file is one sequence. mask: a file with one byte a token, 0 where it is no target. is_given: whether
+    the dtype is the user's word, and no file's.
 
     A part is a range of tokens.
     """
@@ -41,6 +43,7 @@ class FlatSource(Source):
         starts_between: Callable[[int, int], NDArray[np.int64]] | None = None,
         mask: Path | None = None,
         companions: Sequence[Path] = (),
+        is_given: bool = False,
     ) -> None:
         for name in ("column", "mask", "skip_prompt"):
             value = getattr(options.policy, name)
@@ -67,9 +70,22 @@ class FlatSource(Source):
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
         self.first_byte = first_byte
         self.tokens = tokens
+        self._options = options
+        self._is_given = is_given
         self._shifted = options.policy.targets == "shifted"
         self._starts_between = starts_between
         self._mask = mask
+
+    def doubt(self) -> str | None:
+        if not self._is_given:
+            return None
+        size = self.tokens * self._dtype.itemsize
+        blocks = []
+        with opened(self.path) as file:
+            for start in block_starts(size):
+                blocks.append(np.empty(min(BLOCK_BYTES, size - start), np.uint8))
+                read_at(file, blocks[-1], self.first_byte + start, self.path)
+        return doubt_of_width(self.path, self.dtype, blocks, [size], self._options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, size // self._dtype.itemsize)

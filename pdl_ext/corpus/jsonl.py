@@ -59,7 +59,7 @@ class _JsonLinesSource(LineSource):
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             # The error's own position is in characters of the line.
-            raise ValueError(f"{place}: is no line of JSON ({error})") from error
+            raise ValueError(f"{place}: is no line of JSON ({error}), expected an object a line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
         there = [name for name in self._columns if name in record]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdl_ext._optional import require
+from pdl_ext.corpus.access import read_head
+from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of_lines
 from pdl_ext.corpus.source import Part, Source
 from pdl_ext.corpus.tokenizer import MAX_TEXT_BYTES
 
@@ -19,12 +21,12 @@ __all__ = ["Line", "LineSource", "has_suffix", "is_compressed"]
 # Encoding is slow: seconds of it, and no more, are lost at a crash.
 _PART_BYTES = 2**22
 _BLOCK_BYTES = 2**18
-_COMPRESSED = (".gz", ".zst")
+_COMPRESSED = (".gz", ".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether a name ends in .gz or .zst."""
+    """Whether a name ends in .gz, .zst or .zstd."""
     return path.suffix.lower() in _COMPRESSED
 
 
@@ -44,8 +46,9 @@ class Line(NamedTuple):
 
 
 class LineSource(Source):
-    """A file of UTF-8, with or without a byte order mark; lines end in \\n or \\r\\n; .gz and .zst are decompressed.
+    """A file of UTF-8, with or without a byte order mark, or .gz, .zst or .zstd of it; lines end in \\n or \\r\\n.
 
+    Raises ValueError that names one which begins as something else does.
     A part is a range of bytes, and of the lines that begin in it; or the whole file if that is compressed.
     """
 
@@ -54,8 +57,12 @@ class LineSource(Source):
         self._compression = path.suffix.lower() if is_compressed(path) else None
         if self._compression and not self.size:
             raise ValueError(f"{path}: got 0 bytes, expected {self._compression} data")
-        if self._compression == ".zst":
+        if self._compression in (".zst", ".zstd"):
             require("pyarrow", "corpus")
+        head = next(self._blocks(0, self.size), b"") if self._compression else read_head(path, HEAD_BYTES)
+        kind = kind_of_lines(head[:HEAD_BYTES])
+        if kind is not None:
+            raise ValueError(f"{path}: is {kind.name}, expected text in UTF-8: {kind.remedy}")
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._compression:
@@ -133,7 +140,7 @@ class LineSource(Source):
         """Bytes [begin, end) of the file, or all that it decompresses to, a bounded number at a time."""
         if self._compression == ".gz":
             return self._gzip_blocks()
-        return self._zstd_blocks() if self._compression == ".zst" else self._plain_blocks(begin, end)
+        return self._zstd_blocks() if self._compression else self._plain_blocks(begin, end)
 
     def _plain_blocks(self, begin: int, end: int) -> Iterator[bytes]:
         try:

@@ -32,7 +32,19 @@ _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16
 
 
 def _recognises(path: Path, head: bytes) -> bool:
-    return _is_index(_index_file(path))
+    # Without its index a chunk is refused: its header would pass for ids.
+    return _is_index(_index_file(path)) or (path.suffix == ".bin" and _is_chunk(path, head))
+
+
+def _is_chunk(path: Path, head: bytes) -> bool:
+    """Whether a file has the header of a chunk, which hardly any ids are by chance."""
+    items, begin = np.frombuffer(head[:8], "<u4").tolist() if len(head) > 8 else (0, 0)
+    if items == 0 or begin != 4 * (items + 2) or begin > Stamp.of(path).size:
+        return False
+    try:
+        return AscendingNumbers(path, "<u4", 4, items + 1).last == Stamp.of(path).size
+    except ValueError:
+        return False
 
 
 def _index_file(path: Path) -> Path:
@@ -48,7 +60,7 @@ def _is_index(path: Path) -> bool:
 def _open(path: Path, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
-        raise ValueError(f"{index_file}: is missing, expected it beside litdata's chunks")
+        raise ValueError(f"{index_file}: is missing, expected it beside litdata's chunk {path.name}")
     dtype, chunks = _index(index_file, Stamp.of(index_file))
     if path.suffix == ".bin":
         if path.name not in chunks:
@@ -153,4 +165,4 @@ def _item_starts(
     return starts
 
 
-FORMAT = Format("litdata", _open, _recognises, has_folders=True)
+FORMAT = Format("litdata", _open, _recognises, has_folders=True, has_header=True)

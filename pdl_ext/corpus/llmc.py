@@ -53,4 +53,4 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     return [FlatSource("llmc", path, dtype, options, first_byte=_HEADER_BYTES, tokens=tokens)]
 
 
-FORMAT = Format("llmc", _open, _recognises)
+FORMAT = Format("llmc", _open, _recognises, has_header=True)

@@ -7,6 +7,7 @@ JSON, then the samples. A sample: the sizes (u32) of those columns that have no 
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import struct
@@ -32,6 +33,7 @@ from pdl_ext.corpus.source import (
     unwrapped,
 )
 from pdl_ext.corpus.tokenizer import TextEncoder
+from pdl_ext.corpus.width import BLOCK_BYTES, doubt_of_width
 
 __all__ = ["FORMAT"]
 
@@ -43,12 +45,14 @@ _WINDOW_BYTES = 2**20
 _LARGEST_CONFIG = 2**20
 # Samples whose offsets are read at once.
 _OFFSETS = 2**14
+# Samples whose bytes tell of what width their numbers are.
+_SAMPLES = 8
 # Few enough to stay in a core's cache, enough to outweigh a call.
 _BATCH_TOKENS = 2**16
 # By the number that arrays begin with in columns that do not tell.
 _DTYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
-# The dtype (1), the number of axes and the width of their lengths (1), the length of one axis (at most 8).
-_LARGEST_PREFIX = 10
+# The dtype (1), the number of axes and the width of their lengths (1), the lengths (at most 63 of 8).
+_LARGEST_PREFIX = 2 + 63 * 8
 
 
 class _Column(NamedTuple):
@@ -60,18 +64,22 @@ class _Column(NamedTuple):
 
 
 class _Numbers(NamedTuple):
-    """Where a sample's numbers are in the file."""
+    """Where a sample's numbers are in the file, and of what shape they are: each row of the last axis is a sequence."""
 
     first_byte: int
-    number: int
+    shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def number(self) -> int:
+        return math.prod(self.shape)
 
 
 class _Layout:
     """The columns of a shard, and which of them are read.
 
-    text: whether the tokens' column holds texts; dtypes: of each column's numbers, None if each sample tells; shaped:
-    whether the shape stands before them in each sample.
+    text: whether the tokens' column holds texts; dtypes: of each column's numbers, shapes: of its
+    arrays, None if each sample tells; (-1,) of bytes.
     Raises ValueError that names the index, for columns that are missing or hold neither tokens nor text.
     """
 
@@ -89,14 +97,14 @@ class _Layout:
             self._check_text()
             return
         self.dtypes: dict[int, np.dtype[Any] | None] = {}
-        self.shaped: dict[int, bool] = {}
+        self.shapes: dict[int, tuple[int, ...] | None] = {}
         for number in (self.tokens, self.mask, self.labels):
             if number is not None:
                 self._check_numbers(columns[number], number == self.mask)
                 kind, *details = columns[number].encoding.split(":")
                 name = options.dtype if kind == "bytes" else details[0] if details else None
                 self.dtypes[number] = np.dtype(name).newbyteorder("<") if name else None
-                self.shaped[number] = kind == "ndarray" and len(details) < 2
+                self.shapes[number] = (-1,) if kind == "bytes" else _shape(details[1]) if len(details) == 2 else None
 
     def _found(self) -> str:
         encodings = {column.name: column.encoding for column in self.columns}
@@ -144,10 +152,11 @@ class _Layout:
             )
         if len(details) == 2:
             size = np.dtype(details[0]).itemsize
-            if not details[1].isdecimal() or column.size != int(details[1]) * size:
+            shape = _shape(details[1])
+            if not shape or column.size != math.prod(shape) * size:
                 raise ValueError(
                     f"{self._index}: column {column.name!r} holds {column.encoding!r} in {column.size} bytes, expected "
-                    f"one axis and {size} bytes a number"
+                    f"the lengths of its axes and {size} bytes a number"
                 )
 
 
@@ -188,6 +197,20 @@ class _Shard(Source):
                 # One that is given may be that of labels alone, and a shard without samples may tell none.
                 if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
                     check_told_dtype(path, told, options)
+
+    def doubt(self) -> str | None:
+        if self._layout.text or self._layout.columns[self._layout.tokens].encoding != "bytes":
+            return None
+        samples = sorted({self._samples * number // _SAMPLES for number in range(min(self._samples, _SAMPLES))})
+        blocks, sizes = [], []
+        with opened(self.path) as file:
+            window = _Window(file, self.size, self.path, _HEAD_BYTES)
+            for sample in samples:
+                for _, places in self._read(window, Part(sample, sample + 1, 0)):
+                    begin, end = places[self._layout.tokens]
+                    blocks.append(window.read(begin, min(BLOCK_BYTES, end - begin)))
+                    sizes.append(end - begin)
+        return doubt_of_width(self.path, self.dtype, blocks, sizes, self._options)
 
     def parts(self, size: int) -> Iterator[Part]:
         per_part = max(1, self._samples * size // self.size)
@@ -281,10 +304,17 @@ class _Shard(Source):
         ):
             if number is not None:
                 numbers = self._numbers(window, sample, places, number)
+                name = layout.columns[number].name
                 if numbers.number != tokens.number:
                     raise ValueError(
-                        f"{self.path}: column {layout.columns[number].name!r} has {numbers.number} values in sample "
-                        f"{sample}, expected {tokens.number}, one a token"
+                        f"{self.path}: column {name!r} has {numbers.number} values in sample {sample}, expected "
+                        f"{tokens.number}, one a token"
+                    )
+                # Of bytes no shape is known.
+                if numbers.shape != tokens.shape and (-1,) not in (layout.shapes[number], layout.shapes[layout.tokens]):
+                    raise ValueError(
+                        f"{self.path}: column {name!r} has shape {numbers.shape} in sample {sample}, expected "
+                        f"{tokens.shape}, that of the tokens"
                     )
                 others.append((numbers, window, no_target))
         for start in range(0, tokens.number, _BATCH_TOKENS):
@@ -293,16 +323,16 @@ class _Shard(Source):
             for numbers, window, no_target in others:
                 kept = unwrapped(_slice(numbers, window, start, count)) != no_target
                 is_target = kept if is_target is None else is_target & kept
-            if start == 0 and self._policy.targets == "shifted":
+            if self._policy.targets == "shifted":
+                row = tokens.shape[-1]
                 is_target = np.ones(count, np.bool_) if is_target is None else is_target
-                is_target[0] = False
+                is_target[-start % row :: row] = False
             yield Batch(_slice(tokens, windows[0], start, count), is_target)
 
     def _numbers(self, window: _Window, sample: int, places: list[tuple[int, int]], number: int) -> _Numbers:
         begin, end = places[number]
-        dtype = self._layout.dtypes[number]
-        count = None
-        if self._layout.shaped[number]:
+        dtype, shape = self._layout.dtypes[number], self._layout.shapes[number]
+        if shape is None:
             prefix = window.read(begin, min(_LARGEST_PREFIX, end - begin)).tobytes()
             used = 0
             if dtype is None:
@@ -310,18 +340,25 @@ class _Shard(Source):
                 dtype, used = np.dtype(name).newbyteorder("<") if name else None, 1
             # The number of axes, and the logarithm of the width of their lengths.
             axes, width = divmod(prefix[used], 4) if used < len(prefix) else (0, 0)
-            used += 1
-            if dtype is not None and axes == 1 and used + 2**width <= len(prefix):
-                count = int.from_bytes(prefix[used : used + 2**width], "little")
-            begin += used + 2**width
-        elif dtype is not None:
-            count = (end - begin) // dtype.itemsize
-        if dtype is None or count is None or begin + count * dtype.itemsize != end:
+            first = used + 1
+            begin += first + axes * 2**width
+            if axes and begin <= end:
+                lengths = (prefix[first + axis * 2**width :][: 2**width] for axis in range(axes))
+                shape = tuple(int.from_bytes(length, "little") for length in lengths)
+        elif shape == (-1,) and dtype is not None:
+            shape = ((end - begin) // dtype.itemsize,)
+        if dtype is None or shape is None or begin + math.prod(shape) * dtype.itemsize != end:
             raise ValueError(
                 f"{self.path}: column {self._layout.columns[number].name!r} of sample {sample} is damaged: expected an "
-                f"array of integers with one axis in bytes {places[number][0]} to {end}"
+                f"array of integers in bytes {places[number][0]} to {end}"
             )
-        return _Numbers(begin, count, dtype)
+        return _Numbers(begin, shape, dtype)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """The lengths of axes, as encodings name them; empty if it is none."""
+    lengths = text.split(",")
+    return tuple(map(int, lengths)) if all(length.isdecimal() and len(length) < 20 for length in lengths) else ()
 
 
 def _integers(window: _Window, offset: int, count: int) -> tuple[int, ...]:
@@ -371,7 +408,8 @@ def _columns(config: dict[str, Any]) -> list[_Column]:
 def _recognises(path: Path, head: bytes) -> bool:
     index = _index_file(path)
     if index.name != _INDEX or not index.is_file():
-        return False
+        # Nothing else is called so, and without its index it is refused.
+        return path.suffix == _SUFFIX and not path.is_dir()
     # litdata's index.json has chunks instead.
     with opened(index) as file:
         return b'"shards"' in os.pread(file, _HEAD_BYTES, 0)
@@ -385,7 +423,7 @@ def _index_file(path: Path) -> Path:
 def _open(path: Path, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
-        raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards")
+        raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards, of which it tells the columns")
     index = read_json(index_file)
     only = None if path.is_dir() or path.suffix != _SUFFIX else path.name
     sources: list[Source] = []
@@ -424,4 +462,4 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     return shard
 
 
-FORMAT = Format("mds", _open, _recognises, has_folders=True)
+FORMAT = Format("mds", _open, _recognises, has_folders=True, has_header=True)

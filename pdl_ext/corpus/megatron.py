@@ -2,7 +2,7 @@
 
 The .idx: magic, version 1 (u64), dtype (u8), how many sequences (u64) and document boundaries (u64) there are; then the
 sequences' lengths in tokens (i32), their places in the .bin in bytes (i64), and the boundaries as numbers of sequences
-(i64), from 0 to how many there are.
+(i64), from 0 to how many there are. fairseq's has neither the boundaries nor their number: each sequence is a document.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ from numpy.typing import NDArray
 
 from pdl_ext.corpus.access import read_array, read_head
 from pdl_ext.corpus.flat import AscendingNumbers, FlatSource, distinct
-from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, counted_as, token_dtype
 
 __all__ = ["FORMAT"]
 
 _MAGIC = b"MMIDIDX\0\0"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-_FLOATS = {6: "float64", 7: "float32"}
+_HEADER = struct.Struct("<9sQBQ")
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16", 9: "uint32", 10: "uint64"}
+# Of 32 and 64 bits: which is which differs between Megatron and fairseq.
+_FLOATS = (6, 7)
+_OTHER_MAGICS = {
+    b"TNTIDX": "the older datasets (lazy and cached) of fairseq, whose ids are one too large, or of Megatron",
+    b"HUFFIDX": "fairseq's Huffman codes",
+}
 _BLOCK = 2**15
 
 
@@ -40,7 +45,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     index = _Index(index_file, Stamp.of(tokens_file).size)
     return [
         FlatSource(
-            "megatron",
+            index.format,
             tokens_file,
             index.dtype,
             options,
@@ -57,9 +62,14 @@ class _Index:
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         header = read_head(path, _HEADER.size)
+        other = next((what for magic, what in _OTHER_MAGICS.items() if header.startswith(magic)), None)
+        if other is not None:
+            raise ValueError(
+                f"{path}: is an index of {other}, expected a memory-mapped one: write the data anew as mmap"
+            )
         if len(header) < _HEADER.size:
-            raise ValueError(f"{path}: got {len(header)} bytes, expected a header of {_HEADER.size} bytes of Megatron")
-        magic, version, code, sequences, documents = _HEADER.unpack(header)
+            raise ValueError(f"{path}: got {len(header)} bytes, expected a header of {_HEADER.size} bytes or more")
+        magic, version, code, sequences = _HEADER.unpack(header)
         if magic != _MAGIC:
             raise ValueError(
                 f"{path}: got magic {magic!r}, expected {_MAGIC!r} of Megatron's .idx (or --format raw, "
@@ -69,29 +79,53 @@ class _Index:
             swapped = " (a big-endian file)" if version == 1 << 56 else ""
             raise ValueError(f"{path}: got version {version}{swapped}, expected 1")
         if code not in _DTYPES:
-            name = f" ({_FLOATS[code]})" if code in _FLOATS else ""
+            name = " (a float)" if code in _FLOATS else ""
             raise ValueError(f"{path}: got dtype code {code}{name}, expected one of tokens: {_DTYPES}")
-        places = _HEADER.size + 4 * sequences
-        numbers = places + 8 * sequences
-        end = numbers + 8 * documents
-        got = Stamp.of(path).size
-        # An index of several modalities ends with one more byte a sequence, its mode.
-        if got not in (end, end + sequences):
-            raise ValueError(
-                f"{path}: got {got} bytes, expected {end}: it states {sequences} sequences and {documents} document "
-                "boundaries"
-            )
-        self.dtype = _DTYPES[code]
+        self.dtype = counted_as(_DTYPES[code])
         self._itemsize = token_dtype(self.dtype).itemsize
-        self._check_lengths(sequences, places, size)
+        documents = self._boundaries(sequences)
+        self.format = "fairseq" if documents is None else "megatron"
+        lengths = _HEADER.size + (0 if documents is None else 8)
+        places = lengths + 4 * sequences
+        self._check_lengths(sequences, lengths, places, size)
         self.tokens = size // self._itemsize
         self._places = AscendingNumbers(path, "<i8", places, sequences)
-        self._documents = AscendingNumbers(path, "<i8", numbers, documents)
-        first = int(read_array(path, "<i8", numbers, 1)[0]) if documents else None
-        if first != 0 or self._documents.last != sequences:
+        self._documents = None if documents is None else self._checked(documents, sequences, places + 8 * sequences)
+
+    def _boundaries(self, sequences: int) -> int | None:
+        """How many document boundaries there are; None if the file is as long as fairseq's, which has none."""
+        got = Stamp.of(self._path).size
+        end = _HEADER.size + 12 * sequences
+        # They share the magic, but with as many sequences Megatron's is longer, whatever its boundaries are.
+        if got == end:
+            return None
+        documents = int(read_array(self._path, "<u8", _HEADER.size, 1)[0]) if got >= _HEADER.size + 8 else 0
+        of_megatron = end + 8 + 8 * documents
+        # An index of several modalities ends with one more byte a sequence, its mode.
+        if got not in (of_megatron, of_megatron + sequences):
             raise ValueError(
-                f"{path}: got documents from sequence {first} to {self._documents.last}, expected from 0 to {sequences}"
+                f"{self._path}: got {got} bytes, expected {of_megatron}: it states {sequences} sequences and "
+                f"{documents} document boundaries (or {end} bytes, as fairseq's without boundaries)"
             )
+        return documents
+
+    def _checked(self, documents: int, sequences: int, offset: int) -> AscendingNumbers:
+        try:
+            numbers = AscendingNumbers(self._path, "<i8", offset, documents)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._way_out}") from error
+        first = int(read_array(self._path, "<i8", offset, 1)[0]) if documents else None
+        if first != 0 or numbers.last != sequences:
+            raise ValueError(
+                f"{self._path}: got documents from sequence {first} to {numbers.last}, expected from 0 to {sequences}, "
+                f"as Megatron's builder leaves them if each document is ended{self._way_out}"
+            )
+        return numbers
+
+    @property
+    def _way_out(self) -> str:
+        """What can be counted of tokens whose lengths add up to the .bin, whatever the rest of the index is."""
+        return f"; the tokens can be counted without it: --format raw --dtype {self.dtype} (and --targets all)"
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """The positions in [start, stop) of tokens that begin a document."""
@@ -99,16 +133,19 @@ class _Index:
 
     def _document_starts(self, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
         for sequence, places in self._places.between(start * self._itemsize, stop * self._itemsize):
+            if self._documents is None:
+                yield places // self._itemsize
+                continue
             # A document or sequence without tokens begins where the next one does.
             first_sequences = self._documents.distinct_between(sequence, sequence + places.size)
             yield places[first_sequences - sequence] // self._itemsize
 
-    def _check_lengths(self, sequences: int, places: int, size: int) -> None:
+    def _check_lengths(self, sequences: int, first: int, places: int, size: int) -> None:
         """Sequences follow one another without a gap, from the .bin's beginning to its end."""
-        end = 0
+        end, misplaced = 0, ""
         for start in range(0, sequences, _BLOCK):
             count = min(_BLOCK, sequences - start)
-            lengths = read_array(self._path, "<i4", _HEADER.size + 4 * start, count).astype(np.int64)
+            lengths = read_array(self._path, "<i4", first + 4 * start, count).astype(np.int64)
             if (lengths < 0).any():
                 wrong = int((lengths < 0).argmax())
                 raise ValueError(
@@ -117,19 +154,26 @@ class _Index:
             ends = end + np.cumsum(lengths * self._itemsize)
             expected = np.concatenate(([end], ends[:-1]))
             found = read_array(self._path, "<i8", places + 8 * start, count)
-            if (found != expected).any():
-                wrong = int((found != expected).argmax())
-                raise ValueError(
+            differs = found != expected
+            if differs.any():
+                wrong = int(differs.argmax())
+                misplaced = misplaced or (
                     f"{self._path}: got byte {found[wrong]} as the place of sequence {start + wrong}, expected "
                     f"{expected[wrong]}, where the one before ends"
                 )
+                if ((found - expected) % 2**32 != 0).any():
+                    raise ValueError(misplaced)
             end = int(ends[-1])
             if end > size:
                 break
         if end != size:
             raise ValueError(
-                f"{self._path}: its sequences end at byte {end} or later, expected {size}, the size of its .bin"
+                misplaced
+                or f"{self._path}: its sequences end at byte {end} or later, expected {size}, the size of its .bin"
             )
+        if misplaced:
+            # By a writer that computed them in 32 bits.
+            raise ValueError(f"{misplaced}: it overflowed when it was written{self._way_out}")
 
 
 FORMAT = Format("megatron", _open, _recognises, companions={".idx": ".bin"})

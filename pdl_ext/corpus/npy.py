@@ -78,4 +78,4 @@ def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return shape, fortran_order, dtype, file.tell()
 
 
-FORMAT = Format("npy", _open, _recognises)
+FORMAT = Format("npy", _open, _recognises, has_header=True)

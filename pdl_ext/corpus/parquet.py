@@ -89,4 +89,4 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     return [_ParquetSource(path, options)]
 
 
-FORMAT = Format("parquet", _open, recognises=lambda path, head: head.startswith(_MAGIC))
+FORMAT = Format("parquet", _open, recognises=lambda path, head: head.startswith(_MAGIC), has_header=True)

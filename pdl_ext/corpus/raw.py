@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pdl_ext.corpus.access import read_head
 from pdl_ext.corpus.flat import FlatSource
+from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of_content
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source
 
 __all__ = ["FORMAT"]
+
+
+class _RawSource(FlatSource):
+    """Ids of the dtype that was given, from a file's first byte to its last."""
+
+    def doubt(self) -> str | None:
+        kind = kind_of_content(read_head(self.path, HEAD_BYTES))
+        if kind is None:
+            return super().doubt()
+        return f"{self.path}: begins as {kind.name} does, and all of it is counted as ids of {self.dtype}"
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:
@@ -16,8 +28,8 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
             f"{path}: has no header, so its dtype cannot be told: give dtype, one of {', '.join(TOKEN_DTYPES)} "
             "(nanoGPT's are uint16, or uint32 above 65,536 entries)"
         )
-    return [FlatSource("raw", path, options.dtype, options)]
+    return [_RawSource("raw", path, options.dtype, options, is_given=True)]
 
 
-# Any bytes would do.
-FORMAT = Format("raw", _open, recognises=lambda path, head: False)
+# Any bytes would do. The other file is Dolma's, of what its documents are.
+FORMAT = Format("raw", _open, recognises=lambda path, head: False, companions={".csv.gz": ".npy"})

@@ -80,13 +80,14 @@ class ReadOptions:
     """How to read a corpus, whatever its formats are.
 
     vocab_size: V, by which readers warn of a dtype that cannot hold it; dtype: of files that do not tell theirs, a name
-    in TOKEN_DTYPES, or None; tokenizer: the path of a `tokenizers` file, for text.
+    in TOKEN_DTYPES, or None; tokenizer: the path of a `tokenizers` file, for text; strict: doubts are errors.
     """
 
     vocab_size: int
     policy: TargetPolicy = field(default_factory=TargetPolicy)
     dtype: str | None = None
     tokenizer: Path | None = None
+    strict: bool = False
 
 
 class Batch(NamedTuple):
@@ -161,6 +162,10 @@ class Source(ABC):
         """All files, as they were when the source was made."""
         return dict(self._stamps)
 
+    def doubt(self) -> str | None:
+        """What in the file speaks against how it is read, if anything does: a warning that names it."""
+        return None
+
     def check_unchanged(self) -> None:
         """Raises ValueError that names a file which is no longer what it was when the source was made."""
         for path, stamp in self._stamps.items():
@@ -178,10 +183,11 @@ class Source(ABC):
 class Format(NamedTuple):
     """A format of corpora, as discover.py asks for it.
 
-    recognises(path, head): whether a file whose first 64 bytes are `head` can be nothing else; open(path, options): its
-    sources; companions: how the names of files end that are read with another one, and what the name of that one has
-    instead: left out where the other is there, too, and otherwise opened, to tell of it; has_folders: whether a folder
-    may be of the format, which recognises is then asked about, too, with an empty head.
+    recognises(path, head): whether a file that begins with `head`, 512 bytes of it, can be nothing else;
+    open(path, options): its sources; companions: how the names of files end that are read with another one, and what
+    the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it;
+    has_folders: whether a folder may be of the format, which recognises is then asked about, too, with an empty head;
+    has_header: whether not all of a file is tokens.
     """
 
     name: str
@@ -189,3 +195,4 @@ class Format(NamedTuple):
     recognises: Callable[[Path, bytes], bool]
     companions: Mapping[str, str] = MappingProxyType({})
     has_folders: bool = False
+    has_header: bool = False

@@ -74,7 +74,7 @@ def count_dataset(
 
     Returns the counts with a provenance that has the policy and no shards, since a dataset does not tell its files.
     Raises TypeError or ValueError that names the argument, or the column and what is wrong with it: it is missing,
-    holds nulls or no integers, or the mask has another shape.
+    holds nulls or no integers, or not a token, or the mask has another shape.
     """
     count = _BlockCount(column, vocab_size, ignore_index, mask)
     data = require("ray.data", "ray")
@@ -87,6 +87,8 @@ def count_dataset(
             raise ValueError(str(message))
         total += batch[_TABLE].sum(axis=0)
     frequency = to_frequency(total, ignore_index=ignore_index)
+    if not frequency.tokens_seen:
+        raise ValueError(f"ds: got no token in column {column!r}, expected some")
     frequency.provenance = Provenance((), frequency.tokens_seen, count.policy, None, pdl_ext.__version__)
     return frequency
 

@@ -19,7 +19,7 @@ def counts(tmp_path, monkeypatch):
 
     def count(name, *, vocab_size=9, **options):
         generator = np.random.default_rng(len(name))
-        (tmp_path / f"{name}.bin").write_bytes(generator.integers(0, 9, 50).astype("<u2").tobytes())
+        (tmp_path / f"{name}.bin").write_bytes(generator.integers(0, 9, 600).astype("<u2").tobytes())
         frequency = count_corpus([f"{name}.bin"], vocab_size, dtype="uint16", **options)
         frequency.save(name)
         return frequency
@@ -30,10 +30,10 @@ def counts(tmp_path, monkeypatch):
 def test_sums(counts, capsys):
     parts = [counts("a"), counts("bb"), counts("ccc")]
     assert main(["merge", "a", "bb", "ccc", "-o", "all"]) == 0
-    assert "all: 150 tokens of 3 files" in capsys.readouterr().out
+    assert "all: 1,800 tokens of 3 files" in capsys.readouterr().out
     merged = TokenFrequency.load("all")
     assert torch.equal(merged.counts, sum(part.counts for part in parts))
-    assert merged.provenance.tokens == 150
+    assert merged.provenance.tokens == 1800
     assert [shard.name for shard in merged.provenance.shards] == ["a.bin", "bb.bin", "ccc.bin"]
 
 
@@ -43,19 +43,23 @@ def test_what_does_not_go_together_is_not_written(counts, capsys, tmp_path):
     counts("policy", policy=TargetPolicy(targets="shifted"))
     (tmp_path / "tokenizer.json").write_text("{}")
     counts("tokenizer", tokenizer=tmp_path / "tokenizer.json")
+    ignored = TokenFrequency(9, ignore_index=0)
+    ignored.update(torch.arange(9))
+    ignored.save("ignored")
     for other, message in [
-        ("vocabulary", "other: got a vocabulary of 10, expected 9"),
-        ("policy", "other: got counts with targets='shifted', expected 'all'"),
-        ("tokenizer", "other: got counts of tokenizer"),
+        ("vocabulary", "vocabulary: does not go with a: got a vocabulary of 10, expected 9"),
+        ("policy", "policy: does not go with a: got counts with targets='shifted', expected 'all'"),
+        ("tokenizer", "tokenizer: does not go with a: got counts of tokenizer"),
+        ("ignored", "ignored: does not go with a: got ignore_index 0, expected -100"),
         ("a", "a: got the same file twice"),
-        ("copy", "a.bin: got the same content as a.bin"),
+        ("copy", "copy: does not go with a: a.bin: got the same content as a.bin"),
         ("copy", "expected each shard once: allow_overlap (--allow-overlap) counts it again"),
         ("gone", "counts: no file at gone, expected one that `pdl-ext count` wrote"),
     ]:
         assert main(["merge", "a", other, "-o", "all"]) == 1
         error = capsys.readouterr().err
         assert message in error
-        assert other in error
+        assert "other: " not in error
         assert not (tmp_path / "all").exists()
 
 
@@ -64,7 +68,7 @@ def test_a_refused_or_failed_merge_leaves_the_old_output(counts, capsys, tmp_pat
     before = {name: (tmp_path / name).read_bytes() for name in ("a", "bb")}
     # The output is one of the inputs, and the refusal comes after a sum that went well.
     assert main(["merge", "a", "bb", "vocabulary", "-o", "a"]) == 1
-    assert "vocabulary: does not go with those before it" in capsys.readouterr().err
+    assert "vocabulary: does not go with a and those after it: got a vocabulary of 10" in capsys.readouterr().err
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -101,11 +105,11 @@ def test_a_refused_merge_changes_nothing(counts):
     with pytest.raises(ValueError, match="same content"):
         first.merge(same)
     assert torch.equal(first.counts, before)
-    assert first.provenance.tokens == 50
+    assert first.provenance.tokens == 600
 
 
 def test_counts_from_memory_merge_with_those_of_files(counts):
     memory = TokenFrequency.from_counts(torch.arange(9))
     memory.merge(counts("a"))
-    assert memory.provenance.tokens == 50
-    assert memory.tokens_seen == 50 + 36
+    assert memory.provenance.tokens == 600
+    assert memory.tokens_seen == 600 + 36

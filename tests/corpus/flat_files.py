@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+MEGATRON_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8, "uint32": 9, "uint64": 10}
 LITDATA_NUMBERS = {"uint8": 11, "int8": 12, "int16": 14, "int32": 16, "int64": 18, "uint16": 20}
 
 
@@ -66,6 +66,20 @@ def megatron_index(code: int, itemsize: int, lengths: list[int], boundaries: lis
     return b"".join(
         [header, np.array(lengths, "<i4").tobytes(), places.tobytes(), np.array(boundaries, "<i8").tobytes()]
     )
+
+
+def write_fairseq(folder: Path, documents: list[np.ndarray]) -> Path:
+    dtype = documents[0].dtype
+    np.concatenate(documents).tofile(folder / "train.bin")
+    index = fairseq_index(MEGATRON_CODES[dtype.name], dtype.itemsize, list(map(len, documents)))
+    (folder / "train.idx").write_bytes(index)
+    return folder / "train.bin"
+
+
+def fairseq_index(code: int, itemsize: int, lengths: list[int]) -> bytes:
+    whole = megatron_index(code, itemsize, lengths, [])
+    # Megatron's but for the number of boundaries.
+    return whole[:26] + whole[34:]
 
 
 def write_datatrove(folder: Path, documents: list[np.ndarray], mask: np.ndarray | None = None) -> Path:

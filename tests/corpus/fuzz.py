@@ -43,6 +43,7 @@ def write_files(folder: Path) -> list[Path]:
     files.append(flat_files.write_llmc(new("llmc"), documents))
     files.append(flat_files.write_npy(new("npy"), documents))
     files.append(flat_files.write_megatron(new("megatron"), documents).with_suffix(".idx"))
+    files.append(flat_files.write_fairseq(new("fairseq"), documents).with_suffix(".idx"))
     for golden, name in [
         ("datatrove-uint16", "*.index"),
         ("litdata-tensors", "*.bin"),

@@ -158,6 +158,16 @@ def test_dictionaries_are_decoded():
     assert read(pa.record_batch({"x": array}), column="x")[0].tolist() == [7, 9, 7]
 
 
+@pytest.mark.parametrize("name", ["input_ids", "tokens", "token_ids"])
+@pytest.mark.parametrize("is_dictionary", [False, True])
+def test_an_integer_a_row_is_taken_for_ids_by_its_name_alone(name, is_dictionary):
+    array = pa.array([7, 9, 7], pa.int32())
+    batch = pa.record_batch({name: array.dictionary_encode() if is_dictionary else array})
+    with pytest.raises(ValueError, match=rf"or text with a tokenizer: --column {name} takes it for an id a row$"):
+        read(batch)
+    assert read(batch, column=name)[0].tolist() == [7, 9, 7]
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     pytest.importorskip("tokenizers")

@@ -108,12 +108,21 @@ def test_data_may_be_files_folders_patterns_and_lists(tmp_path):
 
 
 def test_the_same_content_twice_is_refused(tmp_path):
-    write(tmp_path / "a.bin", zipf(50))
-    write(tmp_path / "b.bin", zipf(50))
+    write(tmp_path / "a.bin", zipf(512))
+    write(tmp_path / "b.bin", zipf(512))
     with pytest.raises(ValueError, match=r"b.bin: got the same content as .*a.bin"):
         count_corpus([tmp_path], V, dtype="uint16")
     frequency = count_corpus([tmp_path], V, dtype="uint16", allow_overlap=True)
-    assert torch.equal(frequency.counts, 2 * expected(zipf(50)))
+    assert torch.equal(frequency.counts, 2 * expected(zipf(512)))
+
+
+def test_small_files_may_be_the_same(tmp_path):
+    documents = [np.random.default_rng(seed).integers(0, 9, seed % 8 + 1) for seed in range(300)]
+    for number, document in enumerate(documents):
+        write(tmp_path / f"{number:03}.bin", document)
+    with pytest.warns(UserWarning, match=r"032\.bin: has the same content as .*, and \d+ other files like it: each is"):
+        frequency = count_corpus([tmp_path], V, dtype="uint16")
+    assert torch.equal(frequency.counts, expected(np.concatenate(documents)))
 
 
 def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
@@ -205,11 +214,19 @@ def test_policy_of_a_wrong_type_is_named(tmp_path):
             TargetPolicy(**options)
 
 
-def test_empty_files_are_counted_as_empty(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"")
-    frequency = count_corpus([tmp_path], V, dtype="uint16")
-    assert frequency.tokens_seen == 0
-    assert len(frequency.provenance.shards) == 1
+def test_a_corpus_without_a_token_is_an_error(tmp_path):
+    data, checkpoint = tmp_path / "data", tmp_path / "checkpoint"
+    data.mkdir()
+    write(data / "a.bin", np.zeros(0))
+    with pytest.raises(ValueError, match=r"data: got no token in .*a\.bin, expected some"):
+        count_corpus([data], V, dtype="uint16", checkpoint=checkpoint)
+    np.save(data / "b.npy", np.zeros((3, 0), np.uint16))
+    with pytest.raises(ValueError, match=r"data: got no token in .*a\.bin and 1 other files, expected some"):
+        count_corpus([data], V, dtype="uint16", checkpoint=checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    # Of which none is a target, but which are there.
+    write(data / "c.bin", np.full(5, -100), "<i2")
+    assert int(count_corpus([data / "c.bin"], V, dtype="int16").ignored) == 5
 
 
 def test_a_narrow_dtype_is_warned_of(tmp_path):
@@ -334,7 +351,7 @@ def test_threads_of_the_caller_are_left_alone(tmp_path):
 def test_only_ids_are_taken_from_a_folder_of_ids(tmp_path):
     write(tmp_path / "train.bin", zipf(50))
     (tmp_path / "meta.pkl").write_bytes(b"even")
-    with pytest.raises(ValueError, match=r"meta.pkl: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"meta.pkl: is a pickle, which is not read"):
         count_corpus([tmp_path], V, dtype="uint16")
     assert torch.equal(count_corpus([str(tmp_path / "*.bin")], V, dtype="uint16").counts, expected(zipf(50)))
     assert count_corpus([tmp_path / "meta.pkl"], V, format="raw", dtype="uint16").tokens_seen == 2

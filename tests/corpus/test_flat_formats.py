@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from flat_files import (
+    fairseq_index,
     llmc_header,
     megatron_index,
     write_datatrove,
+    write_fairseq,
     write_litdata,
     write_llmc,
     write_megatron,
@@ -45,9 +47,9 @@ def small_parts(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Warnings of narrow dtypes have a test of their own."""
+    """Warnings of narrow dtypes and of several formats have tests of their own."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*cannot hold ids.*")
+        warnings.filterwarnings("ignore", message=".*(cannot hold ids|got files of . formats).*")
         yield
 
 
@@ -64,7 +66,8 @@ FORMATS = {
     "raw": (write_raw, ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"), False),
     "llmc": (write_llmc, ("uint16", "uint32"), False),
     "npy": (write_npy, ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"), False),
-    "megatron": (write_megatron, ("uint8", "int8", "int16", "int32", "int64", "uint16"), True),
+    "megatron": (write_megatron, ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32"), True),
+    "fairseq": (write_fairseq, ("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32"), True),
     "datatrove": (write_datatrove, ("uint16", "uint32"), True),
     "litdata": (write_litdata, ("uint8", "int8", "int16", "int32", "int64", "uint16"), True),
 }
@@ -154,6 +157,20 @@ def test_documents_of_several_sequences_in_megatron(tmp_path):
     assert counted.counts.tolist() == bincount(targets_of(documents))
 
 
+@pytest.mark.parametrize("write", [write_megatron, write_fairseq])
+def test_an_index_of_uint64(write, tmp_path):
+    path = write(tmp_path, [np.array([3, 2**64 - 100], np.uint64), np.array([3], np.uint64)])
+    counted = count_corpus([path], V, dtype="int64")
+    assert (int(counted.counts[3]), int(counted.ignored), counted.provenance.shards[0].dtype) == (2, 1, "int64")
+
+
+@pytest.mark.parametrize("case", ["megatron, not ended", "megatron, merged documents", "megatron, overflowed"])
+def test_the_way_out_of_a_bad_index_counts_its_tokens(case, tmp_path):
+    for name, content in BAD[case][0].items():
+        (tmp_path / name).write_bytes(content)
+    assert count_corpus([tmp_path], V, format="raw", dtype="uint16").total == 4
+
+
 def test_megatron_with_a_mode_for_each_sequence(tmp_path):
     path = write_megatron(tmp_path, [np.arange(5, dtype=np.uint16), np.arange(3, dtype=np.uint16)])
     with open(path.with_suffix(".idx"), "ab") as file:
@@ -194,7 +211,7 @@ def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
         count_corpus([tmp_path / "a.ds"], V)
 
 
-@pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "litdata"])
+@pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "fairseq", "litdata"])
 def test_a_dtype_that_is_not_what_the_file_tells_is_an_error(name, tmp_path):
     path = FORMATS[name][0](tmp_path, [np.arange(n, dtype="uint16") for n in (3, 5, 7)])
     with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file tells, or none"):
@@ -264,6 +281,10 @@ def _megatron(lengths=(3, 1), boundaries=(0, 1, 2), *, code=8, size=8, at=None, 
     for offset, value in (at or {}).items():
         index[offset : offset + len(value)] = value
     return {"a.idx": bytes(index) + suffix, "a.bin": bytes(size)}
+
+
+def _fairseq(size=8):
+    return {"a.idx": fairseq_index(8, 2, [3, 1]), "a.bin": bytes(size)}
 
 
 def _datatrove(ends=(3, 4), size=8, **others):
@@ -349,7 +370,7 @@ BAD = {
     "megatron, header": (
         _megatron() | {"a.idx": _megatron()["a.idx"][:20]},
         {},
-        r"a\.idx: got 20 bytes, expected a header of 34 bytes",
+        r"a\.idx: got 20 bytes, expected a header of 26 bytes",
     ),
     "megatron, empty": (
         _megatron() | {"a.idx": b""},
@@ -362,8 +383,8 @@ BAD = {
         {},
         r"a\.idx: got version \d+ \(a big-endian file\), expected 1",
     ),
-    "megatron, float": (_megatron(code=7), {}, r"a\.idx: got dtype code 7 \(float32\), expected one of tokens"),
-    "megatron, dtype": (_megatron(code=9), {}, r"a\.idx: got dtype code 9, expected one of tokens"),
+    "megatron, float": (_megatron(code=7), {}, r"a\.idx: got dtype code 7 \(a float\), expected one of tokens"),
+    "megatron, dtype": (_megatron(code=11), {}, r"a\.idx: got dtype code 11, expected one of tokens"),
     "megatron, truncated idx": (
         _megatron() | {"a.idx": _megatron()["a.idx"][:-1]},
         {},
@@ -397,6 +418,42 @@ BAD = {
         {},
         r"a\.idx: got 1 after 2 at entry 2 from byte 58 on, expected numbers that as",
     ),
+    "megatron, not ended": (
+        _megatron(boundaries=(0,)),
+        {},
+        r"a\.idx: got documents from sequence 0 to 0, expected from 0 to 2, .*--format raw --dtype uint16",
+    ),
+    "megatron, merged documents": (
+        _megatron(boundaries=(0, 1, 0, 2)),
+        {},
+        r"a\.idx: got 0 after 1 .* numbers that ascend; .*--format raw --dtype uint16",
+    ),
+    "megatron, overflowed": (
+        _megatron(at={50: (6 - 2**32).to_bytes(8, "little", signed=True)}),
+        {},
+        r"a\.idx: got byte -4294967290 as the place of sequence 1, expected 6, .* overflowed .*--format raw --dtype ui",
+    ),
+    "megatron, overflowed and longer": (
+        _megatron(at={50: (6 - 2**32).to_bytes(8, "little", signed=True)}, size=10),
+        {},
+        r"a\.idx: got byte -4294967290 as the place of sequence 1, expected 6, where the one before ends$",
+    ),
+    "megatron, older": (
+        _megatron() | {"a.idx": b"TNTIDX\0\0" + bytes(74)},
+        {"dtype": "uint16"},
+        r"a\.idx: is an index of the older datasets \(lazy and cached\) .*: write the data anew as mmap",
+    ),
+    "megatron, codes of Huffman": (
+        _megatron() | {"a.idx": b"HUFFIDX\0\0" + bytes(74)},
+        {"dtype": "uint16"},
+        r"a\.idx: is an index of fairseq's Huffman codes, .*: write the data anew as mmap",
+    ),
+    "fairseq, truncated": (
+        _fairseq() | {"a.idx": _fairseq()["a.idx"][:-1]},
+        {},
+        r"a\.idx: got 49 bytes, expected \d+: .*\(or 50 bytes, as fairseq's without boundaries\)",
+    ),
+    "fairseq, longer bin": (_fairseq(size=10), {}, r"a\.idx: its sequences end at byte 8 or later, expected 10"),
     "datatrove, odd": (_datatrove(size=7), {}, r"a\.ds: got 7 bytes, expected 2 or 4 for each of the 4 tokens"),
     "datatrove, truncated": (_datatrove(size=6), {}, r"a\.ds: got 6 bytes, expected 2 or 4 for each of the 4 tokens"),
     "datatrove, other dtype": (
@@ -516,6 +573,7 @@ EMPTY = {
     "npy": (_npy(np.zeros((5, 0), np.uint16)), None),
     "megatron": (_megatron((), (0,), size=0), None),
     "megatron, empty documents": (_megatron((0, 0), (0, 2), size=0), None),
+    "fairseq": ({"a.idx": fairseq_index(8, 2, []), "a.bin": b""}, None),
     "datatrove": (_datatrove((), size=0), "uint16"),
     "litdata": (
         _litdata(np.array([2, 16, 16, 16], "<u4").tobytes(), listed={"dim": None}),
@@ -525,13 +583,17 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("case", EMPTY)
-def test_empty_files_are_no_error(case, tmp_path):
+def test_empty_files_are_no_error_beside_others(case, tmp_path):
     files, dtype = EMPTY[case]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    counted = count_corpus([tmp_path], V, policy=SHIFTED, dtype=dtype)
-    assert counted.tokens_seen == 0
-    assert [shard.format for shard in counted.provenance.shards] == [case.partition(",")[0]]
+    with pytest.raises(ValueError, match="data: got no token in"):
+        count_corpus([tmp_path], V, policy=SHIFTED, dtype=dtype)
+    (tmp_path / "more").mkdir()
+    np.save(tmp_path / "more" / "tokens.npy", np.arange(5, dtype=dtype or "uint16"))
+    counted = count_corpus([tmp_path, tmp_path / "more"], V, policy=SHIFTED, dtype=dtype)
+    assert counted.tokens_seen == 5
+    assert [shard.format for shard in counted.provenance.shards] in ([case.partition(",")[0], "npy"], ["npy"])
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -568,7 +630,7 @@ def test_unreadable_files_are_told_of(name, tmp_path):
         count_corpus([path], V, dtype="uint16")
 
 
-@pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "datatrove", "litdata"])
+@pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "fairseq", "datatrove", "litdata"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_give_values_errors_or_counts(name, data, tmp_path_factory):

@@ -86,8 +86,12 @@ def test_indices_repeat_and_leave_out(tmp_path, monkeypatch, shards, window):
 
 
 def test_no_index_at_all(tmp_path):
-    folder = save(tmp_path / "data", [sequences(5)], [])
-    assert_counts(count(folder), np.empty(0, int), 0)
+    save(tmp_path / "data", [sequences(5)], [])
+    with pytest.raises(ValueError, match=r"data: got no token in .*data-00000-of-00001\.arrow, expected some"):
+        count(tmp_path / "data")
+    # The others of its rows are not counted beside those of another.
+    save(tmp_path / "more", [sequences(9, seed=1)])
+    assert_counts(count(tmp_path), joined(sequences(9, seed=1)), joined(sequences(9, seed=1)).size)
 
 
 @pytest.mark.parametrize("index", [20, 2**40, 2**64 - 1])

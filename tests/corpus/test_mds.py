@@ -124,8 +124,10 @@ def test_one_shard_or_the_index_may_be_named(tmp_path):
     with pytest.raises(ValueError, match=r"other\.mds: is not among the 2 shards of"):
         count(folder / "other.mds", dtype="int32")
     (folder / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"index\.json: is missing"):
-        count(folder / "other.mds", dtype="int32", format="mds")
+    for options in ({}, {"format": "mds"}):
+        for data in (folder, folder / "other.mds"):
+            with pytest.raises(ValueError, match=r"index\.json: is missing, expected it beside the MDS shards"):
+                count(data, dtype="int32", **({} if data == folder else options))
 
 
 def test_parts_are_samples(tmp_path, monkeypatch):
@@ -160,6 +162,40 @@ def test_samples_longer_than_what_is_read_at_once(tmp_path, monkeypatch, window)
     assert_counts(count(folder, mask="m", targets="shifted"), joined(kept), joined(rows).size)
 
 
+def _matrix(array, dtype_told, shape_told):
+    """An array as MosaicML encodes it: dtype, axes and their lengths, as far as the column does not tell them."""
+    code = next(code for code, name in mds._DTYPES.items() if name == array.dtype.name)
+    head = b"" if dtype_told else bytes([code])
+    if not shape_told:
+        head += bytes([array.ndim << 2 | 1]) + np.array(array.shape, "<u2").tobytes()
+    return head + array.tobytes()
+
+
+@pytest.mark.parametrize("encoding", ["ndarray", "ndarray:uint16", "ndarray:uint16:{shape}"])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 4), (1, 7), (7, 1), (40, 30)])
+def test_rows_of_arrays_are_sequences(tmp_path, monkeypatch, encoding, shape):
+    monkeypatch.setattr(mds, "_BATCH_TOKENS", 7)
+    arrays = np.random.default_rng(0).integers(0, VOCAB, (4, *shape)).astype(np.uint16)
+    encoding = encoding.format(shape=",".join(map(str, shape)))
+    told = encoding.count(":")
+    samples = [{"tokens": _matrix(array, told > 0, told > 1)} for array in arrays]
+    folder = write(tmp_path / "data", {"tokens": (encoding, arrays[0].nbytes if told > 1 else None)}, [samples])
+    assert_counts(count(folder), arrays.ravel(), arrays.size)
+    assert_counts(count(folder, targets="shifted"), arrays[..., 1:].ravel(), arrays.size)
+
+
+def test_masks_of_arrays_with_axes(tmp_path):
+    tokens, mask = np.arange(6, dtype=np.uint16).reshape(2, 3), np.array([[1, 0, 1], [0, 1, 1]], np.uint8)
+    columns = {"tokens": ("ndarray", None), "m": ("ndarray", None)}
+    sample = {"tokens": _matrix(tokens, False, False), "m": _matrix(mask, False, False)}
+    folder = write(tmp_path / "data", columns, [[sample]])
+    assert_counts(count(folder, mask="m", targets="shifted"), np.array([2, 4, 5]), 6)
+    sample["m"] = _matrix(mask.reshape(3, 2), False, False)
+    folder = write(tmp_path / "other", columns, [[sample]])
+    with pytest.raises(ValueError, match=r"'m' has shape \(3, 2\) in sample 0, expected \(2, 3\), that"):
+        count(folder, mask="m")
+
+
 def test_no_samples(tmp_path):
     folder = write(tmp_path / "data", {"tokens": ("ndarray", None)}, [[], [{"tokens": b"\x10\x04\x01\x07\x00"}]])
     assert_counts(count(folder), np.array([7]), 1)
@@ -173,14 +209,15 @@ def test_no_samples(tmp_path):
         ({"a": ("int", 8)}, {"column": "a"}, r"column 'a' holds 'int', expected arrays of integers, or bytes"),
         ({"a": ("ndarray:float32", None)}, {"column": "a"}, r"column 'a' holds 'ndarray:float32', expected arrays"),
         (
-            {"a": ("ndarray:int32:2,3", 24)},
+            {"a": ("ndarray:int32:2,3", 23)},
             {"column": "a"},
-            r"holds 'ndarray:int32:2,3' in 24 bytes, expected one axis",
+            r"holds 'ndarray:int32:2,3' in 23 bytes, expected the lengths of its axes and 4 bytes a number",
         ),
+        ({"a": ("ndarray:int32:2,x", 24)}, {"column": "a"}, r"holds 'ndarray:int32:2,x' in 24 bytes, expected the len"),
         (
             {"a": ("ndarray:int32:3", 13)},
             {"column": "a"},
-            r"holds 'ndarray:int32:3' in 13 bytes, expected one axis and 4",
+            r"holds 'ndarray:int32:3' in 13 bytes, expected the lengths of its axes and 4",
         ),
         ({"a": ("ndarray", None)}, {"column": "b"}, r"index\.json: has no column 'b', expected one of a \(--column\)"),
         ({"tokens": ("ndarray", None)}, {"mask": "m"}, r"has no column 'm', expected one of tokens \(--mask\)"),
@@ -204,7 +241,9 @@ def test_wrong_columns(tmp_path, columns, policy, message):
         (b"", "column 'tokens' of sample 1 is damaged"),
         (b"\x21", "column 'tokens' of sample 1 is damaged"),
         (b"\x22\x04\x01" + bytes(4), "column 'tokens' of sample 1 is damaged"),
-        (b"\x21\x08\x01\x01" + bytes(4), "column 'tokens' of sample 1 is damaged"),
+        (b"\x21\x08\x01\x02" + bytes(4), "column 'tokens' of sample 1 is damaged"),
+        (b"\x21\x00" + bytes(4), "column 'tokens' of sample 1 is damaged"),
+        (b"\x21\xfc" + b"\x01" * 9, "column 'tokens' of sample 1 is damaged"),
         (b"\x21\x04\x02" + bytes(4), "column 'tokens' of sample 1 is damaged"),
         (b"\x21\x07\x01" + bytes(4), "column 'tokens' of sample 1 is damaged"),
         (b"\x21\x07" + b"\xff" * 8, "column 'tokens' of sample 1 is damaged"),

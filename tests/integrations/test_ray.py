@@ -132,6 +132,13 @@ def test_bad_columns_are_named(column, message):
         count_dataset(ray.data.from_arrow(pa.table({"tokens": column})), "tokens", VOCAB)
 
 
+@pytest.mark.parametrize("column", [[], [[], []], [None]], ids=str)
+def test_a_dataset_without_a_token(column):
+    table = pa.table({"tokens": pa.array(column, pa.list_(pa.int64()))})
+    with pytest.raises(ValueError, match=r"ds: got no token in column 'tokens', expected some|tokens: got 1 nulls"):
+        count_dataset(ray.data.from_arrow(table), "tokens", VOCAB)
+
+
 def test_bad_arguments_are_named():
     dataset = ray.data.from_items([{"tokens": [1, 2], "mask": [1]}])
     with pytest.raises(ValueError, match=r"ids: got no such column, expected one of .*tokens"):

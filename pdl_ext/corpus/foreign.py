@@ -1,0 +1,136 @@
+"""Files of kinds that are not read: what each is called, what it is told by, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["HEAD_BYTES", "KINDS", "Kind", "kind_of", "kind_of_content", "kind_of_lines"]
+
+# As far as tar's mark.
+HEAD_BYTES = 512
+
+
+class Kind(NamedTuple):
+    """A kind of file.
+
+    name: with its article; remedy: what to do; suffixes: of names, in lower case; is_told: whether a file is one by its
+    first bytes, which hardly any tokens are by chance; is_text: whether it is a text like any other.
+    """
+
+    name: str
+    remedy: str
+    suffixes: tuple[str, ...] = ()
+    is_told: Callable[[bytes], bool] = lambda head: False
+    is_text: bool = False
+
+
+def _starts(*magics: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(magics)
+
+
+def _is_gzip(head: bytes) -> bool:
+    # Deflate, no reserved flag, a known level and system: the magic alone is two bytes, as one token is.
+    return (
+        head[:3] == b"\x1f\x8b\x08"
+        and len(head) > 9
+        and head[3] < 32
+        and head[8] in (0, 2, 4)
+        and (head[9] < 14 or head[9] == 255)
+    )
+
+
+def _is_pickle(head: bytes) -> bool:
+    # Protocol 4 or 5, and a frame whose length stands in 8 bytes. Those before begin with two bytes only.
+    return head[:3] in (b"\x80\x04\x95", b"\x80\x05\x95") and head[7:11] == bytes(4)
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[4:8] == bytes(4) and head[8:10] == b'{"'
+
+
+def _is_utf_16(head: bytes) -> bool:
+    # With a mark, or letters of ASCII each beside a null, which no text has.
+    pairs = head[: len(head) // 2 * 2]
+    return head.startswith((b"\xff\xfe", b"\xfe\xff")) or any(
+        len(pairs) >= 4 and not any(pairs[null::2]) and all(pairs[1 - null :: 2]) for null in (0, 1)
+    )
+
+
+_DECOMPRESS = "decompress it first"
+_LOAD = "load it and give its tokens to TokenFrequency.update"
+_CONVERT = "convert it to JSON lines or Parquet"
+
+KINDS = (
+    Kind(
+        "a chunk of lit-gpt's PackedDataset",
+        "give what is behind its header of 24 bytes to TokenFrequency.update",
+        is_told=_starts(b"LITPKDS" + (1).to_bytes(8, "little")),
+    ),
+    Kind("a pointer of Git LFS", "fetch the file itself (git lfs pull)", is_told=_starts(b"version https://git-lfs.")),
+    Kind(
+        "a page of HTML",
+        "download the file itself, or extract its text",
+        (".html", ".htm"),
+        _starts(b"<!DOCTYPE html", b"<!doctype html", b"<html"),
+        is_text=True,
+    ),
+    Kind("gzip data", _DECOMPRESS, (".gz",), _is_gzip),
+    Kind("zstd data", _DECOMPRESS, (".zst", ".zstd"), _starts(b"\x28\xb5\x2f\xfd")),
+    Kind("bzip2 data", _DECOMPRESS, (".bz2",), _starts(*(b"BZh%d1AY&SY" % level for level in range(1, 10)))),
+    Kind("xz data", _DECOMPRESS, (".xz", ".lzma"), _starts(b"\xfd7zXZ\0")),
+    Kind("LZ4 data", _DECOMPRESS, (".lz4",), _starts(b"\x04\x22\x4d\x18")),
+    Kind("snappy data", _DECOMPRESS, (".snappy", ".sz"), _starts(b"\xff\x06\0\0sNaPpY")),
+    Kind("a file of PyTorch", _LOAD, (".pt", ".pth", ".ckpt"), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+    Kind("NumPy's archive of arrays", _LOAD, (".npz",)),
+    Kind("a zip archive, as PyTorch's and NumPy's are", _LOAD, (".zip",), _starts(b"PK\3\4", b"PK\5\6")),
+    Kind("a 7z archive", _DECOMPRESS, (".7z",), _starts(b"7z\xbc\xaf\x27\x1c")),
+    Kind(
+        "a tar archive",
+        "unpack it first",
+        (".tar", ".tgz"),
+        lambda head: head[257:262] == b"ustar" and b"\0" in head[:257],
+    ),
+    Kind("a pickle", _LOAD, (".pkl", ".pickle"), _is_pickle),
+    Kind("a file of safetensors", _LOAD, (".safetensors",), _is_safetensors),
+    Kind(
+        "a model in GGUF",
+        "name the corpus instead",
+        (".gguf",),
+        _starts(*(b"GGUF%c\0\0\0" % version for version in range(1, 10))),
+    ),
+    Kind("TFRecords", _CONVERT, (".tfrecord", ".tfrecords")),
+    Kind("an SQLite database", _CONVERT, (".sqlite", ".sqlite3", ".db"), _starts(b"SQLite format 3\0")),
+    Kind("an LMDB database", _CONVERT, (".mdb", ".lmdb")),
+    Kind("a file of HDF5", _LOAD, (".h5", ".hdf5"), _starts(b"\x89HDF\r\n\x1a\n")),
+    Kind("a file of Avro", _CONVERT, (".avro",), _starts(b"Obj\x01")),
+    Kind("a file of ORC", _CONVERT, (".orc",)),
+    Kind("comma-separated values", _CONVERT, (".csv",)),
+    Kind("tab-separated values", _CONVERT, (".tsv",)),
+    Kind("a spreadsheet", _CONVERT, (".xls", ".xlsx")),
+    Kind("XML", _CONVERT, (".xml",), _starts(b"<?xml "), is_text=True),
+    # One that begins with an object is taken for lines.
+    Kind("JSON that is no object a line", "convert it to JSON lines, an object a line", (".json",)),
+)
+# What text may be that is no UTF-8. Ids may begin so, too.
+_TEXT_KINDS = (
+    Kind("text in UTF-32", "convert it to UTF-8", is_told=_starts(b"\xff\xfe\0\0", b"\0\0\xfe\xff")),
+    Kind("text in UTF-16", "convert it to UTF-8", is_told=_is_utf_16),
+)
+
+
+def kind_of_content(head: bytes) -> Kind | None:
+    """What a file's first HEAD_BYTES bytes tell, whatever its name is."""
+    return next((kind for kind in KINDS if kind.is_told(head)), None)
+
+
+def kind_of_lines(head: bytes) -> Kind | None:
+    """What the first HEAD_BYTES bytes of a file of lines tell, if that is no text in UTF-8."""
+    return next((kind for kind in (*KINDS, *_TEXT_KINDS) if kind.is_told(head) and not kind.is_text), None)
+
+
+def kind_of(path: Path, head: bytes) -> Kind | None:
+    """What the name of a file tells or, where that tells nothing, its first HEAD_BYTES bytes."""
+    named = next((kind for kind in KINDS if kind.suffixes and path.name.lower().endswith(kind.suffixes)), None)
+    return named or kind_of_content(head)
