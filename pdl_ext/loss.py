@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pdl_ext import functional
 from pdl_ext._checks import check_integer
+from pdl_ext._lock import Exclusion
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._vocabulary import VocabularySlice
 from pdl_ext.frequency import TokenFrequency
@@ -19,6 +20,8 @@ from pdl_ext.functional import RowStats
 from pdl_ext.weighting import PowerLaw, check_blend
 
 __all__ = ["PDLLoss"]
+
+_beginning = Exclusion()
 
 
 class PDLLoss(nn.Module):
@@ -214,6 +217,16 @@ class PDLLoss(nn.Module):
             _check_vocabulary(name, vocab_size, device, weights)
             return weights
         frequency = self.frequency
+        if frequency is None:
+            # Of threads that begin at the same time one makes the frequency, in which the others count.
+            with _beginning.lock:
+                return self._learned_weights(self.frequency, name, vocab_size, device, targets)
+        return self._learned_weights(frequency, name, vocab_size, device, targets)
+
+    def _learned_weights(
+        self, frequency: TokenFrequency | None, name: str, vocab_size: int, device: torch.device, targets: Tensor
+    ) -> Tensor:
+        buffers = self._buffers
         is_new = frequency is None
         if frequency is None:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.

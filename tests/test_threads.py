@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import pickle
@@ -128,6 +129,21 @@ def test_threads_with_graphs_add_up(tracked):
     expected = torch.bincount(tokens, minlength=60_000) * (100 * THREADS + 1)
     assert torch.equal(counted.counts, expected)
     assert not tracked or torch.equal(counted._own[:-3], expected)
+
+
+def test_threads_that_begin_an_online_loss_learn_one_frequency(monkeypatch):
+    loss = PDLLoss()
+    both, new_frequency = threading.Barrier(2), PDLLoss._new_frequency
+
+    def new(self, vocab_size):
+        # Until both are here, if both come.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.3)
+        return new_frequency(self, vocab_size)
+
+    monkeypatch.setattr(PDLLoss, "_new_frequency", new)
+    in_threads(*[lambda: loss(torch.zeros(3, 5), torch.arange(3))] * 2)
+    assert loss.frequency.counts.tolist() == [2, 2, 2, 0, 0]
 
 
 def test_merging_into_each_other_waits_for_nobody():
