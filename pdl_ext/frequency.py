@@ -34,8 +34,8 @@ class TokenFrequency(nn.Module):
     were. Over ranks `all_reduce` sums once, `sync` as often as wanted.
 
     Threads may share one: `update`, `merge`, `sync`, `all_reduce`, `save` and loading a state take place one after the
-    other, each whole. With two exceptions: what Inductor compiles waits for other updates only; and a `state_dict`
-    holds the counts themselves, which other threads go on adding to while it, or a deep copy, is read.
+    other, each whole. With two exceptions: compiled updates wait for other updates only, and only Inductor's do; and a
+    `state_dict` holds the counts themselves, which other threads go on adding to while it, or a deep copy, is made.
 
     Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
     """
