@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
       "bool relative, int normalize, float max_weight) -> Tensor");
   m.def(
       "count_tokens_(Tensor(a!) counts, Tensor(b!) ignored, Tensor(c!) out_of_range, Tensor(d!) seen, Tensor "
-      "tokens, int ignore_index, bool strict) -> ()");
+      "tokens, int ignore_index, bool strict, bool alone=False) -> ()");
 }
 
 #ifndef PDL_EXT_WITH_CUDA

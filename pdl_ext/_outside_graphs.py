@@ -20,10 +20,11 @@ __all__ = ["check_when_traced", "sync_if_due"]
 @torch.compiler.disable
 def sync_if_due(loss: PDLLoss, frequency: TokenFrequency) -> None:
     """Counts a call of the loss, and syncs its frequency at every sync_every-th."""
-    loss._calls_since_sync += 1
-    if loss._calls_since_sync == loss.sync_every:
-        loss._calls_since_sync = 0
-        frequency.sync()
+    with frequency._exclusion.lock:
+        loss._calls_since_sync += 1
+        if loss._calls_since_sync == loss.sync_every:
+            loss._calls_since_sync = 0
+            frequency.sync()
 
 
 @torch.compiler.assume_constant_result

@@ -23,7 +23,9 @@ def blend_state(blend: float, device: torch.device) -> Tensor:
     Integers are left alone by what casts a model's floating buffers, as FSDP's buffer_dtype and .half() do; and memory
     that nobody has written, 0 most often, is no negative number.
     """
-    return torch.tensor(_bits(blend), dtype=torch.int64, device=device)
+    # It may be set outside of the inference mode that it is made in.
+    with torch.inference_mode(False):
+        return torch.tensor(_bits(blend), dtype=torch.int64, device=device)
 
 
 def _bits(blend: float) -> int:

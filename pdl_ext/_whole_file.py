@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     # What a link names is replaced, not the link.
     real = Path(os.path.realpath(path))
-    partial = real.with_name(f".{real.name}.{os.getpid()}.partial")
+    # Not by the process' number: threads share one, and so may machines that share the folder.
+    partial = real.with_name(f".{real.name}.{secrets.token_hex(4)}.partial")
     try:
         if real.exists() and not real.is_file():
             # Which would be replaced: a device, for every program on the machine.
@@ -51,7 +53,7 @@ def partial_files(path: Path) -> list[Path]:
     found: list[Path] = []
     # Checkpoints lie beside a link, and what it names may lie elsewhere.
     for of in {path, Path(os.path.realpath(path))}:
-        name = re.compile(rf"\.{re.escape(of.name)}(\.checkpoint-\d+)?\.\d+\.partial")
+        name = re.compile(rf"\.{re.escape(of.name)}(\.checkpoint-\d+)?\.[0-9a-f]+\.partial")
         # One may write into a folder that one may not list.
         with contextlib.suppress(OSError):
             found += (file for file in of.parent.iterdir() if name.fullmatch(file.name))

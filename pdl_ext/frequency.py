@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional, host_stream
+from pdl_ext._array import tensor_to_read
 from pdl_ext._checks import (
     check_group,
     check_ignore_index,
@@ -23,6 +23,7 @@ from pdl_ext._checks import (
     default_device,
     not_scriptable,
 )
+from pdl_ext._lock import Exclusion, exclusive
 from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.provenance import Provenance
 
@@ -41,6 +42,10 @@ class TokenFrequency(nn.Module):
     tells of those that were read from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none
     were. Over ranks `all_reduce` sums once, `sync` as often as wanted.
 
+    Threads may share one: `update`, `merge`, `sync`, `all_reduce`, `save` and loading a state take place one after the
+    other, each whole. With two exceptions: compiled updates wait for other updates only, and only Inductor's do; and a
+    `state_dict` holds the counts themselves, which other threads go on adding to while it, or a deep copy, is made.
+
     Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
     """
 
@@ -55,6 +60,8 @@ class TokenFrequency(nn.Module):
     _own: Tensor | None
     _tracked: bool
 
+    # Counting and training may begin under inference_mode, and must be able to go on without.
+    @torch.inference_mode(False)
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
         vocab_size = check_vocab_size(vocab_size)
@@ -63,6 +70,7 @@ class TokenFrequency(nn.Module):
         self._own = None
         self._tracked = False
         self._checked_group: str | None = None
+        self._exclusion = Exclusion()
         device = default_device()
         self.register_buffer("counts", torch.zeros(vocab_size, dtype=torch.int64, device=device))
         for name in ("ignored", "out_of_range", "seen"):
@@ -112,17 +120,22 @@ class TokenFrequency(nn.Module):
         Raises TypeError or ValueError for a wrong dtype or device, TypeError that says what to pass for a list or a
         batch of several entries.
         """
+        if torch.compiler.is_compiling():
+            # No graph holds a lock.
+            self._update(tokens, strict)
+        else:
+            with self._exclusion.lock:
+                self._update(tokens, strict)
+
+    def _update(self, tokens: Tensor | np.ndarray[Any, Any], strict: bool) -> None:
         totals = self._totals()
         device = totals[0].device
         _check_is_one(tokens)
         if isinstance(tokens, np.ndarray):
-            with warnings.catch_warnings():
-                # The array is only read, so one that cannot be written to is as good.
-                warnings.filterwarnings("ignore", message=".*not writable.*")
-                tokens = torch.from_numpy(np.ascontiguousarray(tokens))
+            tokens = tensor_to_read(np.ascontiguousarray(tokens))
             if device.type == "cuda" and tokens.nbytes > host_stream.PART_BYTES and not strict:
                 for part in host_stream.parts_on_device(tokens.view(-1), device):
-                    self.update(part)
+                    self._update(part, strict)
                 return
             tokens = tokens.to(device)
         tokens = _countable(tokens)
@@ -153,24 +166,30 @@ class TokenFrequency(nn.Module):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
-        if other.ignore_index != self.ignore_index and other.tokens_seen:
+        # One lock at a time, or two threads that merge each into the other would wait for ever.
+        with other._exclusion.lock:
+            other._check_conserved("other")
+            added, of_files = other._packed().to(self.counts.device), other.provenance
+        if other.ignore_index != self.ignore_index and int(added[-1]):
             raise ValueError(f"other: got ignore_index {other.ignore_index}, expected {self.ignore_index}")
-        provenance = self.provenance or other.provenance
-        if self.provenance is not None and other.provenance is not None:
-            provenance = self.provenance.merged(other.provenance, allow_overlap=allow_overlap)
+        self._add(added, of_files, allow_overlap)
+
+    @exclusive
+    def _add(self, packed: Tensor, provenance: Provenance | None, allow_overlap: bool) -> None:
+        if self.provenance is not None and provenance is not None:
+            provenance = self.provenance.merged(provenance, allow_overlap=allow_overlap)
         # DistributedDataParallel may have put rank 0's counts, but not its provenance, in place of these until a sync.
         self._check_conserved("self", with_files=not self._tracked)
-        other._check_conserved("other")
-        if self.tokens_seen + other.tokens_seen >= 2**63:
-            raise ValueError(
-                f"other: got {other.tokens_seen} tokens, expected a sum with {self.tokens_seen} below 2^63"
-            )
+        tokens = int(packed[-1])
+        if self.tokens_seen + tokens >= 2**63:
+            raise ValueError(f"other: got {tokens} tokens, expected a sum with {self.tokens_seen} below 2^63")
         if self._tracked:
-            self._own_counts().add_(other._packed().to(self.counts.device))
-        for mine, theirs in zip(self._totals(), other._totals(), strict=True):
-            mine += theirs.to(mine.device)
-        self.provenance = provenance
+            self._own_counts().add_(packed)
+        for mine, theirs in zip(self._totals(), unpacked(packed), strict=True):
+            mine += theirs
+        self.provenance = provenance or self.provenance
 
+    @exclusive
     @torch.no_grad()
     def all_reduce(self, group: dist.ProcessGroup | None = None, *, allow_overlap: bool = False) -> None:
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
@@ -199,6 +218,7 @@ class TokenFrequency(nn.Module):
                 raise ValueError(f"rank {rank} of the group: {error}") from error
         return joined
 
+    @exclusive
     @torch.no_grad()
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
         """Adds what `update` and `merge` have counted on the other ranks of a group since the last sync.
@@ -242,8 +262,10 @@ class TokenFrequency(nn.Module):
 
     def probabilities(self) -> Tensor:
         """n / N, float64 [V]; uniform while nothing is counted."""
-        total = self.counts.sum()
-        counted = self.counts.double() / total.clamp(min=1)
+        # What another thread adds between two reads would leave a sum that is not 1.
+        counts = self.counts.clone()
+        total = counts.sum()
+        counted = counts.double() / total.clamp(min=1)
         return torch.where(total > 0, counted, 1.0 / self.vocab_size)
 
     def buckets(self, shares: Sequence[float] = (0.8, 0.15, 0.05)) -> Tensor:
@@ -272,6 +294,10 @@ class TokenFrequency(nn.Module):
         files have not given more than these.
         """
         check_path("path", path)
+        write_tensors(Path(path), *self._for_a_file())
+
+    @exclusive
+    def _for_a_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         self._check_conserved("counts")
         metadata = {
             "format": _FORMAT,
@@ -282,7 +308,8 @@ class TokenFrequency(nn.Module):
         if self.provenance is not None:
             metadata["provenance"] = self.provenance.to_json()
         names = ("counts", "ignored", "out_of_range")
-        write_tensors(Path(path), {name: getattr(self, name) for name in names}, metadata)
+        # Copies, so that nobody waits for a disk to count on.
+        return {name: getattr(self, name).to("cpu", copy=True) for name in names}, metadata
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
@@ -342,15 +369,29 @@ class TokenFrequency(nn.Module):
 
     def _own_counts(self) -> Tensor:
         if self._own is None:
-            # Counting may begin under inference_mode, and must be able to go on without.
             with torch.inference_mode(False):
                 self._own = torch.zeros(self.vocab_size + 3, dtype=torch.int64, device=self.counts.device)
         elif self._own.device != self.counts.device:
             # Here, since FSDP moves buffers without a call of the module's. Of meta there is nothing to move.
-            own = torch.zeros_like(self._own, device="cpu") if self._own.is_meta else self._own
-            self._own = own.to(self.counts.device)
+            with torch.inference_mode(False):
+                own = torch.zeros_like(self._own, device="cpu") if self._own.is_meta else self._own
+                self._own = own.to(self.counts.device)
         return self._own
 
+    @exclusive
+    @torch.inference_mode(False)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenFrequency:
+        return super()._apply(fn, recurse)
+
+    @torch.inference_mode(False)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Of a copy that is made under inference_mode.
+        self._apply(lambda total: total.clone() if total.is_inference() else total)
+        if self._own is not None and self._own.is_inference():
+            self._own = self._own.clone()
+
+    @exclusive
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         counts = state_dict.get(f"{prefix}counts")
         if counts is not None and not counts.is_meta:

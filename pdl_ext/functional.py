@@ -416,11 +416,14 @@ def add_tokens(
     *,
     ignore_index: int,
     strict: bool = False,
+    alone: bool = False,
 ) -> None:
     """Adds a histogram of `tokens` to `counts`, and what it rejects to `ignored` and `out_of_range`, and the
     number of all to `seen`, all int64.
 
-    strict (CPU only) raises IndexError for an id out of range before anything is changed.
+    Calls from several threads add up, each whole. strict (CPU only) raises IndexError for an id out of range before
+    anything is changed. alone (CPU only): no other thread uses these totals, and this one counts by itself, whatever
+    number of threads PyTorch has.
     """
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
@@ -430,8 +433,8 @@ def add_tokens(
         raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
     if tokens.device != counts.device:
         raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
-    _ops.ops.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict)
-    if not torch.compiler.is_compiling() and not counts.is_inference():
+    _ops.ops.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict, alone)
+    if not alone and not torch.compiler.is_compiling() and not counts.is_inference():
         # Which PyTorch does for its own ops.
         torch.autograd.graph.increment_version(counts)
 

@@ -18,6 +18,7 @@ def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
 
     What the caller does with a part has to be queued on the current stream before it asks for the next: its memory is
     used again. Copies run on a stream of their own, from two pinned buffers unless the tokens are pinned themselves.
+    When the generator has ended, by itself, by an error or since it is dropped, no copy is under way.
     """
     size = PART_BYTES // tokens.element_size()
     copies, counting = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -44,9 +45,9 @@ def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
             yield on_device
             counted[slot].record(counting)
     finally:
-        if is_pinned:
-            # The caller may write to the tokens, or free them, as soon as this is over.
-            copies.synchronize()
+        # However this ends, the tokens and the buffers may be another's at once. The device's allocator does not know
+        # that this stream used them, and pinned memory's knows only of copies that were queued without an error.
+        copies.synchronize()
 
 
 def _pinned_like(tokens: Tensor, size: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pdl_ext import functional
 from pdl_ext._checks import check_integer, default_device, not_scriptable
+from pdl_ext._lock import Exclusion
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext._vocabulary import VocabularySlice
@@ -21,6 +22,8 @@ from pdl_ext.functional import RowStats, check_count_values
 from pdl_ext.weighting import PowerLaw, check_blend
 
 __all__ = ["PDLLoss"]
+
+_beginning = Exclusion()
 
 
 @not_scriptable
@@ -214,16 +217,25 @@ class PDLLoss(nn.Module):
 
     def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
         frequency = self.frequency
-        is_new = frequency is None
         if frequency is None:
-            # A validation pass under inference_mode may come first, and training must be able to go on from it.
-            with torch.inference_mode(False):
-                frequency = self._new_frequency(vocab_size).to(device)
+            # Of threads that begin at the same time one makes the frequency, in which the others count.
+            with _beginning.lock:
+                return self._learned_weights(self.frequency, name, vocab_size, device, targets)
+        if self.online:
+            return self._learned_weights(frequency, name, vocab_size, device, targets)
         counts = frequency._totals()[0]
         _check_vocabulary(name, vocab_size, device, counts)
-        if not self.online:
-            of_counts = self._weights.fresh if torch.compiler.is_compiling() else self._weights.kept
-            return of_counts(counts, self._blend, self.weighting)
+        of_counts = self._weights.fresh if torch.compiler.is_compiling() else self._weights.kept
+        return of_counts(counts, self._blend, self.weighting)
+
+    def _learned_weights(
+        self, frequency: TokenFrequency | None, name: str, vocab_size: int, device: torch.device, targets: Tensor
+    ) -> Tensor:
+        is_new = frequency is None
+        if frequency is None:
+            frequency = self._new_frequency(vocab_size).to(device)
+        counts = frequency._totals()[0]
+        _check_vocabulary(name, vocab_size, device, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
             try:
@@ -231,9 +243,10 @@ class PDLLoss(nn.Module):
             except IndexError:
                 raise bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
         if is_new:
+            # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
-                self.frequency = frequency
+            self.frequency = frequency
         if self.training and self.sync_every is not None:
             from pdl_ext._outside_graphs import sync_if_due
 
@@ -269,17 +282,19 @@ class PDLLoss(nn.Module):
         ):
             return
         lost = "to_empty and from_pretrained lose counts that they do not load: load them, or make the loss afterwards"
-        try:
-            check_count_values("frequency", counts)
-        except ValueError as error:
-            raise ValueError(f"{error}. {lost}") from None
-        if self._holds_tokens and not frequency.total:
-            raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
-        try:
-            frequency._check_conserved("frequency", with_files=False)
-        except ValueError as error:
-            # An average of a model's buffers is not conserved either, and of use.
-            warnings.warn(f"{error}. {lost}", stacklevel=6)
+        # Between two updates of other threads.
+        with frequency._exclusion.lock:
+            try:
+                check_count_values("frequency", counts)
+            except ValueError as error:
+                raise ValueError(f"{error}. {lost}") from None
+            if self._holds_tokens and not frequency.total:
+                raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
+            try:
+                frequency._check_conserved("frequency", with_files=False)
+            except ValueError as error:
+                # An average of a model's buffers is not conserved either, and of use.
+                warnings.warn(f"{error}. {lost}", stacklevel=6)
         self._weights.checked = counts
 
     def _tell_of_ranks(self, process_group: dist.ProcessGroup | None) -> None:

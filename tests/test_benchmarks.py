@@ -10,13 +10,12 @@ import inspect
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 import torch.nn.functional as F
@@ -683,8 +682,7 @@ class TestMeasure:
 
     def printed(self, code):
         # In a process of its own, since memory that this one frees meanwhile would hide what the call takes.
-        environment = {**os.environ, "PYTHONPATH": str(Path(harness.__file__).parent)}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = fresh_python.run("-c", code, env={"PYTHONPATH": str(Path(harness.__file__).parent)}, check=True)
         if done.stdout.strip() == "None":
             pytest.skip("the system does not tell")
         return int(done.stdout)

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 
 from pdl_ext import PDLLoss, TokenFrequency
 
 TESTS = Path(__file__).parent
-MODULES = ("loss", "functional", "weighting", "identities", "reference", "statistics", "module_life", "linear")
+MODULES = (
+    "loss",
+    "functional",
+    "weighting",
+    "identities",
+    "reference",
+    "statistics",
+    "module_life",
+    "linear",
+    "frequency",
+)
 # The kernels' sizes and alignments know no defaults, and a compiler does not trace what sets them.
 LEFT_OUT = "emulated or compile or sizes or memory"
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_defaults_are_not_heeded(dtype, tmp_path):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "other_defaults", "-p", "no:cacheprovider"]
-    command += ["--default-dtype", dtype, "-k", f"not ({LEFT_OUT})"]
-    done = subprocess.run(
-        [*command, *(str(TESTS / f"test_{name}.py") for name in MODULES)],
+    done = fresh_python.run(
+        *("-m", "pytest", "-q", "-x", "-p", "other_defaults", "-p", "no:cacheprovider"),
+        *("--default-dtype", dtype, "-k", f"not ({LEFT_OUT})"),
+        *(TESTS / f"test_{name}.py" for name in MODULES),
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
-        capture_output=True,
-        text=True,
+        env={"PYTHONPATH": str(TESTS)},
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

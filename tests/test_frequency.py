@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
-import subprocess
 import sys
 from collections import UserDict
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pdl_ext import TokenFrequency, _tensor_file, functional, reference
+from pdl_ext import PowerLaw, TokenFrequency, _tensor_file, functional, reference
 from pdl_ext._tensor_file import format_of, write_tensors
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
@@ -216,7 +218,7 @@ except MemoryError:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory a process has")
 def test_too_little_memory_changes_nothing():
-    run = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY], capture_output=True, text=True)
+    run = fresh_python.run("-c", IN_LITTLE_MEMORY)
     assert run.stdout == "unchanged\n", run.stderr
 
 
@@ -805,3 +807,60 @@ def test_counts_survive_conversions(convert):
     frequency = TokenFrequency.from_counts(torch.tensor([2**53 + 1, 257]))
     assert convert(frequency).counts.tolist() == [2**53 + 1, 257]
     assert frequency.ignored.dtype == torch.int64
+
+
+MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
+
+
+def used(frequency, path):
+    """Everything that a frequency does, which adds [0, 2, 1] to its counts."""
+    before = frequency.counts.clone()
+    frequency.update(torch.tensor([1]))
+    frequency.update(np.array([2]), strict=True)
+    frequency.merge(TokenFrequency.from_counts(torch.tensor([0, 1, 0])))
+    assert torch.equal(frequency.counts, before + torch.tensor([0, 2, 1]))
+    frequency.save(path)
+    assert torch.equal(TokenFrequency.load(path).counts, frequency.counts)
+    state = frequency.state_dict()
+    frequency.load_state_dict({name: total.clone() for name, total in state.items()})
+    assert torch.equal(frequency.probabilities(), frequency.counts.double() / frequency.total)
+    weights = functional.token_weights(frequency.counts, PowerLaw())
+    torch.testing.assert_close(weights, reference.token_weights(frequency.counts, PowerLaw()), check_dtype=False)
+    assert_conserved(frequency, frequency.tokens_seen)
+    return functional.count_tokens(frequency.counts, 9)
+
+
+def tracked(frequency):
+    frequency.update(torch.tensor([1]))
+    return frequency
+
+
+MADE = {
+    "new": lambda path: TokenFrequency(3),
+    "from_counts": lambda path: TokenFrequency.from_counts(torch.arange(3)),
+    "load": TokenFrequency.load,
+    "to": lambda path: TokenFrequency(3).to("meta").to_empty(device="cpu"),
+    "deepcopy": lambda path: copy.deepcopy(tracked(TokenFrequency.from_counts(torch.arange(3)))),
+    "pickle": lambda path: pickle.loads(pickle.dumps(tracked(TokenFrequency.from_counts(torch.arange(3))))),
+    "float": lambda path: TokenFrequency.from_counts(torch.arange(3)).double(),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("within", MODES)
+@pytest.mark.parametrize("then", MODES)
+def test_modes_of_autograd_make_no_difference(tmp_path, made, within, then):
+    TokenFrequency.from_counts(torch.arange(3)).save(tmp_path / "counts")
+    with within():
+        frequency = MADE[made](tmp_path / "counts")
+        if made == "to":
+            frequency.load_state_dict(TokenFrequency(3).state_dict())
+    for mode in (then, within, then):
+        with mode():
+            given = used(frequency, tmp_path / "saved")
+        # What one mode makes is counted in the other.
+        counted = TokenFrequency(9)
+        with within():
+            counted.update(given)
+        counted.update(given)
+        assert counted.tokens_seen == 2 * given.numel()

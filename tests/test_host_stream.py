@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import types
 
+import numpy as np
 import pytest
 import torch
 
-from pdl_ext import host_stream
+from pdl_ext import TokenFrequency, functional, host_stream
 
 
 class Streams:
@@ -15,7 +17,11 @@ class Streams:
 
     def __init__(self, monkeypatch):
         self.pending = []
+        self.events = []
         self.log = []
+        # The number of the call that fails, of all that are made to streams and events.
+        self.fails_at = None
+        self.calls = 0
         streams = self
 
         class Stream:
@@ -27,15 +33,25 @@ class Streams:
 
             def synchronize(self):
                 streams.log.append(("host waits for all", self))
+                for event in streams.events:
+                    event.happen()
+                for destination, source in streams.pending:
+                    immediate(destination, source)
+                streams.pending = []
 
             def wait_event(self, event):
+                streams.call()
                 streams.log.append(("waits for", event))
                 event.happen()
 
         class Event:
             work = ()
 
+            def __init__(self):
+                streams.events.append(self)
+
             def record(self, stream):
+                streams.call()
                 self.work, streams.pending = tuple(streams.pending), []
 
             def happen(self):
@@ -62,6 +78,15 @@ class Streams:
 
         monkeypatch.setattr(torch.Tensor, "copy_", copy_)
 
+    def call(self):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise RuntimeError("CUDA error")
+
+    @property
+    def under_way(self):
+        return len(self.pending) + sum(len(event.work) for event in self.events)
+
 
 @pytest.mark.parametrize("is_pinned", [False, True], ids=["pageable", "pinned"])
 @pytest.mark.parametrize(
@@ -85,8 +110,57 @@ def test_parts_are_the_tokens(monkeypatch, size, is_pinned):
     # The host waits for a pinned buffer's copy before it fills it again, and never otherwise.
     waits = [what for what, _ in streams.log if what == "host waits for"]
     assert len(waits) == (0 if is_pinned else max(0, len(parts) - 2))
-    # What is pinned belongs to the caller, who may write to it when all is counted.
+    # When all is counted, memory is the caller's again, or an allocator's.
     ends = [what for what, _ in streams.log if what == "host waits for all"]
-    assert len(ends) == is_pinned
+    assert len(ends) == 1
     # Each part's count waits for its copy; from the third on, its copy for the count of what its memory held.
     assert len(streams.log) - len(waits) - len(ends) == len(parts) + max(0, len(parts) - 2)
+
+
+@pytest.fixture(params=[False, True], ids=["pageable", "pinned"])
+def streams(monkeypatch, request):
+    monkeypatch.setattr(host_stream, "PART_BYTES", 4000)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tokens: request.param)
+    return Streams(monkeypatch)
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 5])
+def test_nothing_is_under_way_when_it_is_closed(streams, taken):
+    parts = host_stream.parts_on_device(torch.arange(5000, dtype=torch.int32), torch.device("cpu"))
+    for _ in range(taken):
+        next(parts)
+    parts.close()
+    assert [what for what, _ in streams.log].count("host waits for all") == 1
+    assert streams.under_way == 0
+
+
+# Three calls for each of the first two parts: its copy is recorded and waited for, its count recorded; the third part
+# waits for a count, too.
+@pytest.mark.parametrize("fails_at", range(1, 11))
+def test_nothing_is_under_way_when_it_fails(streams, fails_at):
+    streams.fails_at = fails_at
+    parts = host_stream.parts_on_device(torch.arange(5000, dtype=torch.int32), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        for _ in parts:
+            pass
+    assert streams.calls == fails_at
+    assert streams.under_way == 0
+
+
+def test_nothing_is_under_way_when_counting_fails(streams, monkeypatch):
+    frequency = TokenFrequency(9)
+    on_device = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(frequency, "_totals", lambda: (on_device,))
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(functional, "add_tokens", fail)
+    parts_on_device = host_stream.parts_on_device
+    monkeypatch.setattr(
+        host_stream, "parts_on_device", lambda tokens, device: parts_on_device(tokens, torch.device("cpu"))
+    )
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        frequency.update(np.arange(5000, dtype=np.int32))
+    assert [what for what, _ in streams.log].count("host waits for all") == 1
+    assert streams.under_way == 0

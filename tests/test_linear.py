@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 
+import fresh_python
 import pytest
 import torch
 import torch.distributed as dist
@@ -499,10 +499,7 @@ print(of("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_rows(dtype):
     def peak(rows):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(rows), dtype], capture_output=True, text=True, check=True
-        )
-        return float(done.stdout)
+        return float(fresh_python.run("-c", PEAK, str(rows), dtype, check=True).stdout)
 
     # Beside the slab, which is 49 MiB for few rows, and the gradients, next to nothing. 1,200 is no multiple of
     # the least rows of a slab.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 
@@ -217,17 +215,12 @@ def test_meta_tensors_have_the_right_shapes():
 
 
 def run_python(*arguments, capability):
-    root = Path(__file__).resolve().parent.parent
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "PDL_EXT_CPU_CAPABILITY": capability}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root, check=False
-    )
+    return fresh_python.run(*arguments, env={"PDL_EXT_CPU_CAPABILITY": capability})
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_cpu_capability_matches_reference(capability):
-    tests = str(Path(__file__).with_name("test_functional.py"))
+    tests = str(Path(__file__).resolve().with_name("test_functional.py"))
     chosen = run_python("-c", "from pdl_ext import _ops; print(_ops._C.cpu_capability())", capability=capability)
     # What is above this machine is clamped to it.
     order = ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]

@@ -3,12 +3,20 @@
 // A token's count is chosen in a way that compiles to no branch, since no processor foresees which ids are ignored or
 // out of range. Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its
 // own, and adds it to the totals at its end.
+//
+// Calls that add to the same counts take turns here, since not every caller can hold a lock: a compiled graph cannot.
 #include <torch/csrc/stable/library.h>
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <new>
 
 #include "../histogram_arguments.h"
 #include "check_ids.h"
@@ -19,6 +27,22 @@ namespace {
 // How many tokens are read before any of them is counted: a compiler may not read past a count that is written, since
 // that might be the next token.
 constexpr int kAtOnce = 8;
+
+// By the counts' address, so that calls with other counts seldom wait for each other.
+constexpr int kTurnBits = 6;
+std::array<std::mutex, 1 << kTurnBits> turns;
+
+std::mutex& turn_of(const int64_t* counts) {
+  // Addresses differ in few of their bits; the product's highest depend on all of them.
+  return turns[(reinterpret_cast<uintptr_t>(counts) * 0x9E3779B97F4A7C15u) >> (64 - kTurnBits)];
+}
+
+#ifndef _WIN32
+// A child has no thread that would end the turns which others had when it was forked.
+[[maybe_unused]] const int new_turns_in_a_child = pthread_atfork(nullptr, nullptr, [] {
+  for (std::mutex& turn : turns) new (&turn) std::mutex;
+});
+#endif
 
 // How many tokens are outside the vocabulary: bins side by side, so that the second is found by adding one.
 struct Rejected {
@@ -49,8 +73,7 @@ void count_part(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_i
 
 template <bool kMayBeIgnored, typename T>
 void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, int64_t* counts,
-                 Rejected& rejected) {
-  const int64_t parts = torch::stable::get_num_threads();
+                 Rejected& rejected, int64_t parts) {
   // A private table costs two passes over V entries, so it has to be earned.
   if (parts == 1 || n < 8 * vocab_size) {
     return count_part<kMayBeIgnored>(tokens, n, vocab_size, ignore_index, counts, rejected);
@@ -72,19 +95,20 @@ void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_
 }
 
 template <typename T>
-void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const TokenTotals& totals) {
+void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const TokenTotals& totals,
+           int64_t parts) {
   Rejected rejected;
   if (0 <= ignore_index && ignore_index < vocab_size) {
     // Counted with the rest, and taken back.
     int64_t* const count = totals.counts + ignore_index;
     const int64_t before = *count;
-    count_parts<false>(tokens, n, vocab_size, ignore_index, totals.counts, rejected);
+    count_parts<false>(tokens, n, vocab_size, ignore_index, totals.counts, rejected, parts);
     *totals.ignored += *count - before;
     *count = before;
   } else if (static_cast<int64_t>(static_cast<T>(ignore_index)) == ignore_index) {
-    count_parts<true>(tokens, n, vocab_size, ignore_index, totals.counts, rejected);
+    count_parts<true>(tokens, n, vocab_size, ignore_index, totals.counts, rejected, parts);
   } else {
-    count_parts<false>(tokens, n, vocab_size, ignore_index, totals.counts, rejected);
+    count_parts<false>(tokens, n, vocab_size, ignore_index, totals.counts, rejected, parts);
   }
   *totals.ignored += *rejected.ignored();
   *totals.out_of_range += *rejected.out_of_range();
@@ -92,11 +116,13 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
 }
 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
-                   bool strict) {
+                   bool strict, bool alone) {
   const TokenTotals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
   dispatch_tokens(tokens, [&](const auto* ids) {
     if (strict) check_ids("tokens", ids, tokens.numel(), counts.size(0), ignore_index);
-    count(ids, tokens.numel(), counts.size(0), ignore_index, totals);
+    if (alone) return count(ids, tokens.numel(), counts.size(0), ignore_index, totals, 1);
+    const std::lock_guard<std::mutex> lock(turn_of(totals.counts));
+    count(ids, tokens.numel(), counts.size(0), ignore_index, totals, torch::stable::get_num_threads());
   });
 }
 

@@ -220,7 +220,7 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
 }
 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
-                   bool strict) {
+                   bool strict, bool /*alone*/) {
   STD_TORCH_CHECK(!strict, "strict counting would have to wait for the device; TokenFrequency.update does it");
   const TokenTotals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
   const Launcher launch(counts);

@@ -7,14 +7,12 @@ so whoever goes on finds the same.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,8 @@ class Progress:
     seconds: float
 
 
+# A caller's inference_mode is none of the threads', and tables are written to by both.
+@torch.inference_mode(False)
 def count_corpus(
     data: Sequence[str | os.PathLike[str]],
     vocab_size: int,
@@ -160,11 +160,10 @@ def count_corpus(
         if options.tokenizer is not None and tokenizer_stamp is not None:
             tokenizer_stamp.check(options.tokenizer)
 
-    with _ops_on_one_thread():
-        _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
-        for source in sources:
-            source.check_unchanged()
-        tokens = ranks.total(state, group)
+    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
+    for source in sources:
+        source.check_unchanged()
+    tokens = ranks.total(state, group)
     if not tokens:
         if checkpoint is not None:
             # They hold nothing that another count could go on from.
@@ -175,18 +174,6 @@ def count_corpus(
     frequency = state.frequency
     frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency
-
-
-@contextlib.contextmanager
-def _ops_on_one_thread() -> Iterator[None]:
-    """Keeps PyTorch from sharing out what is done meanwhile: threads that count have a processor each, and the rest is
-    done sooner than another thread wakes."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _processors() -> int:
@@ -246,37 +233,38 @@ class _Count:
         self._workers = [_Worker(self) for _ in range(max(1, min(threads, len(todo))))]
 
     def run(self) -> None:
-        begin = saved = time.monotonic()
-        # A column of a file is an array that cannot be written to, which PyTorch warns of.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-            try:
-                for worker in self._workers:
-                    worker.start()
-                while not all(worker.done.is_set() for worker in self._workers):
-                    self._wait()
-                    now = time.monotonic()
-                    self._report(now - begin)
-                    if self._checkpoint is not None and now - saved >= self._checkpoint_every:
-                        self._save()
-                        saved = time.monotonic()
-            finally:
-                self._stop_workers()
-                for worker in self._workers:
-                    # An interruption may come before the last of them is started.
-                    if worker.ident is not None:
-                        worker.done.wait()
-                # All of this process' share, if it came so far: whatever happens to another rank, that is done.
-                if self._checkpoint is not None:
-                    self._save()
-        self._report(time.monotonic() - begin)
-        error, self._error = self._error, None
         try:
-            if error is not None:
-                raise error
+            self._run_workers()
+            if self._error is not None:
+                raise self._error
         finally:
-            # Or the error would hold itself by its traceback, with the buffers of the readers.
-            del error
+            # Workers hold this, and an error by its traceback a worker: with tables of any size, which would be freed
+            # only when Python looks for circles.
+            self._workers.clear()
+            self._error = None
+
+    def _run_workers(self) -> None:
+        begin = saved = time.monotonic()
+        try:
+            for worker in self._workers:
+                worker.start()
+            while not all(worker.done.is_set() for worker in self._workers):
+                self._wait()
+                now = time.monotonic()
+                self._report(now - begin)
+                if self._checkpoint is not None and now - saved >= self._checkpoint_every:
+                    self._save()
+                    saved = time.monotonic()
+        finally:
+            self._stop_workers()
+            for worker in self._workers:
+                # An interruption may come before the last of them is started.
+                if worker.ident is not None:
+                    worker.done.wait()
+            # All of this process' share, if it came so far: whatever happens to another rank, that is done.
+            if self._checkpoint is not None:
+                self._save()
+        self._report(time.monotonic() - begin)
 
     def _wait(self) -> None:
         deadline = time.monotonic() + _SECONDS_BETWEEN_REPORTS
@@ -345,8 +333,6 @@ class _Worker(threading.Thread):
         self.done = threading.Event()
 
     def run(self) -> None:
-        # Whatever the number is that threads begin with, which another count may have changed meanwhile.
-        torch.set_num_threads(1)
         try:
             while (index := self._count.next()) is not None:
                 if not self._count_part(index):

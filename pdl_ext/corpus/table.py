@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pdl_ext import functional
+from pdl_ext._array import tensor_to_read
 from pdl_ext.corpus.source import Batch
 from pdl_ext.frequency import TokenFrequency, unpacked
 
@@ -18,8 +20,9 @@ __all__ = ["Table"]
 class Table:
     """Counts of some tokens.
 
-    What a TokenFrequency holds, in one tensor. What is no target is counted with the rest and once more by itself, to
-    be subtracted: that is less work than leaving it out of each batch.
+    What a TokenFrequency holds, in one array. NumPy and the histogram change it in the calling thread alone, and
+    PyTorch's number of threads is left as it is: new threads begin with what any of them has set. What is no target is
+    counted with the rest and once more by itself, to be subtracted: less work than leaving it out of each batch.
     tokens: how many were given, by the size of the batches and not by the histogram.
     """
 
@@ -27,11 +30,10 @@ class Table:
         self.vocab_size = vocab_size
         self._ignore_index = ignore_index
         self._strict = strict
-        self._all = torch.zeros(vocab_size + 3, dtype=torch.int64, device="cpu")
-        self._no_targets = torch.zeros_like(self._all)
+        self._all, self._no_targets = (np.zeros(vocab_size + 3, np.int64) for _ in range(2))
         # Once, and not for each of many batches.
-        self._totals = unpacked(self._all)
-        self._totals_of_no_targets = unpacked(self._no_targets)
+        self._totals = unpacked(torch.from_numpy(self._all))
+        self._totals_of_no_targets = unpacked(torch.from_numpy(self._no_targets))
         self.tokens = 0
 
     def add(self, batch: Batch) -> None:
@@ -52,23 +54,26 @@ class Table:
 
     def move_to(self, frequency: TokenFrequency) -> None:
         """Adds the counts to a frequency, and begins anew."""
-        no_targets = self._totals_of_no_targets[-1]
+        no_targets = self._no_targets[-1]
         if no_targets:
             self._all -= self._no_targets
             self._all[self.vocab_size] += no_targets
-            self._no_targets.zero_()
-        counts, ignored, out_of_range, _ = self._totals
-        frequency.counts += counts
-        frequency.ignored += ignored
-        frequency.out_of_range += out_of_range
-        frequency.seen += self.tokens
-        self._all.zero_()
+            self._no_targets.fill(0)
+        self._all[-1] = self.tokens
+        for total, added in zip(frequency._totals(), self._totals, strict=True):
+            array = total.numpy()
+            np.add(array, added.numpy(), out=array)
+        self._all.fill(0)
         self.tokens = 0
 
     def _count(self, tokens: NDArray[Any], totals: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         try:
             functional.add_tokens(
-                *totals, torch.from_numpy(tokens), ignore_index=self._ignore_index, strict=self._strict
+                *totals,
+                tensor_to_read(tokens),
+                ignore_index=self._ignore_index,
+                strict=self._strict,
+                alone=True,
             )
         except IndexError:
             wrong = (tokens != self._ignore_index) & ((tokens < 0) | (tokens >= self.vocab_size))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
 import sys
 import warnings
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -166,7 +166,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("command", [["show", "large"], ["merge", "large", "-o", "new"]], ids=["show", "merge"])
 def test_too_little_memory_for_counts(command):
     TokenFrequency.from_counts(torch.ones(2**24, dtype=torch.int64)).save("large")
-    run = subprocess.run([sys.executable, "-c", IN_LITTLE_MEMORY, *command], capture_output=True, text=True)
+    run = fresh_python.run("-c", IN_LITTLE_MEMORY, *command, cwd=os.getcwd())
     assert run.returncode == 1
     (line,) = run.stderr.splitlines()
     assert line.startswith("pdl-ext: memory is not enough (")

@@ -348,6 +348,24 @@ def test_threads_of_the_caller_are_left_alone(tmp_path):
     assert threading.active_count() == 1 or not any("Worker" in type(t).__name__ for t in threading.enumerate())
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("targets", ["all", "shifted"])
+def test_a_count_without_gradients_is_like_any_other(tmp_path, mode, targets):
+    write(tmp_path / "a.bin", zipf(50))
+    with mode():
+        frequency = count_corpus(
+            [tmp_path], V, dtype="uint16", policy=TargetPolicy(targets=targets), checkpoint=tmp_path / "state"
+        )
+    counted = expected(zipf(50)[targets == "shifted" :])
+    assert torch.equal(frequency.counts, counted)
+    # And can be gone on with, within the mode and without.
+    with mode():
+        frequency.update(torch.tensor([1]))
+    frequency.update(torch.tensor([1]))
+    counted[1] += 2
+    assert torch.equal(frequency.counts, counted)
+
+
 def test_only_ids_are_taken_from_a_folder_of_ids(tmp_path):
     write(tmp_path / "train.bin", zipf(50))
     (tmp_path / "meta.pkl").write_bytes(b"even")

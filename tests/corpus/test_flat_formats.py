@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import threading
 import tracemalloc
 import warnings
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -704,22 +706,70 @@ def test_a_count_leaves_the_number_of_threads_alone(tmp_path):
         torch.set_num_threads(before)
 
 
-def test_each_thread_counts_by_itself(tmp_path, monkeypatch):
-    np.arange(100, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+# In a process of its own, in which no thread of PyTorch's is left of other tests. Its kernels and additions would share
+# out tables and batches of this size.
+TASKS = """
+import os, sys
+import numpy as np, torch
+from pdl_ext.corpus import count_corpus
+from pdl_ext.corpus.table import Table
+
+def watched(method):
+    def run(*arguments):
+        method(*arguments)
+        tasks.append(len(os.listdir("/proc/self/task")))
+    return run
+
+tasks = []
+torch.set_num_threads(3)
+Table.add, Table.move_to = watched(Table.add), watched(Table.move_to)
+# The calling thread has helpers.
+torch.zeros(2**20)
+before = len(os.listdir("/proc/self/task"))
+count_corpus([sys.argv[1]], 50257, dtype="uint16", threads=2)
+print(max(tasks) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs to know how many threads a process has")
+def test_each_thread_counts_by_itself(tmp_path):
+    tokens = np.arange(2**22, dtype=np.uint16)
+    tokens[tokens >= 50257] = 7
+    tokens.tofile(tmp_path / "tokens.bin")
+    assert int(fresh_python.run("-c", TASKS, tmp_path / "tokens.bin", check=True).stdout) <= 2
+
+
+def test_counts_that_overlap_leave_the_number_of_threads_alone(tmp_path, monkeypatch):
+    np.arange(3, dtype=np.uint16).tofile(tmp_path / "ends_first.bin")
+    np.arange(5, dtype=np.uint16).tofile(tmp_path / "ends_last.bin")
     add, seen = Table.add, []
+    both_count, first_has_ended = threading.Barrier(2), threading.Event()
 
     def recorded(table, batch):
-        seen.append(torch.get_num_threads())
+        both_count.wait(60)
+        seen.append(_threads_of_a_new_thread())
+        if batch.tokens.size == 5:
+            first_has_ended.wait(60)
         add(table, batch)
+
+    def count(name):
+        count_corpus([tmp_path / name], V, dtype="uint16", threads=1)
 
     monkeypatch.setattr(Table, "add", recorded)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        count_corpus([tmp_path / "tokens.bin"], V, dtype="uint16", threads=2)
+        last = threading.Thread(target=count, args=("ends_last.bin",))
+        last.start()
+        count("ends_first.bin")
+        first_has_ended.set()
+        last.join()
+        assert torch.get_num_threads() == 3
+        assert _threads_of_a_new_thread() == 3
     finally:
         torch.set_num_threads(before)
-    assert set(seen) == {1}
+    # Those that begin meanwhile keep what they begin with.
+    assert seen == [3, 3]
 
 
 def _threads_of_a_new_thread():

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 
@@ -25,11 +26,10 @@ def private_peak(folder: Path, name: str, tokens: int | None = None, *options: s
     tokens: how many it has to count; None: some.
     """
     output = folder / f"{name}.safetensors"
-    command = [sys.executable, "-m", "pdl_ext.cli", "count", name, "-o", str(output), "--vocab-size", str(VOCAB)]
+    command = ["-m", "pdl_ext.cli", "count", name, "-o", str(output), "--vocab-size", str(VOCAB)]
     peak = 0
-    with subprocess.Popen(
-        [*command, "--threads", "2", *options], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as count:
+    command += ["--threads", "2", *options]
+    with fresh_python.popen(*command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as count:
         while count.poll() is None:
             for line in Path(f"/proc/{count.pid}/status").read_text().splitlines():
                 if line.startswith("RssAnon"):

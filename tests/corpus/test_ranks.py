@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-import subprocess
-import sys
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -114,12 +113,10 @@ def test_one_process_goes_on_from_two_ranks(tmp_path, monkeypatch):
 
 
 def torchrun(folder, *program):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [*program, "count", str(folder / "corpus"), "--dtype", "uint16", "--vocab-size", str(V)]
     command += ["-o", str(folder / "counts.safetensors")]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return fresh_python.run(*command, timeout=120, env={"OMP_NUM_THREADS": "1"})
 
 
 def test_torchrun(tmp_path):

@@ -7,10 +7,10 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_kill_9_at_any_moment(corpus, tmp_path):
     path, counts = corpus
     state = tmp_path / "state"
     seed = str(random.randrange(2**31))
-    run = subprocess.run([sys.executable, "-c", KILLER, path, state, seed], capture_output=True, text=True, timeout=300)
+    run = fresh_python.run("-c", KILLER, path, state, seed, timeout=300)
     assert run.returncode == 0, f"seed {seed}: {run.stderr}"
     print(run.stdout, "seed", seed)
     from pdl_ext import TokenFrequency
@@ -101,10 +101,9 @@ sys.exit(main(sys.argv[1:]))
 def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
     path, counts = corpus
     fifo = tmp_path / "out"
-    command = [sys.executable, "-m", "pdl_ext.cli", "count", str(path), "--dtype", "uint16", "--vocab-size", str(V)]
-    command += ["-o", str(fifo)]
+    command = ["count", str(path), "--dtype", "uint16", "--vocab-size", str(V), "-o", str(fifo)]
     slow_after_ten = SLOW_AFTER_TEN.format(marker=str(tmp_path / "ten"))
-    run = subprocess.Popen([sys.executable, "-c", slow_after_ten, *command[3:]], stderr=subprocess.PIPE, text=True)
+    run = fresh_python.popen("-c", slow_after_ten, *command, stderr=subprocess.PIPE, text=True)
     first = tmp_path / "out.checkpoint-0"
     # Some parts, which are not in the file yet.
     while not (tmp_path / "ten").exists():
@@ -120,7 +119,7 @@ def test_the_command_goes_on_after_signals(corpus, tmp_path, signals):
         assert int(file.get_tensor("frequency.seen")) > 0
     assert not fifo.exists()
 
-    subprocess.run([sys.executable, "-c", slow_after_ten.replace("0.3", "0"), *command[3:]], check=True)
+    fresh_python.run("-c", slow_after_ten.replace("0.3", "0"), *command, check=True)
     from pdl_ext import TokenFrequency
 
     assert torch.equal(TokenFrequency.load(fifo).counts, counts)

@@ -108,8 +108,7 @@ def load() -> types.SimpleNamespace:
 
 def count_without_refusing(*arguments) -> None:
     """count_tokens_ for callers that see CPU tensors, and so leave it to the kernel to be strict: CUDA's never is."""
-    *arguments, _strict = arguments
-    torch.ops.pdl_ext_emulated.count_tokens_(*arguments, False)
+    torch.ops.pdl_ext_emulated.count_tokens_(*arguments[:6], False)
 
 
 def guarded(tensor: Tensor, at_end: bool = True) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ VOCAB = 97
 def test_missing_ray_names_the_pip_command(tmp_path):
     (tmp_path / "ray.py").write_text("raise ImportError('not there')\n")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import pdl_ext.integrations.ray"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    result = fresh_python.run("-c", program)
     assert 'ImportError: ray is not installed: run `pip install "pdl_ext[ray]"` (not there)' in result.stderr
 
 
