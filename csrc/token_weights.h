@@ -22,14 +22,12 @@ struct CountSums {
   int64_t rareness = 0;
   int64_t rareness_of_seen = 0;
 
-  PDL_INLINE void add(int64_t count, bool is_fixed) {
-    // Past 2^63 it becomes negative.
-    total = int64_t(uint64_t(total) + uint64_t(count));
-    const int64_t own = is_fixed || count < 0 ? 0 : kMost - count, of_seen = count > 0 ? own : 0;
-    rareness = own > rareness ? own : rareness;
-    rareness_of_seen = of_seen > rareness_of_seen ? of_seen : rareness_of_seen;
+  PDL_INLINE static CountSums of(int64_t count, bool is_fixed) {
+    const int64_t rareness = is_fixed || count < 0 ? 0 : kMost - count;
+    return {count, rareness, count > 0 ? rareness : 0};
   }
 
+  // Past 2^63 the total becomes negative.
   PDL_INLINE CountSums operator+(const CountSums& other) const {
     return {int64_t(uint64_t(total) + uint64_t(other.total)), rareness > other.rareness ? rareness : other.rareness,
             rareness_of_seen > other.rareness_of_seen ? rareness_of_seen : other.rareness_of_seen};
@@ -58,7 +56,11 @@ struct PowerLaw {
     const double denominator = double(sums.total) + smoothing * double(vocab_size);
     // Nothing counted and nothing smoothed is uniform.
     WeightScale scale{relative && denominator > 0.0 ? 1.0 / denominator : 1.0, 1.0, max_weight};
-    if (sums.total < 0) scale.of_count = not_a_number<double>();
+    if (sums.total < 0) {
+      // Which no weight is less than.
+      scale.max_weight = not_a_number<double>();
+      return scale;
+    }
     const bool of_seen = normalize == Normalize::corpus && sums.total > 0;
     const int64_t rareness = of_seen ? sums.rareness_of_seen : sums.rareness;
     if (normalize == Normalize::none || rareness == 0 || alpha == 0.0) return scale;
@@ -80,7 +82,7 @@ struct PowerLaw {
   PDL_INLINE double weight(int64_t count, const WeightScale& scale) const {
     const double w = power(frequency(count, scale) * scale.of_frequency, -alpha);
     const double limited = w < scale.max_weight ? w : scale.max_weight;
-    return count < 0 || scale.of_count != scale.of_count ? not_a_number<double>() : limited;
+    return count < 0 ? not_a_number<double>() : limited;
   }
 
   // What the entry counts for in the mean that normalises the weights.

@@ -39,30 +39,29 @@ def _mix(state: Tensor) -> Tensor:
     return state.view(torch.float64).neg().clamp(0.0, 1.0).to(torch.float32)
 
 
-def _version(tensor: Tensor) -> int | None:
-    """What PyTorch counts of the writes to a tensor; None for one of inference mode, where it counts none."""
-    return None if tensor.is_inference() else tensor._version
-
-
 class _Source(NamedTuple):
-    """A tensor as it was when something was computed from it."""
+    """A tensor that something was computed from, and what PyTorch had counted of the writes to it."""
 
     tensor: Tensor
-    version: int | None
-    device: torch.device
+    version: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Source:
-        return cls(tensor, _version(tensor), tensor.device)
+    def of(cls, tensor: Tensor) -> _Source | None:
+        """None for a tensor of inference mode, where no writes are counted."""
+        return None if tensor.is_inference() else cls(tensor, tensor._version)
 
     def is_current(self, tensor: Tensor) -> bool:
-        # FSDP moves a buffer to another device without a new tensor.
-        return (
-            self.tensor is tensor
-            and self.version is not None
-            and self.version == _version(tensor)
-            and self.device == tensor.device
-        )
+        return self.tensor is tensor and self.version == tensor._version
+
+
+class _Settings(NamedTuple):
+    """What the op takes beside counts, and what it was made from."""
+
+    mix: Tensor
+    fixed: Tensor | None
+    state: _Source | None
+    weighting: PowerLaw
+    vocab_size: int
 
 
 class TokenWeights:
@@ -77,13 +76,9 @@ class TokenWeights:
         self._blend = blend
         # The counts that were found to be some.
         self.checked: Tensor | None = None
-        self._blend_source: _Source | None = None
-        self._mix: Tensor | None = None
-        self._fixed_of: tuple[PowerLaw, int, torch.device] | None = None
-        self._fixed: Tensor | None = None
-        self._counts_source: _Source | None = None
-        self._weighting: PowerLaw | None = None
-        self._weights: Tensor | None = None
+        self._settings: _Settings | None = None
+        # Of counts under settings.
+        self._kept: tuple[_Source | None, _Settings, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[TokenWeights], tuple[float]]:
         return TokenWeights, (self._blend,)
@@ -108,22 +103,22 @@ class TokenWeights:
 
     def forget(self) -> None:
         """Makes the next call compute everything."""
-        self._blend_source = self._fixed_of = self._counts_source = None
+        if self._settings is not None:
+            self._settings = self._settings._replace(state=None)
 
     def kept(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
         """The weights [V] of counts; those of the last call if nothing has changed."""
-        mix, fixed = self._settings(counts, state, weighting)
-        source, weights = self._counts_source, self._weights
-        if weights is not None and source is not None and source.is_current(counts):
-            return weights
+        settings = self._current_settings(counts, state, weighting)
+        if self._kept is not None:
+            source, of_settings, weights = self._kept
+            # FSDP moves a buffer to another device without a new tensor, which the settings have noticed.
+            if source is not None and source.is_current(counts) and of_settings is settings:
+                return weights
         # They may be needed outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
-            computed = functional.weights_with_fixed(counts, weighting, mix, fixed)
-            if weights is None or weights.device != computed.device or weights.shape != computed.shape:
-                weights = computed
-            else:
-                weights.copy_(computed)
-        self._weights, self._counts_source = weights, _Source.of(counts)
+            computed = functional.weights_with_fixed(counts, weighting, settings.mix, settings.fixed)
+            weights = computed if self._kept is None else _in_place(self._kept[2], computed)
+        self._kept = _Source.of(counts), settings, weights
         return weights
 
     def fresh(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
@@ -131,28 +126,33 @@ class TokenWeights:
         if torch.compiler.is_compiling():
             mix, fixed = _mix(state), functional.fixed_table(weighting, counts)
         else:
-            mix, fixed = self._settings(counts, state, weighting)
+            mix, fixed, *_ = self._current_settings(counts, state, weighting)
         return functional.weights_with_fixed(counts, weighting, mix, fixed)
 
-    def _settings(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> tuple[Tensor, Tensor | None]:
-        mix, source = self._mix, self._blend_source
-        if mix is None or source is None or mix.device != counts.device or not source.is_current(state):
-            if (source is None or source.tensor is not state) and type(state) is Tensor and not _is_capturing(state):
-                self.blend_of(state)
-            with torch.inference_mode(False), torch.no_grad():
-                computed = _mix(state).to(counts.device)
-                if mix is None or mix.device != computed.device:
-                    mix = computed
-                else:
-                    mix.copy_(computed)
-            self._mix, self._blend_source, self._counts_source = mix, _Source.of(state), None
-        of = (weighting, counts.shape[0], counts.device)
-        # By identity first: equality compares all options.
-        if self._fixed_of is None or self._fixed_of[0] is not weighting or self._fixed_of[1:] != of[1:]:
-            with torch.inference_mode(False):
-                self._fixed = functional.fixed_table(weighting, counts)
-            self._fixed_of, self._counts_source = of, None
-        return mix, self._fixed
+    def _current_settings(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> _Settings:
+        old = self._settings
+        # Another blend, as DistributedDataParallel writes one in each step, leaves the table of fixed weights as it is.
+        fixed_is_current = (
+            old is not None
+            and old.weighting is weighting
+            and old.vocab_size == counts.shape[0]
+            and old.mix.device == counts.device
+        )
+        if old is not None and fixed_is_current and old.state is not None and old.state.is_current(state):
+            return old
+        if (old is None or old.state is None or old.state.tensor is not state) and not _is_capturing(state):
+            self.blend_of(state)
+        with torch.inference_mode(False), torch.no_grad():
+            mix = _mix(state).to(counts.device)
+            mix = mix if old is None else _in_place(old.mix, mix)
+            fixed = old.fixed if old is not None and fixed_is_current else functional.fixed_table(weighting, counts)
+        self._settings = _Settings(mix, fixed, _Source.of(state), weighting, counts.shape[0])
+        return self._settings
+
+
+def _in_place(old: Tensor, new: Tensor) -> Tensor:
+    """The new values, where the old ones are if they can be there."""
+    return old.copy_(new) if (old.device, old.shape) == (new.device, new.shape) else new
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -221,12 +221,15 @@ class PDLLoss(nn.Module):
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
                 return self._learned_weights(self.frequency, name, vocab_size, device, targets)
+        kept, counts = self._weights, frequency._totals()[0]
+        if not torch.compiler.is_compiling() and counts is not kept.checked:
+            self._check_counts(frequency)
         if self.online:
             return self._learned_weights(frequency, name, vocab_size, device, targets)
-        counts = frequency._totals()[0]
         _check_vocabulary(name, vocab_size, device, counts)
-        of_counts = self._weights.fresh if torch.compiler.is_compiling() else self._weights.kept
-        return of_counts(counts, self._blend, self.weighting)
+        of_counts = kept.fresh if torch.compiler.is_compiling() else kept.kept
+        # Not as an attribute, which nn.Module looks up in a microsecond.
+        return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _learned_weights(
         self, frequency: TokenFrequency | None, name: str, vocab_size: int, device: torch.device, targets: Tensor
@@ -251,7 +254,7 @@ class PDLLoss(nn.Module):
             from pdl_ext._outside_graphs import sync_if_due
 
             sync_if_due(self, frequency)
-        return self._weights.fresh(counts, self._blend, self.weighting)
+        return self._weights.fresh(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _check_state(self, process_group: dist.ProcessGroup | None) -> None:
         """Raises ValueError, or warns, of what is wrong whatever the inputs of a call are."""
@@ -265,9 +268,6 @@ class PDLLoss(nn.Module):
 
             check_when_traced(self, process_group is not None)
             return
-        frequency = self.frequency
-        if frequency is not None and frequency._totals()[0] is not self._weights.checked:
-            self._check_counts(frequency)
         if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
             self._tell_of_ranks(process_group)
 

@@ -81,7 +81,8 @@ __device__ __forceinline__ void for_each_entry(const int64_t* counts, int64_t vo
 __global__ void __launch_bounds__(kThreads)
     counts_kernel(const int64_t* counts, const float* fixed, int64_t vocab_size, Scratch scratch) {
   CountSums sums{};
-  for_each_entry(counts, vocab_size, [&](int64_t t, int64_t count) { sums.add(count, is_fixed(fixed, t)); });
+  for_each_entry(counts, vocab_size,
+                 [&](int64_t t, int64_t count) { sums = sums + CountSums::of(count, is_fixed(fixed, t)); });
   sums = block_sum(sums);
   if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
 }

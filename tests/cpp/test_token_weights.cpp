@@ -15,7 +15,7 @@ const PowerLaw kDefault{1.0, 1e-7, 1.0, true, Normalize::corpus, infinity<double
 
 CountSums sum(const std::vector<int64_t>& counts, const float* fixed = nullptr) {
   CountSums sums;
-  for (size_t t = 0; t < counts.size(); ++t) sums.add(counts[t], is_fixed(fixed, int64_t(t)));
+  for (size_t t = 0; t < counts.size(); ++t) sums = sums + CountSums::of(counts[t], is_fixed(fixed, int64_t(t)));
   return sums;
 }
 
