@@ -143,7 +143,9 @@ class TokenWeights:
         if (old is None or old.state is None or old.state.tensor is not state) and not _is_capturing(state):
             self.blend_of(state)
         with torch.inference_mode(False), torch.no_grad():
-            mix = _mix(state).to(counts.device)
+            # On meta there is nothing of it: whoever loaded the counts left it out.
+            mix = torch.tensor(self._blend, dtype=torch.float32, device="cpu") if state.is_meta else _mix(state)
+            mix = mix.to(counts.device)
             mix = mix if old is None else _in_place(old.mix, mix)
             fixed = old.fixed if old is not None and fixed_is_current else functional.fixed_table(weighting, counts)
         self._settings = _Settings(mix, fixed, _Source.of(state), weighting, counts.shape[0])

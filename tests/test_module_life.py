@@ -531,6 +531,16 @@ def test_a_blend_that_was_lost_is_restored():
         assert torch.equal(weights_of(loss), weights)
 
 
+def test_a_blend_that_was_not_loaded_is_what_it_was():
+    loss = new_loss("given")
+    loss.blend = BLEND
+    loss.to("meta")
+    state = {name: value for name, value in seen_loss("given").state_dict().items() if name != "_blend"}
+    loss.load_state_dict(state, assign=True, strict=False)
+    weighting = PowerLaw(alpha=0.7, fixed=WEIGHTING.fixed, blend=BLEND)
+    assert torch.equal(weights_of(loss), functional.token_weights(COUNTS, weighting))
+
+
 def test_a_compiled_loss_is_checked():
     loss = PDLLoss(COUNTS)
     loss.to_empty(device="cpu")
