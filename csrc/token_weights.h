@@ -13,24 +13,17 @@ namespace pdl {
 
 enum class Normalize : int64_t { none = 0, corpus = 1, types = 2 };
 
-// What all counts add up to, and the least of those that are not fixed.
+// What all counts add up to, and the least of those that count for the mean.
 struct CountSums {
   static constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
 
   int64_t total = 0;
-  // kMost less the least count, and less the least count above 0; 0: there is none.
+  // kMost less that count; 0: there is none.
   int64_t rareness = 0;
-  int64_t rareness_of_seen = 0;
-
-  PDL_INLINE static CountSums of(int64_t count, bool is_fixed) {
-    const int64_t rareness = is_fixed || count < 0 ? 0 : kMost - count;
-    return {count, rareness, count > 0 ? rareness : 0};
-  }
 
   // Past 2^63 the total becomes negative.
   PDL_INLINE CountSums operator+(const CountSums& other) const {
-    return {int64_t(uint64_t(total) + uint64_t(other.total)), rareness > other.rareness ? rareness : other.rareness,
-            rareness_of_seen > other.rareness_of_seen ? rareness_of_seen : other.rareness_of_seen};
+    return {int64_t(uint64_t(total) + uint64_t(other.total)), rareness > other.rareness ? rareness : other.rareness};
   }
 };
 
@@ -50,6 +43,11 @@ struct PowerLaw {
   double max_weight;  // +inf: no limit
   int64_t vocab_size;
 
+  PDL_INLINE CountSums sums_of(int64_t count, bool is_fixed) const {
+    const bool counts_for_mean = !is_fixed && (normalize == Normalize::corpus ? count > 0 : count >= 0);
+    return {count, counts_for_mean ? CountSums::kMost - count : 0};
+  }
+
   // A weight that is divided by the mean may be in any unit. This one is the largest weight of an entry that the mean
   // is taken over, so that the mean is neither infinite nor 0, and no weight is a quotient of such.
   PDL_INLINE WeightScale scale(const CountSums& sums) const {
@@ -61,8 +59,9 @@ struct PowerLaw {
       scale.max_weight = not_a_number<double>();
       return scale;
     }
-    const bool of_seen = normalize == Normalize::corpus && sums.total > 0;
-    const int64_t rareness = of_seen ? sums.rareness_of_seen : sums.rareness;
+    // Where nothing was counted all counts are 0, and all entries count.
+    const bool is_empty = normalize == Normalize::corpus && sums.total == 0;
+    const int64_t rareness = is_empty ? CountSums::kMost : sums.rareness;
     if (normalize == Normalize::none || rareness == 0 || alpha == 0.0) return scale;
     double unit = log(frequency(CountSums::kMost - rareness, scale));
     if (max_weight < infinity<double>()) {

@@ -30,24 +30,25 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t parts = (vocab_size + kPart - 1) / kPart;
   std::vector<CountSums> of_parts(parts);
   simd_parallel_for(parts, kPart, [&](int64_t begin, int64_t end, auto) {
+    // Copies that no store can change, or the loops would not become vector code.
+    const PowerLaw own_law = law;
     const int64_t* own_counts = counts;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kPart, last = std::min(first + kPart, vocab_size);
-      // Numbers by themselves, and a loop without a table that may not be there, or it would not become vector code.
+      // Numbers by themselves, and a loop without a table that may not be there: for the same reason.
       uint64_t total = 0;
-      int64_t rareness = 0, rareness_of_seen = 0;
+      int64_t rareness = 0;
       if (fixed == nullptr) {
-#pragma omp simd reduction(+ : total) reduction(max : rareness, rareness_of_seen)
+#pragma omp simd reduction(+ : total) reduction(max : rareness)
         for (int64_t t = first; t < last; ++t) {
-          const CountSums one = CountSums::of(own_counts[t], false);
+          const CountSums one = own_law.sums_of(own_counts[t], false);
           total += uint64_t(one.total);
           rareness = one.rareness > rareness ? one.rareness : rareness;
-          rareness_of_seen = one.rareness_of_seen > rareness_of_seen ? one.rareness_of_seen : rareness_of_seen;
         }
-        of_parts[part] = {int64_t(total), rareness, rareness_of_seen};
+        of_parts[part] = {int64_t(total), rareness};
       } else {
         for (int64_t t = first; t < last; ++t) {
-          of_parts[part] = of_parts[part] + CountSums::of(own_counts[t], is_fixed(fixed, t));
+          of_parts[part] = of_parts[part] + own_law.sums_of(own_counts[t], is_fixed(fixed, t));
         }
       }
     }
@@ -59,7 +60,6 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const std::unique_ptr<double[]> raw(new double[vocab_size]);
   std::vector<double> weight_sums(parts), share_sums(parts);
   simd_parallel_for(parts, kPart * kCost, [&](int64_t begin, int64_t end, auto) {
-    // Copies that no store can change, or the loops would not become vector code.
     const PowerLaw own_law = law;
     const WeightScale own_scale = scale;
     const int64_t* own_counts = counts;

@@ -28,8 +28,7 @@ __device__ __forceinline__ RowSums shifted_down(const RowSums& sums, int distanc
 }
 
 __device__ __forceinline__ CountSums shifted_down(const CountSums& sums, int distance) {
-  return {shuffle_down(sums.total, distance), shuffle_down(sums.rareness, distance),
-          shuffle_down(sums.rareness_of_seen, distance)};
+  return {shuffle_down(sums.total, distance), shuffle_down(sums.rareness, distance)};
 }
 
 // combine() over the lanes of a warp, valid in lane 0.

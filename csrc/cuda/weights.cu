@@ -47,7 +47,7 @@ struct Scratch {
   CountSums* counts;     // their sum
   WeightSums* sums;      // [blocks]
 
-  static constexpr int64_t kWords = 3 * (kMaxBlocks + 1) + 2 * kMaxBlocks;
+  static constexpr int64_t kWords = 2 * (kMaxBlocks + 1) + 2 * kMaxBlocks;
   explicit Scratch(int64_t* words)
       : of_blocks(reinterpret_cast<CountSums*>(words)),
         counts(of_blocks + kMaxBlocks),
@@ -79,10 +79,10 @@ __device__ __forceinline__ void for_each_entry(const int64_t* counts, int64_t vo
 }
 
 __global__ void __launch_bounds__(kThreads)
-    counts_kernel(const int64_t* counts, const float* fixed, int64_t vocab_size, Scratch scratch) {
+    counts_kernel(const int64_t* counts, const float* fixed, PowerLaw law, Scratch scratch) {
   CountSums sums{};
-  for_each_entry(counts, vocab_size,
-                 [&](int64_t t, int64_t count) { sums = sums + CountSums::of(count, is_fixed(fixed, t)); });
+  for_each_entry(counts, law.vocab_size,
+                 [&](int64_t t, int64_t count) { sums = sums + law.sums_of(count, is_fixed(fixed, t)); });
   sums = block_sum(sums);
   if (threadIdx.x == 0) scratch.of_blocks[blockIdx.x] = sums;
 }
@@ -128,7 +128,7 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t* counts = static_cast<const int64_t*>(counts_tensor.const_data_ptr());
   const float* fixed = fixed_tensor ? static_cast<const float*>(fixed_tensor->const_data_ptr()) : nullptr;
   const float* mix = blend ? static_cast<const float*>(blend->const_data_ptr()) : nullptr;
-  launch(counts_kernel, grid, counts, fixed, vocab_size, scratch);
+  launch(counts_kernel, grid, counts, fixed, law, scratch);
   launch(mean_kernel, grid, counts, fixed, law, scratch);
   launch(weights_kernel, grid, counts, mix, fixed, law, scratch, static_cast<float*>(result.mutable_data_ptr()));
   return result;
