@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import os
 from collections.abc import Collection
@@ -22,6 +23,7 @@ __all__ = [
     "check_path",
     "check_vocab_size",
     "default_device",
+    "is_traced",
     "names_of",
     "not_scriptable",
     "refuse_transforms",
@@ -45,9 +47,13 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str, 
     # An abstract class takes a microsecond to ask, and a step has five of these.
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
-    if not low <= value <= high or (open_low and value == low):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not low <= number <= high or (open_low and number == low):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
-    return float(value)
+    return number
 
 
 def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
@@ -114,20 +120,28 @@ def check_dense(name: str, tensor: Tensor) -> None:
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises RuntimeError inside a transform of torch.func that wraps one of the tensors.
 
-    The kernels would see through vmap's wrapper, and leave no gradient.
+    The kernels would see through the wrapper, and leave no gradient.
     """
     if not torch._C._are_functorch_transforms_active():
         return
-    # A compiler's tracer knows neither of the two; functionalize, which passes both, is not traced.
+    # A compiler's tracer does not know it.
     if torch.compiler.is_compiling() or any(
-        tensor is not None and (_functorch.is_batchedtensor(tensor) or _functorch.is_gradtrackingtensor(tensor))
-        for tensor in tensors
+        tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
     ):
         raise RuntimeError(
             "pdl_ext: the kernels do not go with torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
             "leading dimensions at once instead of vmap, and take gradients by backward() or torch.autograd.grad; "
             "pdl_ext.reference goes with all of them"
         )
+
+
+def is_traced() -> bool:
+    """Whether the values of tensors are not to be had, or of no use later: under a compiler, a tracer or a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def not_scriptable(callable_: T) -> T:

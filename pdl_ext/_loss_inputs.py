@@ -251,5 +251,5 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
                 f"{', requiring grad' if normalizer.requires_grad else ''}, expected a 0-d tensor on {targets.device} "
                 "that does not require grad"
             )
-    else:
+    elif not isinstance(normalizer, (torch.SymInt, torch.SymFloat)):
         check_number("normalizer", normalizer, 0, MAX, "a finite number >= 0 or a 0-d tensor")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from pdl_ext.frequency import TokenFrequency
@@ -32,6 +33,9 @@ def check_when_traced(loss: PDLLoss, of_slice: bool) -> bool:
     """Checks the state of a loss while a graph is traced that has no room for it; the result means nothing."""
     if loss.frequency is not None:
         loss._check_counts(loss.frequency)
+    if type(loss._blend) is Tensor:
+        # Which restores it where it was lost.
+        loss._weights.blend_of(loss._blend)
     if loss.online and loss.training and loss.sync_every is None and not of_slice:
         loss._tell_of_ranks(None)
     return True

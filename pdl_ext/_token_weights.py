@@ -5,53 +5,56 @@ They are no buffers: what saves, casts, shards or initialises the buffers of a m
 
 from __future__ import annotations
 
-import struct
+import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdl_ext import functional
+from pdl_ext._checks import is_traced
 from pdl_ext.weighting import PowerLaw
 
 __all__ = ["TokenWeights", "blend_state"]
 
+# A blend as an integer: -(_ZERO + blend * _ONE). Of most blends that is all of float64's digits.
+_ZERO, _ONE = 2**40, 2**60
+
 
 def blend_state(blend: float, device: torch.device) -> Tensor:
-    """A blend as a buffer: int64, the bits of -blend in float64.
+    """A blend as a buffer: 0-d int64, a negative number that is linear in it.
 
-    Integers are left alone by what casts a model's floating buffers, as FSDP's buffer_dtype and .half() do; and memory
-    that nobody has written, 0 most often, is no negative number.
+    Integers are left alone by what casts a model's floating buffers, as FSDP's buffer_dtype and .half() do; memory that
+    nobody has written, 0 most often, is no such number; and an average of several is that of their blends.
     """
     # It may be set outside of the inference mode that it is made in.
     with torch.inference_mode(False):
-        return torch.tensor(_bits(blend), dtype=torch.int64, device=device)
+        return torch.tensor(_encoded(blend), dtype=torch.int64, device=device)
 
 
-def _bits(blend: float) -> int:
-    (bits,) = struct.unpack("<q", struct.pack("<d", -blend))
-    return int(bits)
+def _encoded(blend: float) -> int:
+    return -(_ZERO + round(blend * _ONE))
 
 
 def _mix(state: Tensor) -> Tensor:
     """The blend as the op takes it, on the state's device."""
-    # An average of several states, as of a model's buffers, may be beyond their bits.
-    return state.view(torch.float64).neg().clamp(0.0, 1.0).to(torch.float32)
+    # An average may be rounded beyond the ends.
+    return ((-state - _ZERO).to(torch.float64) / _ONE).clamp(0.0, 1.0).to(torch.float32)
 
 
 class _Source(NamedTuple):
     """A tensor that something was computed from, and what PyTorch had counted of the writes to it."""
 
-    tensor: Tensor
+    tensor: weakref.ref[Tensor]
     version: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Source | None:
         """None for a tensor of inference mode, where no writes are counted."""
-        return None if tensor.is_inference() else cls(tensor, tensor._version)
+        return None if tensor.is_inference() else cls(weakref.ref(tensor), tensor._version)
 
     def is_current(self, tensor: Tensor) -> bool:
-        return self.tensor is tensor and self.version == tensor._version
+        return self.tensor() is tensor and self.version == tensor._version
 
 
 class _Settings(NamedTuple):
@@ -75,7 +78,7 @@ class TokenWeights:
         # What the state is restored to where it turns out to be memory that nobody has written.
         self._blend = blend
         # The counts that were found to be some.
-        self.checked: Tensor | None = None
+        self._checked: weakref.ref[Tensor] | None = None
         self._settings: _Settings | None = None
         # Of counts under settings.
         self._kept: tuple[_Source | None, _Settings, Tensor] | None = None
@@ -83,23 +86,31 @@ class TokenWeights:
     def __reduce__(self) -> tuple[type[TokenWeights], tuple[float]]:
         return TokenWeights, (self._blend,)
 
+    def are_checked(self, counts: Tensor) -> bool:
+        """Whether `check` was called with this tensor."""
+        return self._checked is not None and self._checked() is counts
+
+    def check(self, counts: Tensor) -> None:
+        """Remembers that a tensor of counts was found to be one."""
+        self._checked = weakref.ref(counts)
+
     def blend_of(self, state: Tensor) -> float:
         """The blend in a state, which is restored if it is none. Waits for the device."""
         if state.is_meta:
             return self._blend
-        bits = int(state)
-        (minus,) = struct.unpack("<d", struct.pack("<q", bits))
-        if bits < 0 and 0 <= -minus <= 1:
-            self._blend = -minus
-        else:
-            self.set_blend(state, self._blend)
+        found = int(state)
+        if found != _encoded(self._blend):
+            if _encoded(1.0) <= found <= _encoded(0.0):
+                self._blend = (-found - _ZERO) / _ONE
+            else:
+                self.set_blend(state, self._blend)
         return self._blend
 
     def set_blend(self, state: Tensor, blend: float) -> None:
         """Writes a blend to a state."""
         self._blend = blend
         with torch.no_grad():
-            state.fill_(_bits(blend))
+            state.fill_(_encoded(blend))
 
     def forget(self) -> None:
         """Makes the next call compute everything."""
@@ -123,7 +134,7 @@ class TokenWeights:
 
     def fresh(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
         """The weights [V] of counts, computed in this call, which may be traced into a graph."""
-        if torch.compiler.is_compiling():
+        if is_traced():
             mix, fixed = _mix(state), functional.fixed_table(weighting, counts)
         else:
             mix, fixed, *_ = self._current_settings(counts, state, weighting)
@@ -140,7 +151,7 @@ class TokenWeights:
         )
         if old is not None and fixed_is_current and old.state is not None and old.state.is_current(state):
             return old
-        if (old is None or old.state is None or old.state.tensor is not state) and not _is_capturing(state):
+        if (old is None or old.state is None or old.state.tensor() is not state) and not _is_capturing(state):
             self.blend_of(state)
         with torch.inference_mode(False), torch.no_grad():
             # On meta there is nothing of it: whoever loaded the counts left it out.

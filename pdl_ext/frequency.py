@@ -21,6 +21,7 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
     default_device,
+    is_traced,
     not_scriptable,
 )
 from pdl_ext._lock import Exclusion, exclusive
@@ -83,7 +84,7 @@ class TokenFrequency(nn.Module):
         Raises TypeError for another dtype, ValueError for another shape, a negative count or a sum past 2^63.
         """
         functional.check_counts(counts)
-        if counts.is_cuda:
+        if counts.is_cuda and not is_traced():
             functional.check_count_values("counts", counts)
         with counts.device:
             frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
@@ -394,12 +395,13 @@ class TokenFrequency(nn.Module):
     @exclusive
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         counts = state_dict.get(f"{prefix}counts")
-        if counts is not None and not counts.is_meta:
+        if counts is not None and not counts.is_meta and not is_traced():
             try:
-                functional.check_count_values(f"{prefix}counts", counts)
-            except ValueError as error:
+                functional.check_counts(counts)
+                functional.check_count_values("counts", counts)
+            except (TypeError, ValueError) as error:
                 # Told with what else is wrong, and nothing is loaded.
-                args[-1].append(str(error))
+                args[-1].append(f"{prefix}{error}")
                 return
         before = None if self.provenance is None or self.counts.is_meta else self._packed()
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -18,6 +18,7 @@ from pdl_ext._checks import (
     check_ignore_index,
     check_integer,
     check_vocab_size,
+    is_traced,
     names_of,
     not_scriptable,
     refuse_transforms,
@@ -301,7 +302,9 @@ class _Rows(NamedTuple):
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(dtype).expand(2).contiguous()
         elif normalizer is not None:
-            normalizer = torch.full((2,), float(normalizer), dtype=dtype, device=targets.device)
+            number = normalizer if isinstance(normalizer, (torch.SymInt, torch.SymFloat)) else float(normalizer)
+            # What float32 cannot hold is infinite then, as a tensor's value would be.
+            normalizer = torch.full((2,), number, dtype=torch.float64, device=targets.device).to(dtype)
         shift = options.shift and targets.shape[-1] > 0
         if shift:
             targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
@@ -449,8 +452,8 @@ def check_counts(counts: Tensor) -> None:
         raise TypeError(f"counts: got dtype {counts.dtype}, expected int64")
     if counts.dim() != 1 or counts.shape[0] == 0:
         raise ValueError(f"counts: got shape {list(counts.shape)}, expected [V] with V >= 1")
-    # On CUDA that would wait for the device, and a compiler has no numbers.
-    if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+    # On CUDA that would wait for the device, and a tracer has no numbers.
+    if counts.device.type == "cpu" and not is_traced():
         check_count_values("counts", counts)
 
 
@@ -458,5 +461,7 @@ def check_count_values(name: str, counts: Tensor) -> None:
     """Raises ValueError for a negative count, or a sum past 2^63. Waits for the device."""
     if bool((counts < 0).any()):
         raise ValueError(f"{name}: got a negative count, expected all >= 0")
-    if float(counts.double().sum()) >= 2**63:
+    # By halves: the sum itself may be past it, and float64 is too coarse to tell.
+    high, low = (int(half.sum()) for half in (counts >> 32, counts & 0xFFFFFFFF))
+    if (high << 32) + low >= 2**63:
         raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")

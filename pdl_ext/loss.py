@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pdl_ext import functional
-from pdl_ext._checks import check_integer, default_device, not_scriptable
+from pdl_ext._checks import check_integer, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._token_weights import TokenWeights, blend_state
@@ -124,7 +124,9 @@ class PDLLoss(nn.Module):
         self.frequency = frequency
         self._weights = TokenWeights(self.weighting.blend)
         # What was given holds tokens, which memory that nobody has written does not tell.
-        self._holds_tokens = frequency is not None and not frequency.counts.is_meta and frequency.total > 0
+        self._holds_tokens = (
+            frequency is not None and not frequency.counts.is_meta and not is_traced() and frequency.total > 0
+        )
         device = default_device() if frequency is None else frequency.counts.device
         self.register_buffer("_blend", blend_state(weighting.blend, device))
         if frequency is not None:
@@ -222,12 +224,13 @@ class PDLLoss(nn.Module):
             with _beginning.lock:
                 return self._learned_weights(self.frequency, name, vocab_size, device, targets)
         kept, counts = self._weights, frequency._totals()[0]
-        if not torch.compiler.is_compiling() and counts is not kept.checked:
+        traced = is_traced()
+        if not traced and not kept.are_checked(counts):
             self._check_counts(frequency)
         if self.online:
             return self._learned_weights(frequency, name, vocab_size, device, targets)
         _check_vocabulary(name, vocab_size, device, counts)
-        of_counts = kept.fresh if torch.compiler.is_compiling() else kept.kept
+        of_counts = kept.fresh if traced else kept.kept
         # Not as an attribute, which nn.Module looks up in a microsecond.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
@@ -295,7 +298,7 @@ class PDLLoss(nn.Module):
             except ValueError as error:
                 # An average of a model's buffers is not conserved either, and of use.
                 warnings.warn(f"{error}. {lost}", stacklevel=6)
-        self._weights.checked = counts
+        self._weights.check(counts)
 
     def _tell_of_ranks(self, process_group: dist.ProcessGroup | None) -> None:
         if not dist.is_available() or not dist.is_initialized():
@@ -340,6 +343,11 @@ class PDLLoss(nn.Module):
             self._holds_tokens = False
             if self.frequency is None:
                 self.frequency = self._new_frequency(counts.shape[0]).to(self._blend.device)
+        blend = state_dict.get(f"{prefix}_blend")
+        if blend is not None and blend.is_floating_point() and not blend.is_meta:
+            # As it was once kept.
+            state = blend_state(check_blend(float(blend)), blend.device)
+            state_dict = {**state_dict, f"{prefix}_blend": state}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

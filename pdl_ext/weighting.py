@@ -20,6 +20,8 @@ __all__ = ["PowerLaw"]
 MAX = sys.float_info.max
 # Where the power of a frequency is still exact to a part in a billion, and far beyond any use.
 MAX_ALPHA = 10_000.0
+# Frequencies between which no quotient is beyond float64.
+SMALLEST, LARGEST = 1e-100, 1e18
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
 
@@ -50,7 +52,11 @@ class PowerLaw:
     def __post_init__(self) -> None:
         self._set("alpha", check_number("alpha", self.alpha, 0, MAX_ALPHA, f"a number in [0, {MAX_ALPHA:g}]"))
         for name in ("epsilon", "smoothing"):
-            self._set(name, check_number(name, getattr(self, name), 0, MAX, "a finite number >= 0"))
+            expected = f"0 or a number in [{SMALLEST:g}, {LARGEST:g}]"
+            value = check_number(name, getattr(self, name), 0, LARGEST, expected)
+            if 0 < value < SMALLEST:
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
+            self._set(name, value)
         if self.alpha > 0 and self.epsilon == 0 and self.smoothing == 0:
             raise ValueError(
                 "epsilon: got 0 with smoothing 0, expected one of them > 0: a token never counted would weigh infinity"

@@ -112,7 +112,7 @@ def test_shift_without_a_sequence():
     ("arguments", "error", "message"),
     [
         ({"alpha": -1.0}, ValueError, "alpha: got -1.0, expected a number in"),
-        ({"epsilon": -1.0}, ValueError, "epsilon: got -1.0, expected a finite number >= 0"),
+        ({"epsilon": -1.0}, ValueError, "epsilon: got -1.0, expected 0 or a number in"),
         ({"weighting": 0.5}, TypeError, "weighting: got float, expected PowerLaw"),
         ({"weighting": PowerLaw(), "alpha": 0.5}, ValueError, "weighting: got one together with alpha or epsilon"),
         ({"frequency": 7}, TypeError, "frequency: got int, expected TokenFrequency, int64 counts, a path or None"),

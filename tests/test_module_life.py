@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -359,6 +360,17 @@ def averaged_model_with_buffers(kind, folder):
     return averaged.module.loss
 
 
+# Ranks, of which there is one here.
+
+
+@life
+def summed_over_ranks(kind, folder):
+    loss = seen_loss(kind)
+    loss.frequency.all_reduce()
+    loss.frequency.sync()
+    return loss
+
+
 # Wrappers.
 
 
@@ -521,14 +533,119 @@ def test_counts_that_are_not_conserved_are_told_of():
         weights_of(loss)
 
 
-def test_a_blend_that_was_lost_is_restored():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("value", [0, 2**63 - 1, -1, -100, -(2**63), 4607182418800017408])
+def test_a_blend_that_was_lost_is_restored(value, compiled):
     loss = new_loss("given")
     loss.blend = BLEND
-    for value in (0, 2**63 - 1, -1, 4607182418800017408):
-        loss._blend = torch.full((), value, dtype=torch.int64)
-        assert loss.blend == BLEND
-        weights = functional.token_weights(OTHER_COUNTS, PowerLaw(alpha=0.7, fixed=WEIGHTING.fixed, blend=BLEND))
-        assert torch.equal(weights_of(loss), weights)
+    logits, targets = torch.randn(7, VOCAB), torch.arange(7)
+    expected = loss(logits, targets)
+    loss._blend = torch.full((), value, dtype=torch.int64)
+    torch._dynamo.reset()
+    called = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    torch.testing.assert_close(called(logits, targets), expected, rtol=1e-6, atol=0)
+    assert loss.blend == BLEND
+
+
+@pytest.mark.parametrize("blend", [0.0, 1.0, 0.5, 0.3, 0.1, 1e-3, 1e-6, 1 / 3])
+def test_blends_are_kept_to_the_last_digit_that_counts(blend):
+    loss = new_loss("given")
+    loss.blend = blend
+    other = new_loss("given")
+    other.load_state_dict(loss.state_dict())
+    assert other.blend == pytest.approx(blend, rel=1e-11, abs=0)
+
+
+def test_an_average_of_blends_is_their_average():
+    from torch.optim.swa_utils import AveragedModel
+
+    model = Model(new_loss("given"))
+    averaged = AveragedModel(model, use_buffers=True)
+    for blend in (0.0, 0.5, 1.0):
+        model.loss.blend = blend
+        averaged.update_parameters(model)
+    loss = averaged.module.loss
+    assert loss.blend == pytest.approx(0.5, rel=1e-6)
+    weighting = PowerLaw(alpha=0.7, fixed=WEIGHTING.fixed, blend=0.5)
+    torch.testing.assert_close(weights_of(loss), functional.token_weights(OTHER_COUNTS, weighting), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_blend_that_was_kept_as_a_float_is_read(assign, dtype):
+    loss = new_loss("given")
+    state = {**loss.state_dict(), "_blend": torch.tensor(0.5, dtype=dtype)}
+    loss.load_state_dict(state, assign=assign)
+    assert loss.blend == 0.5
+    assert loss._blend.dtype == torch.int64
+    weights_of(loss)
+
+
+# Tracers and modes, which have no numbers, or none that hold later.
+
+
+def traced_by_jit(loss, logits, targets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(loss, (logits, targets))(logits, targets)
+
+
+def traced_by_make_fx(loss, logits, targets):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(lambda x, y: loss(x, y))(logits, targets)(logits, targets)
+
+
+def exported(loss, logits, targets):
+    return torch.export.export(loss, (logits, targets)).module()(logits, targets)
+
+
+def under_a_mode(loss, logits, targets):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        return loss(logits, targets)
+
+
+def checkpointed(loss, logits, targets):
+    from torch.utils.checkpoint import checkpoint
+
+    return checkpoint(lambda x: loss(x, targets), logits, use_reentrant=False)
+
+
+@pytest.mark.parametrize("called_before", [False, True])
+@pytest.mark.parametrize("trace", [traced_by_jit, traced_by_make_fx, exported, under_a_mode, checkpointed])
+def test_tracers_take_a_given_loss(trace, called_before):
+    loss = PDLLoss(COUNTS, weighting=WEIGHTING)
+    logits, targets = torch.randn(7, VOCAB), torch.arange(7)
+    expected = PDLLoss(COUNTS, weighting=WEIGHTING)(logits, targets)
+    if called_before:
+        loss(logits, targets)
+    torch.testing.assert_close(trace(loss, logits, targets), expected, rtol=1e-6, atol=0)
+    # And nothing of theirs is kept.
+    torch.testing.assert_close(loss(logits, targets), expected, rtol=1e-6, atol=0)
+    loss.blend = 0.5
+    weighting = PowerLaw(alpha=0.7, fixed=WEIGHTING.fixed, blend=0.5)
+    assert torch.equal(weights_of(loss), functional.token_weights(COUNTS, weighting))
+
+
+@pytest.mark.parametrize("kind", ["given", "online with vocab_size"])
+def test_fake_tensors_give_a_fake_loss(kind):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        loss = PDLLoss(torch.ones(VOCAB, dtype=torch.int64)) if kind == "given" else new_loss(kind)
+        result = loss(torch.empty(7, VOCAB), torch.zeros(7, dtype=torch.int64))
+        assert isinstance(result, FakeTensor)
+        assert result.shape == ()
+
+
+def test_old_counts_are_not_held():
+    loss = PDLLoss(COUNTS)
+    weights_of(loss)
+    before = weakref.ref(loss.frequency.counts)
+    loss.to("meta")
+    assert before() is None
 
 
 def test_a_blend_that_was_not_loaded_is_what_it_was():

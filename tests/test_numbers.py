@@ -20,6 +20,7 @@ FLOATS = (np.float16, np.float32, np.float64, np.longdouble, Fraction)
 INTEGERS = (np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", [*FLOATS, *INTEGERS])
 def test_options_that_are_numbers(kind):
     # Exact in all of them.
@@ -102,6 +103,27 @@ def test_a_normalizer_of_zero(zero, reduction, z_loss):
     assert all_masked == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_normalizer_past_float32(dtype):
+    loss = functional.pdl_loss(LOGITS.to(dtype), TARGETS, normalizer=1e300)
+    assert loss == functional.pdl_loss(LOGITS.to(dtype), TARGETS, normalizer=torch.tensor(1e300, dtype=torch.float64))
+
+
+def test_a_symbolic_normalizer():
+    class Module(torch.nn.Module):
+        def forward(self, logits, targets):
+            return functional.pdl_loss(logits, targets, normalizer=logits.shape[0])
+
+    rows = torch.export.Dim("rows", min=2, max=100)
+    arguments = (LOGITS.reshape(6, VOCAB), TARGETS.reshape(6))
+    exported = torch.export.export(Module(), arguments, dynamic_shapes=({0: rows}, {0: rows}))
+    for n in (6, 4):
+        logits, targets = (argument[:n] for argument in arguments)
+        torch.testing.assert_close(
+            exported.module()(logits, targets), functional.pdl_loss(logits, targets, normalizer=n), rtol=1e-6, atol=0
+        )
+
+
 EXTREMES = [
     torch.tensor([10**15, 10**15 - 1, 3, 1, 0]),
     torch.tensor([2**62, 1, 0, 0, 2**40]),
@@ -112,11 +134,12 @@ EXTREMES = [
 
 @pytest.mark.parametrize("normalize", ["corpus", "types", "none"])
 @pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-300, 1e300])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-100, 1e18])
+@pytest.mark.parametrize("smoothing", [1e-100, 1.0, 1e18])
 @pytest.mark.parametrize("alpha", [1e-300, 30.0, 1e4])
 @pytest.mark.parametrize("max_weight", [None, 1e-300, 1e300])
-def test_weights_are_finite(device, alpha, epsilon, relative, normalize, max_weight):
-    weighting = PowerLaw(alpha, epsilon, relative=relative, normalize=normalize, max_weight=max_weight)
+def test_weights_are_finite(device, alpha, epsilon, smoothing, relative, normalize, max_weight):
+    weighting = PowerLaw(alpha, epsilon, smoothing, relative, normalize, max_weight)
     for counts in EXTREMES:
         weights = functional.token_weights(counts.to(device), weighting)
         assert weights.isfinite().all(), counts
@@ -151,6 +174,7 @@ def test_counts_that_are_none_give_no_number(device):
     [
         ([3, -1], "counts: got a negative count, expected all >= 0"),
         ([2**62] * 2, r"counts: got counts whose sum is past 2\^63, expected an int64 sum"),
+        ([2**63 - 1, 1], r"counts: got counts whose sum is past 2\^63, expected an int64 sum"),
     ],
 )
 def test_counts_that_are_none_are_refused_where_they_come_in(load, message):
@@ -167,6 +191,22 @@ def test_counts_that_are_none_are_refused_where_they_come_in(load, message):
         loss.load_state_dict({**loss.state_dict(), "frequency.counts": counts})
     assert not frequency.counts.any()
     assert math.isfinite(float(loss(torch.zeros(1, 2), torch.tensor([1]))))
+
+
+def test_a_sum_just_below_the_limit_is_taken():
+    for counts in ([2**63 - 1], [2**63 - 513, 256, 256]):
+        frequency = TokenFrequency.from_counts(torch.tensor(counts))
+        assert frequency.total == 2**63 - 1
+        assert functional.token_weights(frequency.counts, PowerLaw()).isfinite().all()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_counts_of_another_dtype_are_not_loaded(assign):
+    frequency = TokenFrequency(2)
+    state = {**frequency.state_dict(), "counts": torch.ones(2, dtype=torch.bfloat16)}
+    with pytest.raises(RuntimeError, match=r"counts: got dtype torch\.bfloat16, expected int64"):
+        frequency.load_state_dict(state, assign=assign)
+    assert frequency.counts.dtype == torch.int64
 
 
 SPARSE = {

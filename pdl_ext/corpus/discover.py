@@ -303,7 +303,7 @@ def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
     if path.suffix in (".bin", ".npy"):
         if (kind := kind_of_content(head)) is not None:
             raise ValueError(
-                f"{path}: begins as {kind.name} does, expected ids: {kind.remedy} (format raw takes all of it for ids)"
+                f"{path}: begins like {kind.name}, expected ids: {kind.remedy} (format raw takes all of it for ids)"
             )
         return raw.FORMAT
     if head and (kind := kind_of(path, head)) is not None:

@@ -47,7 +47,14 @@ def _is_pickle(head: bytes) -> bool:
 
 
 def _is_safetensors(head: bytes) -> bool:
-    return head[4:8] == bytes(4) and head[8:10] == b'{"'
+    # The length of the JSON that follows, of which much is printable: 8 bytes of ids may pass for a length.
+    return (
+        head[4:8] == bytes(4)
+        and head[8:10] == b'{"'
+        and len(head) > 40
+        and head[8:40].isascii()
+        and 0 not in head[8:40]
+    )
 
 
 def _is_utf_16(head: bytes) -> bool:
@@ -66,7 +73,7 @@ KINDS = (
     Kind(
         "a chunk of lit-gpt's PackedDataset",
         "give what is behind its header of 24 bytes to TokenFrequency.update",
-        is_told=_starts(b"LITPKDS" + (1).to_bytes(8, "little")),
+        is_told=_starts(b"LITPKDS"),
     ),
     Kind("a pointer of Git LFS", "fetch the file itself (git lfs pull)", is_told=_starts(b"version https://git-lfs.")),
     Kind(

@@ -19,7 +19,7 @@ class _RawSource(FlatSource):
         kind = kind_of_content(read_head(self.path, HEAD_BYTES))
         if kind is None:
             return super().doubt()
-        return f"{self.path}: begins as {kind.name} does, and all of it is counted as ids of {self.dtype}"
+        return f"{self.path}: begins like {kind.name}, and all of it is counted as ids of {self.dtype}"
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:
