@@ -6,8 +6,6 @@ A test that takes `device` runs on each of them: "cpu"; "emulated", the CUDA ker
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import zlib
 from collections.abc import Callable
@@ -15,28 +13,16 @@ from collections.abc import Callable
 import cuda_emulator
 import pytest
 import torch
+import uninitialized
 from torch import Tensor
 
 from pdl_ext import _ops, functional, reference
 
-# M_PERTURB of glibc's malloc.h; malloc fills what it gives with the complement of the low byte.
-_PERTURB, _PERTURB_TO_ONES = -6, 0x100
-
-
-def pytest_configure():
-    # Of all memory that C++ allocates every bit is 1 then, which is NaN in each floating dtype. Elsewhere than with
-    # glibc only PyTorch's own allocations are, by the fixture below.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_PERTURB, _PERTURB_TO_ONES)
-
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
-    """What nobody has written, in a tensor or in C++, is NaN or the largest integer: whoever reads it is found out."""
-    # On a card some of PyTorch's own kernels know no deterministic way, which is not what is asked here.
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    yield
-    torch.use_deterministic_algorithms(False)
+    # As it is from the first import on, unless a test has changed it.
+    uninitialized.fill()
 
 
 def missing_cuda() -> str:

@@ -21,7 +21,18 @@ CALLS = {
     PowerLaw: ("weights",),
     PDLLoss: ("__init__", "forward", "linear", "refresh", "state_dict", "load_state_dict", "_apply"),
     TokenFrequency: (
-        *("__init__", "update", "merge", "save", "load", "from_counts", "probabilities", "buckets"),
+        *(
+            "__init__",
+            "update",
+            "merge",
+            "all_reduce",
+            "sync",
+            "save",
+            "load",
+            "from_counts",
+            "probabilities",
+            "buckets",
+        ),
         *("state_dict", "load_state_dict", "_apply"),
     ),
     _autograd.Loss: ("backward",),
@@ -34,9 +45,13 @@ def pytest_addoption(parser):
     parser.addoption("--default-dtype", choices=["float64", "float16", "bfloat16"], required=True)
 
 
+called: set[str] = set()
+
+
 def under(function, dtype):
     @functools.wraps(function)
-    def called(*arguments, **options):
+    def call(*arguments, **options):
+        called.add(function.__qualname__)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -45,12 +60,13 @@ def under(function, dtype):
         finally:
             torch.set_default_dtype(before)
 
-    return called
+    return call
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     dtype = getattr(torch, config.getoption("--default-dtype"))
+    PDLLoss.blend = property(under(PDLLoss.blend.fget, dtype), under(PDLLoss.blend.fset, dtype))
     for owner, names in CALLS.items():
         for name in names:
             method = vars(owner).get(name)
@@ -58,3 +74,10 @@ def pytest_configure(config):
                 setattr(owner, name, type(method)(under(method.__func__, dtype)))
             else:
                 setattr(owner, name, under(getattr(owner, name), dtype))
+
+
+def pytest_sessionfinish(session):
+    expected = {getattr(owner, name).__qualname__ for owner, names in CALLS.items() for name in names}
+    if missing := expected - called:
+        print(f"\nnever called: {sorted(missing)}")
+        session.exitstatus = 1

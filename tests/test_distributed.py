@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import uninitialized
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -92,6 +93,7 @@ def train_under_ddp(rank, reduction, quantity):
 
 
 def ddp_worker(rank, init, folder):
+    uninitialized.fill()
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:
         quantities = {"mean": sum_of_weights, "token_mean": row_count}
@@ -102,6 +104,7 @@ def ddp_worker(rank, init, folder):
 
 
 def counting_worker(rank, init, folder):
+    uninitialized.fill()
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:
         frequency = TokenFrequency(VOCAB)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import uninitialized
 from torch import nn
 
 from pdl_ext import PDLLoss
@@ -80,6 +81,7 @@ def worker(rank, init, folder):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:
         results = {way: sharded_gradients(rank, way) for way in WAYS}
+        results["memory is NaN"] = uninitialized.is_filled()
         model = Model(gathered_with_the_model)
         torch.distributed.fsdp.fully_shard(model.lm_head)
         torch.distributed.fsdp.fully_shard(model)
@@ -104,6 +106,7 @@ def test_gradients_are_those_of_one_process(ranks, way):
     single = Model(gathered_with_the_model)
     single(*batch()).backward()
     for rank in ranks:
+        assert rank["memory is NaN"]
         for name, parameter in single.named_parameters():
             assert parameter.grad.any()
             torch.testing.assert_close(rank[way][name], parameter.grad, rtol=1e-5, atol=1e-7)

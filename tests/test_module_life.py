@@ -533,7 +533,7 @@ def test_counts_that_are_not_conserved_are_told_of():
         weights_of(loss)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("value", [0, 2**63 - 1, -1, -100, -(2**63), 4607182418800017408])
 def test_a_blend_that_was_lost_is_restored(value, compiled):
     loss = new_loss("given")

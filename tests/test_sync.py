@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import uninitialized
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -229,6 +230,7 @@ def resumed(rank, folder, results):
 
 
 def worker(rank, init, folder):
+    uninitialized.fill()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:

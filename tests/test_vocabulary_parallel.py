@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import uninitialized
 
 from pdl_ext import PDLLoss, _linear, _ops, functional, reference
 
@@ -152,6 +153,7 @@ def run(fused, part, name, dtype, group=None, function=None):
 
 
 def worker(rank, init, folder, world):
+    uninitialized.fill()
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
     torch.set_num_threads(1)
     try:

@@ -73,7 +73,7 @@ KINDS = (
     Kind(
         "a chunk of lit-gpt's PackedDataset",
         "give what is behind its header of 24 bytes to TokenFrequency.update",
-        is_told=_starts(b"LITPKDS"),
+        is_told=lambda head: head.startswith(b"LITPKDS") and head[8:15] == bytes(7),
     ),
     Kind("a pointer of Git LFS", "fetch the file itself (git lfs pull)", is_told=_starts(b"version https://git-lfs.")),
     Kind(

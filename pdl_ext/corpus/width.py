@@ -49,14 +49,16 @@ def _are_ids(blocks: Sequence[NDArray[np.uint8]], width: int, itemsize: int, opt
     # Two or more narrow ids make a wide one, which is below V only if the last of them is 0 or nearly so. Padding with
     # 0 or -1 is that in every width, and tells nothing. All of the rest must be ids, but for a few out of range. Narrow
     # ids that are often 0 fail here: 0 comes first in a group as often as last. Two conditions more are for data of
-    # little else: small ids, of which the first is no larger than the last may be, and single ids amid padding.
+    # little else: small ids, of which the first is no larger than the last may be, and single ids amid padding. Ids up
+    # to 2 V are some, since padding may be the first id behind the vocabulary.
     number = ids = clear = neighbours = 0
     vocab_size, ignore_index = options.vocab_size, options.policy.ignore_index
-    largest_top = (vocab_size - 1) >> 8 * (width - itemsize)
+    limit = 2 * vocab_size
+    largest_top = (limit - 1) >> 8 * (width - itemsize)
     for block in blocks:
         wide = block[: block.size // width * width].view(f"<u{width}")
         is_some = (wide != 0) & (wide != 2 ** (8 * width) - 1)
-        is_id = is_some & ((wide < vocab_size) | (wide == ignore_index % 2 ** (8 * width)))
+        is_id = is_some & ((wide < limit) | (wide == ignore_index % 2 ** (8 * width)))
         number += int(is_some.sum())
         ids += int(is_id.sum())
         clear += int((is_id & (wide % 2 ** (8 * itemsize) > largest_top)).sum())

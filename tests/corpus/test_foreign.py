@@ -109,7 +109,7 @@ def test_contents_are_called_by_their_names(name, suffix, tmp_path):
     data = tmp_path / "data" / f"a{suffix}"
     data.parent.mkdir()
     data.write_bytes(content + bytes(len(content) % 2))
-    does = "begins as {} does, expected ids: " if suffix in (".bin", ".npy") else "is {}, which is not read: "
+    does = "begins like {}, expected ids: " if suffix in (".bin", ".npy") else "is {}, which is not read: "
     for path in (data, data.parent):
         with pytest.raises(ValueError, match=rf"a{suffix}: {re.escape(does.format(name))}\w+"):
             count_corpus([path], V, dtype="uint16")
@@ -119,9 +119,9 @@ def test_contents_are_called_by_their_names(name, suffix, tmp_path):
 def test_as_raw_ids_they_are_warned_of(name, tmp_path):
     content = CONTENTS[name](tmp_path)
     (tmp_path / "a.bin").write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"a\.bin: begins as {re.escape(name)} does, and all of it is counted as ids"):
+    with pytest.warns(UserWarning, match=rf"a\.bin: begins like {re.escape(name)}, and all of it is counted as ids"):
         assert count_corpus([tmp_path / "a.bin"], 256, format="raw", dtype="uint8").total == len(content)
-    with pytest.raises(ValueError, match=rf"a\.bin: begins as {re.escape(name)} does"):
+    with pytest.raises(ValueError, match=rf"a\.bin: begins like {re.escape(name)}"):
         count_corpus([tmp_path / "a.bin"], 256, format="raw", dtype="uint8", strict=True)
 
 
@@ -259,3 +259,19 @@ def test_an_object_over_several_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"input_ids": [1, 2]}, indent=1))
     with pytest.raises(ValueError, match=r"a\.json: byte 0: is no line of JSON .*, expected an object a line"):
         count_corpus([tmp_path / "a.json"], V)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint32"])
+@pytest.mark.parametrize("second", [b'{"', b"{}"])
+def test_ids_may_have_the_bytes_that_safetensors_begin_with(dtype, second, tmp_path):
+    """Of int64 one in V files has such a second id, since the upper halves are 0."""
+    ids = np.random.default_rng(0).integers(0, 50257, 5000).astype(dtype)
+    place = 8 // ids.itemsize
+    ids[place] = int.from_bytes(second, "little")
+    ids[1:place] = 0
+    ids.tofile(tmp_path / "a.bin")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frequency = count_corpus([tmp_path / "a.bin"], 50257, dtype=dtype, strict=True)
+        count_corpus([tmp_path / "a.bin"], 50257, dtype=dtype, format="raw", strict=True)
+    assert frequency.total == 5000

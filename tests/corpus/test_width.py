@@ -64,7 +64,9 @@ def test_a_dtype_that_is_too_narrow(own, given, vocab_size, tmp_path):
     assert doubts(tmp_path / "a.bin", vocab_size, own) == []
 
 
-@pytest.mark.parametrize("change", ["ignored", "padded", "padded with -1", "few out of range", "zeros first"])
+@pytest.mark.parametrize(
+    "change", ["ignored", "padded", "padded with -1", "padded with V", "few out of range", "zeros first"]
+)
 @pytest.mark.parametrize(
     ("own", "given"), [("int64", "int32"), ("int64", "uint16"), ("int32", "uint16"), ("int32", "uint8")]
 )
@@ -77,6 +79,8 @@ def test_a_dtype_that_is_too_narrow_of_data_that_are_not_ids_alone(own, given, c
         tokens[np.arange(tokens.size) % 1000 > 100] = 0
     elif change == "padded with -1":
         tokens[np.arange(tokens.size) % 1000 > 100] = -1
+    elif change == "padded with V":
+        tokens[generator.random(tokens.size) < 0.3] = 5000
     elif change == "few out of range":
         tokens[generator.random(tokens.size) < 0.003] = 2**31 - 1
     else:
