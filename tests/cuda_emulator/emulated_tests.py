@@ -15,6 +15,8 @@ FILES = [
     "loss_and_gradient",
     "layouts",
     "weighting",
+    "numbers",
+    "uninitialized_memory",
     "frequency",
     "determinism",
     "errors",
