@@ -157,10 +157,23 @@ def backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[No
     return call
 
 
+class _Computed(torch.autograd.Function):
+    """A tensor's memory as what a model computed."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def forward_and_backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[Tensor, Tensor]]:
     def call(i: int) -> tuple[Tensor, Tensor]:
-        # No leaf, which a loss in place does not take.
-        result = loss.function(logits[i].view_as(logits[i]), inputs.targets[i])
+        # What a loss in place takes is no leaf, and no view of one.
+        computed = _Computed.apply(logits[i]) if loss.overwrites else logits[i].view_as(logits[i])
+        result = loss.function(computed, inputs.targets[i])
         (gradient,) = torch.autograd.grad(result, logits[i])
         return result, gradient
 
