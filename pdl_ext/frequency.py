@@ -398,7 +398,8 @@ class TokenFrequency(nn.Module):
         if counts is not None and not counts.is_meta and not is_traced():
             try:
                 functional.check_counts(counts)
-                functional.check_count_values("counts", counts)
+                if counts.is_cuda:
+                    functional.check_count_values("counts", counts)
             except (TypeError, ValueError) as error:
                 # Told with what else is wrong, and nothing is loaded.
                 args[-1].append(f"{prefix}{error}")

@@ -88,9 +88,9 @@ def pdl_loss(
         inplace_backward: the gradient overwrites the logits, which saves their size in memory and a third of the
             traffic: already in this call, if they require grad and the reduction is a scalar (float16 waits for
             backward, since the loss scale has to come first). Do not read them afterwards; another gradient that needs
-            them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf is refused. An
-            upstream gradient other than 1 costs one more pass, and one more rounding: prefer `normalizer` to dividing
-            the loss. Ignored under torch.compile, where the compiler plans memory.
+            them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf and a view of one
+            are refused. An upstream gradient other than 1 costs one more pass, and one more rounding: prefer
+            `normalizer` to dividing the loss. Ignored under torch.compile, where the compiler plans memory.
         return_stats: also return RowStats.
         process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
             V, targets, tables and results are those of the whole vocabulary, the same on every rank. How many columns
@@ -100,7 +100,8 @@ def pdl_loss(
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
     Raises TypeError or ValueError that names the argument; on the CPU IndexError for a target outside [0, V). On CUDA
-    such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf.
+    such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf or a view of one, and inside
+    a transform of torch.func.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
     options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)

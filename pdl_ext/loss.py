@@ -40,7 +40,7 @@ class PDLLoss(nn.Module):
         sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
             the weights are then the same on all ranks. All ranks must make equally many calls. None: each rank counts
-            for itself. Without a process group it changes nothing.
+            for itself, of which the first one warns once. Without a process group it changes nothing.
         reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale, inplace_backward: as in
             `functional.pdl_loss`.
 
