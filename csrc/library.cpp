@@ -6,30 +6,27 @@
 
 #include "build_info.h"
 #include "cpu/simd.h"
+#include "loss_options.h"
 
 STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_forward(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, "
-      "Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap, bool predict) -> (Tensor loss, Tensor rows, Tensor totals, Tensor predicted)");
+      "Tensor? normalizer, float[] options, bool predict) -> (Tensor loss, Tensor saved_rows, Tensor factors, "
+      "Tensor predicted)");
   m.def(
       "loss_and_gradient_(Tensor logits, Tensor(a!) gradient, Tensor targets, Tensor? token_weight, Tensor? "
-      "row_weight, Tensor? logit_offset, Tensor? normalizer, int reduction, int ignore_index, float label_smoothing, "
-      "float z_loss, float logit_scale, float softcap, bool predict) -> (Tensor loss, Tensor rows, Tensor totals, "
-      "Tensor predicted)");
+      "row_weight, Tensor? logit_offset, Tensor? normalizer, float[] options, bool predict) -> (Tensor loss, "
+      "Tensor saved_rows, Tensor factors, Tensor predicted)");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def(
-      "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals, Tensor? row_weight, "
-      "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap, int first_id, int vocab_size) -> Tensor");
+      "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "
+      "row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> Tensor");
   m.def(
-      "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor rows, Tensor totals, Tensor? "
-      "row_weight, "
-      "Tensor? logit_offset, int reduction, int ignore_index, float label_smoothing, float z_loss, float logit_scale, "
-      "float softcap, int first_id, int vocab_size) -> ()");
+      "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "
+      "row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> ()");
   m.def(
-      "reduce_rows(Tensor rows, Tensor targets, Tensor? row_weight, Tensor? normalizer, int reduction, "
-      "int ignore_index, float z_loss) -> (Tensor loss, Tensor totals)");
+      "reduce_rows(Tensor saved_rows, Tensor targets, Tensor? row_weight, Tensor? normalizer, float[] options) -> "
+      "(Tensor loss, Tensor factors)");
   m.def(
       "token_weights(Tensor counts, Tensor? blend, Tensor? fixed, float alpha, float epsilon, float smoothing, "
       "bool relative, int normalize, float max_weight) -> Tensor");
@@ -47,6 +44,7 @@ const char* pdl::cuda_architectures() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of pdl_ext, registered as torch.ops.pdl_ext.*, and how they were built.";
   m.def("cpu_capability", &pdl::cpu::capability_name);
+  m.def("loss_option_names", &pdl::LossOptions::names);
   m.def("built_with_torch", [] { return TORCH_VERSION; });
   m.def("cuda_architectures", &pdl::cuda_architectures);
   m.def("cuda_status", [] { return PDL_EXT_CUDA_STATUS; });

@@ -10,6 +10,7 @@
 
 #include "allocate.h"
 #include "row_loss.h"
+#include "targets.h"
 
 namespace pdl {
 
@@ -17,39 +18,39 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Rows of the statistics tensor [kRowOutputs, N].
-enum RowOutput { kMax, kLogSum, kNll, kCe, kTokenWeight, kRowOutputs };
-// Entries of the totals tensor: the fields of Totals, in order.
-constexpr int64_t kTotals = 3;
 // Entries of the normalizer tensor: the denominators of the weighted term and of the z-loss term.
 constexpr int64_t kNormalizers = 2;
 // So that an index within a row, and one stride more, fit into 32 bits.
 constexpr int64_t kMaxVocabSize = int64_t(1) << 30;
 
-struct LossOptions {
-  Reduction reduction;
-  int64_t ignore_index;
-  double label_smoothing;
-  double z_loss;
-  double logit_scale;
-  double softcap;
-
-  // Plain rows need neither the sum of z nor a transform, and the kernels have a leaner loop for them.
-  bool is_plain(const OptionalTensor& logit_offset) const {
-    return label_smoothing == 0.0 && logit_scale == 1.0 && softcap == 0.0 && !logit_offset.has_value();
-  }
-
-  template <typename A>
-  LogitTransform<A> transform(const OptionalTensor& logit_offset) const {
-    return {A(logit_scale), A(softcap),
-            logit_offset ? static_cast<const float*>(logit_offset->const_data_ptr()) : nullptr};
-  }
-};
-
 // The logits are columns [first_id, first_id + V) of a vocabulary, which other processes may hold the rest of.
-struct VocabularySlice {
+struct VocabularyShard {
   int64_t first_id;
   int64_t vocab_size;
+};
+
+template <typename A>
+const A* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// What a loss takes beside the logits.
+struct LossInputs {
+  Tensor targets;
+  OptionalTensor token_weight;
+  OptionalTensor row_weight;
+  OptionalTensor logit_offset;
+  OptionalTensor normalizer;
+  LossOptions options;
+
+  bool is_plain() const { return pdl::is_plain(options, data_or_null<float>(logit_offset)); }
+
+  template <typename A>
+  LogitTransform<A> transform() const {
+    return LogitTransform<A>::of(options, data_or_null<float>(logit_offset));
+  }
+
+  Targets ids() const { return {targets.const_data_ptr(), targets.scalar_type() == ScalarType::Int}; }
 };
 
 inline ScalarType accumulator_dtype(ScalarType logits) {
@@ -71,55 +72,55 @@ inline void check_targets(const Tensor& targets) {
                   "targets must be int64 or int32");
 }
 
-inline void check_loss_arguments(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
-                                 const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
-                                 const OptionalTensor& normalizer = std::nullopt) {
+inline void check_loss_arguments(const Tensor& logits, const LossInputs& inputs) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must have shape [N, V]");
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
   STD_TORCH_CHECK(vocab_size >= 1 && vocab_size <= kMaxVocabSize, "logits must have 1 <= V <= 2^30");
   STD_TORCH_CHECK(logits.stride(1) == 1 || vocab_size == 1, "logits must have a last dimension of stride 1");
-  check_targets(targets);
-  STD_TORCH_CHECK(targets.numel() == rows, "targets must be one a row");
-  STD_TORCH_CHECK(targets.device() == logits.device(), "targets must be on the logits' device");
-  check_table(token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
-  check_table(logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);
-  check_table(row_weight, "row_weight", logits, rows, accumulator_dtype(logits.scalar_type()));
-  check_table(normalizer, "normalizer", logits, kNormalizers, accumulator_dtype(logits.scalar_type()));
+  check_targets(inputs.targets);
+  STD_TORCH_CHECK(inputs.targets.numel() == rows, "targets must be one a row");
+  STD_TORCH_CHECK(inputs.targets.device() == logits.device(), "targets must be on the logits' device");
+  const ScalarType dtype = accumulator_dtype(logits.scalar_type());
+  check_table(inputs.token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
+  check_table(inputs.logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);
+  check_table(inputs.row_weight, "row_weight", logits, rows, dtype);
+  check_table(inputs.normalizer, "normalizer", logits, kNormalizers, dtype);
 }
 
-inline void check_rows(const Tensor& rows, const Tensor& targets) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == kRowOutputs && rows.size(1) == targets.numel() &&
-                      rows.is_contiguous() && rows.device() == targets.device(),
-                  "rows must be what loss_forward returned");
+inline void check_saved_rows(const Tensor& saved_rows, const Tensor& targets, ScalarType dtype) {
+  STD_TORCH_CHECK(saved_rows.dim() == 2 && saved_rows.size(0) == SavedRow<float>::kNumbers &&
+                      saved_rows.size(1) == targets.numel() && saved_rows.is_contiguous() &&
+                      saved_rows.scalar_type() == dtype && saved_rows.device() == targets.device(),
+                  "saved_rows must be what loss_forward returned");
 }
 
 // Without grad_loss the upstream gradient of a scalar reduction is 1.
-inline void check_saved_rows(const Tensor& logits, const Tensor& targets, const Tensor& rows, const Tensor& totals,
-                             const OptionalTensor& grad_loss, Reduction reduction, const VocabularySlice& slice) {
+inline void check_backward_arguments(const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows,
+                                     const Tensor& factors, const OptionalTensor& grad_loss,
+                                     const VocabularyShard& shard) {
+  check_loss_arguments(logits, inputs);
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  check_rows(rows, targets);
-  STD_TORCH_CHECK(rows.scalar_type() == dtype, "rows must be what loss_forward returned");
-  STD_TORCH_CHECK(totals.dim() == 1 && totals.size(0) == kTotals && totals.is_contiguous() &&
-                      totals.scalar_type() == dtype && totals.device() == logits.device(),
-                  "totals must be what loss_forward returned");
-  STD_TORCH_CHECK(
-      !grad_loss || (grad_loss->scalar_type() == dtype && grad_loss->device() == logits.device() &&
-                     (reduction == Reduction::none ? grad_loss->dim() == 1 && grad_loss->size(0) == logits.size(0)
-                                                   : grad_loss->numel() == 1)),
-      "grad_loss must have the loss's shape, dtype and device");
-  STD_TORCH_CHECK(slice.first_id >= 0 && slice.vocab_size >= logits.size(1) && slice.vocab_size <= kMaxVocabSize &&
-                      slice.first_id <= slice.vocab_size - logits.size(1),
-                  "the logits must be a slice of the vocabulary");
+  check_saved_rows(saved_rows, inputs.targets, dtype);
+  STD_TORCH_CHECK(factors.dim() == 1 && factors.size(0) == Factors<float>::kNumbers && factors.is_contiguous() &&
+                      factors.scalar_type() == dtype && factors.device() == logits.device(),
+                  "factors must be what loss_forward returned");
+  const bool of_rows = inputs.options.reduction == Reduction::none;
+  STD_TORCH_CHECK(!grad_loss || (grad_loss->scalar_type() == dtype && grad_loss->device() == logits.device() &&
+                                 (of_rows ? grad_loss->dim() == 1 && grad_loss->size(0) == logits.size(0)
+                                          : grad_loss->numel() == 1)),
+                  "grad_loss must have the loss's shape, dtype and device");
+  STD_TORCH_CHECK(shard.first_id >= 0 && shard.vocab_size >= logits.size(1) && shard.vocab_size <= kMaxVocabSize &&
+                      shard.first_id <= shard.vocab_size - logits.size(1),
+                  "the logits must be a shard of the vocabulary");
 }
 
-inline void check_reduce_arguments(const Tensor& rows, const Tensor& targets, const OptionalTensor& row_weight,
-                                   const OptionalTensor& normalizer) {
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Float || rows.scalar_type() == ScalarType::Double,
-                  "rows must be float32 or float64");
-  check_targets(targets);
-  check_rows(rows, targets);
-  check_table(row_weight, "row_weight", rows, targets.numel(), rows.scalar_type());
-  check_table(normalizer, "normalizer", rows, kNormalizers, rows.scalar_type());
+inline void check_reduce_arguments(const Tensor& saved_rows, const LossInputs& inputs) {
+  const ScalarType dtype = saved_rows.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "saved_rows must be float32 or float64");
+  check_targets(inputs.targets);
+  check_saved_rows(saved_rows, inputs.targets, dtype);
+  check_table(inputs.row_weight, "row_weight", saved_rows, inputs.targets.numel(), dtype);
+  check_table(inputs.normalizer, "normalizer", saved_rows, kNormalizers, dtype);
 }
 
 // Of what an op writes to.
@@ -147,8 +148,8 @@ inline void check_scale_arguments(const Tensor& gradient, const Tensor& factor) 
 
 struct LossOutputs {
   Tensor loss;
-  Tensor rows;
-  Tensor totals;
+  Tensor saved_rows;
+  Tensor factors;
   Tensor predicted;
 };
 
@@ -159,8 +160,8 @@ inline Tensor allocate_loss(const Tensor& like, int64_t n, Reduction reduction, 
 inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reduction, bool predict) {
   const int64_t n = logits.size(0);
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  return {allocate_loss(logits, n, reduction, dtype), allocate(logits, {kRowOutputs, n}, dtype),
-          allocate(logits, {kTotals}, dtype), allocate(logits, {predict ? n : 0}, ScalarType::Long)};
+  return {allocate_loss(logits, n, reduction, dtype), allocate(logits, {SavedRow<float>::kNumbers, n}, dtype),
+          allocate(logits, {Factors<float>::kNumbers}, dtype), allocate(logits, {predict ? n : 0}, ScalarType::Long)};
 }
 
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.
@@ -178,23 +179,6 @@ void dispatch_logits(const Tensor& logits, F&& f) {
     default:
       STD_TORCH_CHECK(false, "logits must be float32, bfloat16, float16 or float64");
   }
-}
-
-// Calls f with values of the logits' and the targets' types.
-template <typename BFloat16, typename Float16, typename F>
-void dispatch_loss(const Tensor& logits, const Tensor& targets, F&& f) {
-  dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
-    if (targets.scalar_type() == ScalarType::Int) {
-      f(T{}, int32_t{});
-    } else {
-      f(T{}, int64_t{});
-    }
-  });
-}
-
-template <typename A>
-const A* data_or_null(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
 }  // namespace pdl

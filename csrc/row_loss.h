@@ -1,17 +1,28 @@
 // The mathematics of one row, for host and device: the only copy.
 //
 // A row has logits x_j, which a LogitTransform turns into z_j, a target y, and a weight w. Kernels gather
-// RowStatistics over the row in any order and in any number of parts; `row_loss` turns them into the row's losses;
-// `row_scalars` gives the two numbers A and B with which every loss of the family has the gradient
+// RowStatistics over the row in any order and in any number of shares. `row_loss` turns them into the row's losses.
+// `gradient_row` gives the two numbers A and B with which every loss of the family has the gradient
 //     d loss / d z_j = A p_j - B q_j,    p = softmax(z),    q_j = (1 - s) [j = y] + s / V,
 // and `GradientRow` evaluates it for one element. A new weighting changes a scalar here, never a loop.
 #pragma once
 
+#include "loss_options.h"
 #include "portable.h"
 
 namespace pdl {
 
-enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, token_mean = 3 };
+// What a row's mathematics takes of the options, in the accumulator's precision; vocab_size: of the whole vocabulary.
+template <typename A>
+struct RowOptions {
+  A label_smoothing = 0;
+  A z_loss = 0;
+  int64_t vocab_size = 0;
+
+  static RowOptions of(const LossOptions& options, int64_t vocab_size) {
+    return {A(options.label_smoothing), A(options.z_loss), vocab_size};
+  }
+};
 
 // z = softcap * tanh(scale * x / softcap) + offset[j]; softcap 0 and offset nullptr stand for their absence.
 template <typename A>
@@ -19,6 +30,10 @@ struct LogitTransform {
   A scale = 1;
   A softcap = 0;
   const float* offset = nullptr;
+
+  static LogitTransform of(const LossOptions& options, const float* offset) {
+    return {A(options.logit_scale), A(options.softcap), offset};
+  }
 
   PDL_INLINE A apply(A x, int64_t j) const {
     A z = scale * x;
@@ -35,8 +50,13 @@ struct LogitTransform {
   }
 };
 
-// Of a part of a row: the largest z and its index, sum of exp(z - max), and sum of (z - centre), where the centre is
-// one number for the whole row. The identity is what a part without elements has.
+// Plain rows need neither the sum of z nor a transform, and the kernels have a leaner loop for them.
+inline bool is_plain(const LossOptions& options, const float* offset) {
+  return options.label_smoothing == 0.0 && options.logit_scale == 1.0 && options.softcap == 0.0 && offset == nullptr;
+}
+
+// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of (z - centre), where the centre is
+// one number for the whole row. The identity is what a share without elements has.
 template <typename A>
 struct RowStatistics {
   A max = -infinity<A>();
@@ -45,7 +65,7 @@ struct RowStatistics {
   int32_t argmax = -1;
 };
 
-// What to subtract before exp: a part that is all -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+// What to subtract before exp: a share that is all -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
 template <typename A>
 PDL_INLINE A exp_shift(A max) {
   return max == -infinity<A>() ? A(0) : max;
@@ -70,65 +90,83 @@ PDL_INLINE A smoothing_centre(A z_target) {
   return z_target == -infinity<A>() ? A(0) : z_target;
 }
 
+// What is kept of a row, for its gradient and for the caller: one column of the op's `saved_rows` [kNumbers, rows].
 template <typename A>
-struct RowLoss {
+struct SavedRow {
+  A max;
   A log_sum;  // lse - max
   A nll;
   A ce;  // nll with label smoothing
+  A token_weight;
+
+  static constexpr int kNumbers = 5;
+
+  PDL_INLINE A lse() const { return max + log_sum; }
+
+  PDL_INLINE static SavedRow load(const A* saved_rows, int64_t rows, int64_t i) {
+    const A* row = saved_rows + i;
+    return {row[0], row[rows], row[2 * rows], row[3 * rows], row[4 * rows]};
+  }
+  PDL_INLINE void store(A* saved_rows, int64_t rows, int64_t i) const {
+    A* row = saved_rows + i;
+    row[0] = max;
+    row[rows] = log_sum;
+    row[2 * rows] = nll;
+    row[3 * rows] = ce;
+    row[4 * rows] = token_weight;
+  }
+  // Of a row without a target in the vocabulary.
+  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value}; }
 };
 
 template <typename A>
-PDL_INLINE RowLoss<A> row_loss(const RowStatistics<A>& row, A z_target, int64_t vocab_size, A label_smoothing) {
-  RowLoss<A> loss;
-  loss.log_sum = log(row.sum);
-  loss.nll = loss.log_sum - (z_target - row.max);
-  loss.ce = loss.nll;
-  if (label_smoothing != A(0)) {
-    const A uniform = loss.log_sum - (smoothing_centre(z_target) - row.max) - row.centred / A(vocab_size);
-    loss.ce = (A(1) - label_smoothing) * loss.nll + label_smoothing * uniform;
+PDL_INLINE SavedRow<A> row_loss(const RowStatistics<A>& row, A z_target, A token_weight, const RowOptions<A>& options) {
+  SavedRow<A> saved;
+  saved.max = row.max;
+  saved.log_sum = log(row.sum);
+  saved.nll = saved.log_sum - (z_target - row.max);
+  saved.ce = saved.nll;
+  if (options.label_smoothing != A(0)) {
+    const A uniform = saved.log_sum - (smoothing_centre(z_target) - row.max) - row.centred / A(options.vocab_size);
+    saved.ce = (A(1) - options.label_smoothing) * saved.nll + options.label_smoothing * uniform;
   }
-  return loss;
+  saved.token_weight = token_weight;
+  return saved;
 }
 
 // One row's term of the loss before any division.
 template <typename A>
-PDL_INLINE A row_term(A weight, A ce, A z_loss, A lse) {
-  return z_loss != A(0) ? weight * ce + z_loss * lse * lse : weight * ce;
+PDL_INLINE A row_term(A weight, A ce, A lse, const RowOptions<A>& options) {
+  return options.z_loss != A(0) ? weight * ce + options.z_loss * lse * lse : weight * ce;
 }
 
 // Factors of the weighted term and of the z-loss term, and `correction`: the weighted mean where the denominator
 // depends on the row weights (reduction "mean"), else 0, so that d loss / d row_weight is
-// token_weight * (ce - correction) * weighted.
+// token_weight * (ce - correction) * weighted. In memory: the op's `factors` [kNumbers].
 template <typename A>
-struct Totals {
+struct Factors {
   A weighted;
   A rows;
   A correction;
+
+  static constexpr int kNumbers = 3;
+
+  PDL_INLINE static Factors load(const A* factors) { return {factors[0], factors[1], factors[2]}; }
+  PDL_INLINE void store(A* factors) const {
+    factors[0] = weighted;
+    factors[1] = rows;
+    factors[2] = correction;
+  }
+  template <typename B>
+  PDL_INLINE Factors<B> as() const {
+    return {B(weighted), B(rows), B(correction)};
+  }
 };
 
 // 0 stands for 1/0: with nothing left to count the loss is 0 and so is every gradient.
 template <typename A>
 PDL_INLINE A reciprocal_or_zero(A denominator) {
   return denominator == A(0) ? A(0) : A(1) / denominator;
-}
-
-// `normalizer`: the denominators of the weighted term and of the z-loss term, where they are given.
-template <typename A>
-PDL_INLINE Totals<A> totals(Reduction reduction, A weighted_ce, A weight, A rows, const A* normalizer) {
-  Totals<A> result{A(1), A(1), A(0)};
-  if (reduction == Reduction::none || reduction == Reduction::sum) return result;
-  if (normalizer != nullptr) {
-    result.weighted = reciprocal_or_zero(normalizer[0]);
-    result.rows = reciprocal_or_zero(normalizer[1]);
-    return result;
-  }
-  result.rows = reciprocal_or_zero(rows);
-  result.weighted = result.rows;
-  if (reduction == Reduction::mean) {
-    result.weighted = reciprocal_or_zero(weight);
-    result.correction = weighted_ce * result.weighted;
-  }
-  return result;
 }
 
 // Sums over the rows that count, in float64: a million rows of float32 would lose the small ones.
@@ -150,31 +188,28 @@ struct RowSums {
   }
 };
 
+// `normalizer`: the denominators of the weighted term and of the z-loss term, where they are given.
 template <typename A>
-PDL_INLINE Totals<double> totals(Reduction reduction, const RowSums& sums, const A* normalizer) {
-  double divisors[2] = {};
+PDL_INLINE Factors<double> factors_of(Reduction reduction, const RowSums& sums, const A* normalizer) {
+  Factors<double> factors{1.0, 1.0, 0.0};
+  if (reduction == Reduction::none || reduction == Reduction::sum) return factors;
   if (normalizer != nullptr) {
-    divisors[0] = normalizer[0];
-    divisors[1] = normalizer[1];
+    factors.weighted = reciprocal_or_zero(double(normalizer[0]));
+    factors.rows = reciprocal_or_zero(double(normalizer[1]));
+    return factors;
   }
-  return totals(reduction, sums.weighted_ce, sums.weight, sums.rows, normalizer != nullptr ? divisors : nullptr);
+  factors.rows = reciprocal_or_zero(sums.rows);
+  factors.weighted = factors.rows;
+  if (reduction == Reduction::mean) {
+    factors.weighted = reciprocal_or_zero(sums.weight);
+    factors.correction = sums.weighted_ce * factors.weighted;
+  }
+  return factors;
 }
 
-PDL_INLINE double reduced_loss(const RowSums& sums, const Totals<double>& factors, double z_loss) {
+PDL_INLINE double reduced_loss(const RowSums& sums, const Factors<double>& factors, double z_loss) {
   const double weighted = sums.weighted_ce * factors.weighted;
   return z_loss != 0.0 ? weighted + z_loss * sums.lse_squares * factors.rows : weighted;
-}
-
-template <typename A>
-struct RowScalars {
-  A a;
-  A b;
-};
-
-template <typename A>
-PDL_INLINE RowScalars<A> row_scalars(A upstream, A weight, A z_loss, A lse, const Totals<A>& totals) {
-  const A b = upstream * weight * totals.weighted;
-  return {z_loss != A(0) ? b + A(2) * upstream * z_loss * lse * totals.rows : b, b};
 }
 
 // The gradient of one row, element by element, in the accumulator's precision: at the target p_y - q_y is taken
@@ -186,14 +221,6 @@ struct GradientRow {
   A a_share;    // A max_j p_j
   A b_uniform;  // B s / V
   A b_target;   // B (1 - s + s / V)
-
-  // largest: the probability of the largest logit, 1 / sum or exp(-log_sum). Where all are -inf it has none.
-  PDL_INLINE GradientRow(A max, A largest, RowScalars<A> scalars, A label_smoothing, int64_t vocab_size)
-      : max(max), a_share(max == -infinity<A>() ? not_a_number<A>() : scalars.a * largest) {
-    const A uniform = label_smoothing / A(vocab_size);
-    b_uniform = scalars.b * uniform;
-    b_target = scalars.b * (A(1) - label_smoothing + uniform);
-  }
 
   PDL_INLINE A log_share(A z) const { return z - max; }
   // Of a row with a NaN, which is in a_share, any number will do.
@@ -208,5 +235,23 @@ struct GradientRow {
   PDL_INLINE A off_target(A z) const { return off_target_of(share(z)); }
   PDL_INLINE A at_target(A z) const { return a_share * share(z) - b_target; }
 };
+
+// NaN as narrow_number keeps it, whatever the user's weights had.
+template <typename A>
+PDL_INLINE A canonical(A x) {
+  return x == x ? x : not_a_number<A>();
+}
+
+// largest: the probability of the largest logit, 1 / sum or exp(-log_sum). Where all are -inf it has none.
+template <typename A>
+PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A largest, A upstream,
+                                       const Factors<A>& factors, const RowOptions<A>& options) {
+  const A weighted = upstream * (row.token_weight * row_weight) * factors.weighted;
+  A of_lse = weighted;
+  if (options.z_loss != A(0)) of_lse += A(2) * upstream * options.z_loss * row.lse() * factors.rows;
+  const A a = canonical(of_lse), b = canonical(weighted), uniform = options.label_smoothing / A(options.vocab_size);
+  return {row.max, row.max == -infinity<A>() ? not_a_number<A>() : a * largest, b * uniform,
+          b * (A(1) - options.label_smoothing + uniform)};
+}
 
 }  // namespace pdl

@@ -8,8 +8,8 @@
 namespace pdl::cpu {
 
 // Throws std::out_of_range, which Python sees as IndexError, with the first bad id and its place.
-template <typename T>
-void check_ids(const char* argument, const T* ids, int64_t n, int64_t vocab_size, int64_t ignore_index) {
+template <typename Ids>
+void check_ids(const char* argument, const Ids& ids, int64_t n, int64_t vocab_size, int64_t ignore_index) {
   for (int64_t i = 0; i < n; ++i) {
     const int64_t id = static_cast<int64_t>(ids[i]);
     if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(vocab_size) && id != ignore_index) {

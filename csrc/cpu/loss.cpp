@@ -1,11 +1,11 @@
 // Weighted cross-entropy on the CPU.
 //
 // Forward fuses the logit transform, the row's statistics, its weight and the reduction; backward the softmax, the
-// gradient and the transform's derivative. A row is cut into chunks that stay in L1 between their passes, so that
+// gradient and the transform's derivative. A row is cut into tiles that stay in L1 between their passes, so that
 // memory is read once forward, and read and written once backward. loss_and_gradient_ does both at once: memory is read
 // and written once, and each exponential, computed once, waits for the row's sum in the gradient itself or, where that
-// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take rows, or parts of them if there are
-// fewer rows than threads.
+// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take rows, or shares of them if there
+// are fewer rows than threads.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -23,9 +23,9 @@
 namespace pdl::cpu {
 namespace {
 
-// Each chunk drains the pipeline, which plain 16-bit floats feel most.
+// Each tile drains the pipeline, which plain 16-bit floats feel most.
 template <bool kPlain, typename T>
-constexpr int64_t kChunk = kPlain && sizeof(T) == 2 ? 4096 : 1024;
+constexpr int64_t kTile = kPlain && sizeof(T) == 2 ? 4096 : 1024;
 
 template <typename T>
 constexpr bool kIsBFloat16 = std::is_same_v<T, BFloat16>;
@@ -46,26 +46,26 @@ struct Logits {
   PDL_INLINE const T* row(int64_t i) const { return data + i * row_stride; }
 };
 
-// Cuts rows into parts where there are fewer of them than threads: share s is columns [first(s), last(s)) of row(s).
+// Cuts rows into shares where there are fewer of them than threads: share s is columns [first(s), last(s)) of row(s).
 struct Shares {
   int64_t rows;
   int64_t vocab_size;
-  int64_t parts = 1;
+  int64_t of_row = 1;
   int64_t size;
 
   Shares(int64_t rows, int64_t vocab_size) : rows(rows), vocab_size(vocab_size) {
     constexpr int64_t kUnit = 1024, kLeast = 8 * kUnit;
     const int64_t threads = torch::stable::get_num_threads();
     if (rows > 0 && rows < threads) {
-      parts = std::max<int64_t>(1, std::min((threads + rows - 1) / rows, vocab_size / kLeast));
+      of_row = std::max<int64_t>(1, std::min((threads + rows - 1) / rows, vocab_size / kLeast));
     }
     const int64_t units = (vocab_size + kUnit - 1) / kUnit;
-    size = (units + parts - 1) / parts * kUnit;
+    size = (units + of_row - 1) / of_row * kUnit;
   }
 
-  int64_t count() const { return rows * parts; }
-  int64_t row(int64_t s) const { return s / parts; }
-  int64_t first(int64_t s) const { return std::min(s % parts * size, vocab_size); }
+  int64_t count() const { return rows * of_row; }
+  int64_t row(int64_t s) const { return s / of_row; }
+  int64_t first(int64_t s) const { return std::min(s % of_row * size, vocab_size); }
   int64_t last(int64_t s) const { return std::min(first(s) + size, vocab_size); }
 };
 
@@ -100,8 +100,8 @@ PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
 // z of [first, first + n) as numbers to be widened: in `buffer`, unless it is what lies in memory. The largest of them
 // where asked for.
 template <bool kPlain, typename T, typename A>
-PDL_INLINE auto load_chunk(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
-                           A* max = nullptr) {
+PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
+                          A* max = nullptr) {
   if constexpr (kPlain) {
     if (max != nullptr) *max = largest(x + first, n);
     return x + first;
@@ -131,7 +131,7 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
     if (block_origin.in_blocks()) {
       j = n / kBlock * kBlock;
       at_max = block_origin.at_max;
-      sum = sum_of_exp_blocks<kKeep>(instructions, z, j, block_origin, kept, kChunk<true, T>) / at_max;
+      sum = sum_of_exp_blocks<kKeep>(instructions, z, j, block_origin, kept, kTile<true, T>) / at_max;
       if (kKeep) *origin = block_origin.value;
     }
   }
@@ -144,34 +144,34 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
   return sum;
 }
 
-// Of columns [begin, end). With kKeep also exp(z - its chunk's origin) of each element in `kept`, and those origins in
-// `chunk_origin`; `kept` may be x.
+// Of columns [begin, end). With kKeep also exp(z - its tile's origin) of each element in `kept`, and those origins in
+// `tile_origin`; `kept` may be x.
 template <bool kPlain, bool kKeep, Capability kCapability, typename T, typename A>
 PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
                                            int64_t end, const LogitTransform<A>& transform, A centre, bool predict,
-                                           A* kept = nullptr, A* chunk_origin = nullptr) {
-  alignas(64) A buffer[kChunk<kPlain, T>];
+                                           A* kept = nullptr, A* tile_origin = nullptr) {
+  alignas(64) A buffer[kTile<kPlain, T>];
   RowStatistics<A> row;
-  for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
-    const int64_t n = std::min(kChunk<kPlain, T>, end - first);
+  for (int64_t first = begin; first < end; first += kTile<kPlain, T>) {
+    const int64_t n = std::min(kTile<kPlain, T>, end - first);
     A max;
-    const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer, &max);
-    RowStatistics<A> part;
-    part.max = max;
+    const auto* z = load_tile<kPlain>(x, first, n, transform, buffer, &max);
+    RowStatistics<A> tile;
+    tile.max = max;
     if (predict && max > row.max) {
       int64_t j = 0;
       while (widen(z[j]) != max) ++j;
-      part.argmax = int32_t(first + j);
+      tile.argmax = int32_t(first + j);
     }
     if constexpr (!kPlain) {
       A centred = 0;
 #pragma omp simd reduction(+ : centred)
       for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
-      part.centred = centred;
+      tile.centred = centred;
     }
-    part.sum = sum_exponentials<kKeep>(instructions, z, n, max, kKeep ? kept + first : nullptr,
-                                       kKeep ? chunk_origin + first / kChunk<kPlain, T> : nullptr);
-    row = merge(row, part);
+    tile.sum = sum_exponentials<kKeep>(instructions, z, n, max, kKeep ? kept + first : nullptr,
+                                       kKeep ? tile_origin + first / kTile<kPlain, T> : nullptr);
+    row = merge(row, tile);
   }
   return row;
 }
@@ -184,10 +184,10 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
   const bool has_target = target >= begin && target < end;
   // Read before the loop, which may be writing over x.
   const A x_target = has_target ? A(widen(x[target])) : A(0);
-  alignas(64) A buffer[kChunk<kPlain, T>];
-  for (int64_t first = begin; first < end; first += kChunk<kPlain, T>) {
-    const int64_t n = std::min(kChunk<kPlain, T>, end - first);
-    const auto* z = load_chunk<kPlain>(x, first, n, transform, buffer);
+  alignas(64) A buffer[kTile<kPlain, T>];
+  for (int64_t first = begin; first < end; first += kTile<kPlain, T>) {
+    const int64_t n = std::min(kTile<kPlain, T>, end - first);
+    const auto* z = load_tile<kPlain>(x, first, n, transform, buffer);
     const auto log_share = [&](A z) { return row.log_share(z); };
     map_exp<kPlain>(instructions, z, gradient + first, n, log_share, [&](A share, int64_t j) {
       const A g = row.off_target_of(share);
@@ -202,124 +202,112 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
 // The gradient from what row_statistics kept; kept and gradient may be one.
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, const T* x, const A* kept,
-                                     const A* chunk_origin, T* gradient, int64_t vocab_size,
+                                     const A* tile_origin, T* gradient, int64_t vocab_size,
                                      const LogitTransform<A>& transform, const GradientRow<A>& row) {
-  for (int64_t first = 0; first < vocab_size; first += kChunk<kPlain, T>) {
-    const int64_t n = std::min(kChunk<kPlain, T>, vocab_size - first);
-    const GradientRow<A> of_chunk = row.relative_to(chunk_origin[first / kChunk<kPlain, T>]);
+  for (int64_t first = 0; first < vocab_size; first += kTile<kPlain, T>) {
+    const int64_t n = std::min(kTile<kPlain, T>, vocab_size - first);
+    const GradientRow<A> of_tile = row.relative_to(tile_origin[first / kTile<kPlain, T>]);
     map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
-      const A g = of_chunk.off_target_of(e);
+      const A g = of_tile.off_target_of(e);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }
 }
 
-// With a NaN that narrow_number keeps, whatever the user's weights had.
+// From the rows to the loss: each row's term or their sum, and the factors that the gradient needs.
 template <typename A>
-PDL_INLINE RowScalars<A> canonical(RowScalars<A> scalars) {
-  return {scalars.a == scalars.a ? scalars.a : not_a_number<A>(),
-          scalars.b == scalars.b ? scalars.b : not_a_number<A>()};
-}
-
-// From the rows' outputs to the loss: each row's term or their sum, and the factors that the gradient needs.
-template <typename A, typename I>
-void reduce(const A* rows, int64_t n, const I* targets, const A* row_weight, const A* normalizer,
-            const LossOptions& options, A* saved, A* loss) {
+void reduce(const A* saved_rows, int64_t n, const LossInputs& inputs, A* factors, A* loss) {
+  const Targets targets = inputs.ids();
+  const A* row_weight = data_or_null<A>(inputs.row_weight);
+  const LossOptions& options = inputs.options;
+  const auto row_options = RowOptions<A>::of(options, 0);
   RowSums sums;
   for (int64_t i = 0; i < n; ++i) {
     const bool counts = targets[i] != options.ignore_index;
-    const A ce = rows[kCe * n + i], lse = rows[kMax * n + i] + rows[kLogSum * n + i];
+    const auto row = SavedRow<A>::load(saved_rows, n, i);
     const A factor = row_weight != nullptr ? row_weight[i] : A(1);
     if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(rows[kTokenWeight * n + i] * factor, ce, A(options.z_loss), lse) : A(0);
+      loss[i] = counts ? row_term(row.token_weight * factor, row.ce, row.lse(), row_options) : A(0);
     } else if (counts) {
-      sums.add(double(rows[kTokenWeight * n + i]) * factor, ce, lse);
+      sums.add(double(row.token_weight) * factor, row.ce, row.lse());
     }
   }
-  const auto factors = totals(options.reduction, sums, normalizer);
-  saved[0] = A(factors.weighted);
-  saved[1] = A(factors.rows);
-  saved[2] = A(factors.correction);
-  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, options.z_loss));
+  const auto found = factors_of(options.reduction, sums, data_or_null<A>(inputs.normalizer));
+  found.template as<A>().store(factors);
+  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, found, options.z_loss));
 }
 
 // What both ways of a forward pass need of their arguments.
-template <typename T, typename I>
+template <typename T>
 struct Forward {
   using A = Accumulator<T>;
 
+  const LossInputs& inputs;
   Logits<T> logits;
-  const I* targets;
+  Targets targets;
+  int64_t ignore_index;
   const float* token_weight;
   const A* row_weight;
-  const A* normalizer;
-  LossOptions options;
+  RowOptions<A> options;
   LogitTransform<A> transform;
-  A* rows;
+  A* saved_rows;
   int64_t* predicted;
-  A* saved;
+  A* factors;
   A* loss;
 
-  Forward(const Tensor& logits_tensor, const Tensor& targets_tensor, const OptionalTensor& token_weight,
-          const OptionalTensor& row_weight, const OptionalTensor& logit_offset, const OptionalTensor& normalizer,
-          const LossOptions& options, bool predict, const LossOutputs& outputs)
-      : logits(logits_tensor),
-        targets(static_cast<const I*>(targets_tensor.const_data_ptr())),
-        token_weight(data_or_null<float>(token_weight)),
-        row_weight(data_or_null<A>(row_weight)),
-        normalizer(data_or_null<A>(normalizer)),
-        options(options),
-        transform(options.transform<A>(logit_offset)),
-        rows(static_cast<A*>(outputs.rows.mutable_data_ptr())),
+  Forward(const Tensor& logits_tensor, const LossInputs& inputs, bool predict, const LossOutputs& outputs)
+      : inputs(inputs),
+        logits(logits_tensor),
+        targets(inputs.ids()),
+        ignore_index(inputs.options.ignore_index),
+        token_weight(data_or_null<float>(inputs.token_weight)),
+        row_weight(data_or_null<A>(inputs.row_weight)),
+        options(RowOptions<A>::of(inputs.options, logits.vocab_size)),
+        transform(inputs.transform<A>()),
+        saved_rows(static_cast<A*>(outputs.saved_rows.mutable_data_ptr())),
         predicted(predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr),
-        saved(static_cast<A*>(outputs.totals.mutable_data_ptr())),
+        factors(static_cast<A*>(outputs.factors.mutable_data_ptr())),
         loss(static_cast<A*>(outputs.loss.mutable_data_ptr())) {}
 
   PDL_INLINE A factor_of_row(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
   PDL_INLINE A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
 
   // The factors of the gradient, which need no logits.
-  Totals<A> totals_ahead() const {
+  Factors<A> factors_ahead() const {
     RowSums sums;
     for (int64_t i = 0; i < logits.rows; ++i) {
-      if (targets[i] != options.ignore_index) sums.add(double(weight_of(targets[i])) * factor_of_row(i), 0.0, 0.0);
+      if (targets[i] != ignore_index) sums.add(double(weight_of(targets[i])) * factor_of_row(i), 0.0, 0.0);
     }
-    const auto factors = totals(options.reduction, sums, normalizer);
-    return {A(factors.weighted), A(factors.rows), A(factors.correction)};
+    return factors_of(inputs.options.reduction, sums, data_or_null<A>(inputs.normalizer)).template as<A>();
   }
 
   PDL_INLINE A z_of(const T* x, int64_t j) const { return transform.apply(widen(x[j]), j); }
 
-  PDL_INLINE RowLoss<A> finish_row(int64_t i, const RowStatistics<A>& statistics, A z_target) const {
-    const int64_t n = logits.rows;
-    const auto of_row = row_loss(statistics, z_target, logits.vocab_size, A(options.label_smoothing));
-    rows[kMax * n + i] = statistics.max;
-    rows[kLogSum * n + i] = of_row.log_sum;
-    rows[kNll * n + i] = of_row.nll;
-    rows[kCe * n + i] = of_row.ce;
-    rows[kTokenWeight * n + i] = weight_of(targets[i]);
+  PDL_INLINE SavedRow<A> finish_row(int64_t i, const RowStatistics<A>& statistics, A z_target) const {
+    const auto row = row_loss(statistics, z_target, weight_of(targets[i]), options);
+    row.store(saved_rows, logits.rows, i);
     if (predicted != nullptr) predicted[i] = statistics.argmax;
-    return of_row;
+    return row;
   }
 
   PDL_INLINE void ignore_row(int64_t i) const {
-    for (int k = 0; k < kRowOutputs; ++k) rows[k * logits.rows + i] = 0;
+    SavedRow<A>::filled(0).store(saved_rows, logits.rows, i);
     if (predicted != nullptr) predicted[i] = -1;
   }
 
-  void finish() const { reduce(rows, logits.rows, targets, row_weight, normalizer, options, saved, loss); }
+  void finish() const { reduce(saved_rows, logits.rows, inputs, factors, loss); }
 };
 
-template <bool kPlain, typename T, typename I>
-void forward(const Forward<T, I>& call) {
+template <bool kPlain, typename T>
+void forward(const Forward<T>& call) {
   using A = Accumulator<T>;
   const Shares shares(call.logits.rows, call.logits.vocab_size);
-  std::vector<RowStatistics<A>> of_share(shares.parts > 1 ? shares.count() : 0);
+  std::vector<RowStatistics<A>> of_share(shares.of_row > 1 ? shares.count() : 0);
   simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = shares.row(s), target = call.targets[i];
-      if (target == call.options.ignore_index) {
-        if (shares.parts == 1) call.ignore_row(i);
+      if (target == call.ignore_index) {
+        if (shares.of_row == 1) call.ignore_row(i);
         continue;
       }
       const T* x = call.logits.row(i);
@@ -327,42 +315,41 @@ void forward(const Forward<T, I>& call) {
       const auto statistics =
           row_statistics<kPlain, false>(instructions, x, shares.first(s), shares.last(s), call.transform,
                                         smoothing_centre(z_target), call.predicted != nullptr);
-      if (shares.parts == 1) {
+      if (shares.of_row == 1) {
         call.finish_row(i, statistics, z_target);
       } else {
         of_share[s] = statistics;
       }
     }
   });
-  if (shares.parts > 1) {
+  if (shares.of_row > 1) {
     for (int64_t i = 0; i < shares.rows; ++i) {
-      if (call.targets[i] == call.options.ignore_index) {
+      if (call.targets[i] == call.ignore_index) {
         call.ignore_row(i);
         continue;
       }
       RowStatistics<A> row;
-      for (int64_t part = 0; part < shares.parts; ++part) row = merge(row, of_share[i * shares.parts + part]);
+      for (int64_t s = i * shares.of_row; s < (i + 1) * shares.of_row; ++s) row = merge(row, of_share[s]);
       call.finish_row(i, row, call.z_of(call.logits.row(i), call.targets[i]));
     }
   }
   call.finish();
 }
 
-template <bool kPlain, typename T, typename I>
-void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t gradient_stride) {
+template <bool kPlain, typename T>
+void forward_with_gradient(const Forward<T>& call, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
   // The transform's derivative needs the logits once more, so they must not be overwritten yet.
   constexpr bool kKeepInGradient = kPlain && std::is_same_v<T, A>;
   const int64_t vocab_size = call.logits.vocab_size;
-  const A label_smoothing = A(call.options.label_smoothing), z_loss = A(call.options.z_loss);
-  const Totals<A> factors = call.totals_ahead();
+  const Factors<A> factors = call.factors_ahead();
   simd_parallel_for<kIsBFloat16<T>>(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end, auto instructions) {
-    std::vector<A> chunk_origin((vocab_size + kChunk<kPlain, T> - 1) / kChunk<kPlain, T>);
+    std::vector<A> tile_origin((vocab_size + kTile<kPlain, T> - 1) / kTile<kPlain, T>);
     const std::unique_ptr<A[]> buffer(kKeepInGradient ? nullptr : new A[vocab_size]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t target = call.targets[i];
       T* gradient = gradients + i * gradient_stride;
-      if (target == call.options.ignore_index) {
+      if (target == call.ignore_index) {
         call.ignore_row(i);
         std::fill_n(gradient, vocab_size, narrow<T>(A(0)));
         continue;
@@ -378,12 +365,10 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
       }
       const auto statistics =
           row_statistics<kPlain, true>(instructions, x, 0, vocab_size, call.transform, smoothing_centre(z_target),
-                                       call.predicted != nullptr, kept, chunk_origin.data());
-      const auto loss = call.finish_row(i, statistics, z_target);
-      const A weight = call.weight_of(target) * call.factor_of_row(i);
-      const auto scalars = canonical(row_scalars(A(1), weight, z_loss, statistics.max + loss.log_sum, factors));
-      const GradientRow<A> row(statistics.max, A(1) / statistics.sum, scalars, label_smoothing, vocab_size);
-      row_gradient_of_kept<kPlain>(instructions, x, kept, chunk_origin.data(), gradient, vocab_size, call.transform,
+                                       call.predicted != nullptr, kept, tile_origin.data());
+      const auto saved = call.finish_row(i, statistics, z_target);
+      const auto row = gradient_row(saved, call.factor_of_row(i), A(1) / statistics.sum, A(1), factors, call.options);
+      row_gradient_of_kept<kPlain>(instructions, x, kept, tile_origin.data(), gradient, vocab_size, call.transform,
                                    row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
     }
@@ -392,100 +377,91 @@ void forward_with_gradient(const Forward<T, I>& call, T* gradients, int64_t grad
 }
 
 // Without grad_loss that of a scalar reduction is 1.
-template <bool kPlain, typename T, typename I>
-void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, const I* targets, const Tensor& rows_tensor,
-              const Tensor& totals_tensor, const OptionalTensor& row_weight_tensor, const OptionalTensor& logit_offset,
-              const LossOptions& options, const VocabularySlice& slice, const Tensor& grad_logits) {
+template <bool kPlain, typename T>
+void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, const LossInputs& inputs,
+              const Tensor& saved_rows_tensor, const Tensor& factors_tensor, const VocabularyShard& shard,
+              const Tensor& grad_logits) {
   using A = Accumulator<T>;
   const Logits<T> logits(logits_tensor);
-  const auto transform = options.transform<A>(logit_offset);
-  const A label_smoothing = A(options.label_smoothing), z_loss = A(options.z_loss);
+  const Targets targets = inputs.ids();
+  const auto transform = inputs.transform<A>();
+  const auto options = RowOptions<A>::of(inputs.options, shard.vocab_size);
+  const bool of_rows = inputs.options.reduction == Reduction::none && logits.rows > 0;
   const A* upstream = data_or_null<A>(grad_loss);
-  const int64_t upstream_stride = options.reduction == Reduction::none && logits.rows > 0 ? grad_loss->stride(0) : 0;
-  const A* rows = static_cast<const A*>(rows_tensor.const_data_ptr());
-  const A* saved = static_cast<const A*>(totals_tensor.const_data_ptr());
-  const Totals<A> sums{saved[0], saved[1], saved[2]};
-  const A* row_weight = data_or_null<A>(row_weight_tensor);
+  const int64_t upstream_stride = of_rows ? grad_loss->stride(0) : 0;
+  const A* saved_rows = static_cast<const A*>(saved_rows_tensor.const_data_ptr());
+  const auto factors = Factors<A>::load(static_cast<const A*>(factors_tensor.const_data_ptr()));
+  const A* row_weight = data_or_null<A>(inputs.row_weight);
   T* gradients = static_cast<T*>(grad_logits.mutable_data_ptr());
-  const int64_t gradient_stride = grad_logits.stride(0);
-  const int64_t n = logits.rows, vocab_size = logits.vocab_size, ignore_index = options.ignore_index;
+  const int64_t gradient_stride = grad_logits.stride(0), ignore_index = inputs.options.ignore_index;
 
-  const Shares shares(n, vocab_size);
+  const Shares shares(logits.rows, logits.vocab_size);
   simd_parallel_for<kIsBFloat16<T>>(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = shares.row(s), first = shares.first(s), last = shares.last(s);
       T* gradient = gradients + i * gradient_stride;
       const int64_t target = targets[i];
-      if (target < 0 || target >= slice.vocab_size || target == ignore_index) {
+      if (target < 0 || target >= shard.vocab_size || target == ignore_index) {
         std::fill(gradient + first, gradient + last, narrow<T>(target == ignore_index ? A(0) : not_a_number<A>()));
         continue;
       }
-      const A max = rows[kMax * n + i], log_sum = rows[kLogSum * n + i];
-      const A weight = rows[kTokenWeight * n + i] * (row_weight != nullptr ? row_weight[i] : A(1));
-      const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
-      const auto scalars = canonical(row_scalars(factor, weight, z_loss, max + log_sum, sums));
-      const GradientRow<A> row(max, exp(-log_sum), scalars, label_smoothing, slice.vocab_size);
-      row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - slice.first_id, transform, row);
+      const auto saved = SavedRow<A>::load(saved_rows, logits.rows, i);
+      const A factor = row_weight != nullptr ? row_weight[i] : A(1);
+      const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
+      const auto row = gradient_row(saved, factor, A(exp(-saved.log_sum)), grad, factors, options);
+      row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - shard.first_id, transform, row);
     }
   });
 }
 
-void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                        const Tensor& rows, const Tensor& totals, const OptionalTensor& row_weight,
-                        const OptionalTensor& logit_offset, const LossOptions& options, const VocabularySlice& slice,
-                        const Tensor& grad_logits) {
-  check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
-  check_saved_rows(logits, targets, rows, totals, grad_loss, options.reduction, slice);
-  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
-    const auto run = options.is_plain(logit_offset) ? backward<true, T, I> : backward<false, T, I>;
-    run(grad_loss, logits, static_cast<const I*>(targets.const_data_ptr()), rows, totals, row_weight, logit_offset,
-        options, slice, grad_logits);
+void backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const LossInputs& inputs,
+                   const Tensor& saved_rows, const Tensor& factors, const VocabularyShard& shard,
+                   const Tensor& grad_logits) {
+  check_backward_arguments(logits, inputs, saved_rows, factors, grad_loss, shard);
+  dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
+    const auto run = inputs.is_plain() ? backward<true, T> : backward<false, T>;
+    run(grad_loss, logits, inputs, saved_rows, factors, shard, grad_logits);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
-                                                        OptionalTensor normalizer, int64_t reduction,
-                                                        int64_t ignore_index, double label_smoothing, double z_loss,
-                                                        double logit_scale, double softcap, bool predict) {
-  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
-  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
-  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
-    const Forward<T, I> call(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict,
-                             outputs);
-    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, ignore_index);
-    options.is_plain(logit_offset) ? forward<true>(call) : forward<false>(call);
+                                                        OptionalTensor normalizer, std::vector<double> options,
+                                                        bool predict) {
+  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  check_loss_arguments(logits, inputs);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
+    const Forward<T> call(logits, inputs, predict, outputs);
+    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, call.ignore_index);
+    inputs.is_plain() ? forward<true>(call) : forward<false>(call);
   });
-  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+  return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
-                                                              int64_t reduction, int64_t ignore_index,
-                                                              double label_smoothing, double z_loss, double logit_scale,
-                                                              double softcap, bool predict) {
-  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
-  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
-  check_gradient(logits, gradient, options.reduction);
-  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch_loss<BFloat16, Float16>(logits, targets, [&]<typename T, typename I>(T, I) {
-    const Forward<T, I> call(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict,
-                             outputs);
-    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, ignore_index);
-    const bool plain = options.is_plain(logit_offset);
-    if (Shares(call.logits.rows, call.logits.vocab_size).parts > 1) {
+                                                              std::vector<double> options, bool predict) {
+  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  check_loss_arguments(logits, inputs);
+  check_gradient(logits, gradient, inputs.options.reduction);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
+    const Forward<T> call(logits, inputs, predict, outputs);
+    check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, call.ignore_index);
+    const bool plain = inputs.is_plain();
+    if (Shares(call.logits.rows, call.logits.vocab_size).of_row > 1) {
       plain ? forward<true>(call) : forward<false>(call);
-      loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
-                         {0, call.logits.vocab_size}, gradient);
+      backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, call.logits.vocab_size},
+                    gradient);
       return;
     }
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
     plain ? forward_with_gradient<true>(call, gradients, gradient.stride(0))
           : forward_with_gradient<false>(call, gradients, gradient.stride(0));
   });
-  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+  return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
 void scale_(Tensor gradient, Tensor factor) {
@@ -507,42 +483,37 @@ void scale_(Tensor gradient, Tensor factor) {
   });
 }
 
-Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
-                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                     double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
-                     int64_t vocab_size) {
+Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
+                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
+                     int64_t first_id, int64_t vocab_size) {
+  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
   const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * int64_t(grad_logits.element_size()));
-  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
-                     {first_id, vocab_size}, grad_logits);
+  backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, grad_logits);
   return grad_logits;
 }
 
-void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
-                    OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
-                    int64_t vocab_size) {
+void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
+                    OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
+                    int64_t first_id, int64_t vocab_size) {
+  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
   check_rows_apart(logits, "logits");
-  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
-                     {first_id, vocab_size}, logits);
+  backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
-std::tuple<Tensor, Tensor> reduce_rows(Tensor rows, Tensor targets, OptionalTensor row_weight,
-                                       OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
-                                       double z_loss) {
-  check_reduce_arguments(rows, targets, row_weight, normalizer);
-  const LossOptions options{Reduction(reduction), ignore_index, 0.0, z_loss, 1.0, 0.0};
-  const Tensor loss = allocate_loss(rows, targets.numel(), options.reduction, rows.scalar_type());
-  const Tensor totals = allocate(rows, {kTotals}, rows.scalar_type());
-  dispatch_loss<BFloat16, Float16>(rows, targets, [&]<typename T, typename I>(T, I) {
-    using A = Accumulator<T>;
-    reduce(static_cast<const A*>(rows.const_data_ptr()), targets.numel(),
-           static_cast<const I*>(targets.const_data_ptr()), data_or_null<A>(row_weight), data_or_null<A>(normalizer),
-           options, static_cast<A*>(totals.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
-  });
-  return {loss, totals};
+std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, OptionalTensor row_weight,
+                                       OptionalTensor normalizer, std::vector<double> options) {
+  const LossInputs inputs{targets, {}, row_weight, {}, normalizer, LossOptions::unpack(options)};
+  check_reduce_arguments(saved_rows, inputs);
+  const ScalarType dtype = saved_rows.scalar_type();
+  const Tensor loss = allocate_loss(saved_rows, targets.numel(), inputs.options.reduction, dtype);
+  const Tensor factors = allocate(saved_rows, {Factors<float>::kNumbers}, dtype);
+  const auto run = [&]<typename A>(A) {
+    reduce(static_cast<const A*>(saved_rows.const_data_ptr()), targets.numel(), inputs,
+           static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
+  };
+  dtype == ScalarType::Double ? run(double{}) : run(float{});
+  return {loss, factors};
 }
 
 }  // namespace

@@ -18,8 +18,8 @@ struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
-  // Blocks along y.
-  int parts = 1;
+  // Blocks along y: shares of a row.
+  int shares = 1;
   // Blocks along x that form a thread block cluster.
   int cluster = 1;
 };
@@ -92,7 +92,7 @@ class Launcher {
  private:
   cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute* cluster) const {
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.parts));
+    config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.shares));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config.stream = stream_;

@@ -1,29 +1,30 @@
 // Weighted cross-entropy on CUDA, by two calls.
 //
 // statistics_kernel fuses the logit transform, softmax statistics, argmax and the row's losses: reads e*N*V bytes.
-// totals_kernel sums the rows in one block, always in the same order: reads at most 28*N bytes (48*N in float64).
+// reduce_kernel sums the rows in one block, always in the same order: reads at most 28*N bytes (48*N in float64).
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
 // Regimes: a row a block, 128 threads for short rows and 256 for long ones; fewer rows than multiprocessors are cut
-// into parts, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
+// into shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
 // of them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
 // ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
 // captured in a graph.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
-#include "loss_totals.cuh"
+#include "reduce_rows.cuh"
 
 namespace pdl::cuda {
 namespace {
 
 constexpr int kFinishThreads = 128;
 
-// Each block of a row takes its part, blockIdx.y; `parts` [count, gridDim.y] holds what they find if there are several.
-template <typename T, typename I, bool kPlain>
+// Each block of a row takes its share, blockIdx.y. What they find, if there are several, goes to `of_shares`
+// [count, gridDim.y].
+template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
-    statistics_kernel(Rows<T, I> rows, RowStatistics<Accumulator<T>>* parts) {
+    statistics_kernel(Rows<T> rows, RowStatistics<Accumulator<T>>* of_shares) {
   using A = Accumulator<T>;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
@@ -39,18 +40,18 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
     const auto row = merged_over_block(statistics_of_share<kPlain>(rows, x, range, smoothing_centre(z_target)));
     if (threadIdx.x == 0) {
-      if (parts != nullptr) {
-        parts[i * gridDim.y + blockIdx.y] = row;
+      if (of_shares != nullptr) {
+        of_shares[i * gridDim.y + blockIdx.y] = row;
       } else {
-        write_row(rows, i, target, row, row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing));
+        write_row(rows, i, rows.loss_of(row, z_target, target), row.argmax);
       }
     }
   }
 }
 
 // A warp a row.
-template <typename T, typename I, bool kPlain>
-__global__ void finish_rows_kernel(Rows<T, I> rows, const RowStatistics<Accumulator<T>>* parts, int count_of_parts) {
+template <typename T, bool kPlain>
+__global__ void finish_rows_kernel(Rows<T> rows, const RowStatistics<Accumulator<T>>* of_shares, int shares) {
   using A = Accumulator<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t i = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
@@ -59,20 +60,20 @@ __global__ void finish_rows_kernel(Rows<T, I> rows, const RowStatistics<Accumula
   // Such a row is written already.
   if (target == rows.ignore_index || !rows.in_vocabulary(target)) return;
   RowStatistics<A> row;
-  for (int part = lane; part < count_of_parts; part += kWarp) row = merge(row, parts[i * count_of_parts + part]);
+  for (int share = lane; share < shares; share += kWarp) row = merge(row, of_shares[i * shares + share]);
   row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
   if (lane == 0) {
     const A z_target = rows.template z<kPlain>(widen(rows.logits[i * rows.stride + target]), int(target));
-    write_row(rows, i, target, row, row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing));
+    write_row(rows, i, rows.loss_of(row, z_target, target), row.argmax);
   }
 }
 
-template <typename T, typename I, bool kPlain>
-__global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream, int64_t upstream_stride,
-                                const Accumulator<T>* saved, VocabularySlice slice, T* gradients,
+template <typename T, bool kPlain>
+__global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, int64_t upstream_stride,
+                                const Accumulator<T>* saved_factors, int64_t first_id, T* gradients,
                                 int64_t gradient_stride) {
   using A = Accumulator<T>;
-  const Totals<A> sums{saved[0], saved[1], saved[2]};
+  const auto factors = Factors<A>::load(saved_factors);
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t id = rows.targets[i];
@@ -81,34 +82,30 @@ __global__ void gradient_kernel(Rows<T, I> rows, const Accumulator<T>* upstream,
                narrow<T>(A(0)));
       continue;
     }
-    const A max = rows.outputs[kMax * rows.count + i], log_sum = rows.outputs[kLogSum * rows.count + i];
-    const A weight = rows.outputs[kTokenWeight * rows.count + i] * rows.factor(i);
-    const A factor = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
-    const RowScalars<A> scalars = row_scalars(factor, weight, rows.z_loss, max + log_sum, sums);
-    const GradientRow<A> row(max, exp(-log_sum), scalars, rows.label_smoothing, slice.vocab_size);
+    const SavedRow<A> saved = rows.saved(i);
+    const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
+    const auto row = gradient_row(saved, rows.factor(i), A(exp(-saved.log_sum)), grad, factors, rows.options);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
-    // In another slice an id is that of no column. Out of range it may be cut to one: then the row's statistics are
+    // In another shard an id is that of no column. Out of range it may be cut to one: then the row's statistics are
     // NaN, and so is all of its gradient.
-    write_gradient<kPlain>(rows, x, gradient, range, int(id - slice.first_id), row);
+    write_gradient<kPlain>(rows, x, gradient, range, int(id - first_id), row);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
-                                                        OptionalTensor normalizer, int64_t reduction,
-                                                        int64_t ignore_index, double label_smoothing, double z_loss,
-                                                        double logit_scale, double softcap, bool predict) {
-  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
-  const LossOutputs outputs = loss_forward_outputs(
-      logits, targets, token_weight, row_weight, logit_offset, normalizer,
-      {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap}, predict);
-  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+                                                        OptionalTensor normalizer, std::vector<double> options,
+                                                        bool predict) {
+  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  check_loss_arguments(logits, inputs);
+  const LossOutputs outputs = loss_forward_outputs(logits, inputs, predict);
+  return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
 // Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
 // would be read and written element by element. What lies between is zero, since a product may read it. The twin of the
-// fake kernel in pdl_ext/_ops.py.
+// fake kernel in pdl_ext/engine/ops.py.
 Tensor allocate_gradient(const Tensor& logits) {
   const int64_t rows = logits.size(0), vocab_size = logits.size(1), bytes = logits.element_size();
   const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % (16 / bytes);
@@ -121,104 +118,91 @@ Tensor allocate_gradient(const Tensor& logits) {
   return gradient;
 }
 
-Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
-                     OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                     double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
-                     int64_t vocab_size) {
+Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
+                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
+                     int64_t first_id, int64_t vocab_size) {
+  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
   const Tensor grad_logits = allocate_gradient(logits);
-  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
-                     {first_id, vocab_size}, grad_logits);
+  loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, grad_logits);
   return grad_logits;
 }
 
-void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor rows, Tensor totals,
-                    OptionalTensor row_weight, OptionalTensor logit_offset, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, double z_loss, double logit_scale, double softcap, int64_t first_id,
-                    int64_t vocab_size) {
+void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
+                    OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
+                    int64_t first_id, int64_t vocab_size) {
+  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
   check_rows_apart(logits, "logits");
-  loss_backward_into(grad_loss, logits, targets, rows, totals, row_weight, logit_offset,
-                     {Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap},
-                     {first_id, vocab_size}, logits);
+  loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
-std::tuple<Tensor, Tensor> reduce_rows(Tensor rows_tensor, Tensor targets, OptionalTensor row_weight,
-                                       OptionalTensor normalizer, int64_t reduction, int64_t ignore_index,
-                                       double z_loss) {
-  check_reduce_arguments(rows_tensor, targets, row_weight, normalizer);
-  const Launcher launch(rows_tensor);
-  const ScalarType dtype = rows_tensor.scalar_type();
-  const Tensor loss = allocate_loss(rows_tensor, targets.numel(), Reduction(reduction), dtype);
-  const Tensor totals = allocate(rows_tensor, {kTotals}, dtype);
+std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, OptionalTensor row_weight,
+                                       OptionalTensor normalizer, std::vector<double> options) {
+  const LossInputs inputs{targets, {}, row_weight, {}, normalizer, LossOptions::unpack(options)};
+  check_reduce_arguments(saved_rows, inputs);
+  const Launcher launch(saved_rows);
+  const ScalarType dtype = saved_rows.scalar_type();
+  const Tensor loss = allocate_loss(saved_rows, targets.numel(), inputs.options.reduction, dtype);
+  const Tensor factors = allocate(saved_rows, {Factors<float>::kNumbers}, dtype);
   const auto run = [&]<typename A>(A) {
-    const auto of_targets = [&]<typename I>(I) {
-      Rows<A, I> rows{};
-      rows.count = targets.numel();
-      rows.targets = static_cast<const I*>(targets.const_data_ptr());
-      rows.ignore_index = ignore_index;
-      rows.row_weight = data_or_null<A>(row_weight);
-      rows.z_loss = A(z_loss);
-      rows.outputs = static_cast<A*>(rows_tensor.mutable_data_ptr());
-      launch(totals_kernel<A, I>, Grid{1, kTotalsThreads}, rows, Reduction(reduction), data_or_null<A>(normalizer),
-             static_cast<A*>(totals.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
-    };
-    targets.scalar_type() == ScalarType::Int ? of_targets(int32_t{}) : of_targets(int64_t{});
+    Rows<A> rows{};
+    rows.count = targets.numel();
+    rows.targets = inputs.ids();
+    rows.ignore_index = inputs.options.ignore_index;
+    rows.row_weight = data_or_null<A>(row_weight);
+    rows.options = RowOptions<A>::of(inputs.options, 0);
+    rows.saved_rows = static_cast<A*>(saved_rows.mutable_data_ptr());
+    launch(reduce_kernel<A>, Grid{1, kReduceThreads}, rows, inputs.options.reduction, data_or_null<A>(normalizer),
+           static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
   };
   dtype == ScalarType::Double ? run(double{}) : run(float{});
-  return {loss, totals};
+  return {loss, factors};
 }
 
 }  // namespace
 
-LossOutputs loss_forward_outputs(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
-                                 const OptionalTensor& row_weight, const OptionalTensor& logit_offset,
-                                 const OptionalTensor& normalizer, const LossOptions& options, bool predict) {
+LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool predict) {
   const Launcher launch(logits);
-  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
-    Rows<T, I> rows = rows_of<T, I>(logits, targets, token_weight, row_weight, logit_offset, options, outputs.rows);
-    A* loss = static_cast<A*>(outputs.loss.mutable_data_ptr());
+    Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
     if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
-    const bool plain = options.is_plain(logit_offset);
-    const auto statistics = plain ? statistics_kernel<T, I, true> : statistics_kernel<T, I, false>;
-    const int count_of_parts = parts_of_row(launch, logits);
+    const bool plain = inputs.is_plain();
+    const auto statistics = plain ? statistics_kernel<T, true> : statistics_kernel<T, false>;
+    const int shares = shares_of_row(launch, logits);
     Grid grid{grid_for(rows.count), threads_for(rows.vocab_size)};
-    if (count_of_parts == 1) {
+    if (shares == 1) {
       launch(statistics, grid, rows, nullptr);
     } else {
       constexpr int64_t kSize = sizeof(RowStatistics<A>) / sizeof(A);
-      const Tensor scratch =
-          allocate(logits, {rows.count * count_of_parts * kSize}, accumulator_dtype(logits.scalar_type()));
-      auto* parts = static_cast<RowStatistics<A>*>(scratch.mutable_data_ptr());
-      grid.parts = count_of_parts;
-      launch(statistics, grid, rows, parts);
+      const Tensor scratch = allocate(logits, {rows.count * shares * kSize}, accumulator_dtype(logits.scalar_type()));
+      auto* of_shares = static_cast<RowStatistics<A>*>(scratch.mutable_data_ptr());
+      grid.shares = shares;
+      launch(statistics, grid, rows, of_shares);
       constexpr int64_t kRowsOfBlock = kFinishThreads / kWarp;
-      launch(plain ? finish_rows_kernel<T, I, true> : finish_rows_kernel<T, I, false>,
-             Grid{(rows.count + kRowsOfBlock - 1) / kRowsOfBlock, kFinishThreads}, rows, parts, count_of_parts);
+      launch(plain ? finish_rows_kernel<T, true> : finish_rows_kernel<T, false>,
+             Grid{(rows.count + kRowsOfBlock - 1) / kRowsOfBlock, kFinishThreads}, rows, of_shares, shares);
     }
-    launch(totals_kernel<T, I>, Grid{1, kTotalsThreads}, rows, options.reduction, data_or_null<A>(normalizer),
-           static_cast<A*>(outputs.totals.mutable_data_ptr()), loss);
+    launch(reduce_kernel<T>, Grid{1, kReduceThreads}, rows, inputs.options.reduction,
+           data_or_null<A>(inputs.normalizer), static_cast<A*>(outputs.factors.mutable_data_ptr()),
+           static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
   return outputs;
 }
 
-void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const Tensor& targets,
-                        const Tensor& rows_tensor, const Tensor& totals_tensor, const OptionalTensor& row_weight,
-                        const OptionalTensor& logit_offset, const LossOptions& options, const VocabularySlice& slice,
+void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const LossInputs& inputs,
+                        const Tensor& saved_rows, const Tensor& factors, const VocabularyShard& shard,
                         const Tensor& grad_logits) {
-  check_loss_arguments(logits, targets, std::nullopt, row_weight, logit_offset);
-  check_saved_rows(logits, targets, rows_tensor, totals_tensor, grad_loss, options.reduction, slice);
+  check_backward_arguments(logits, inputs, saved_rows, factors, grad_loss, shard);
   const Launcher launch(logits);
-  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
+  dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
-    const Rows<T, I> rows =
-        rows_of<T, I>(logits, targets, std::nullopt, row_weight, logit_offset, options, rows_tensor);
-    const auto kernel = options.is_plain(logit_offset) ? gradient_kernel<T, I, true> : gradient_kernel<T, I, false>;
-    const Grid grid{grid_for(rows.count), threads_for(rows.vocab_size), 0, parts_of_row(launch, logits)};
+    const Rows<T> rows = rows_of<T>(logits, inputs, saved_rows, shard.vocab_size);
+    const auto kernel = inputs.is_plain() ? gradient_kernel<T, true> : gradient_kernel<T, false>;
+    const Grid grid{grid_for(rows.count), threads_for(rows.vocab_size), 0, shares_of_row(launch, logits)};
     launch(kernel, grid, rows, data_or_null<A>(grad_loss),
-           options.reduction == Reduction::none && grad_loss ? grad_loss->stride(0) : 0,
-           static_cast<const A*>(totals_tensor.const_data_ptr()), slice,
+           inputs.options.reduction == Reduction::none && grad_loss ? grad_loss->stride(0) : 0,
+           static_cast<const A*>(factors.const_data_ptr()), shard.first_id,
            static_cast<T*>(grad_logits.mutable_data_ptr()), grad_logits.stride(0));
   });
 }

@@ -1,15 +1,15 @@
 // Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for an upstream
 // gradient of 1. Least traffic: e*N*V bytes read and e*N*V written.
 //
-// totals_ahead_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
+// factors_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
 // on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
-// totals_kernel sums the rows' losses: reads at most 28*N bytes (48*N in float64).
+// reduce_kernel sums the rows' losses: reads at most 28*N bytes (48*N in float64).
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
 // Regimes, chosen by the sizes and the device:
-// - Fewer rows than multiprocessors: by the kernels of loss.cu, which cut rows into parts; such logits stay in L2.
+// - Fewer rows than multiprocessors: by the kernels of loss.cu, which cut rows into shares; such logits stay in L2.
 // - The row stays in shared memory between its two passes (on_chip_kernel), copied there asynchronously, a thread's own
-//   vectors: no barrier but that of the reduction. Three rows or parts of a row share a multiprocessor, so that one
+//   vectors: no barrier but that of the reduction. Three rows, or shares of them, are on a multiprocessor, so that one
 //   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
 //   which merge their statistics through distributed shared memory: 262,144 logits of bfloat16 or float32.
 // - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under
@@ -17,7 +17,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
-#include "loss_totals.cuh"
+#include "reduce_rows.cuh"
 
 namespace pdl::cuda {
 namespace {
@@ -25,8 +25,8 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int kMaxCluster = 16;
 
-template <bool kPlain, int kCount, typename T, typename I, typename A>
-__device__ __forceinline__ void add_kept(RowStatistics<A>& row, const Rows<T, I>& rows, const Pack<T>* kept,
+template <bool kPlain, int kCount, typename T, typename A>
+__device__ __forceinline__ void add_kept(RowStatistics<A>& row, const Rows<T>& rows, const Pack<T>* kept,
                                          int first_pack, int begin, A centre) {
   Pack<T> packs[kCount];
 #pragma unroll
@@ -36,9 +36,9 @@ __device__ __forceinline__ void add_kept(RowStatistics<A>& row, const Rows<T, I>
 }
 
 // The thread's share of the range, which is on its way into `kept` meanwhile: pack p of the range lies at kept[p].
-template <bool kPlain, typename T, typename I, typename A>
-__device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T, I>& rows, const T* x,
-                                                            const PackRange<T>& range, Pack<T>* kept, A centre) {
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T>& rows, const T* x, const PackRange<T>& range,
+                                                            Pack<T>* kept, A centre) {
   const int packs = (range.end - range.begin) / kVector<T>;
   const int stride = int(blockDim.x);
   int groups = 0;
@@ -62,8 +62,8 @@ __device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T, I>& ro
 }
 
 // The block's share of the gradient, from what keep_and_gather kept.
-template <bool kPlain, typename T, typename I, typename A>
-__device__ __forceinline__ void write_gradient_of_kept(const Rows<T, I>& rows, const T* x, T* gradient,
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, const T* x, T* gradient,
                                                        const PackRange<T>& range, const Pack<T>* kept, int target,
                                                        const GradientRow<A>& row) {
   const int packs = (range.end - range.begin) / kVector<T>;
@@ -85,20 +85,17 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T, I>& rows, c
                          [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, rows.transform, row); });
 }
 
-template <typename T, typename I, typename A>
-__device__ __forceinline__ GradientRow<A> gradient_row(const Rows<T, I>& rows, int64_t i, int64_t target,
-                                                       const RowStatistics<A>& statistics, const RowLoss<A>& loss,
-                                                       const A* saved) {
-  const Totals<A> sums{saved[0], saved[1], saved[2]};
-  const A weight = rows.weight_of(target) * rows.factor(i);
-  const RowScalars<A> scalars = row_scalars(A(1), weight, rows.z_loss, statistics.max + loss.log_sum, sums);
-  return GradientRow<A>(statistics.max, A(1) / statistics.sum, scalars, rows.label_smoothing, rows.vocab_size);
+// For an upstream gradient of 1.
+template <typename T, typename A>
+__device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, A sum,
+                                                          const A* factors) {
+  return gradient_row(row, rows.factor(i), A(1) / sum, A(1), Factors<A>::load(factors), rows.options);
 }
 
 // A cluster a row; `shared_bytes` of the launch hold a block's share of it.
-template <typename T, typename I, bool kPlain>
+template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
-    on_chip_kernel(Rows<T, I> rows, Cluster cluster, const Accumulator<T>* saved, T* gradients,
+    on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients,
                    int64_t gradient_stride) {
   using A = Accumulator<T>;
   Pack<T>* kept = dynamic_shared_memory<Pack<T>>();
@@ -135,17 +132,17 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     row = of_row;
     // The other blocks' of_block are read; what is waited for below is that they have read this one's.
     cluster.arrive_after_reads();
-    const RowLoss<A> loss = row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing);
-    if (rank == 0 && threadIdx.x == 0) write_row(rows, i, target, row, loss);
+    const SavedRow<A> saved = rows.loss_of(row, z_target, target);
+    if (rank == 0 && threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
-                                   gradient_row(rows, i, target, row, loss, saved));
+                                   gradient_row_of(rows, i, saved, row.sum, factors));
     cluster.wait();
   }
 }
 
-template <typename T, typename I, bool kPlain>
+template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kLongRowThreads, 2)
-    cached_kernel(Rows<T, I> rows, const Accumulator<T>* saved, T* gradients, int64_t gradient_stride) {
+    cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
   __shared__ RowStatistics<A> of_row;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
@@ -165,9 +162,9 @@ __global__ void __launch_bounds__(kLongRowThreads, 2)
     if (threadIdx.x == 0) of_row = row;
     __syncthreads();
     row = of_row;
-    const RowLoss<A> loss = row_loss(row, z_target, int64_t(rows.vocab_size), rows.label_smoothing);
-    if (threadIdx.x == 0) write_row(rows, i, target, row, loss);
-    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row(rows, i, target, row, loss, saved));
+    const SavedRow<A> saved = rows.loss_of(row, z_target, target);
+    if (threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
+    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row_of(rows, i, saved, row.sum, factors));
   }
 }
 
@@ -221,49 +218,46 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
-                                                              int64_t reduction, int64_t ignore_index,
-                                                              double label_smoothing, double z_loss, double logit_scale,
-                                                              double softcap, bool predict) {
-  check_loss_arguments(logits, targets, token_weight, row_weight, logit_offset, normalizer);
-  const LossOptions options{Reduction(reduction), ignore_index, label_smoothing, z_loss, logit_scale, softcap};
-  check_gradient(logits, gradient, options.reduction);
+                                                              std::vector<double> options, bool predict) {
+  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  check_loss_arguments(logits, inputs);
+  check_gradient(logits, gradient, inputs.options.reduction);
   const Launcher launch(logits);
-  if (parts_of_row(launch, logits) > 1) {
-    const LossOutputs outputs =
-        loss_forward_outputs(logits, targets, token_weight, row_weight, logit_offset, normalizer, options, predict);
-    loss_backward_into(std::nullopt, logits, targets, outputs.rows, outputs.totals, row_weight, logit_offset, options,
-                       {0, logits.size(1)}, gradient);
-    return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+  if (shares_of_row(launch, logits) > 1) {
+    const LossOutputs outputs = loss_forward_outputs(logits, inputs, predict);
+    loss_backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, logits.size(1)},
+                       gradient);
+    return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
   }
-  const LossOutputs outputs = allocate_loss_outputs(logits, options.reduction, predict);
-  dispatch_loss<__nv_bfloat16, __half>(logits, targets, [&]<typename T, typename I>(T, I) {
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
-    Rows<T, I> rows = rows_of<T, I>(logits, targets, token_weight, row_weight, logit_offset, options, outputs.rows);
+    Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
     if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
-    A* saved = static_cast<A*>(outputs.totals.mutable_data_ptr());
+    A* factors = static_cast<A*>(outputs.factors.mutable_data_ptr());
     const A* divisor = data_or_null<A>(normalizer);
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
-    const Grid one_block{1, kTotalsThreads};
-    launch(totals_ahead_kernel<T, I>, one_block, rows, options.reduction, divisor, saved);
-    const bool plain = options.is_plain(logit_offset);
-    const auto on_chip = plain ? on_chip_kernel<T, I, true> : on_chip_kernel<T, I, false>;
+    const Grid one_block{1, kReduceThreads};
+    launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors);
+    const bool plain = inputs.is_plain();
+    const auto on_chip = plain ? on_chip_kernel<T, true> : on_chip_kernel<T, false>;
     const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
     if (grid.blocks > 0) {
-      launch(on_chip, grid, rows, Cluster{grid.cluster}, saved, gradients, gradient.stride(0));
+      launch(on_chip, grid, rows, Cluster{grid.cluster}, factors, gradients, gradient.stride(0));
     } else {
-      const auto cached = plain ? cached_kernel<T, I, true> : cached_kernel<T, I, false>;
+      const auto cached = plain ? cached_kernel<T, true> : cached_kernel<T, false>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
       Grid in_cache{1, kLongRowThreads};
       // At least a row for each multiprocessor, and no more than run at once.
       in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
       in_cache.blocks = std::min({rows.count, in_cache.blocks, launch.resident_blocks(cached, in_cache)});
-      launch(cached, in_cache, rows, saved, gradients, gradient.stride(0));
+      launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
     }
-    launch(totals_kernel<T, I>, one_block, rows, options.reduction, divisor, saved,
+    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
-  return {outputs.loss, outputs.rows, outputs.totals, outputs.predicted};
+  return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
 void scale_(Tensor gradient, Tensor factor) {
@@ -272,7 +266,7 @@ void scale_(Tensor gradient, Tensor factor) {
   dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
     // No more blocks than run at once, since mostly they find a 1 and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
-    const Grid grid{std::min(gradient.size(0), 8 * multiprocessors), kScaleThreads, 0, parts_of_row(launch, gradient)};
+    const Grid grid{std::min(gradient.size(0), 8 * multiprocessors), kScaleThreads, 0, shares_of_row(launch, gradient)};
     launch(scale_kernel<T>, grid, static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0), gradient.size(0),
            int(gradient.size(1)), static_cast<const Accumulator<T>*>(factor.const_data_ptr()));
   });

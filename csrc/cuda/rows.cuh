@@ -10,7 +10,7 @@ namespace pdl::cuda {
 
 // Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
 constexpr int kPacks = 4;
-// Threads of a block that has a row or a part of one, and how many such blocks a multiprocessor must hold at once: one
+// Threads of a block that has a row or a share of one, and how many such blocks a multiprocessor must hold at once: one
 // loads while another reduces. float64 has no registers for the third, nor the throughput to need one.
 constexpr int kLongRowThreads = 256;
 constexpr int kRowsOfMultiprocessor = 3;
@@ -23,50 +23,50 @@ inline int threads_for(int64_t vocab_size) {
   return vocab_size <= kLongRow ? kShortRowThreads : kLongRowThreads;
 }
 
-template <typename T, typename I>
+template <typename T>
 struct Rows {
   using A = Accumulator<T>;
 
   const T* logits;
   int64_t stride;
   int64_t count;
-  int vocab_size;
-  const I* targets;
+  int vocab_size;  // of these logits, which may be a shard's
+  Targets targets;
   int64_t ignore_index;
   const float* token_weight;
   const A* row_weight;
   LogitTransform<A> transform;
-  A label_smoothing;
-  A z_loss;
-  A* outputs;          // [kRowOutputs, count]
+  RowOptions<A> options;
+  A* saved_rows;       // [SavedRow::kNumbers, count]
   int64_t* predicted;  // or nullptr
 
   __device__ bool in_vocabulary(int64_t target) const { return target >= 0 && target < vocab_size; }
   __device__ A factor(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
   __device__ A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
+  __device__ SavedRow<A> saved(int64_t i) const { return SavedRow<A>::load(saved_rows, count, i); }
   template <bool kPlain>
   __device__ A z(A x, int j) const {
     return kPlain ? x : transform.apply(x, j);
   }
+  __device__ SavedRow<A> loss_of(const RowStatistics<A>& statistics, A z_target, int64_t target) const {
+    return row_loss(statistics, z_target, weight_of(target), options);
+  }
 };
 
-template <typename T, typename I>
-Rows<T, I> rows_of(const Tensor& logits, const Tensor& targets, const OptionalTensor& token_weight,
-                   const OptionalTensor& row_weight, const OptionalTensor& logit_offset, const LossOptions& options,
-                   const Tensor& outputs) {
+template <typename T>
+Rows<T> rows_of(const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows, int64_t vocab_size) {
   using A = Accumulator<T>;
   return {static_cast<const T*>(logits.const_data_ptr()),
           logits.stride(0),
           logits.size(0),
           int(logits.size(1)),
-          static_cast<const I*>(targets.const_data_ptr()),
-          options.ignore_index,
-          data_or_null<float>(token_weight),
-          data_or_null<A>(row_weight),
-          options.transform<A>(logit_offset),
-          A(options.label_smoothing),
-          A(options.z_loss),
-          static_cast<A*>(outputs.mutable_data_ptr()),
+          inputs.ids(),
+          inputs.options.ignore_index,
+          data_or_null<float>(inputs.token_weight),
+          data_or_null<A>(inputs.row_weight),
+          inputs.transform<A>(),
+          RowOptions<A>::of(inputs.options, vocab_size),
+          static_cast<A*>(saved_rows.mutable_data_ptr()),
           nullptr};
 }
 
@@ -123,8 +123,8 @@ __device__ __forceinline__ RowStatistics<A> merged_over_block(const RowStatistic
 }
 
 // Of the thread's share of a range of a row, read from memory.
-template <bool kPlain, typename T, typename I, typename A>
-__device__ __forceinline__ RowStatistics<A> statistics_of_share(const Rows<T, I>& rows, const T* x,
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ RowStatistics<A> statistics_of_share(const Rows<T>& rows, const T* x,
                                                                 const PackRange<T>& range, A centre) {
   RowStatistics<A> row;
   for_each_pack<kPacks>(
@@ -137,22 +137,16 @@ __device__ __forceinline__ RowStatistics<A> statistics_of_share(const Rows<T, I>
 }
 
 // By one thread.
-template <typename T, typename I, typename A>
-__device__ __forceinline__ void write_row(const Rows<T, I>& rows, int64_t i, int64_t target,
-                                          const RowStatistics<A>& statistics, const RowLoss<A>& loss) {
-  rows.outputs[kMax * rows.count + i] = statistics.max;
-  rows.outputs[kLogSum * rows.count + i] = loss.log_sum;
-  rows.outputs[kNll * rows.count + i] = loss.nll;
-  rows.outputs[kCe * rows.count + i] = loss.ce;
-  rows.outputs[kTokenWeight * rows.count + i] = rows.weight_of(target);
-  if (rows.predicted != nullptr) rows.predicted[i] = statistics.argmax;
+template <typename T, typename A>
+__device__ __forceinline__ void write_row(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, int argmax) {
+  row.store(rows.saved_rows, rows.count, i);
+  if (rows.predicted != nullptr) rows.predicted[i] = argmax;
 }
 
 // Of a row without a target in the vocabulary, by one thread: zeros if it is ignored, else NaN.
-template <typename T, typename I>
-__device__ __forceinline__ void write_row_without_target(const Rows<T, I>& rows, int64_t i, Accumulator<T> fill) {
-  for (int k = 0; k < kRowOutputs; ++k) rows.outputs[k * rows.count + i] = fill;
-  if (rows.predicted != nullptr) rows.predicted[i] = -1;
+template <typename T>
+__device__ __forceinline__ void write_row_without_target(const Rows<T>& rows, int64_t i, Accumulator<T> fill) {
+  write_row(rows, i, SavedRow<Accumulator<T>>::filled(fill), -1);
 }
 
 template <typename T>
@@ -176,9 +170,9 @@ __device__ __forceinline__ T gradient_of(T logit, int j, int target, const Logit
 
 // The block's share of a row's gradient, from logits in memory. It may lie where they are: each thread reads an element
 // before it writes it. `range` is that of the logits.
-template <bool kPlain, typename T, typename I, typename A>
-__device__ __forceinline__ void write_gradient(const Rows<T, I>& rows, const T* x, T* gradient,
-                                               const PackRange<T>& range, int target, const GradientRow<A>& row) {
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, T* gradient, const PackRange<T>& range,
+                                               int target, const GradientRow<A>& row) {
   const auto element = [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, rows.transform, row); };
   if (equally_aligned<T>(x, gradient)) {
     for_each_pack<kPacks>(

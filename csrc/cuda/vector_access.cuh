@@ -52,8 +52,8 @@ __device__ __forceinline__ bool equally_aligned(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
 }
 
-// The whole vectors of a row that are one part's share, [begin, end), of `parts` equal ones; the part's threads take
-// them in turns. What lies before the first and behind the last vector of the row is the first part's.
+// The whole vectors of one of `shares` equal shares of a row, [begin, end), which the share's threads take in turns.
+// What lies before the first and behind the last vector of the row belongs to the first share.
 template <typename T>
 struct PackRange {
   int row_begin;
@@ -62,13 +62,13 @@ struct PackRange {
   int end;
   bool has_outside;
 
-  __device__ __forceinline__ PackRange(const T* data, int size, int part = 0, int parts = 1)
-      : row_begin(misaligned_head(data, size)), has_outside(part == 0) {
+  __device__ __forceinline__ PackRange(const T* data, int size, int share = 0, int shares = 1)
+      : row_begin(misaligned_head(data, size)), has_outside(share == 0) {
     const int packs = (size - row_begin) / kVector<T>;
-    const int share = (packs + parts - 1) / parts;
+    const int of_share = (packs + shares - 1) / shares;
     row_end = row_begin + packs * kVector<T>;
-    begin = row_begin + min(packs, part * share) * kVector<T>;
-    end = row_begin + min(packs, (part + 1) * share) * kVector<T>;
+    begin = row_begin + min(packs, share * of_share) * kVector<T>;
+    end = row_begin + min(packs, (share + 1) * of_share) * kVector<T>;
   }
 
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }

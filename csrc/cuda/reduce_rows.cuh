@@ -1,4 +1,4 @@
-// From the rows' outputs to the loss, in one block and always in the same order: each row's term or their sum, and the
+// From the saved rows to the loss, in one block and always in the same order: each row's term or their sum, and the
 // factors that the gradient needs.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace pdl::cuda {
 
-constexpr int kTotalsThreads = 1024;
+constexpr int kReduceThreads = 1024;
 // Rows whose numbers a thread loads before it uses any: one block has little else to cover its loads with.
 template <typename A>
 constexpr int kRowsAtOnce = 16 / int(sizeof(A));
@@ -26,50 +26,41 @@ __device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) 
   }
 }
 
-template <typename A>
-__device__ Totals<double> write_totals(Reduction reduction, const RowSums& sums, const A* normalizer, A* saved) {
-  const Totals<double> factors = totals(reduction, sums, normalizer);
-  saved[0] = A(factors.weighted);
-  saved[1] = A(factors.rows);
-  saved[2] = A(factors.correction);
-  return factors;
-}
-
-template <typename T, typename I>
-__global__ void __launch_bounds__(kTotalsThreads, 1)
-    totals_kernel(Rows<T, I> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* saved,
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    reduce_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* factors,
                   Accumulator<T>* loss) {
   using A = Accumulator<T>;
   struct Row {
     bool counted;
     A weight, factor, ce, lse;
   };
-  const A* outputs = rows.outputs;
   RowSums sums;
   for_each_row<kRowsAtOnce<A>>(
       rows.count,
       [&](int64_t i) -> Row {
-        return {rows.targets[i] != rows.ignore_index, outputs[kTokenWeight * rows.count + i], rows.factor(i),
-                outputs[kCe * rows.count + i], outputs[kMax * rows.count + i] + outputs[kLogSum * rows.count + i]};
+        const SavedRow<A> saved = rows.saved(i);
+        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.factor(i), saved.ce, saved.lse()};
       },
       [&](int64_t i, const Row& row) {
         if (reduction == Reduction::none) {
-          loss[i] = row.counted ? row_term(row.weight * row.factor, row.ce, rows.z_loss, row.lse) : A(0);
+          loss[i] = row.counted ? row_term(row.weight * row.factor, row.ce, row.lse, rows.options) : A(0);
         } else if (row.counted) {
           sums.add(double(row.weight) * double(row.factor), row.ce, row.lse);
         }
       });
   if (reduction != Reduction::none) sums = block_sum(sums);
   if (threadIdx.x == 0) {
-    const Totals<double> factors = write_totals(reduction, sums, normalizer, saved);
-    if (reduction != Reduction::none) *loss = A(reduced_loss(sums, factors, double(rows.z_loss)));
+    const Factors<double> found = factors_of(reduction, sums, normalizer);
+    found.as<A>().store(factors);
+    if (reduction != Reduction::none) *loss = A(reduced_loss(sums, found, double(rows.options.z_loss)));
   }
 }
 
 // The factors before any row has been read: they depend on targets and weights alone, a sum's and given ones on none.
-template <typename T, typename I>
-__global__ void __launch_bounds__(kTotalsThreads, 1)
-    totals_ahead_kernel(Rows<T, I> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* saved) {
+template <typename T>
+__global__ void __launch_bounds__(kReduceThreads, 1)
+    factors_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* factors) {
   using A = Accumulator<T>;
   struct Row {
     bool counted;
@@ -89,7 +80,7 @@ __global__ void __launch_bounds__(kTotalsThreads, 1)
         });
     sums = block_sum(sums);
   }
-  if (threadIdx.x == 0) write_totals(reduction, sums, normalizer, saved);
+  if (threadIdx.x == 0) factors_of(reduction, sums, normalizer).template as<A>().store(factors);
 }
 
 }  // namespace pdl::cuda

@@ -1,0 +1,20 @@
+// The targets of the rows, for host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "portable.h"
+
+namespace pdl {
+
+// A kernel reads one a row, so that the ids' type is a branch which all rows take alike, and no template parameter.
+struct Targets {
+  const void* ids;
+  bool is_int32;
+
+  PDL_INLINE int64_t operator[](int64_t i) const {
+    return is_int32 ? static_cast<const int32_t*>(ids)[i] : static_cast<const int64_t*>(ids)[i];
+  }
+};
+
+}  // namespace pdl
