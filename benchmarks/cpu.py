@@ -43,7 +43,7 @@ from workloads import (
     weights_group,
 )
 
-from pdl_ext._ops import _C
+from pdl_ext.engine.ops import _C
 
 # The provider that is no peer: it moves the logits as often as a loss in place has to.
 COPY = "copy of the logits"

@@ -29,13 +29,13 @@ def sync_if_due(loss: PDLLoss, frequency: TokenFrequency) -> None:
 
 
 @torch.compiler.assume_constant_result
-def check_when_traced(loss: PDLLoss, of_slice: bool) -> bool:
+def check_when_traced(loss: PDLLoss, of_shard: bool) -> bool:
     """Checks the state of a loss while a graph is traced that has no room for it; the result means nothing."""
     if loss.frequency is not None:
         loss._check_counts(loss.frequency)
     if type(loss._blend) is Tensor:
         # Which restores it where it was lost.
         loss._weights.blend_of(loss._blend)
-    if loss.online and loss.training and loss.sync_every is None and not of_slice:
+    if loss.online and loss.training and loss.sync_every is None and not of_shard:
         loss._tell_of_ranks(None)
     return True

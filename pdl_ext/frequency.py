@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pdl_ext import functional, host_stream
+from pdl_ext import functional
 from pdl_ext._array import tensor_to_read
 from pdl_ext._checks import (
     check_group,
@@ -26,6 +26,7 @@ from pdl_ext._checks import (
 )
 from pdl_ext._lock import Exclusion, exclusive
 from pdl_ext._tensor_file import read_tensors, write_tensors
+from pdl_ext.engine import host_stream
 from pdl_ext.provenance import Provenance
 
 __all__ = ["TokenFrequency", "unpacked"]

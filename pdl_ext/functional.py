@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from pdl_ext import _ops
-from pdl_ext._autograd import weighted_loss
 from pdl_ext._checks import (
-    check_choice,
     check_dense,
     check_ignore_index,
-    check_integer,
     check_vocab_size,
     is_traced,
     names_of,
     not_scriptable,
     refuse_transforms,
 )
-from pdl_ext._linear import ACCUMULATE, Settings, linear_weighted_loss
-from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs, check_table
-from pdl_ext._vocabulary import VocabularySlice
+from pdl_ext.engine import ops
+from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
+from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import NORMALIZE, PowerLaw
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
 TOKEN_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 
-class RowStats(NamedTuple):
-    """What the loss knows of each row, detached and shaped like the targets; 0 at ignored rows.
-
-    nll: unweighted negative log-likelihood in nats; weight: token weight times row weight; lse: log-sum-exp of the
-    transformed logits; predicted: int64 index of the largest one, -1 at ignored rows and where
-    none is above -inf. With shift=True they line up
-    with `targets`, like row_weight and reduction "none". float32, or float64 for float64 logits.
-    """
-
-    nll: Tensor
-    weight: Tensor
-    lse: Tensor
-    predicted: Tensor
-
-
 @not_scriptable
+@spells_out_options
 def pdl_loss(
     logits: Tensor,
     targets: Tensor,
@@ -57,16 +41,10 @@ def pdl_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     logit_offset: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    shift: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     inplace_backward: bool = False,
     return_stats: bool = False,
     process_group: dist.ProcessGroup | None = None,
+    **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
@@ -104,26 +82,21 @@ def pdl_loss(
     a transform of torch.func.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
-    options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
-    check_loss_inputs(logits, targets, row_weight, normalizer, options)
-    part = VocabularySlice.of_rank(logits.shape[-1], logits.device, process_group)
-    check_table("token_weight", token_weight, part.vocab_size, logits.device)
-    check_table("logit_offset", logit_offset, part.vocab_size, logits.device)
-    return loss_of_checked(
+    call = LossCall(
         logits,
         targets,
-        token_weight,
-        row_weight,
-        normalizer,
-        logit_offset,
-        options,
-        part,
-        inplace_backward,
-        return_stats,
+        row_weight=row_weight,
+        normalizer=normalizer,
+        options=LossOptions.of("pdl_loss", options),
+        return_stats=return_stats,
+        process_group=process_group,
     )
+    call.check_tables(token_weight, logit_offset)
+    return call.loss(token_weight, logit_offset, inplace_backward)
 
 
 @not_scriptable
+@spells_out_options
 def linear_pdl_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -134,17 +107,11 @@ def linear_pdl_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     logit_offset: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    shift: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     return_stats: bool = False,
     max_chunk_bytes: int | None = None,
     accumulate: str = "float32",
     process_group: dist.ProcessGroup | None = None,
+    **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
     """pdl_loss of the logits hidden @ weight.T + bias, of which no more than a slab is ever held.
 
@@ -165,179 +132,21 @@ def linear_pdl_loss(
     Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
     Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
     """
-    options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
-    check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
-    part = VocabularySlice.of_rank(weight.shape[0], hidden.device, process_group)
-    check_table("token_weight", token_weight, part.vocab_size, hidden.device)
-    check_table("logit_offset", logit_offset, part.vocab_size, hidden.device)
-    return linear_loss_of_checked(
+    call = LinearLossCall(
         hidden,
         weight,
         bias,
         targets,
-        token_weight,
-        row_weight,
-        normalizer,
-        logit_offset,
-        options,
-        part,
-        linear_settings(hidden, max_chunk_bytes, accumulate),
-        return_stats,
+        row_weight=row_weight,
+        normalizer=normalizer,
+        options=LossOptions.of("linear_pdl_loss", options),
+        return_stats=return_stats,
+        max_chunk_bytes=max_chunk_bytes,
+        accumulate=accumulate,
+        process_group=process_group,
     )
-
-
-def loss_of_checked(
-    logits: Tensor,
-    targets: Tensor,
-    token_weight: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    logit_offset: Tensor | None,
-    options: LossOptions,
-    part: VocabularySlice,
-    inplace_backward: bool,
-    return_stats: bool,
-) -> Tensor | tuple[Tensor, RowStats]:
-    """pdl_loss of what check_loss_inputs and check_table have passed."""
-    rows = _Rows.of(targets, row_weight, normalizer, options, _ops.accumulator_dtype(logits.dtype))
-    if part.group:
-        _check_ids(targets, part.vocab_size, options)
-    tensors = (
-        logits,
-        rows.targets,
-        _contiguous(token_weight),
-        rows.row_weight,
-        part.of_table(_contiguous(logit_offset)),
-        rows.normalizer,
-    )
-    in_place = inplace_backward and not torch.compiler.is_compiling()
-    try:
-        loss, outputs, predicted = weighted_loss(tensors, options.of_op(), return_stats, in_place, part)
-    except IndexError:
-        raise bad_target(targets, part.vocab_size, options.ignore_index, options.shift) from None
-    return rows.result(loss, outputs, predicted, options)
-
-
-def linear_settings(hidden: Tensor, max_chunk_bytes: int | None, accumulate: str) -> Settings:
-    """How to compute the products. Raises ValueError that names the argument."""
-    if max_chunk_bytes is not None:
-        max_chunk_bytes = check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
-    check_choice("accumulate", accumulate, ACCUMULATE)
-    device, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    # A compiled graph may be captured, which knows no wait for a count.
-    return Settings(dtype, max_chunk_bytes, accumulate == "float32", not torch.compiler.is_compiling())
-
-
-def linear_loss_of_checked(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weight: Tensor | None,
-    row_weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    logit_offset: Tensor | None,
-    options: LossOptions,
-    part: VocabularySlice,
-    settings: Settings,
-    return_stats: bool,
-) -> Tensor | tuple[Tensor, RowStats]:
-    """linear_pdl_loss of what check_linear_inputs and check_table have passed."""
-    rows = _Rows.of(targets, row_weight, normalizer, options, _ops.accumulator_dtype(settings.dtype))
-    # Before the first product, and not when a slab comes to it.
-    _check_ids(targets, part.vocab_size, options)
-    loss, outputs, predicted = linear_weighted_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        rows.row_weight,
-        (
-            rows.targets.reshape(-1),
-            _contiguous(token_weight),
-            part.of_table(_contiguous(logit_offset)),
-            rows.normalizer,
-        ),
-        options.of_op(),
-        return_stats,
-        settings,
-        part,
-    )
-    return rows.result(loss, outputs, predicted, options)
-
-
-def _contiguous(table: Tensor | None) -> Tensor | None:
-    return None if table is None else table.contiguous()
-
-
-def _check_ids(targets: Tensor, vocab_size: int, options: LossOptions) -> None:
-    # On CUDA the rows become NaN instead, and the host waits for nothing.
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    learned = targets[..., 1:] if options.shift else targets
-    if bool(((learned != options.ignore_index) & ((learned < 0) | (learned >= vocab_size))).any()):
-        raise bad_target(targets, vocab_size, options.ignore_index, options.shift)
-
-
-class _Rows(NamedTuple):
-    """What has one element a row, as the ops take it, and how the results are shaped."""
-
-    targets: Tensor
-    row_weight: Tensor | None
-    normalizer: Tensor | None
-    shape: torch.Size
-    shift: bool
-
-    @classmethod
-    def of(
-        cls,
-        targets: Tensor,
-        row_weight: Tensor | None,
-        normalizer: float | Tensor | None,
-        options: LossOptions,
-        dtype: torch.dtype,
-    ) -> _Rows:
-        if row_weight is not None:
-            row_weight = row_weight.to(dtype)
-        if isinstance(normalizer, Tensor):
-            normalizer = normalizer.to(dtype).expand(2).contiguous()
-        elif normalizer is not None:
-            number = normalizer if isinstance(normalizer, (torch.SymInt, torch.SymFloat)) else float(normalizer)
-            # What float32 cannot hold is infinite then, as a tensor's value would be.
-            normalizer = torch.full((2,), number, dtype=torch.float64, device=targets.device).to(dtype)
-        shift = options.shift and targets.shape[-1] > 0
-        if shift:
-            targets = F.pad(targets[..., 1:], (0, 1), value=options.ignore_index)
-            row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
-        if row_weight is not None:
-            row_weight = row_weight.reshape(-1).contiguous()
-        return cls(targets.contiguous(), row_weight, normalizer, targets.shape, shift)
-
-    def result(
-        self, loss: Tensor, outputs: Tensor | None, predicted: Tensor | None, options: LossOptions
-    ) -> Tensor | tuple[Tensor, RowStats]:
-        """The loss, with RowStats where the ops' outputs a row are given."""
-        if options.reduction == "none":
-            loss = self._like_targets(loss)
-        if outputs is None or predicted is None:
-            return loss
-        weight = outputs[_ops.ROW_TOKEN_WEIGHT]
-        if self.row_weight is not None:
-            # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
-            counted = self.targets.reshape(-1) != options.ignore_index
-            weight = torch.where(counted, weight * self.row_weight.detach(), 0.0)
-        stats = RowStats(
-            nll=self._like_targets(outputs[_ops.ROW_NLL]),
-            weight=self._like_targets(weight),
-            lse=self._like_targets(outputs[_ops.ROW_MAX] + outputs[_ops.ROW_LOG_SUM]),
-            predicted=self._like_targets(predicted, fill=-1),
-        )
-        return loss, stats
-
-    def _like_targets(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        values = values.reshape(self.shape)
-        return F.pad(values[..., :-1], (1, 0), value=fill) if self.shift else values
+    call.check_tables(token_weight, logit_offset)
+    return call.loss(token_weight, logit_offset)
 
 
 @not_scriptable
@@ -380,7 +189,7 @@ def check_fixed(weighting: PowerLaw, vocab_size: int) -> None:
 
 def weights_with_fixed(counts: Tensor, weighting: PowerLaw, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
     """token_weights for a caller that keeps the table of fixed weights, so that a step copies nothing to the device."""
-    return _ops.ops.token_weights(
+    return ops.compiled.token_weights(
         counts.contiguous(),
         blend,
         fixed,
@@ -437,7 +246,7 @@ def add_tokens(
         raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
     if tokens.device != counts.device:
         raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
-    _ops.ops.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict, alone)
+    ops.compiled.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict, alone)
     if not alone and not torch.compiler.is_compiling() and not counts.is_inference():
         # Which PyTorch does for its own ops.
         torch.autograd.graph.increment_version(counts)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,20 @@ from torch import Tensor, nn
 from pdl_ext import functional
 from pdl_ext._checks import check_integer, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
-from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._token_weights import TokenWeights, blend_state
-from pdl_ext._vocabulary import VocabularySlice
+from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import RowStats, check_count_values
+from pdl_ext.functional import check_count_values
+from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import PowerLaw, check_blend
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PDLLoss"]
 
+# Each may also be read and set as an attribute of a loss.
+_OPTIONS = LossKeywords.__annotations__.keys()
 _beginning = Exclusion()
 
 
@@ -58,8 +64,10 @@ class PDLLoss(nn.Module):
     """
 
     frequency: TokenFrequency | None
+    options: LossOptions
     _blend: Tensor
 
+    @spells_out_options
     def __init__(
         self,
         frequency: TokenFrequency | Tensor | str | os.PathLike[str] | None = None,
@@ -67,19 +75,13 @@ class PDLLoss(nn.Module):
         alpha: float = 1.0,
         epsilon: float = 1e-7,
         weighting: PowerLaw | None = None,
-        reduction: str = "mean",
-        ignore_index: int = -100,
-        shift: bool = False,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
         inplace_backward: bool = False,
         vocab_size: int | None = None,
         sync_every: int | None = None,
+        **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        options = LossOptions.checked(reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale)
+        self.options = LossOptions.of("PDLLoss", options)
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
         elif not isinstance(weighting, PowerLaw):
@@ -89,13 +91,6 @@ class PDLLoss(nn.Module):
                 "weighting: got one together with alpha or epsilon, expected either: they are its shorthand"
             )
         self.weighting = weighting
-        self.reduction = options.reduction
-        self.ignore_index = options.ignore_index
-        self.shift = options.shift
-        self.label_smoothing = options.label_smoothing
-        self.z_loss = options.z_loss
-        self.softcap = options.softcap
-        self.logit_scale = options.logit_scale
         self.inplace_backward = inplace_backward
         self.online = frequency is None
         if sync_every is not None:
@@ -166,14 +161,17 @@ class PDLLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
         self._check_state(process_group)
-        options = self._options()
         # Everything that can be refused is refused before an online loss counts its targets.
-        check_loss_inputs(logits, targets, row_weight, normalizer, options)
-        part = VocabularySlice.of_rank(logits.shape[-1], logits.device, process_group)
-        weights = self._current_weights("logits", part.vocab_size, logits.device, targets)
-        return functional.loss_of_checked(
-            logits, targets, weights, row_weight, normalizer, None, options, part, self.inplace_backward, return_stats
+        call = LossCall(
+            logits,
+            targets,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            options=self.options,
+            return_stats=return_stats,
+            process_group=process_group,
         )
+        return call.loss(self._current_weights("logits", call), None, self.inplace_backward)
 
     def linear(
         self,
@@ -194,60 +192,65 @@ class PDLLoss(nn.Module):
         Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
         """
         self._check_state(process_group)
-        options = self._options()
-        check_linear_inputs(hidden, weight, bias, targets, row_weight, normalizer, options)
-        settings = functional.linear_settings(hidden, max_chunk_bytes, accumulate)
-        part = VocabularySlice.of_rank(weight.shape[0], hidden.device, process_group)
-        weights = self._current_weights("weight", part.vocab_size, hidden.device, targets)
-        return functional.linear_loss_of_checked(
-            hidden, weight, bias, targets, weights, row_weight, normalizer, None, options, part, settings, return_stats
+        call = LinearLossCall(
+            hidden,
+            weight,
+            bias,
+            targets,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            options=self.options,
+            return_stats=return_stats,
+            max_chunk_bytes=max_chunk_bytes,
+            accumulate=accumulate,
+            process_group=process_group,
         )
+        return call.loss(self._current_weights("weight", call), None)
 
-    def _options(self) -> LossOptions:
-        return LossOptions.checked(
-            self.reduction,
-            self.ignore_index,
-            self.shift,
-            self.label_smoothing,
-            self.z_loss,
-            self.softcap,
-            self.logit_scale,
-        )
+    def __getattr__(self, name: str) -> Any:
+        # Reached by what is no attribute of its own.
+        if name in _OPTIONS:
+            return getattr(self.options, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS:
+            self.options = dataclasses.replace(self.options, **{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
+        options = self.options
+        return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
 
-    def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
+    def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor:
         frequency = self.frequency
         if frequency is None:
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
-                return self._learned_weights(self.frequency, name, vocab_size, device, targets)
+                return self._learned_weights(self.frequency, name, call)
         kept, counts = self._weights, frequency._totals()[0]
         traced = is_traced()
         if not traced and not kept.are_checked(counts):
             self._check_counts(frequency)
         if self.online:
-            return self._learned_weights(frequency, name, vocab_size, device, targets)
-        _check_vocabulary(name, vocab_size, device, counts)
+            return self._learned_weights(frequency, name, call)
+        _check_vocabulary(name, call, counts)
         of_counts = kept.fresh if traced else kept.kept
         # Not as an attribute, which nn.Module looks up in a microsecond.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
-    def _learned_weights(
-        self, frequency: TokenFrequency | None, name: str, vocab_size: int, device: torch.device, targets: Tensor
-    ) -> Tensor:
-        is_new = frequency is None
+    def _learned_weights(self, frequency: TokenFrequency | None, name: str, call: LossCall | LinearLossCall) -> Tensor:
+        is_new, device = frequency is None, call.targets.device
         if frequency is None:
-            frequency = self._new_frequency(vocab_size).to(device)
+            frequency = self._new_frequency(call.shard.vocab_size).to(device)
         counts = frequency._totals()[0]
-        _check_vocabulary(name, vocab_size, device, counts)
+        _check_vocabulary(name, call, counts)
         if self.training:
-            learned = targets[..., 1:] if self.shift else targets
             try:
-                frequency.update(learned, strict=device.type == "cpu")
+                frequency.update(call.learned_targets(), strict=device.type == "cpu")
             except IndexError:
-                raise bad_target(targets, vocab_size, self.ignore_index, self.shift) from None
+                raise call.bad_target() from None
         if is_new:
             # A validation pass under inference_mode may come first, and training must be able to go on from it.
             with torch.inference_mode(False):
@@ -316,7 +319,7 @@ class PDLLoss(nn.Module):
                 )
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
-        frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)
+        frequency = TokenFrequency(vocab_size, ignore_index=self.options.ignore_index)
         if self.sync_every is not None:
             # From the first count on, which comes before the first sync.
             frequency._track()
@@ -351,7 +354,8 @@ class PDLLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_vocabulary(name: str, vocab_size: int, device: torch.device, counts: Tensor) -> None:
+def _check_vocabulary(name: str, call: LossCall | LinearLossCall, counts: Tensor) -> None:
+    vocab_size, device = call.shard.vocab_size, call.targets.device
     if vocab_size != counts.shape[0]:
         raise ValueError(f"{name}: got a vocabulary of {vocab_size}, expected {counts.shape[0]}, the frequency's")
     if device != counts.device:

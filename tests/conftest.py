@@ -16,7 +16,8 @@ import torch
 import uninitialized
 from torch import Tensor
 
-from pdl_ext import _ops, functional, reference
+from pdl_ext import functional, reference
+from pdl_ext.engine import ops
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def uninitialized_memory_is_nan():
 def missing_cuda() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return "" if _ops._C.cuda_architectures() else "built without CUDA"
+    return "" if ops._C.cuda_architectures() else "built without CUDA"
 
 
 def pytest_generate_tests(metafunc):
@@ -43,7 +44,7 @@ def device(device_name, request, monkeypatch):
     if device_name != "emulated":
         yield torch.device(device_name)
         return
-    monkeypatch.setattr(_ops, "ops", cuda_emulator.load())
+    monkeypatch.setattr(ops, "compiled", cuda_emulator.load())
     # Another order of the threads for each test, the same in every run.
     monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(zlib.crc32(request.node.name.encode()) % 2**31))
     yield torch.device("cpu")

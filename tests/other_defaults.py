@@ -11,7 +11,8 @@ import functools
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _autograd, _linear, corpus, functional, reference, statistics
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, corpus, functional, reference, statistics
+from pdl_ext.engine import autograd, linear
 
 CALLS = {
     functional: ("pdl_loss", "linear_pdl_loss", "count_tokens", "token_weights"),
@@ -35,9 +36,9 @@ CALLS = {
         ),
         *("state_dict", "load_state_dict", "_apply"),
     ),
-    _autograd.Loss: ("backward",),
-    _autograd.LossOverLogits: ("backward",),
-    _linear.LinearLoss: ("backward",),
+    autograd.Loss: ("backward",),
+    autograd.LossOverLogits: ("backward",),
+    linear.LinearLoss: ("backward",),
 }
 
 

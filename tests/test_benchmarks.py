@@ -31,7 +31,7 @@ import plot
 import train_step
 import workloads
 
-from pdl_ext._ops import _C
+from pdl_ext.engine.ops import _C
 
 SIZES = gpu.Sizes(
     rows=12,

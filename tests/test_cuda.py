@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import computed
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, host_stream, reference
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
+from pdl_ext.engine import host_stream
 
 
 def need_memory(gibibytes):

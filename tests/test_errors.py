@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _ops, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
+from pdl_ext.engine import ops
+from pdl_ext.options import LossOptions
 
 LOGITS = torch.zeros(2, 3, 5)
 TARGETS = torch.tensor([[0, 1, 2], [3, 4, -100]])
@@ -185,76 +187,76 @@ def test_target_out_of_range_under_compile():
     assert not loss_fn.frequency.counts.any()
 
 
-NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
+PACKED = LossOptions().packed
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda ops, x, y: ops.loss_forward(x[0], y, None, None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x[0], y, None, None, None, None, PACKED, False),
             r"logits must have shape \[N, V\]",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x.t(), y, None, None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x.t(), y, None, None, None, None, PACKED, False),
             "last dimension of stride 1",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y[:1], None, None, None, None, PACKED, False),
             "targets must be one a row",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y.repeat(2)[::2], None, None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y.repeat(2)[::2], None, None, None, None, PACKED, False),
             "targets must be contiguous",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, x[0, :2], None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y, x[0, :2], None, None, None, PACKED, False),
             "token_weight must be contig",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, y, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, y, None, None, PACKED, False),
             "row_weight has the wrong dtype",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.empty(0), PACKED, False),
             "normalizer must be contiguous with shape",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.ones(2).double(), *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x, y, None, None, None, torch.ones(2).double(), PACKED, False),
             "normalizer has the wrong dtype",
         ),
         (
-            lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, *NUMBERS, False),
+            lambda ops, x, y: ops.loss_forward(x.int(), y, None, None, None, None, PACKED, False),
             "logits must be float32",
         ),
         (
-            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, *NUMBERS, 0, 3),
-            "rows must be what loss_forward",
+            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, PACKED, 0, 3),
+            "saved_rows must be what loss_forward",
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 1, 3
+                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, PACKED, 1, 3
             ),
-            "the logits must be a slice of the vocabulary",
+            "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 0, -(2**63)
+                x[0, 0], x, y, torch.zeros(5, 2), torch.zeros(3), None, None, PACKED, 0, -(2**63)
             ),
-            "the logits must be a slice of the vocabulary",
+            "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward_(
-                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(5, 2), torch.zeros(3), None, None, *NUMBERS, 0, 3
+                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(5, 2), torch.zeros(3), None, None, PACKED, 0, 3
             ),
             "logits must have shape .* rows that do not overlap",
         ),
         (
-            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 3), y, None, None, 2, -100, 0.0),
-            "rows must be what loss_forward",
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 3), y, None, None, PACKED),
+            "saved_rows must be what loss_forward",
         ),
         (
-            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 2), y.bool(), None, None, 2, -100, 0.0),
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(5, 2), y.bool(), None, None, PACKED),
             "targets must be int64 or int32",
         ),
         (
@@ -273,7 +275,7 @@ NUMBERS = (2, -100, 0.0, 0.0, 1.0, 0.0)
 )
 def test_ops_called_directly_keep_memory_safe(device, call, message):
     with pytest.raises(RuntimeError, match=message):
-        call(_ops.ops, torch.zeros(2, 3, device=device), torch.tensor([0, 1], device=device))
+        call(ops.compiled, torch.zeros(2, 3, device=device), torch.tensor([0, 1], device=device))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdl_ext import TokenFrequency, functional, host_stream
+from pdl_ext import TokenFrequency, functional
+from pdl_ext.engine import host_stream
 
 
 class Streams:

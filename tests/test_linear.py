@@ -15,7 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from pdl_ext import PDLLoss, _linear, _ops, functional, reference
+from pdl_ext import PDLLoss, functional, reference
+from pdl_ext.engine import linear
+from pdl_ext.options import LossOptions
 
 HIDDEN = 24
 
@@ -23,8 +25,8 @@ HIDDEN = 24
 @pytest.fixture
 def small_slabs(monkeypatch):
     """Lets a few rows or columns be a slab, so that little input has several of them."""
-    monkeypatch.setattr(_linear, "_LEAST_ROWS", 4)
-    monkeypatch.setattr(_linear, "_LEAST_COLUMNS", 64)
+    monkeypatch.setattr(linear, "_LEAST_ROWS", 4)
+    monkeypatch.setattr(linear, "_LEAST_COLUMNS", 64)
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_more_rows_than_a_column_slab_takes(make_linear, small_slabs, assert_acc
 
 def test_sums_in_float32(make_linear, small_slabs, assert_accurate, monkeypatch):
     # As on CUDA, but for how one product is added.
-    monkeypatch.setattr(_linear._Problem, "sums_in_float32", True)
+    monkeypatch.setattr(linear._Problem, "sums_in_float32", True)
     tensors = make_linear(53, dtype=torch.bfloat16)
     got = run(functional.linear_pdl_loss, tensors, max_chunk_bytes=4 * 320 * 2)
     plain = run(reference.linear_pdl_loss, tensors)
@@ -360,13 +362,14 @@ def test_compiles_without_a_break(make_linear, reduction):
 @pytest.mark.devices("cpu", "cuda")
 def test_opcheck(make_linear, device):
     hidden, weight, bias, targets, token_weight, row_weight = (t.detach() for t in make_linear())
-    options = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 0.0)
+    options = LossOptions(label_smoothing=0.1, z_loss=0.01).packed
     how = (torch.float32, None, True, True, 0, 257, 257, 257, "")
     needs = [True, True, False]
-    arguments = (hidden, weight, bias, targets, token_weight, row_weight, None, None, *options, True, *how, needs)
+    classifier = (hidden, weight, bias, needs)
+    arguments = (*classifier, targets, token_weight, row_weight, None, None, options, True, *how)
     torch.library.opcheck(torch.ops.pdl_ext.linear_loss_forward.default, arguments)
-    loss, rows, totals, *_ = torch.ops.pdl_ext.linear_loss_forward(*arguments)
-    arguments = (loss, hidden, weight, bias, targets, rows, totals, row_weight, None, *options, *how, needs)
+    loss, saved_rows, factors, *_ = torch.ops.pdl_ext.linear_loss_forward(*arguments)
+    arguments = (loss, *classifier, targets, saved_rows, factors, row_weight, None, options, *how)
     torch.library.opcheck(torch.ops.pdl_ext.linear_loss_backward.default, arguments)
 
 

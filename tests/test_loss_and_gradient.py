@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, _ops, functional, reference
+from pdl_ext import PDLLoss, functional, reference
+from pdl_ext.engine import ops
+from pdl_ext.options import LossOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Stands for the number that the fixture of this name gives.
@@ -132,9 +134,10 @@ def test_gradient_into_another_buffer(make_case, assert_accurate, dtype, options
     wide = torch.full((6, vocab_size + 16), 7.0, dtype=dtype, device=case.leaf.device)
     gradient = wide[:, before : before + vocab_size]
     given = case.leaf.clone()
-    numbers = (_ops.REDUCTIONS["mean"], -100, *(options.get(name, 0.0) for name in ("label_smoothing", "z_loss")))
-    numbers += (options.get("logit_scale", 1.0), options.get("softcap", 0.0))
-    _ops.ops.loss_and_gradient_(case.leaf, gradient, case.targets, case.token_weight, None, None, None, *numbers, False)
+    packed = LossOptions(**options).packed
+    ops.compiled.loss_and_gradient_(
+        case.leaf, gradient, case.targets, case.token_weight, None, None, None, packed, False
+    )
     assert torch.equal(case.leaf, given)
     assert (wide[:, :before] == 7).all()
     assert (wide[:, before + vocab_size :] == 7).all()
@@ -151,18 +154,20 @@ def test_gradient_into_another_buffer(make_case, assert_accurate, dtype, options
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at_end):
     case = make_case((5,), vocab_size, dtype, row_weight=True)
-    case.row_weight = case.row_weight.to(_ops.accumulator_dtype(dtype))
+    case.row_weight = case.row_weight.to(ops.accumulator_dtype(dtype))
     logits, targets, token_weight, row_weight = (
         guarded(x, at_end) for x in (case.leaf, case.targets, case.token_weight, case.row_weight)
     )
     normalizer = guarded(torch.tensor([2.5, 3.5], dtype=row_weight.dtype), at_end)
     offset = guarded(torch.ones(vocab_size), at_end)
-    numbers = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
-    _ops.ops.loss_and_gradient_(logits, logits, targets, token_weight, row_weight, offset, normalizer, *numbers, True)
+    options = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=9.0).packed
+    ops.compiled.loss_and_gradient_(
+        logits, logits, targets, token_weight, row_weight, offset, normalizer, options, True
+    )
     assert logits.any()
     assert logits.isfinite().all()
     before = logits.clone()
-    _ops.ops.scale_(logits, guarded(torch.tensor([2.0], dtype=row_weight.dtype), at_end))
+    ops.compiled.scale_(logits, guarded(torch.tensor([2.0], dtype=row_weight.dtype), at_end))
     assert torch.equal(logits, 2 * before)
 
 
@@ -230,8 +235,8 @@ def test_scaling(device, factor, vocab_size):
     for dtype in DTYPES:
         values = torch.randn(5, vocab_size, generator=generator).to(device, dtype)
         wide = torch.cat([values, values], 1)
-        wide_dtype = _ops.accumulator_dtype(dtype)
-        _ops.ops.scale_(wide[:, :vocab_size], torch.tensor(factor, dtype=wide_dtype, device=device))
+        wide_dtype = ops.accumulator_dtype(dtype)
+        ops.compiled.scale_(wide[:, :vocab_size], torch.tensor(factor, dtype=wide_dtype, device=device))
         assert torch.equal(wide[:, :vocab_size], (values.to(wide_dtype) * factor).to(dtype))
         assert torch.equal(wide[:, vocab_size:], values)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pdl_ext import PowerLaw, _ops, functional, reference
+from pdl_ext import PowerLaw, functional, reference
+from pdl_ext.engine import ops
+from pdl_ext.options import LossOptions
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "inplace"])
@@ -14,24 +16,24 @@ from pdl_ext import PowerLaw, _ops, functional, reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_loss_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at_end, inplace):
     case = make_case((3,), vocab_size, dtype, row_weight=True)
-    case.row_weight = case.row_weight.to(_ops.accumulator_dtype(dtype))
+    case.row_weight = case.row_weight.to(ops.accumulator_dtype(dtype))
     copies = [guarded(x, at_end) for x in (case.leaf, case.targets, case.token_weight, case.row_weight)]
     logits, targets, token_weight, row_weight = copies
     normalizer = guarded(torch.tensor([2.5, 3.5], dtype=row_weight.dtype), at_end)
     offset = guarded(torch.ones(vocab_size), at_end)
-    options = (_ops.REDUCTIONS["mean"], -100, 0.1, 0.01, 1.0, 9.0)
-    loss, rows, totals, _ = _ops.ops.loss_forward(
-        logits, targets, token_weight, row_weight, offset, normalizer, *options, True
+    options = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=9.0).packed
+    loss, saved_rows, factors, _ = ops.compiled.loss_forward(
+        logits, targets, token_weight, row_weight, offset, normalizer, options, True
     )
-    saved = [guarded(x, at_end) for x in (torch.ones_like(loss), rows, totals)]
-    arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, *options, 0, vocab_size)
+    saved = [guarded(x, at_end) for x in (torch.ones_like(loss), saved_rows, factors)]
+    arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, options, 0, vocab_size)
     if inplace:
-        _ops.ops.loss_backward_(*arguments)
+        ops.compiled.loss_backward_(*arguments)
         assert logits.any()
         assert logits.isfinite().all()
     else:
         assert torch.equal(logits, case.leaf)
-        gradient = _ops.ops.loss_backward(*arguments)
+        gradient = ops.compiled.loss_backward(*arguments)
         assert gradient.any()
         assert gradient.isfinite().all()
 

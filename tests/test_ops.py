@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import fresh_python
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, _ops, functional
+from pdl_ext import PDLLoss, functional
+from pdl_ext.engine import ops
+from pdl_ext.options import OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
 pytestmark = pytest.mark.devices("cpu", "cuda")
-ops = torch.ops.pdl_ext
-NO_TRANSFORM = (-100, 0.0, 0.0, 1.0, 0.0)
-TRANSFORM = (-100, 0.1, 0.01, 0.8, 12.0)
+compiled = torch.ops.pdl_ext
+BARE = LossOptions()
+EVERY = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=12.0, logit_scale=0.8)
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +31,7 @@ def op_inputs(device):
     generator = torch.Generator().manual_seed(0)
 
     def build(dtype=torch.float32, optional=False):
-        wide = _ops.accumulator_dtype(dtype)
+        wide = ops.accumulator_dtype(dtype)
         logits = torch.randn(4, 9, generator=generator).to(device, dtype)
         targets = torch.tensor([1, 8, -100, 4], device=device)
         if not optional:
@@ -46,45 +49,65 @@ def op_inputs(device):
     return build
 
 
+def test_options_have_one_order_everywhere():
+    assert tuple(ops._C.loss_option_names().split()) == OP_OPTIONS
+    names = [option.name for option in dataclasses.fields(LossOptions) if option.init]
+    assert names == list(LossKeywords.__annotations__)
+
+
+def test_options_survive_packing():
+    assert LossOptions.unpacked(EVERY.packed) == EVERY
+    assert LossOptions.unpacked(BARE.packed) == BARE
+    for reduction in REDUCTIONS:
+        options = LossOptions(reduction=reduction, ignore_index=-(2**31), softcap=1e-300)
+        assert LossOptions.unpacked(options.packed) == options
+
+
+@pytest.mark.parametrize("numbers", [[], [2.0] * 5, [2.0] * 7], ids=len)
+def test_another_number_of_options_is_refused(op_inputs, numbers):
+    with pytest.raises(RuntimeError, match=f"options: got {len(numbers)} numbers, expected reduction ignore_index"):
+        compiled.loss_forward(*op_inputs(), numbers, False)
+
+
 @pytest.mark.parametrize("predict", [False, True])
-@pytest.mark.parametrize("reduction", _ops.REDUCTIONS.values(), ids=_ops.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
 def test_opcheck_loss_forward(op_inputs, optional, reduction, predict):
     inputs = op_inputs(optional=optional)
-    transform = TRANSFORM if optional else NO_TRANSFORM
-    torch.library.opcheck(ops.loss_forward.default, (*inputs, reduction, *transform, predict))
+    options = dataclasses.replace(EVERY if optional else BARE, reduction=reduction)
+    torch.library.opcheck(compiled.loss_forward.default, (*inputs, options.packed, predict))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_opcheck_loss_forward_dtypes(op_inputs, dtype):
     inputs = op_inputs(dtype, optional=True)
-    torch.library.opcheck(ops.loss_forward.default, (*inputs, 2, *TRANSFORM, True))
+    torch.library.opcheck(compiled.loss_forward.default, (*inputs, EVERY.packed, True))
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
 def test_opcheck_loss_and_gradient(op_inputs, optional):
     logits, *others = op_inputs(optional=optional)
-    transform = TRANSFORM if optional else NO_TRANSFORM
-    arguments = (logits, torch.empty_like(logits), *others, _ops.REDUCTIONS["mean"], *transform, optional)
-    torch.library.opcheck(ops.loss_and_gradient_.default, arguments)
+    options = EVERY if optional else BARE
+    arguments = (logits, torch.empty_like(logits), *others, options.packed, optional)
+    torch.library.opcheck(compiled.loss_and_gradient_.default, arguments)
 
 
 def test_opcheck_scale(device):
     gradient, factor = torch.randn(4, 9, device=device), torch.tensor(2.5, device=device)
-    torch.library.opcheck(ops.scale_.default, (gradient, factor))
+    torch.library.opcheck(compiled.scale_.default, (gradient, factor))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("name", ["loss_backward", "loss_backward_"])
 def test_opcheck_loss_backward(op_inputs, name, reduction):
     logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=True)
-    number = _ops.REDUCTIONS[reduction]
-    loss, rows, totals, _ = ops.loss_forward(
-        logits, targets, token_weight, row_weight, offset, normalizer, number, *TRANSFORM, False
+    options = dataclasses.replace(EVERY, reduction=reduction).packed
+    loss, saved_rows, factors, _ = compiled.loss_forward(
+        logits, targets, token_weight, row_weight, offset, normalizer, options, False
     )
     upstream = torch.rand_like(loss)
-    arguments = (upstream, logits, targets, rows, totals, row_weight, offset, number, *TRANSFORM, 0, 9)
-    torch.library.opcheck(getattr(ops, name).default, arguments)
+    arguments = (upstream, logits, targets, saved_rows, factors, row_weight, offset, options, 0, 9)
+    torch.library.opcheck(getattr(compiled, name).default, arguments)
 
 
 @pytest.mark.parametrize("width", [9, 12, 16, 23])
@@ -94,9 +117,9 @@ def test_gradient_of_columns_lies_as_they_do(op_inputs, device, dtype, width):
     wide = torch.zeros(4, width, dtype=dtype, device=device)
     wide[:, :9] = logits
     columns = wide[:, :9]
-    loss, rows, totals, _ = ops.loss_forward(columns, targets, None, None, None, None, 2, *NO_TRANSFORM, False)
-    arguments = (torch.ones_like(loss), columns, targets, rows, totals, None, None, 2, *NO_TRANSFORM, 0, 9)
-    gradient = ops.loss_backward(*arguments)
+    loss, saved_rows, factors, _ = compiled.loss_forward(columns, targets, None, None, None, None, BARE.packed, False)
+    arguments = (torch.ones_like(loss), columns, targets, saved_rows, factors, None, None, BARE.packed, 0, 9)
+    gradient = compiled.loss_backward(*arguments)
     if device.type == "cpu":
         assert gradient.is_contiguous()
     else:
@@ -104,18 +127,18 @@ def test_gradient_of_columns_lies_as_they_do(op_inputs, device, dtype, width):
         assert (gradient.stride(0) - width) * dtype.itemsize % 16 == 0
         assert 9 <= gradient.stride(0) < 9 + 16 // dtype.itemsize
         assert gradient.is_contiguous() == (width == 9 or (width - 9) * dtype.itemsize % 16 == 0)
-    torch.library.opcheck(ops.loss_backward.default, arguments)
+    torch.library.opcheck(compiled.loss_backward.default, arguments)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
 def test_opcheck_reduce_rows(op_inputs, optional, reduction):
     logits, targets, token_weight, row_weight, offset, normalizer = op_inputs(optional=optional)
-    number = _ops.REDUCTIONS[reduction]
-    _, rows, _, _ = ops.loss_forward(
-        logits, targets, token_weight, row_weight, offset, normalizer, number, *NO_TRANSFORM, False
+    options = LossOptions(reduction=reduction, z_loss=0.1).packed
+    _, saved_rows, _, _ = compiled.loss_forward(
+        logits, targets, token_weight, row_weight, offset, normalizer, options, False
     )
-    torch.library.opcheck(ops.reduce_rows.default, (rows, targets, row_weight, normalizer, number, -100, 0.1))
+    torch.library.opcheck(compiled.reduce_rows.default, (saved_rows, targets, row_weight, normalizer, options))
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
@@ -123,14 +146,14 @@ def test_opcheck_token_weights(device, optional):
     counts = torch.tensor([5, 0, 2, 9], device=device)
     blend = torch.tensor(0.5, device=device) if optional else None
     fixed = torch.tensor([torch.nan, 1.5, torch.nan, torch.nan], device=device) if optional else None
-    torch.library.opcheck(ops.token_weights.default, (counts, blend, fixed, 0.5, 1e-7, 1.0, True, 1, float("inf")))
+    torch.library.opcheck(compiled.token_weights.default, (counts, blend, fixed, 0.5, 1e-7, 1.0, True, 1, float("inf")))
 
 
 @pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES, ids=str)
 def test_opcheck_count_tokens(device, dtype):
     counts, *others = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), (), ()))
     tokens = torch.tensor([1, 6, 6, 9, 3], device=device).to(dtype)
-    torch.library.opcheck(ops.count_tokens_.default, (counts, *others, tokens, 3, False))
+    torch.library.opcheck(compiled.count_tokens_.default, (counts, *others, tokens, 3, False))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -221,7 +244,7 @@ def run_python(*arguments, capability):
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_cpu_capability_matches_reference(capability):
     tests = str(Path(__file__).resolve().with_name("test_functional.py"))
-    chosen = run_python("-c", "from pdl_ext import _ops; print(_ops._C.cpu_capability())", capability=capability)
+    chosen = run_python("-c", "from pdl_ext.engine.ops import _C; print(_C.cpu_capability())", capability=capability)
     # What is above this machine is clamped to it.
     order = ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]
     assert order.index(chosen.stdout.strip()) <= order.index(capability.upper())

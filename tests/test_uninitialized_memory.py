@@ -11,7 +11,8 @@ import torch
 import uninitialized
 from torch import Tensor
 
-from pdl_ext import _linear, functional
+from pdl_ext import functional
+from pdl_ext.engine import linear
 
 WITH_AMX = pytest.mark.devices("cpu")
 
@@ -44,7 +45,7 @@ def operands(monkeypatch):
 
     watch(torch, "mm", 0)
     watch(torch, "addmm", 1)
-    watch(_linear, "_product_into", 1)
+    watch(linear, "_product_into", 1)
     return seen
 
 

@@ -11,7 +11,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import uninitialized
 
-from pdl_ext import PDLLoss, _linear, _ops, functional, reference
+from pdl_ext import PDLLoss, functional, reference
+from pdl_ext.engine import linear, ops
+from pdl_ext.options import REDUCTIONS, LossOptions
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
 # Uneven, so much that a rank alone would take other chunks than the next one, and one of a single id.
@@ -35,69 +37,70 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("options", ["plain", "everything"])
-@pytest.mark.parametrize("vocab_size", [101, 40_000])  # a part a row, and several for few rows
-def test_gradient_of_a_slice_is_a_slice_of_the_gradient(make_case, vocab_size, options, overwrite):
+@pytest.mark.parametrize("vocab_size", [101, 40_000])  # a share a row, and several for few rows
+def test_gradient_of_a_shard_is_a_shard_of_the_gradient(make_case, vocab_size, options, overwrite):
     case = make_case((3,), vocab_size, row_weight=True)
     offset = torch.linspace(-1, 1, vocab_size, device=case.leaf.device) if options == "everything" else None
-    numbers = (-100, 0.1, 0.01, 0.7, 15.0) if options == "everything" else (-100, 0.0, 0.0, 1.0, 0.0)
-    arguments = (_ops.REDUCTIONS["mean"], *numbers)
-    loss, rows, totals, _ = _ops.ops.loss_forward(
-        case.leaf, case.targets, case.token_weight, case.row_weight, offset, None, *arguments, False
+    everything = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.7, "softcap": 15.0}
+    packed = LossOptions(**everything if options == "everything" else {}).packed
+    loss, saved_rows, factors, _ = ops.compiled.loss_forward(
+        case.leaf, case.targets, case.token_weight, case.row_weight, offset, None, packed, False
     )
     upstream = torch.full_like(loss, 1.5)
-    whole = _ops.ops.loss_backward(
-        upstream, case.leaf, case.targets, rows, totals, case.row_weight, offset, *arguments, 0, vocab_size
+    whole = ops.compiled.loss_backward(
+        upstream, case.leaf, case.targets, saved_rows, factors, case.row_weight, offset, packed, 0, vocab_size
     )
     assert whole[0].all()
-    # Each target is the first or last column of a slice, or in another one.
+    # Each target is the first or last column of a shard, or in another one.
     cuts = sorted(
         {0, vocab_size, *(int(t) for t in case.targets if t > 0), *(int(t) + 1 for t in case.targets if t >= 0)}
     )
     for first, last in itertools.pairwise(cuts):
-        part = case.leaf[:, first:last].clone()
-        given = (upstream, part, case.targets, rows, totals, case.row_weight)
-        given += (None if offset is None else offset[first:last], *arguments, first, vocab_size)
+        shard = case.leaf[:, first:last].clone()
+        given = (upstream, shard, case.targets, saved_rows, factors, case.row_weight)
+        given += (None if offset is None else offset[first:last], packed, first, vocab_size)
         if overwrite:
-            _ops.ops.loss_backward_(*given)
+            ops.compiled.loss_backward_(*given)
         else:
-            part = _ops.ops.loss_backward(*given)
-        torch.testing.assert_close(part, whole[:, first:last], rtol=1e-5, atol=1e-9)
+            shard = ops.compiled.loss_backward(*given)
+        torch.testing.assert_close(shard, whole[:, first:last], rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("target", [-7, 101, 2**31 - 1])
 @pytest.mark.parametrize("first", [0, 50])
 def test_target_outside_the_whole_vocabulary_makes_its_row_nan(make_case, device_name, target, first):
     case = make_case((3,), 101, ignored=False)
-    arguments = (_ops.REDUCTIONS["mean"], -100, 0.0, 0.0, 1.0, 0.0)
-    loss, rows, totals, _ = _ops.ops.loss_forward(case.leaf, case.targets, None, None, None, None, *arguments, False)
+    packed = LossOptions().packed
+    loss, saved_rows, factors, _ = ops.compiled.loss_forward(
+        case.leaf, case.targets, None, None, None, None, packed, False
+    )
     case.targets[1] = target
     if device_name != "cpu":
         # What forward writes of such a row.
-        rows[:, 1] = torch.nan
-    gradient = _ops.ops.loss_backward(
-        loss, case.leaf[:, first:].clone(), case.targets, rows, totals, None, None, *arguments, first, 101
+        saved_rows[:, 1] = torch.nan
+    gradient = ops.compiled.loss_backward(
+        loss, case.leaf[:, first:].clone(), case.targets, saved_rows, factors, None, None, packed, first, 101
     )
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("normalizer", [None, [2.5, 3.5]])
-@pytest.mark.parametrize("reduction", _ops.REDUCTIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("rows", [0, 5, 1500])
 def test_rows_alone_reduce_to_the_loss(make_case, rows, reduction, normalizer):
     case = make_case((rows,), 9, row_weight=True)
     if normalizer is not None:
         normalizer = torch.tensor(normalizer, device=case.leaf.device)
-    number = _ops.REDUCTIONS[reduction]
-    loss, outputs, totals, _ = _ops.ops.loss_forward(
-        *(case.leaf, case.targets, case.token_weight, case.row_weight, None, normalizer),
-        *(number, -100, 0.1, 0.01, 1.0, 0.0, False),
+    packed = LossOptions(reduction=reduction, label_smoothing=0.1, z_loss=0.01).packed
+    loss, saved_rows, factors, _ = ops.compiled.loss_forward(
+        case.leaf, case.targets, case.token_weight, case.row_weight, None, normalizer, packed, False
     )
-    got = _ops.ops.reduce_rows(outputs, case.targets, case.row_weight, normalizer, number, -100, 0.01)
+    got = ops.compiled.reduce_rows(saved_rows, case.targets, case.row_weight, normalizer, packed)
     assert torch.equal(got[0], loss)
-    assert torch.equal(got[1], totals)
+    assert torch.equal(got[1], factors)
     if normalizer is not None and reduction in ("mean", "token_mean"):
-        torch.testing.assert_close(totals, torch.tensor([1 / 2.5, 1 / 3.5, 0.0], device=totals.device))
+        torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0], device=factors.device))
     assert rows == 0 or loss.any()
 
 
@@ -157,7 +160,7 @@ def worker(rank, init, folder, world):
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
     torch.set_num_threads(1)
     try:
-        _linear._LEAST_ROWS = 8
+        linear._LEAST_ROWS = 8
         widths = WIDTHS[world]
         part = slice(sum(widths[:rank]), sum(widths[: rank + 1]))
         group = dist.group.WORLD
@@ -264,7 +267,7 @@ def test_every_rank_refuses_what_one_does(ranks):
         assert table == f"token_weight: got shape [7], expected [{VOCAB}], the logits' vocabulary"
 
 
-def test_masked_slices_and_targets(ranks):
+def test_masked_shards_and_targets(ranks):
     expected = reference.pdl_loss(masked_logits(), MASKED_TARGETS, reduction="none")
     assert expected[1] == 0 < expected[0]
     for result in ranks:
@@ -279,7 +282,7 @@ MASKED_TARGETS = torch.tensor([1, 4, 2])
 
 
 def masked_logits():
-    """Three rows: some ids masked, a whole slice and all but the target, everything."""
+    """Three rows: some ids masked, a whole shard and all but the target, everything."""
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits[0, 1] += 3
     logits[0, 2:4] = -torch.inf

@@ -21,7 +21,7 @@ def _run(_: argparse.Namespace) -> int:
     import torch
 
     import pdl_ext
-    from pdl_ext._ops import _C
+    from pdl_ext.engine.ops import _C
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pdl_ext._ops import _C
 from pdl_ext.cli.main import main
+from pdl_ext.engine.ops import _C
 
 
 def test_info_tells_what_was_built(capsys):

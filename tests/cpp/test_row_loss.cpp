@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "targets.h"
+
 namespace pdl {
 namespace {
 
@@ -21,6 +23,11 @@ std::vector<A> random_logits(int64_t n, double spread, double offset, unsigned s
   std::vector<A> z(n);
   for (A& value : z) value = A(normal(generator));
   return z;
+}
+
+template <typename A>
+RowOptions<A> smoothed(A label_smoothing, int64_t vocab_size) {
+  return {label_smoothing, A(0), vocab_size};
 }
 
 // What a kernel gathers from z[begin, end).
@@ -190,7 +197,8 @@ TYPED_TEST(RowLossOf, LossAgreesWithTheDefinition) {
              {int64_t(0), int64_t(500), int64_t(996), std::max_element(z.begin(), z.end()) - z.begin()}) {
           SCOPED_TRACE("offset " + std::to_string(offset) + ", spread " + std::to_string(spread) + ", smoothing " +
                        std::to_string(label_smoothing) + ", target " + std::to_string(target));
-          const auto loss = row_loss(gather(z, smoothing_centre(z[target])), z[target], 997, A(label_smoothing));
+          const auto loss =
+              row_loss(gather(z, smoothing_centre(z[target])), z[target], A(1), smoothed(A(label_smoothing), 997));
           const auto wide = widened(z);
           const Wide lse = Definition::lse(wide), nll = lse - wide[target], ce = definition.ce(wide, target);
           const Wide log_sum = lse - *std::max_element(wide.begin(), wide.end());
@@ -208,21 +216,22 @@ TYPED_TEST(RowLossOf, MaskedVocabulary) {
   auto z = random_logits<A>(50, 1.0, 0.0, 6);
   std::vector<A> kept(z.begin() + 20, z.end());
   std::fill(z.begin(), z.begin() + 20, -infinity<A>());
-  const auto masked = row_loss(gather(z, z[30]), z[30], 50, A(0));
-  const auto short_row = row_loss(gather(kept, z[30]), z[30], 30, A(0));
+  const auto masked = row_loss(gather(z, z[30]), z[30], A(1), smoothed(A(0), 50));
+  const auto short_row = row_loss(gather(kept, z[30]), z[30], A(1), smoothed(A(0), 30));
   EXPECT_NEAR(masked.nll, short_row.nll, 8 * std::numeric_limits<A>::epsilon() * (1 + short_row.nll));
   EXPECT_EQ(masked.ce, masked.nll);
   // A masked target is impossible, and smoothing gives mass to the impossible: both cost infinitely much.
-  EXPECT_EQ(row_loss(gather(z, smoothing_centre(z[0])), z[0], 50, A(0)).nll, infinity<A>());
-  EXPECT_EQ(row_loss(gather(z, z[30]), z[30], 50, A(0.1)).ce, infinity<A>());
+  EXPECT_EQ(row_loss(gather(z, smoothing_centre(z[0])), z[0], A(1), smoothed(A(0), 50)).nll, infinity<A>());
+  EXPECT_EQ(row_loss(gather(z, z[30]), z[30], A(1), smoothed(A(0.1), 50)).ce, infinity<A>());
 }
 
 TYPED_TEST(RowLossOf, NotANumberIsNotHidden) {
   using A = TypeParam;
   auto z = random_logits<A>(50, 1.0, 0.0, 6);
   z[20] = not_a_number<A>();
-  EXPECT_TRUE(std::isnan(row_loss(gather(z), z[30], 50, A(0)).nll));
-  EXPECT_TRUE(std::isnan(row_loss(merge(gather(z, 0, 25, A(0)), gather(z, 25, 50, A(0))), z[30], 50, A(0)).nll));
+  EXPECT_TRUE(std::isnan(row_loss(gather(z), z[30], A(1), smoothed(A(0), 50)).nll));
+  EXPECT_TRUE(std::isnan(
+      row_loss(merge(gather(z, 0, 25, A(0)), gather(z, 25, 50, A(0))), z[30], A(1), smoothed(A(0), 50)).nll));
 }
 
 TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
@@ -234,13 +243,14 @@ TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
     const auto wide = widened(z);
     const Wide lse = Definition::lse(wide);
     const A s = A(0.1);
-    const auto loss = row_loss(gather(z, z[target]), z[target], 997, s);
-    const RowScalars<A> scalars{A(0.7), A(0.3)};
-    const GradientRow<A> row(z[target], std::exp(-loss.log_sum), scalars, s, 997);
+    const RowOptions<A> options{s, A(0.002), 997};
+    const auto saved = row_loss(gather(z, z[target]), z[target], A(0.6), options);
+    const auto row = gradient_row(saved, A(0.5), A(std::exp(-saved.log_sum)), A(1), Factors<A>{1, 1, 0}, options);
+    const Wide b = 0.3, a = b + 2 * Wide(options.z_loss) * lse;
     for (int64_t j = 0; j < 997; ++j) {
       const Wide p = std::exp(wide[j] - lse), uniform = Wide(s) / 997;
       const Wide q = uniform + (j == target ? 1 - Wide(s) : 0);
-      const Wide expected = Wide(scalars.a) * p - Wide(scalars.b) * q;
+      const Wide expected = a * p - b * q;
       const A got = j == target ? row.at_target(z[j]) : row.off_target(z[j]);
       // exp's relative error grows with its argument.
       const Wide tolerance = 16 * eps * (p * (1 + lse - wide[j]) + q);
@@ -257,7 +267,7 @@ struct Options {
 
 class RowGradient : public testing::TestWithParam<Options> {};
 
-// A whole batch of three rows through statistics, loss, totals and gradient, against central differences of the
+// A whole batch of three rows through statistics, loss, factors and gradient, against central differences of the
 // batch's loss as the design defines it.
 TEST_P(RowGradient, AgreesWithFiniteDifferences) {
   const Options options = GetParam();
@@ -291,19 +301,20 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
       };
 
       std::vector<RowStatistics<double>> statistics;
-      std::vector<RowLoss<double>> losses;
-      double weighted_ce = 0, weight_sum = 0, terms = 0;
+      std::vector<SavedRow<double>> saved;
+      const RowOptions<double> row_options{options.label_smoothing, options.z_loss, kVocab};
+      RowSums sums;
+      double terms = 0;
       for (int64_t i = 0; i < kRows; ++i) {
         std::vector<double> z(kVocab);
         for (int64_t j = 0; j < kVocab; ++j) z[j] = transform.apply(double(logits[i][j]), j);
         statistics.push_back(gather(z, smoothing_centre(z[targets[i]])));
-        losses.push_back(row_loss(statistics[i], z[targets[i]], kVocab, options.label_smoothing));
-        weighted_ce += token_weight[i] * row_weight[i] * losses[i].ce;
-        weight_sum += token_weight[i] * row_weight[i];
-        const double lse = statistics[i].max + losses[i].log_sum;
-        terms += row_term(token_weight[i] * row_weight[i], losses[i].ce, options.z_loss, lse);
+        saved.push_back(row_loss(statistics[i], z[targets[i]], token_weight[i], row_options));
+        const double weight = token_weight[i] * row_weight[i];
+        sums.add(weight, saved[i].ce, saved[i].lse());
+        terms += row_term(weight, saved[i].ce, saved[i].lse(), row_options);
       }
-      const auto sums = totals<double>(reduction, weighted_ce, weight_sum, kRows, divisor);
+      const auto factors = factors_of(reduction, sums, divisor);
       const std::vector<Wide> weights(row_weight, row_weight + kRows);
       if (reduction == Reduction::sum) {
         EXPECT_NEAR(terms, batch_loss(logits, weights), 1e-13 * std::abs(terms));
@@ -319,10 +330,8 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
         return upstream * (above - below) / (2 * step);
       };
       for (int64_t i = 0; i < kRows; ++i) {
-        const double lse = statistics[i].max + losses[i].log_sum;
-        const auto scalars = row_scalars(upstream, token_weight[i] * row_weight[i], options.z_loss, lse, sums);
-        const GradientRow<double> row(statistics[i].max, std::exp(-losses[i].log_sum), scalars, options.label_smoothing,
-                                      kVocab);
+        const auto row =
+            gradient_row(saved[i], row_weight[i], std::exp(-saved[i].log_sum), upstream, factors, row_options);
         for (int64_t j = 0; j < kVocab; ++j) {
           const double x = double(logits[i][j]), z = transform.apply(x, j);
           const double got = (j == targets[i] ? row.at_target(z) : row.off_target(z)) * transform.derivative(x);
@@ -340,7 +349,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
         varied[i] = weights[i] - step;
         const Wide slope = upstream * (above - batch_loss(logits, varied)) / (2 * step);
         varied[i] = weights[i];
-        EXPECT_NEAR(upstream * token_weight[i] * (losses[i].ce - sums.correction) * sums.weighted, slope,
+        EXPECT_NEAR(upstream * token_weight[i] * (saved[i].ce - factors.correction) * factors.weighted, slope,
                     1e-8L * (0.01L + std::abs(slope)));
       }
     }
@@ -362,34 +371,67 @@ TYPED_TEST(RowLossOf, TransformScalesCapsAndOffsets) {
   EXPECT_EQ((LogitTransform<A>{A(1), A(30), nullptr}.apply(-infinity<A>(), 0)), A(-30));
 }
 
-void expect_totals(const Totals<double>& got, double weighted, double rows, double correction) {
+void expect_factors(const Factors<double>& got, double weighted, double rows, double correction) {
   EXPECT_DOUBLE_EQ(got.weighted, weighted);
   EXPECT_DOUBLE_EQ(got.rows, rows);
   EXPECT_DOUBLE_EQ(got.correction, correction);
 }
 
-TEST(Totals, OfEachReduction) {
-  const double* no_normalizer = nullptr;
-  expect_totals(totals<double>(Reduction::none, 12.0, 8.0, 5.0, no_normalizer), 1, 1, 0);
-  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, no_normalizer), 1, 1, 0);
-  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, no_normalizer), 1.0 / 8, 1.0 / 5, 12.0 / 8);
-  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, no_normalizer), 1.0 / 5, 1.0 / 5, 0);
+constexpr const double* kNoNormalizer = nullptr;
+// weighted_ce, weight, lse_squares, rows
+constexpr RowSums kSums{12.0, 8.0, 0.0, 5.0}, kNothing{};
+
+TEST(FactorsOf, EachReduction) {
+  expect_factors(factors_of(Reduction::none, kSums, kNoNormalizer), 1, 1, 0);
+  expect_factors(factors_of(Reduction::sum, kSums, kNoNormalizer), 1, 1, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, kNoNormalizer), 1.0 / 8, 1.0 / 5, 12.0 / 8);
+  expect_factors(factors_of(Reduction::token_mean, kSums, kNoNormalizer), 1.0 / 5, 1.0 / 5, 0);
 }
 
-TEST(Totals, NormalizerReplacesTheDenominatorOfMeans) {
+TEST(FactorsOf, NormalizerReplacesTheDenominatorOfMeans) {
   const double normalizer[] = {4.0, 10.0};
-  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, normalizer), 0.25, 0.1, 0);
-  expect_totals(totals<double>(Reduction::token_mean, 12.0, 8.0, 5.0, normalizer), 0.25, 0.1, 0);
-  expect_totals(totals<double>(Reduction::sum, 12.0, 8.0, 5.0, normalizer), 1, 1, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, normalizer), 0.25, 0.1, 0);
+  expect_factors(factors_of(Reduction::token_mean, kSums, normalizer), 0.25, 0.1, 0);
+  expect_factors(factors_of(Reduction::sum, kSums, normalizer), 1, 1, 0);
 }
 
-TEST(Totals, NothingLeftToCountGivesZeroNotNaN) {
-  const double zero[2] = {}, *no_normalizer = nullptr;
-  expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
-  expect_totals(totals<double>(Reduction::token_mean, 0.0, 0.0, 0.0, no_normalizer), 0, 0, 0);
-  expect_totals(totals<double>(Reduction::mean, 12.0, 8.0, 5.0, zero), 0, 0, 0);
+TEST(FactorsOf, NothingLeftToCountGivesZeroNotNaN) {
+  const double zero[2] = {};
+  expect_factors(factors_of(Reduction::mean, kNothing, kNoNormalizer), 0, 0, 0);
+  expect_factors(factors_of(Reduction::token_mean, kNothing, kNoNormalizer), 0, 0, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, zero), 0, 0, 0);
   // Rows that all weigh nothing still count for the z-loss.
-  expect_totals(totals<double>(Reduction::mean, 0.0, 0.0, 5.0, no_normalizer), 0, 1.0 / 5, 0);
+  expect_factors(factors_of(Reduction::mean, RowSums{0.0, 0.0, 0.0, 5.0}, kNoNormalizer), 0, 1.0 / 5, 0);
+}
+
+TEST(SavedRow, StoresWhatItLoads) {
+  std::vector<float> rows(SavedRow<float>::kNumbers * 3, 0.0f);
+  SavedRow<float>{1, 2, 3, 4, 5}.store(rows.data(), 3, 1);
+  const auto row = SavedRow<float>::load(rows.data(), 3, 1);
+  EXPECT_EQ((std::vector<float>{row.max, row.log_sum, row.nll, row.ce, row.token_weight}),
+            (std::vector<float>{1, 2, 3, 4, 5}));
+  EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), 0.0f), 15.0f);
+}
+
+TEST(LossOptions, AreUnpackedInTheOrderOfTheirNames) {
+  const LossOptions options = LossOptions::unpack({3, -100, 0.25, 0.5, 0.75, 1.25});
+  EXPECT_EQ(LossOptions::names(), "reduction ignore_index label_smoothing z_loss softcap logit_scale ");
+  EXPECT_EQ(options.reduction, Reduction::token_mean);
+  EXPECT_EQ(options.ignore_index, -100);
+  EXPECT_EQ(options.label_smoothing, 0.25);
+  EXPECT_EQ(options.z_loss, 0.5);
+  EXPECT_EQ(options.softcap, 0.75);
+  EXPECT_EQ(options.logit_scale, 1.25);
+  EXPECT_THROW(LossOptions::unpack({3, -100, 0.25, 0.5, 0.75}), std::invalid_argument);
+}
+
+TEST(Targets, OfBothTypes) {
+  const int32_t narrow[] = {7, -100};
+  const int64_t wide[] = {int64_t(1) << 40, -100};
+  EXPECT_EQ((Targets{narrow, true}[0]), 7);
+  EXPECT_EQ((Targets{narrow, true}[1]), -100);
+  EXPECT_EQ((Targets{wide, false}[0]), int64_t(1) << 40);
+  EXPECT_EQ((Targets{wide, false}[1]), -100);
 }
 
 }  // namespace

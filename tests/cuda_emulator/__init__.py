@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdl_ext import _ops
+from pdl_ext.engine import ops
 
 __all__ = ["build", "guarded", "launch", "library", "load", "request"]
 
@@ -94,16 +94,16 @@ def run(command: list[str], target: Path) -> None:
 
 @functools.cache
 def load() -> types.SimpleNamespace:
-    """The emulated kernels in the form of pdl_ext._ops.ops, with the schemas of torch.ops.pdl_ext."""
+    """The emulated kernels in the form of pdl_ext.engine.ops.compiled, with the schemas of torch.ops.pdl_ext."""
     library = torch.library.Library("pdl_ext_emulated", "DEF")
     for name in NAMES:
-        schema = str(getattr(_ops.ops, name).default._schema)
+        schema = str(getattr(ops.compiled, name).default._schema)
         library.define(schema.removeprefix("pdl_ext::"))
     torch.ops.load_library(build())
     LIBRARIES.append(library)
-    ops = types.SimpleNamespace(**{name: getattr(torch.ops.pdl_ext_emulated, name) for name in NAMES})
-    ops.count_tokens_ = count_without_refusing
-    return ops
+    kernels = types.SimpleNamespace(**{name: getattr(torch.ops.pdl_ext_emulated, name) for name in NAMES})
+    kernels.count_tokens_ = count_without_refusing
+    return kernels
 
 
 def count_without_refusing(*arguments) -> None:

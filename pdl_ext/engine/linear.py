@@ -1,10 +1,11 @@
 """The loss of hidden states under a classifier, in slabs of logits: [N, V] is never held.
 
-A slab is some rows of the logits. One product makes it, the fused kernel turns it into its own gradient in place, and
-two products turn that into the gradients of the hidden states and of the classifier. The latter is a sum over slabs: in
-place where the classifier is float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the
-largest thing in memory: of more than two slabs in 16 bits, the classifier's gradient comes from slabs that are some
-columns of the logits, computed once more, each of which gives a part of it at once.
+A slab is memory for some of the logits: those of a chunk of rows, or of a tile of columns. One product makes the
+logits of a chunk, and the fused kernel turns them into their own gradient in place. Two products turn that into the
+gradients of the hidden states and of the classifier. The latter is a sum over chunks: in place where the classifier is
+float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the largest thing in memory. There, of
+more than two chunks in 16 bits, the logits are computed once more in tiles, each of which gives its rows of the
+classifier's gradient at once.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdl_ext import _ops
-from pdl_ext._autograd import NoSecondDerivative, row_weight_gradient
-from pdl_ext._vocabulary import VocabularySlice, loss_forward, sum_over_ranks
+from pdl_ext.engine import ops
+from pdl_ext.engine.autograd import Results, gradients_of, row_weight_gradient
+from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
+from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward, sum_over_ranks
+from pdl_ext.options import LossOptions
 
 __all__ = ["ACCUMULATE", "Settings", "linear_weighted_loss"]
 
@@ -29,7 +32,7 @@ _LEAST_COLUMNS = 2048
 _MAX_CHUNK_BYTES = {"cuda": 512 * 10**6, "cpu": 64 * 10**6}
 # Dropping the ignored rows makes the host wait for the device, which has to be worth it: a millisecond or more.
 _FLOP_WORTH_WAITING = 10**12
-# A 16-bit sum of two products is rounded once more than their float32 sum would be; of many, it stops growing.
+# Adding two chunks in 16 bits costs one more rounding. Adding many loses small terms.
 _MOST_ROUNDED = 2
 # The share of ignored rows from which on they are dropped.
 _WORTH_DROPPING = 1 / 16
@@ -51,8 +54,8 @@ def _row_stride(columns: int) -> int:
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
-def _chunks(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
-    """[0, total) in parts of equal size as far as possible, at most `most` and multiples of `multiple`."""
+def _ranges(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
+    """[0, total) in ranges of equal size as far as possible, at most `most` and multiples of `multiple`."""
     if total == 0:
         return []
     most = max(multiple, most // multiple * multiple)
@@ -87,17 +90,16 @@ class _Problem:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
-        row_weight: Tensor | None,
-        logit_offset: Tensor | None,
-        options: tuple[Any, ...],
+        inputs: LossInputs,
+        options: LossOptions,
         settings: Settings,
-        part: VocabularySlice,
+        shard: VocabularyShard,
     ) -> None:
+        targets, row_weight = inputs.targets, inputs.row_weight
         self.n = targets.shape[0]
         self.kept = None
         if settings.drop_ignored:
-            self.kept = _kept_rows(targets, options[1], hidden.shape[1] * part.vocab_size)
+            self.kept = _kept_rows(targets, options.ignore_index, hidden.shape[1] * shard.vocab_size)
         self.all_hidden = hidden
         if self.kept is not None:
             hidden, targets = hidden[self.kept], targets[self.kept]
@@ -105,27 +107,25 @@ class _Problem:
         self.hidden = _without_gaps(hidden.to(settings.dtype))
         self.weight = _without_gaps(weight.to(settings.dtype))
         self.bias = None if bias is None else bias.to(settings.dtype)
-        self.targets = targets
-        self.row_weight = row_weight
-        self.logit_offset = logit_offset
+        self.inputs = inputs._replace(targets=targets, row_weight=row_weight)
         self.options = options
         self.settings = settings
-        self.part = part
+        self.shard = shard
         limit = settings.max_chunk_bytes
         if limit is None:
             limit = _MAX_CHUNK_BYTES.get(hidden.device.type, _MAX_CHUNK_BYTES["cuda"])
         elements = limit // settings.dtype.itemsize
         n = targets.shape[0]
         # The same on every rank, since each chunk is reduced over them.
-        self.chunks = _chunks(n, min(_MOST_ROWS, elements // _row_stride(part.largest_width)), _LEAST_ROWS)
+        self.chunks = _ranges(n, min(_MOST_ROWS, elements // _row_stride(shard.largest_width)), _LEAST_ROWS)
         # The slabs of columns, and the rows of each: all of them, if that leaves columns enough.
         whole = -(-n // _LEAST_ROWS) * _LEAST_ROWS
-        self.tiles = [] if self.adds_up else _chunks(part.width, max(_LEAST_COLUMNS, elements // whole), _ALIGNMENT)
+        self.tiles = [] if self.adds_up else _ranges(shard.width, max(_LEAST_COLUMNS, elements // whole), _ALIGNMENT)
         self.chunks_of_tile: list[tuple[int, int]] = []
-        needed = 0 if n == 0 else self.chunks[0][1] * _row_stride(part.width)
+        needed = 0 if n == 0 else self.chunks[0][1] * _row_stride(shard.width)
         if self.tiles:
             columns = _row_stride(self.tiles[0][1])
-            self.chunks_of_tile = _chunks(n, elements // columns, _LEAST_ROWS)
+            self.chunks_of_tile = _ranges(n, elements // columns, _LEAST_ROWS)
             needed = max(needed, self.chunks_of_tile[0][1] * columns)
         # What is not written to takes no memory.
         self.memory = self.hidden.new_empty(needed)
@@ -139,7 +139,7 @@ class _Problem:
 
     @property
     def adds_up(self) -> bool:
-        """Whether the classifier's gradient is a sum over slabs of rows, and not one of columns."""
+        """Whether the classifier's gradient is a sum over chunks of rows, and not made of tiles of columns."""
         return (
             self.sums_in_float32
             or len(self.chunks) <= _MOST_ROUNDED
@@ -157,8 +157,12 @@ class _Problem:
             self._zeroed = (rows, columns)
         return padded[:, :columns]
 
-    def of_rows(self, tensor: Tensor | None, begin: int, end: int) -> Tensor | None:
-        return None if tensor is None else tensor[begin:end]
+    def inputs_of(self, begin: int, end: int) -> LossInputs:
+        """The inputs of a chunk of rows."""
+        row_weight = self.inputs.row_weight
+        return self.inputs._replace(
+            targets=self.inputs.targets[begin:end], row_weight=None if row_weight is None else row_weight[begin:end]
+        )
 
     def logits_into(self, slab: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> None:
         hidden, weight = self.hidden[slice(*rows)], self.weight[slice(*columns)].t()
@@ -167,30 +171,37 @@ class _Problem:
         else:
             torch.addmm(self.bias[slice(*columns)], hidden, weight, out=slab)
 
-    def slabs_of_rows(self) -> Iterator[tuple[int, int, Tensor]]:
+    def slabs_of_chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Each chunk of rows and its logits."""
         for begin, end in self.chunks:
-            slab = self.slab(end - begin, self.part.width)
-            self.logits_into(slab, (begin, end), (0, self.part.width))
+            slab = self.slab(end - begin, self.shard.width)
+            self.logits_into(slab, (begin, end), (0, self.shard.width))
             yield begin, end, slab
 
     def gradient_over(
-        self, slab: Tensor, rows_slice: tuple[int, int], grad_loss: Tensor, rows: Tensor, totals: Tensor, first: int = 0
+        self,
+        slab: Tensor,
+        chunk: tuple[int, int],
+        grad_loss: Tensor,
+        saved_rows: Tensor,
+        factors: Tensor,
+        first: int = 0,
     ) -> None:
         """Overwrites logits, columns from `first` on, by their gradient."""
-        begin, end = rows_slice
-        offset = self.logit_offset
-        _ops.ops.loss_backward_(
+        begin, end = chunk
+        inputs = self.inputs_of(begin, end)
+        offset = inputs.logit_offset
+        ops.compiled.loss_backward_(
             grad_loss[begin:end] if grad_loss.dim() else grad_loss,
             slab,
-            self.targets[begin:end],
-            rows[:, begin:end].contiguous(),
-            totals,
-            self.of_rows(self.row_weight, begin, end),
+            inputs.targets,
+            saved_rows[:, begin:end].contiguous(),
+            factors,
+            inputs.row_weight,
             None if offset is None else offset[first : first + slab.shape[1]],
-            *self.options,
-            self.part.first_id + first,
-            self.part.vocab_size,
+            self.options.packed,
+            self.shard.first_id + first,
+            self.shard.vocab_size,
         )
 
     def restore(self, values: Tensor, fill: float = 0.0) -> Tensor:
@@ -221,7 +232,7 @@ def _kept_rows(targets: Tensor, ignore_index: int, flop_of_row: int) -> Tensor |
 
 
 class _Gradients:
-    """The gradients of hidden states, classifier and bias, gathered a slab at a time; None where not wanted."""
+    """The gradients of hidden states, classifier and bias, gathered a chunk at a time; None where not wanted."""
 
     def __init__(
         self, problem: _Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
@@ -229,7 +240,7 @@ class _Gradients:
         self.problem = problem
         self.hidden = problem.hidden.new_empty(problem.hidden.shape, dtype=hidden.dtype) if needs[0] else None
         self.weight = weight.new_empty(weight.shape) if needs[1] else None
-        wide = _ops.accumulator_dtype(problem.settings.dtype)
+        wide = accumulator_dtype(problem.settings.dtype)
         self.bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
         self.sum = self.weight
         if self.weight is not None and self.weight.dtype.itemsize < 4 and problem.sums_in_float32:
@@ -246,21 +257,22 @@ class _Gradients:
         if self.sum is not None and self.problem.adds_up:
             _product_into(self.sum, slab.t(), self.problem.hidden[begin:end], add=begin > 0)
 
-    def add_columns(self, grad_loss: Tensor, rows: Tensor, totals: Tensor) -> None:
-        """The classifier's gradient from slabs of columns, where it is not a sum over those of rows."""
+    def add_tiles(self, grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> None:
+        """The classifier's gradient from tiles of columns, where it is not a sum over chunks of rows."""
         problem = self.problem
         if self.weight is None or not problem.tiles:
             return
         chunks = problem.chunks_of_tile
         total = None
         if len(chunks) > 1:
-            total = problem.hidden.new_empty((problem.tiles[0][1], problem.hidden.shape[1]), dtype=torch.float32)
+            widest = problem.tiles[0][1]
+            total = problem.hidden.new_empty((widest, problem.hidden.shape[1]), dtype=torch.float32)
         for first, last in problem.tiles:
             result = self.weight[first:last] if total is None else total[: last - first]
             for begin, end in chunks:
                 slab = problem.slab(end - begin, last - first)
                 problem.logits_into(slab, (begin, end), (first, last))
-                problem.gradient_over(slab, (begin, end), grad_loss, rows, totals, first)
+                problem.gradient_over(slab, (begin, end), grad_loss, saved_rows, factors, first)
                 _product_into(result, slab.t(), problem.hidden[begin:end], add=begin > 0)
             if total is not None:
                 self.weight[first:last] = result
@@ -270,7 +282,7 @@ class _Gradients:
         absent = self.problem.all_hidden
         hidden, weight = self.hidden, self.weight
         if hidden is not None:
-            hidden = sum_over_ranks(hidden, self.problem.part.group)
+            hidden = sum_over_ranks(hidden, self.problem.shard.group)
             if self.problem.kept is not None:
                 whole = torch.zeros_like(self.problem.all_hidden, memory_format=torch.contiguous_format)
                 hidden = whole.index_copy_(0, self.problem.kept, hidden)
@@ -281,23 +293,20 @@ class _Gradients:
         return tuple(absent.new_empty(0) if x is None else x for x in (hidden, weight, of_bias))  # type: ignore[return-value]
 
 
-# Ops, so that torch.compile calls them, and does not unroll the slabs or keep several of them.
+# Ops, so that torch.compile calls them, and does not unroll the chunks or keep several slabs. Their arguments end with
+# the fields of Settings and VocabularyShard, in order.
 @torch.library.custom_op("pdl_ext::linear_loss_forward", mutates_args=())
 def linear_loss_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     targets: Tensor,
     token_weight: Tensor | None,
     row_weight: Tensor | None,
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
+    options: list[float],
     predict: bool,
     dtype: torch.dtype,
     max_chunk_bytes: int | None,
@@ -308,51 +317,58 @@ def linear_loss_forward(
     vocab_size: int,
     largest_width: int,
     group: str,
-    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for, upstream being 1."""
+    inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
-    part = VocabularySlice(first_id, width, vocab_size, largest_width, group)
-    options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
-    problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
+    shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
+    problem = _Problem(hidden, weight, bias, inputs, LossOptions.unpacked(options), settings, shard)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
-    wide = _ops.accumulator_dtype(dtype)
-    n = problem.targets.shape[0]
-    rows = hidden.new_empty((5, n), dtype=wide)
+    wide = accumulator_dtype(dtype)
+    n = problem.inputs.targets.shape[0]
+    saved_rows = hidden.new_empty((len(SavedRows._fields), n), dtype=wide)
     predicted = targets.new_empty((n if predict else 0,), dtype=torch.int64)
-    divisors = _divisors(problem, token_weight, normalizer, wide)
+    divisors = _divisors(problem, wide)
     one = hidden.new_ones((), dtype=wide)
-    totals = None
-    for begin, end, slab in problem.slabs_of_rows():
-        of_chunk = (problem.targets[begin:end], token_weight, problem.of_rows(problem.row_weight, begin, end))
+    factors = None
+    for begin, end, slab in problem.slabs_of_chunks():
+        of_chunk = problem.inputs_of(begin, end)._replace(normalizer=divisors)
         if any(needs) and not group:
-            _, rows[:, begin:end], totals, predicted[begin:end] = _ops.ops.loss_and_gradient_(
-                slab, slab, *of_chunk, logit_offset, divisors, *options, predict
-            )
+            _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *of_chunk, options, predict)
         else:
-            others = (*of_chunk[1:], logit_offset, divisors)
-            _, of_rows, totals, chosen = loss_forward(slab, of_chunk[0], others, (*options, predict), part)
-            rows[:, begin:end] = of_rows
-            if predict:
-                predicted[begin:end] = chosen
-            if any(needs):
-                problem.gradient_over(slab, (begin, end), one, rows, totals)
+            _, found, factors, chosen = loss_forward(slab, of_chunk, problem.options, predict, shard)
+        saved_rows[:, begin:end] = found
+        if predict:
+            predicted[begin:end] = chosen
         if any(needs):
+            if group:
+                problem.gradient_over(slab, (begin, end), one, saved_rows, factors)
             gradients.add(begin, end, slab)
-    if totals is not None:
-        gradients.add_columns(one, rows, totals)
-    rows = problem.restore(rows)
-    loss, totals = _ops.ops.reduce_rows(rows, targets, row_weight, normalizer, reduction, ignore_index, z_loss)
-    return loss, rows, totals, problem.restore(predicted, -1) if predict else predicted, *gradients.finish(bias)
+    if factors is not None:
+        gradients.add_tiles(one, saved_rows, factors)
+    saved_rows = problem.restore(saved_rows)
+    loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
+    return loss, saved_rows, factors, problem.restore(predicted, -1) if predict else predicted, *gradients.finish(bias)
 
 
 @linear_loss_forward.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    token_weight, row_weight, logit_offset, normalizer, *options = rest[:11]
-    dtype, needs = rest[11], rest[-1]
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    needs: list[bool],
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+    predict: bool,
+    dtype: torch.dtype,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     logits = hidden.new_empty((targets.shape[0], weight.shape[0]), dtype=dtype)
-    outputs = _ops.loss_outputs(logits, targets, token_weight, row_weight, logit_offset, normalizer, *options)
-    return (*outputs, *_fake_gradients(hidden, weight, bias, needs))
+    return (*loss_outputs(logits, options, predict), *_fake_gradients(hidden, weight, bias, needs))
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -362,24 +378,22 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
     )
 
 
-def _divisors(
-    problem: _Problem, token_weight: Tensor | None, normalizer: Tensor | None, wide: torch.dtype
-) -> Tensor | None:
-    """The denominators of the whole batch, which each slab's gradient needs before the other slabs are seen."""
-    reduction, ignore_index = problem.options[:2]
-    if normalizer is not None or reduction in (_ops.REDUCTIONS["none"], _ops.REDUCTIONS["sum"]):
+def _divisors(problem: _Problem, wide: torch.dtype) -> Tensor | None:
+    """The denominators of the whole batch, which each chunk's gradient needs before the others are seen."""
+    targets, token_weight, row_weight, _offset, normalizer = problem.inputs
+    reduction = problem.options.reduction
+    if normalizer is not None or reduction in ("none", "sum"):
         return normalizer
-    targets = problem.targets
-    counted = targets != ignore_index
+    counted = targets != problem.options.ignore_index
     count = counted.sum(dtype=torch.float64)
-    if reduction == _ops.REDUCTIONS["token_mean"]:
+    if reduction == "token_mean":
         return torch.stack((count, count)).to(wide)
-    valid = counted & (targets >= 0) & (targets < problem.part.vocab_size)
+    valid = counted & (targets >= 0) & (targets < problem.shard.vocab_size)
     weights = torch.where(valid, 1.0, torch.nan).to(wide)
     if token_weight is not None:
         weights = weights * token_weight[torch.where(valid, targets, 0)]
-    if problem.row_weight is not None:
-        weights = weights.to(wide) * problem.row_weight
+    if row_weight is not None:
+        weights = weights.to(wide) * row_weight
     return torch.stack((torch.where(counted, weights, 0.0).sum(dtype=torch.float64), count)).to(wide)
 
 
@@ -389,17 +403,13 @@ def linear_loss_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    needs: list[bool],
     targets: Tensor,
-    rows: Tensor,
-    totals: Tensor,
+    saved_rows: Tensor,
+    factors: Tensor,
     row_weight: Tensor | None,
     logit_offset: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    logit_scale: float,
-    softcap: float,
+    options: list[float],
     dtype: torch.dtype,
     max_chunk_bytes: int | None,
     accumulate_float32: bool,
@@ -409,50 +419,34 @@ def linear_loss_backward(
     vocab_size: int,
     largest_width: int,
     group: str,
-    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
+    inputs = LossInputs(targets, None, row_weight, logit_offset, None)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
-    part = VocabularySlice(first_id, width, vocab_size, largest_width, group)
-    options = (reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap)
-    problem = _Problem(hidden, weight, bias, targets, row_weight, logit_offset, options, settings, part)
+    shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
+    problem = _Problem(hidden, weight, bias, inputs, LossOptions.unpacked(options), settings, shard)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
     if problem.kept is not None:
-        rows = rows[:, problem.kept]
+        saved_rows = saved_rows[:, problem.kept]
         grad_loss = grad_loss[problem.kept] if grad_loss.dim() else grad_loss
-    for begin, end, slab in problem.slabs_of_rows():
-        problem.gradient_over(slab, (begin, end), grad_loss, rows, totals)
+    for begin, end, slab in problem.slabs_of_chunks():
+        problem.gradient_over(slab, (begin, end), grad_loss, saved_rows, factors)
         gradients.add(begin, end, slab)
-    gradients.add_columns(grad_loss, rows, totals)
+    gradients.add_tiles(grad_loss, saved_rows, factors)
     return gradients.finish(bias)
 
 
 @linear_loss_backward.register_fake
-def _(grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, bias, rest[-1])
-
-
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    row_weight: Tensor | None,
-    others: tuple[Any, ...],
-    options: tuple[Any, ...],
-    predict: bool,
-    settings: Settings,
-    part: VocabularySlice,
-    needs: list[bool],
+def _(
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool], *_: Any
 ) -> tuple[Tensor, ...]:
-    targets, token_weight, logit_offset, normalizer = others
-    tensors = (hidden, weight, bias, targets, token_weight, row_weight, logit_offset, normalizer)
-    return torch.ops.pdl_ext.linear_loss_forward(*tensors, *options, predict, *settings, *part, needs)
+    return _fake_gradients(hidden, weight, bias, needs)
 
 
 class LinearLoss(torch.autograd.Function):
     """The ops' gradients: computed in forward for a scalar reduction, else in backward.
 
-    Returns the loss, and with `predict` also the rows' statistics and predictions.
+    Returns the loss, and with `predict` also the saved rows and predictions.
     """
 
     @staticmethod
@@ -462,83 +456,72 @@ class LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         row_weight: Tensor | None,
-        others: tuple[Any, ...],
-        options: tuple[Any, ...],
+        targets: Tensor,
+        token_weight: Tensor | None,
+        logit_offset: Tensor | None,
+        normalizer: Tensor | None,
+        options: LossOptions,
         predict: bool,
         settings: Settings,
-        part: VocabularySlice,
+        shard: VocabularyShard,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        targets, _token_weight, logit_offset, _normalizer = others
-        needs = list(ctx.needs_input_grad[:3])
+        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
+        *needs, _of_row_weight = ctx.needs_input_grad[:4]
         # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
         wanted = [x for x, need in zip((hidden, weight, bias), needs, strict=True) if x is not None and need]
         half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
-        ctx.at_once = options[0] != _ops.REDUCTIONS["none"] and not half
-        loss, rows, totals, predicted, *gradients = _forward(
-            hidden,
-            weight,
-            bias,
-            row_weight,
-            others,
-            options,
-            predict,
-            settings,
-            part,
-            needs if ctx.at_once else [False] * 3,
+        ctx.at_once = options.reduction != "none" and not half
+        computed = needs if ctx.at_once else _NO_GRADIENTS
+        loss, saved_rows, factors, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
+            hidden, weight, bias, computed, *inputs, options.packed, predict, *settings, *shard
         )
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.settings, ctx.part = options, settings, part
+        ctx.options, ctx.settings, ctx.shard = options, settings, shard
         saved = gradients if ctx.at_once else (targets, logit_offset)
-        ctx.save_for_backward(hidden, weight, bias, row_weight, rows, totals, *saved)
+        ctx.save_for_backward(hidden, weight, bias, row_weight, saved_rows, factors, *saved)
         if not predict:
             return loss
-        ctx.mark_non_differentiable(rows, predicted)
-        return loss, rows, predicted
+        ctx.mark_non_differentiable(saved_rows, predicted)
+        return loss, saved_rows, predicted
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (len(ctx.needs_input_grad) - 4)
-        if grad_loss is None:
-            return None, None, None, None, *rest
-        # Read once: a checkpoint gives them once.
-        saved = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return *_gradients(ctx, saved, grad_loss), *rest
-        # create_graph=True
-        with torch.no_grad():
-            computed = _gradients(ctx, saved, grad_loss)
-        depends_on = (grad_loss, *(x for x in saved[:4] if x is not None))
-        return *(None if g is None else NoSecondDerivative.apply(g, *depends_on) for g in computed), *rest
+        return gradients_of(ctx, 4, grad_loss, _linear_gradients)
 
 
-def _gradients(ctx: Any, saved_tensors: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, row_weight, rows, totals, *saved = saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
+_NO_GRADIENTS = [False] * 3
+
+
+def _linear_gradients(
+    ctx: Any, saved_tensors: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, row_weight, saved_rows, factors, *saved = saved_tensors
+    *needs, of_row_weight = ctx.needs_input_grad[:4]
+    grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
+    if not any(needs):
+        return None, None, None, grad_row_weight
     if ctx.at_once:
         gradients = [
             _scaled(gradient, grad_loss) if need else None for gradient, need in zip(saved, needs, strict=True)
         ]
-    elif any(needs):
-        targets, logit_offset = saved
-        gradients = torch.ops.pdl_ext.linear_loss_backward(
-            grad_loss,
-            hidden,
-            weight,
-            bias,
-            targets,
-            rows,
-            totals,
-            row_weight,
-            logit_offset,
-            *ctx.options,
-            *ctx.settings,
-            *ctx.part,
-            needs,
-        )
-        gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-    else:
-        gradients = [None] * 3
-    grad_row_weight = row_weight_gradient(grad_loss, rows, totals) if ctx.needs_input_grad[3] else None
+        return *gradients, grad_row_weight
+    targets, logit_offset = saved
+    computed = torch.ops.pdl_ext.linear_loss_backward(
+        grad_loss,
+        hidden,
+        weight,
+        bias,
+        needs,
+        targets,
+        saved_rows,
+        factors,
+        row_weight,
+        logit_offset,
+        ctx.options.packed,
+        *ctx.settings,
+        *ctx.shard,
+    )
+    gradients = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
     return *gradients, grad_row_weight
 
 
@@ -550,7 +533,7 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
     if gradient.numel() > 0:
-        _ops.ops.scale_(gradient.view(-1, gradient.shape[-1]), factor)
+        ops.compiled.scale_(gradient.view(-1, gradient.shape[-1]), factor)
     return gradient
 
 
@@ -558,23 +541,36 @@ def linear_weighted_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    row_weight: Tensor | None,
-    others: tuple[Tensor | None, ...],
-    options: tuple[Any, ...],
+    inputs: LossInputs,
+    options: LossOptions,
     predict: bool,
     settings: Settings,
-    part: VocabularySlice,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of hidden [N, H] under weight [V, H] and bias, with its gradients; with `predict` rows and predictions.
+    shard: VocabularyShard,
+) -> Results:
+    """The loss of hidden [N, H] under weight [V, H] and bias, with its gradients.
 
-    others: targets, token_weight, logit_offset and normalizer as the op loss_forward takes them; options: its options.
+    With `predict` also saved rows and predictions.
     """
+    targets, token_weight, row_weight, logit_offset, normalizer = inputs
     if not torch.is_grad_enabled() or not any(
         x is not None and x.requires_grad for x in (hidden, weight, bias, row_weight)
     ):
-        loss, rows, _totals, predicted, *_ = _forward(
-            hidden, weight, bias, row_weight, others, options, predict, settings, part, [False] * 3
+        loss, saved_rows, _factors, predicted, *_ = torch.ops.pdl_ext.linear_loss_forward(
+            hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, predict, *settings, *shard
         )
-        return (loss, rows, predicted) if predict else (loss, None, None)
-    result = LinearLoss.apply(hidden, weight, bias, row_weight, others, options, predict, settings, part)
+        return (loss, saved_rows, predicted) if predict else (loss, None, None)
+    result = LinearLoss.apply(
+        hidden,
+        weight,
+        bias,
+        row_weight,
+        targets,
+        token_weight,
+        logit_offset,
+        normalizer,
+        options,
+        predict,
+        settings,
+        shard,
+    )
     return result if predict else (result, None, None)

@@ -1,0 +1,225 @@
+"""The gradients of the compiled ops of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdl_ext.engine import ops
+from pdl_ext.engine.ops import Factors, LossInputs, SavedRows
+from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward
+from pdl_ext.options import LossOptions
+
+__all__ = ["gradients_of", "row_weight_gradient", "weighted_loss"]
+
+_NO_SECOND_DERIVATIVE = (
+    "pdl_ext: the fused loss has no second derivative; pdl_ext.reference.pdl_loss is differentiable twice"
+)
+# What a Function returns, and what its caller makes of it: the loss, and where asked for saved rows and predictions.
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Returns a gradient that was computed without a graph, tied to what it depends on by a backward that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(_NO_SECOND_DERIVATIVE)
+
+
+def gradients_of(
+    ctx: Any, differentiable: int, grad_loss: Tensor | None, compute: Callable[..., Iterable[Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """What backward of a Function returns whose first inputs are `differentiable`, and the first that it saved.
+
+    compute(ctx, saved, grad_loss, once) gives their gradients; once: nobody can ask for them again.
+    """
+    rest = (None,) * (len(ctx.needs_input_grad) - differentiable)
+    if grad_loss is None:
+        return (*(None,) * differentiable, *rest)
+    # Read once: a checkpoint gives them once.
+    saved = ctx.saved_tensors
+    if not torch.is_grad_enabled():
+        return (*compute(ctx, saved, grad_loss, True), *rest)
+    # create_graph=True
+    with torch.no_grad():
+        computed = compute(ctx, saved, grad_loss, False)
+    depends_on = (grad_loss, *(x for x in saved[:differentiable] if x is not None))
+    return (*(None if g is None else NoSecondDerivative.apply(g, *depends_on) for g in computed), *rest)
+
+
+def row_weight_gradient(grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> Tensor:
+    # token_weight * (ce - mean, if the row weights are in the denominator) / denominator
+    rows, by = SavedRows.of(saved_rows), Factors.of(factors)
+    return grad_loss * rows.token_weight * (rows.ce - by.correction) * by.weighted
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _overlap(rows: Tensor) -> bool:
+    return rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+
+
+# torch.autograd.Function and not torch.library.register_autograd, and no output that nobody asked for: a step on tiny
+# inputs takes a third of the time.
+class Loss(torch.autograd.Function):
+    """loss_forward of logits [..., V] and its gradient, by loss_backward or, with `inplace_backward`, over the logits.
+
+    Returns the loss, and with `predict` also the saved rows and predictions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        row_weight: Tensor | None,
+        targets: Tensor,
+        token_weight: Tensor | None,
+        logit_offset: Tensor | None,
+        normalizer: Tensor | None,
+        options: LossOptions,
+        predict: bool,
+        inplace_backward: bool,
+        shard: VocabularyShard,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
+        loss, saved_rows, factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, row_weight, targets, logit_offset, saved_rows, factors)
+        ctx.options = options
+        ctx.shard = shard
+        ctx.inplace_backward = inplace_backward
+        if not predict:
+            return loss
+        ctx.mark_non_differentiable(saved_rows, predicted)
+        return loss, saved_rows, predicted
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradients_of(ctx, 2, grad_loss, _loss_gradients)
+
+
+def _loss_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    logits, row_weight, targets, logit_offset, saved_rows, factors = saved
+    of_logits, of_row_weight = ctx.needs_input_grad[:2]
+    grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
+    if not of_logits:
+        return None, grad_row_weight
+    rows_of_logits = _as_rows(logits)
+    given = (grad_loss, rows_of_logits, targets, saved_rows, factors, row_weight, logit_offset)
+    how = (ctx.options.packed, ctx.shard.first_id, ctx.shard.vocab_size)
+    if ctx.inplace_backward and once and not _overlap(rows_of_logits):
+        ops.compiled.loss_backward_(*given, *how)
+        # Whoever saved the logits for another gradient must be told that they are overwritten.
+        torch.autograd.graph.increment_version(rows_of_logits)
+        grad_logits = rows_of_logits.detach()
+    else:
+        grad_logits = ops.compiled.loss_backward(*given, *how)
+    return grad_logits if logits.dim() == 2 else grad_logits.view(logits.shape), grad_row_weight
+
+
+class LossOverLogits(torch.autograd.Function):
+    """loss_and_gradient_ of a scalar reduction: forward leaves the gradient where the logits were (or in their copy, if
+    they had to be copied), for an upstream gradient of 1; backward multiplies it by another one, read on the device.
+
+    Returns what Loss does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        row_weight: Tensor | None,
+        targets: Tensor,
+        token_weight: Tensor | None,
+        logit_offset: Tensor | None,
+        normalizer: Tensor | None,
+        options: LossOptions,
+        predict: bool,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        rows_of_logits = _as_rows(logits)
+        gradient = rows_of_logits.new_empty(logits.shape) if _overlap(rows_of_logits) else rows_of_logits
+        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
+        loss, saved_rows, factors, predicted = ops.compiled.loss_and_gradient_(
+            rows_of_logits, _as_rows(gradient), *inputs, options.packed, predict
+        )
+        overwritten = gradient.data_ptr() == logits.data_ptr()
+        if overwritten:
+            torch.autograd.graph.increment_version(logits)
+        ctx.set_materialize_grads(False)
+        ctx.shape = logits.shape
+        # Saved, so that PyTorch refuses a backward after the gradient was written to, and a second one.
+        ctx.save_for_backward(logits if overwritten else gradient, row_weight, saved_rows, factors)
+        if not predict:
+            return loss
+        ctx.mark_non_differentiable(saved_rows, predicted)
+        return loss, saved_rows, predicted
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradients_of(ctx, 2, grad_loss, _scaled_gradients)
+
+
+def _scaled_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    gradient, _row_weight, saved_rows, factors = saved
+    _of_logits, of_row_weight = ctx.needs_input_grad[:2]
+    grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
+    ops.compiled.scale_(_as_rows(gradient), grad_loss)
+    torch.autograd.graph.increment_version(gradient)
+    return gradient.detach().view(ctx.shape), grad_row_weight
+
+
+def _refuse_leaf(logits: Tensor) -> None:
+    # As PyTorch refuses to write to either: a parameter would be overwritten by its gradient.
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        got = "a leaf" if logits.is_leaf else "a view of a leaf"
+        raise RuntimeError(
+            f"logits: got {got} that requires grad, expected what a model computed: inplace_backward would overwrite it"
+        )
+
+
+def weighted_loss(
+    logits: Tensor,
+    inputs: LossInputs,
+    options: LossOptions,
+    predict: bool,
+    inplace_backward: bool,
+    shard: VocabularyShard,
+) -> Results:
+    """The loss of logits [..., V], with its gradient where one is needed; with `predict` saved rows and predictions."""
+    targets, token_weight, row_weight, logit_offset, normalizer = inputs
+    if not torch.is_grad_enabled() or not (
+        logits.requires_grad or (row_weight is not None and row_weight.requires_grad)
+    ):
+        loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
+        return (loss, saved_rows, predicted) if predict else (loss, None, None)
+    if inplace_backward and logits.requires_grad:
+        _refuse_leaf(logits)
+    given = (logits, row_weight, targets, token_weight, logit_offset, normalizer, options, predict)
+    # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
+    if (
+        inplace_backward
+        and not shard.group
+        and logits.requires_grad
+        and options.reduction != "none"
+        and logits.dtype != torch.float16
+    ):
+        result = LossOverLogits.apply(*given)
+    else:
+        result = Loss.apply(*given, inplace_backward, shard)
+    return result if predict else (result, None, None)

@@ -1,0 +1,371 @@
+"""One call of a loss: its inputs are checked, brought into the ops' form, and its results into the caller's."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pdl_ext._checks import check_choice, check_dense, check_integer, check_number, names_of, refuse_transforms
+from pdl_ext.engine.autograd import Results, weighted_loss
+from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
+from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype
+from pdl_ext.engine.vocabulary import VocabularyShard
+from pdl_ext.options import LossOptions
+
+__all__ = ["LinearLossCall", "LossCall", "RowStats"]
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGET_DTYPES = (torch.int64, torch.int32)
+
+
+class RowStats(NamedTuple):
+    """What the loss knows of each row, detached and shaped like the targets; 0 at ignored rows.
+
+    nll: unweighted negative log-likelihood in nats; weight: token weight times row weight; lse: log-sum-exp of the
+    transformed logits; predicted: int64 index of the largest one, -1 at ignored rows and where
+    none is above -inf. With shift=True they line up
+    with `targets`, like row_weight and reduction "none". float32, or float64 for float64 logits.
+    """
+
+    nll: Tensor
+    weight: Tensor
+    lse: Tensor
+    predicted: Tensor
+
+
+class _Call:
+    """What both calls have in common: everything but the scores that the targets are compared with.
+
+    shard: the columns of the vocabulary that this rank has.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        row_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        options: LossOptions,
+        return_stats: bool,
+        shard: VocabularyShard,
+    ) -> None:
+        self.targets = targets
+        self.row_weight = row_weight
+        self.normalizer = normalizer
+        self.options = options
+        self.return_stats = return_stats
+        self.shard = shard
+
+    def bad_target(self) -> IndexError:
+        """The error for the first target out of range, by its place in the targets that the caller passed."""
+        ignore_index, vocab_size = self.options.ignore_index, self.shard.vocab_size
+        bad = self._out_of_range(self.targets)
+        if self.options.shift:
+            bad[..., 0] = False
+        place = tuple(bad.nonzero()[0].tolist())
+        return IndexError(
+            f"targets: got {int(self.targets[place])} at position {list(place)}, expected 0 <= id < {vocab_size} "
+            f"or ignore_index ({ignore_index})"
+        )
+
+    def learned_targets(self) -> Tensor:
+        """The targets that some row predicts."""
+        return self.targets[..., 1:] if self.options.shift else self.targets
+
+    def check_tables(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> None:
+        """Raises TypeError or ValueError unless each is None or a float32 [V] that takes no gradient."""
+        for name, table in (("token_weight", token_weight), ("logit_offset", logit_offset)):
+            if table is not None:
+                _check_table(name, table, self.shard.vocab_size, self.targets.device)
+
+    def _out_of_range(self, targets: Tensor) -> Tensor:
+        wrong = (targets < 0) | (targets >= self.shard.vocab_size)
+        return (targets != self.options.ignore_index) & wrong
+
+    def _check_ids(self) -> None:
+        # On CUDA the rows become NaN instead, and the host waits for nothing.
+        if self.targets.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool(self._out_of_range(self.learned_targets()).any()):
+            raise self.bad_target()
+
+    @property
+    def _shifts(self) -> bool:
+        return self.options.shift and self.targets.shape[-1] > 0
+
+    def _inputs(self, token_weight: Tensor | None, logit_offset: Tensor | None, dtype: torch.dtype) -> LossInputs:
+        """What the ops take, for an accumulator's dtype; of tables that were checked."""
+        targets, row_weight, normalizer = self.targets, self.row_weight, self.normalizer
+        if row_weight is not None:
+            row_weight = row_weight.to(dtype)
+        if isinstance(normalizer, Tensor):
+            normalizer = normalizer.to(dtype).expand(2).contiguous()
+        elif normalizer is not None:
+            number = normalizer if isinstance(normalizer, (torch.SymInt, torch.SymFloat)) else float(normalizer)
+            # What float32 cannot hold is infinite then, as a tensor's value would be.
+            normalizer = torch.full((2,), number, dtype=torch.float64, device=targets.device).to(dtype)
+        if self._shifts:
+            targets = F.pad(targets[..., 1:], (0, 1), value=self.options.ignore_index)
+            row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
+        return LossInputs(
+            targets=targets.contiguous(),
+            token_weight=None if token_weight is None else token_weight.contiguous(),
+            row_weight=None if row_weight is None else row_weight.reshape(-1).contiguous(),
+            logit_offset=None if logit_offset is None else self.shard.columns_of(logit_offset.contiguous()),
+            normalizer=normalizer,
+        )
+
+    def _results(self, results: Results, inputs: LossInputs) -> Tensor | tuple[Tensor, RowStats]:
+        """The loss, with RowStats where they were asked for."""
+        loss, saved_rows, predicted = results
+        if self.options.reduction == "none":
+            loss = self._like_targets(loss)
+        if saved_rows is None or predicted is None:
+            return loss
+        rows = SavedRows.of(saved_rows)
+        weight = rows.token_weight
+        if inputs.row_weight is not None:
+            # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
+            counted = inputs.targets.reshape(-1) != self.options.ignore_index
+            weight = torch.where(counted, weight * inputs.row_weight.detach(), 0.0)
+        stats = RowStats(
+            nll=self._like_targets(rows.nll),
+            weight=self._like_targets(weight),
+            lse=self._like_targets(rows.max + rows.log_sum),
+            predicted=self._like_targets(predicted, fill=-1),
+        )
+        return loss, stats
+
+    def _like_targets(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        values = values.reshape(self.targets.shape)
+        return F.pad(values[..., :-1], (1, 0), value=fill) if self._shifts else values
+
+
+class LossCall(_Call):
+    """A loss of logits [..., V]. Raises TypeError or ValueError that names the first input that it cannot take."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        options: LossOptions,
+        return_stats: bool,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        _check_scores("logits", logits)
+        _check_targets_dtype(targets)
+        if logits.dim() == 0 or not 1 <= logits.shape[-1] <= 2**30:
+            raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1 and at most 2^30")
+        if logits.shape[:-1] != targets.shape:
+            raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
+        _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
+        shard = VocabularyShard.for_rank(logits.shape[-1], logits.device, process_group)
+        super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
+        self.logits = logits
+
+    def loss(
+        self, token_weight: Tensor | None, logit_offset: Tensor | None, inplace_backward: bool
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        """The result of pdl_loss; of tables that were checked."""
+        inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.logits.dtype))
+        if self.shard.group:
+            self._check_ids()
+        in_place = inplace_backward and not torch.compiler.is_compiling()
+        try:
+            results = weighted_loss(self.logits, inputs, self.options, self.return_stats, in_place, self.shard)
+        except IndexError:
+            raise self.bad_target() from None
+        return self._results(results, inputs)
+
+
+class LinearLossCall(_Call):
+    """A loss of hidden states [..., H] under a classifier [V, H].
+
+    Raises TypeError or ValueError that names the first input that it cannot take.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None,
+        normalizer: float | Tensor | None,
+        options: LossOptions,
+        return_stats: bool,
+        max_chunk_bytes: int | None,
+        accumulate: str,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        _check_scores("hidden", hidden)
+        _check_scores("weight", weight)
+        _check_targets_dtype(targets)
+        if weight.dim() != 2 or not 1 <= weight.shape[0] <= 2**30 or weight.shape[1] == 0:
+            raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H] with H >= 1 and 1 <= V <= 2^30")
+        if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"hidden: got shape {list(hidden.shape)}, expected [..., {weight.shape[1]}]: weight is "
+                f"{list(weight.shape)}"
+            )
+        if hidden.shape[:-1] != targets.shape:
+            raise _targets_do_not_fit("hidden", hidden, targets, "the hidden size")
+        if bias is not None:
+            _check_scores("bias", bias)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], the classifier's rows"
+                )
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is None:
+                continue
+            if tensor.device != hidden.device:
+                raise ValueError(f"{name}: got device {tensor.device}, expected {hidden.device}, where hidden is")
+            # Which casts no float64.
+            cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (tensor.dtype, hidden.dtype)
+            if tensor.dtype != hidden.dtype and not cast:
+                raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
+        _check_rest("hidden is", hidden, targets, row_weight, normalizer, options)
+        _refuse_tangents(weight, bias)
+        refuse_transforms(weight, bias)
+        if max_chunk_bytes is not None:
+            max_chunk_bytes = check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
+        check_choice("accumulate", accumulate, ACCUMULATE)
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        # A compiled graph may be captured, which knows no wait for a count.
+        drop_ignored = not torch.compiler.is_compiling()
+        self.settings = Settings(dtype, max_chunk_bytes, accumulate == "float32", drop_ignored)
+        shard = VocabularyShard.for_rank(weight.shape[0], hidden.device, process_group)
+        super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+
+    def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
+        """The result of linear_pdl_loss; of tables that were checked."""
+        inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.settings.dtype))
+        # Before the first product, and not when a slab comes to it.
+        self._check_ids()
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
+        of_rows = inputs._replace(targets=inputs.targets.reshape(-1))
+        results = linear_weighted_loss(
+            hidden, self.weight, self.bias, of_rows, self.options, self.return_stats, self.settings, self.shard
+        )
+        return self._results(results, inputs)
+
+
+def _check_scores(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor. With FSDP2 call the loss in the model's forward, where "
+            "the classifier is gathered. Of one that is a fully_shard unit of its own give lm_head.weight after "
+            'lm_head.unshard(), or full_tensor(grad_placements=[Partial("avg")]), since the gradient of a mere '
+            "full_tensor() is wrong. With tensor parallelism give to_local() of what is cut over the vocabulary, and "
+            "its process_group"
+        )
+    check_dense(name, tensor)
+    if tensor.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(LOGITS_DTYPES)}")
+
+
+def _check_targets_dtype(targets: Tensor) -> None:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets: got {type(targets).__name__}, expected a tensor")
+    check_dense("targets", targets)
+    if targets.dtype not in TARGET_DTYPES:
+        raise TypeError(f"targets: got dtype {targets.dtype}, expected one of {names_of(TARGET_DTYPES)}")
+
+
+def _targets_do_not_fit(name: str, scores: Tensor, targets: Tensor, last: str) -> ValueError:
+    return ValueError(
+        f"targets: got shape {list(targets.shape)}, expected {list(scores.shape[:-1])}: that of {name} "
+        f"{list(scores.shape)} without {last}"
+    )
+
+
+def _check_rest(
+    there: str,
+    scores: Tensor,
+    targets: Tensor,
+    row_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    options: LossOptions,
+) -> None:
+    if scores.device != targets.device:
+        raise ValueError(f"targets: got device {targets.device}, expected {scores.device}, where {there}")
+    if options.shift and targets.dim() == 0:
+        raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
+    if row_weight is not None:
+        _check_row_weight(row_weight, targets)
+    _refuse_tangents(scores, row_weight)
+    refuse_transforms(scores, targets, row_weight, normalizer if isinstance(normalizer, Tensor) else None)
+    if normalizer is not None:
+        _check_normalizer(normalizer, targets, options.reduction)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
+    if getattr(forward_ad, "_current_level", -1) >= 0:
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(
+                    "pdl_ext: the fused loss has no forward-mode derivative; pdl_ext.reference.pdl_loss has one"
+                )
+
+
+def _check_table(name: str, table: Tensor, vocab_size: int, device: torch.device) -> None:
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name}: got {type(table).__name__}, expected a tensor or None")
+    check_dense(name, table)
+    refuse_transforms(table)
+    if table.dtype != torch.float32:
+        raise TypeError(f"{name}: got dtype {table.dtype}, expected float32 whatever the logits' dtype is")
+    if table.shape != (vocab_size,):
+        raise ValueError(f"{name}: got shape {list(table.shape)}, expected [{vocab_size}], the logits' vocabulary")
+    if table.device != device:
+        raise ValueError(f"{name}: got device {table.device}, expected {device}, where the logits are")
+    if table.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one"
+        )
+
+
+def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
+    if not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight: got {type(row_weight).__name__}, expected a tensor or None")
+    check_dense("row_weight", row_weight)
+    if not row_weight.is_floating_point():
+        raise TypeError(f"row_weight: got dtype {row_weight.dtype}, expected a floating one")
+    if row_weight.shape != targets.shape:
+        raise ValueError(
+            f"row_weight: got shape {list(row_weight.shape)}, expected that of targets, {list(targets.shape)}"
+        )
+    if row_weight.device != targets.device:
+        raise ValueError(
+            f"row_weight: got device {row_weight.device}, expected {targets.device}, where the targets are"
+        )
+
+
+def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: str) -> None:
+    if reduction in ("none", "sum"):
+        raise ValueError(f'normalizer: got one with reduction={reduction!r}, expected reduction "mean" or "token_mean"')
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0 or normalizer.device != targets.device or normalizer.requires_grad:
+            raise ValueError(
+                f"normalizer: got shape {list(normalizer.shape)} on {normalizer.device}"
+                f"{', requiring grad' if normalizer.requires_grad else ''}, expected a 0-d tensor on {targets.device} "
+                "that does not require grad"
+            )
+    elif not isinstance(normalizer, (torch.SymInt, torch.SymFloat)):
+        check_number("normalizer", normalizer, 0, sys.float_info.max, "a finite number >= 0 or a 0-d tensor")

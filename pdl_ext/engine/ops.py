@@ -1,0 +1,146 @@
+"""Loads the compiled ops, and gives them their fake kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdl_ext.options import LossOptions
+
+try:
+    from pdl_ext import _C
+except ImportError as error:
+    raise ImportError(
+        "pdl_ext's compiled module cannot be imported. In a source folder, build it first: run `pip install -e .` "
+        "there, or leave the folder to use an installed pdl_ext. "
+        f"({error})"
+    ) from error
+
+__all__ = ["_C", "Factors", "LossInputs", "SavedRows", "accumulator_dtype", "compiled", "loss_outputs"]
+
+compiled = torch.ops.pdl_ext
+
+
+class LossInputs(NamedTuple):
+    """What an op takes beside the logits, in its order.
+
+    targets: [N]; token_weight, logit_offset: float32 [V]; row_weight: [N], normalizer: [2], both in the accumulator's
+    dtype.
+    """
+
+    targets: Tensor
+    token_weight: Tensor | None
+    row_weight: Tensor | None
+    logit_offset: Tensor | None
+    normalizer: Tensor | None
+
+
+class SavedRows(NamedTuple):
+    """The rows of an op's `saved_rows`, each [N]: the fields of csrc/row_loss.h's SavedRow, in order."""
+
+    max: Tensor
+    log_sum: Tensor
+    nll: Tensor
+    ce: Tensor
+    token_weight: Tensor
+
+    @classmethod
+    def of(cls, saved_rows: Tensor) -> SavedRows:
+        """Views of the op's tensor."""
+        return cls(*saved_rows.unbind())
+
+
+class Factors(NamedTuple):
+    """The numbers of an op's `factors`: the fields of csrc/row_loss.h's Factors, in order."""
+
+    weighted: Tensor
+    rows: Tensor
+    correction: Tensor
+
+    @classmethod
+    def of(cls, factors: Tensor) -> Factors:
+        """Views of the op's tensor."""
+        return cls(*factors.unbind())
+
+
+def accumulator_dtype(logits: torch.dtype) -> torch.dtype:
+    """float64 for float64 logits, else float32: the dtype of losses and saved rows."""
+    return torch.float64 if logits == torch.float64 else torch.float32
+
+
+def _loss_shape(rows: int | torch.SymInt, options: list[float]) -> tuple[int | torch.SymInt, ...]:
+    return (rows,) if LossOptions.unpacked(options).reduction == "none" else ()
+
+
+def loss_outputs(logits: Tensor, options: list[float], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What loss_forward returns for logits [N, V]: uninitialised."""
+    n = logits.shape[0]
+    dtype = accumulator_dtype(logits.dtype)
+    return (
+        logits.new_empty(_loss_shape(n, options), dtype=dtype),
+        logits.new_empty((len(SavedRows._fields), n), dtype=dtype),
+        logits.new_empty((len(Factors._fields),), dtype=dtype),
+        logits.new_empty((n if predict else 0,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pdl_ext::loss_forward")
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+    predict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return loss_outputs(logits, options, predict)
+
+
+@torch.library.register_fake("pdl_ext::loss_and_gradient_")
+def _(
+    logits: Tensor,
+    gradient: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+    predict: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return loss_outputs(logits, options, predict)
+
+
+@torch.library.register_fake("pdl_ext::loss_backward")
+def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    vocab_size = logits.shape[1]
+    if logits.device.type != "cuda":
+        return logits.new_empty(logits.shape)
+    # The twin of csrc/cuda/loss.cu's allocate_gradient.
+    between = torch.sym_max(logits.stride(0) - vocab_size, 0) % (16 // logits.element_size())
+    return logits.new_empty_strided(logits.shape, (vocab_size + between, 1))
+
+
+@torch.library.register_fake("pdl_ext::reduce_rows")
+def _(
+    saved_rows: Tensor,
+    targets: Tensor,
+    row_weight: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+) -> tuple[Tensor, Tensor]:
+    loss = saved_rows.new_empty(_loss_shape(saved_rows.shape[1], options))
+    return loss, saved_rows.new_empty((len(Factors._fields),))
+
+
+@torch.library.register_fake("pdl_ext::token_weights")
+def _(counts: Tensor, *_: Any) -> Tensor:
+    return counts.new_empty(counts.shape, dtype=torch.float32)
+
+
+for _name in ("scale_", "loss_backward_", "count_tokens_"):
+    torch.library.register_fake(f"pdl_ext::{_name}", lambda *_: None)

@@ -1,0 +1,166 @@
+"""Logits that are cut along the vocabulary over the ranks of a process group (vocabulary, or tensor, parallel)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pdl_ext.engine import ops
+from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
+from pdl_ext.options import LossOptions
+
+__all__ = ["VocabularyShard", "loss_forward", "sum_over_ranks"]
+
+
+class VocabularyShard(NamedTuple):
+    """This rank's columns [first_id, first_id + width) of a vocabulary that is cut over a group.
+
+    largest_width: that of all ranks; group: its name, "" where this rank has the whole vocabulary.
+    """
+
+    first_id: int
+    width: int
+    vocab_size: int
+    largest_width: int
+    group: str
+
+    @classmethod
+    def for_rank(cls, width: int, device: torch.device, group: dist.ProcessGroup | None) -> VocabularyShard:
+        """The shard of a rank that has `width` columns; ranks follow each other in the order of the group.
+
+        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30.
+        """
+        if group is None:
+            return cls(0, width, width, width, "")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group: got {type(group).__name__}, expected a ProcessGroup or None")
+        rank = dist.get_rank(group)
+        widths = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        widths[rank] = width
+        dist.all_reduce(widths, group=group)
+        of_ranks: list[int] = widths.tolist()
+        vocab_size, before = sum(of_ranks), sum(of_ranks[:rank])
+        if vocab_size > 2**30:
+            raise ValueError(f"process_group: got a vocabulary of {vocab_size} over its ranks, expected at most 2^30")
+        return cls(before, width, vocab_size, max(of_ranks), group.group_name)
+
+    def columns_of(self, table: Tensor | None) -> Tensor | None:
+        """This rank's columns of a table over the whole vocabulary."""
+        if table is None or not self.group:
+            return table
+        return table[self.first_id : self.first_id + self.width]
+
+
+def _group_of(name: str) -> dist.ProcessGroup:
+    # Ops take no process groups, and PyTorch's own collectives in graphs know them by name, too.
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+
+
+def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
+    """The sum of a tensor over a group, accumulated in float32 or wider; the tensor itself without a group."""
+    if not group:
+        return tensor
+    total = tensor.to(accumulator_dtype(tensor.dtype), copy=True)
+    dist.all_reduce(total, group=_group_of(group))
+    return total.to(tensor.dtype)
+
+
+# An op, so that torch.compile calls it and does not trace the collectives.
+@torch.library.custom_op("pdl_ext::loss_forward_of_shard", mutates_args=())
+def loss_forward_of_shard(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+    predict: bool,
+    first_id: int,
+    vocab_size: int,
+    group: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    asked = LossOptions.unpacked(options)
+    ranks = _group_of(group)
+    width = logits.shape[1]
+    targets = targets.reshape(-1)
+    counted = targets != asked.ignore_index
+    valid = counted & (targets >= 0) & (targets < vocab_size)
+    mine = valid & (targets >= first_id) & (targets < first_id + width)
+    # With a smoothing of 1, ce is the mean over the shard of lse - z.
+    smoothed = 1.0 if asked.label_smoothing else 0.0
+    local = dataclasses.replace(asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0)
+    # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
+    stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
+    inputs = LossInputs(stand_in, None, None, logit_offset, None)
+    _, found, _, predicted = ops.compiled.loss_forward(logits, *inputs, local.packed, predict)
+    of_shard = SavedRows.of(found)
+
+    largest = torch.where(counted, of_shard.max, -torch.inf)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=ranks)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    # Everything is taken relative to the largest logit, or a large common offset would cancel digits.
+    above = of_shard.max - shift
+    # Nothing in the shard is above -inf.
+    nothing = of_shard.max == -torch.inf
+    target = torch.where(nothing, -torch.inf, above + (of_shard.log_sum - of_shard.nll))
+    terms = [torch.exp(above + of_shard.log_sum), torch.where(mine, target, 0.0)]
+    if asked.label_smoothing:
+        mean = torch.where(nothing, torch.inf, of_shard.ce - of_shard.log_sum - above)
+        terms.append(torch.where(counted, width / vocab_size * mean, 0.0))
+    sums = torch.stack(terms)
+    dist.all_reduce(sums, group=ranks)
+    sum_of_exp, z_target, *uniform = sums.unbind()
+
+    # As in csrc/row_loss.h.
+    log_sum = torch.log(sum_of_exp)
+    nll = log_sum - z_target
+    ce = nll
+    if asked.label_smoothing:
+        ce = (1 - asked.label_smoothing) * nll + asked.label_smoothing * (log_sum + uniform[0])
+    weight = (
+        torch.ones_like(nll) if token_weight is None else token_weight[torch.where(valid, targets, 0)].to(nll.dtype)
+    )
+    saved_rows = torch.stack(SavedRows(max=largest, log_sum=log_sum, nll=nll, ce=ce, token_weight=weight))
+    saved_rows = torch.where(valid, saved_rows, torch.where(counted, torch.nan, 0.0))
+    loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
+    if predict:
+        # The first of equals, as on one rank.
+        here = valid & (of_shard.max == largest) & (predicted >= 0)
+        predicted = torch.where(here, predicted + first_id, vocab_size)
+        dist.all_reduce(predicted, dist.ReduceOp.MIN, group=ranks)
+        predicted = torch.where(predicted == vocab_size, -1, predicted)
+    return loss, saved_rows, factors, predicted
+
+
+@loss_forward_of_shard.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    options: list[float],
+    predict: bool,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return loss_outputs(logits, options, predict)
+
+
+def loss_forward(
+    logits: Tensor, inputs: LossInputs, options: LossOptions, predict: bool, shard: VocabularyShard
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op loss_forward; of a shard of the logits the same results on every rank, by two small all-reduces.
+
+    inputs: with the shard's logit_offset.
+    """
+    if not shard.group:
+        return ops.compiled.loss_forward(logits, *inputs, options.packed, predict)
+    return torch.ops.pdl_ext.loss_forward_of_shard(
+        logits, *inputs, options.packed, predict, shard.first_id, shard.vocab_size, shard.group
+    )
