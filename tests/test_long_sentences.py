@@ -101,14 +101,31 @@ class A:
     """Of the attribute."""
     def f(self):
         if self:
-            def g():
-                """Of the function
-                inside. And more."""
+            try:
+                pass
+            except ValueError:
+                def g():
+                    """Of the function
+                    inside. And more."""
+            else:
+                match x:
+                    case 1:
+                        """In a case."""
+            finally:
+                """At the end."""
         return "Not prose. Really."
 '''
-    expected = ["Of the module.", "Of the class.", "Of the attribute.", "Of the function inside.", "And more."]
+    expected = [
+        "Of the module.",
+        "Of the class.",
+        "Of the attribute.",
+        "Of the function inside.",
+        "And more.",
+        "In a case.",
+        "At the end.",
+    ]
     assert sorted(texts(source, "python")) == sorted(expected)
-    assert sorted(lines(source, "python")) == [1, 3, 5, 9, 10]
+    assert sorted(lines(source, "python")) == [1, 3, 5, 12, 13, 17, 19]
 
 
 def test_sections_of_docstrings():
@@ -119,7 +136,8 @@ def f():
     Args:
         alpha, beta: the exponent
             of all. A second
-            sentence
+            sentence: it
+            goes: on
         gamma (int): another one: really
         **delta: the rest
 
@@ -131,9 +149,16 @@ def f():
         of it.
     """
 '''
-    expected = ["Does it.", "Args:", "the exponent of all.", "A second sentence", "another one: really", "the rest"]
+    expected = [
+        "Does it.",
+        "Args:",
+        "the exponent of all.",
+        "A second sentence: it goes: on",
+        "another one: really",
+        "the rest",
+    ]
     assert texts(source, "python") == [*expected, "It goes on:", "Returns:", "What it makes of it."]
-    assert lines(source, "python") == [2, 4, 5, 6, 8, 9, 11, 14, 15]
+    assert lines(source, "python") == [2, 4, 5, 6, 9, 10, 12, 15, 16]
 
 
 def test_comments_of_python():
@@ -168,6 +193,9 @@ def test_comments_of_cpp():
 /* A block
  * of two lines. */
 /// For a tool.
+
+// <vector>
+// is included.
 const char* s = "// no comment";  // Behind code
 int n = 1'000'000;                // another
 // old(s);
@@ -176,10 +204,17 @@ int n = 1'000'000;                // another
 //     not + prose
 void f(int /* inside */);  // NOLINT
 """
-    expected = ["One sentence over two lines.", "A block of two lines.", "For a tool.", "Behind code", "another"]
+    expected = [
+        "One sentence over two lines.",
+        "A block of two lines.",
+        "For a tool.",
+        "<vector> is included.",
+        "Behind code",
+        "another",
+    ]
     found = sorted(zip(lines(source, "cpp"), texts(source, "cpp"), strict=True))
     assert [text for _, text in found] == [*expected, "vector<float> has <a b> in it:", "inside"]
-    assert [line for line, _ in found] == [1, 4, 6, 7, 8, 11, 13]
+    assert [line for line, _ in found] == [1, 4, 6, 8, 10, 11, 14, 16]
 
 
 @pytest.mark.parametrize("kind", ["make", "cmake", "bash", "toml", "yaml"])
@@ -198,6 +233,7 @@ def test_a_sentence_is_known_by_its_words():
     assert identity("- The kernel **reads** loss.cu once and\n  no more.") == first
     assert identity("// The kernel reads\n// `loss.cu` once, and no more.\n", "cpp") == first
     assert identity('"""The kernel reads\n`loss.cu` once, and no more."""\n', "python") == first
+    assert identity("the kernel reads `loss.cu` once, and no more.") == first
     assert identity("The kernel reads `loss.h` once, and no more.") != first
     assert identity("The kernel reads `loss.cu` once and more.") != first
 
