@@ -62,7 +62,7 @@ NOT_PROSE = re.compile(r"!|\s*(noqa|type:|mypy:|ruff:|fmt:|pragma|pylint:|clang-
 SECTION = re.compile(r"(Args|Arguments|Attributes|Examples?|Notes?|Raises|Returns|Yields):")
 ENTRY = re.compile(r"\*{0,2}[\w.`]+(, \*{0,2}[\w.`]+)*( \([^)]*\))?:(?= |$)")
 # A full stop, what closes a quotation or a bracket behind it, and the word that follows.
-END = re.compile(r"[.!?…]+[\"')\]]*(\s+)(?=(\S+))")
+END = re.compile(r"(?<=\S)[.!?…]+[\"')\]]*(\s+)(?=(\S+))")
 # No sentence ends on these, and on the others only where a capital follows, as after any word.
 ABBREVIATION = re.compile(r"(?:^|[\s(\[\"'])(e\.g|i\.e|vs|cf|fig|figs|eq|sec|al)\.$", re.IGNORECASE)
 # A word in small letters goes on with the sentence; `pdl_ext`, `int32` and `loss.cu` are names, which may open one.

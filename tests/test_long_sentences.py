@@ -34,6 +34,7 @@ def lines(source: str, kind: str) -> list[int]:
         "First this; then that: all of it.",
         "It says (why not?) and goes on.",
         "It counts ... and goes on.",
+        "Run it in . A dot is a folder.",
         "`a. B` is a span.",
     ],
 )
