@@ -82,6 +82,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(BIN)/mypy
+	$(BIN)/python tests/long_sentences.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

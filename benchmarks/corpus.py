@@ -2,9 +2,9 @@
 
 python benchmarks/corpus.py [--bytes N] [--folder DIR] [--output DIR]
 
-Writes Zipf-distributed uint16 ids in several formats into a folder that it deletes again, counts each by
-`count_corpus` while the page cache holds it, and leaves OUTPUT/benchmark.json and benchmark.md by harness.py. A time
-counts if the counts are those of NumPy, all of them.
+Writes Zipf-distributed uint16 ids in several formats into a folder that it deletes again. Counts each by `count_corpus`
+while the page cache holds it. Leaves OUTPUT/benchmark.json and benchmark.md by harness.py. A time counts if
+the counts are those of NumPy, all of them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ python benchmarks/cpu.py [--only WORD...] [--budget SECONDS] [--output DIR]
 
 Writes DIR/benchmark.json and DIR/benchmark.md, by the protocol of harness.py, and ends on a table of ratios. Workloads
 come in the order of their importance; what the budget has no room for is listed as left out. The loss is the weighted
-mean with its gradient. A new gradient is new memory in every call, as in training; what a call leaves in place is
+mean with its gradient. A new gradient is new memory in every call, as in training. What a call leaves in place is
 measured against copying the logits into a buffer that exists.
 """
 

@@ -4,10 +4,10 @@
 - Each warms up for 200 ms; then they take turns, a sample each, so that a noisy neighbour or a falling clock hits all.
   The order is drawn anew each time: none always bears what another leaves, such as memory that the system takes back.
 - Calls rotate over buffers that exceed three times the last cache, so that inputs come from memory.
-- A sample is a row of calls. `wall` is the host's clock around eager calls, the device awaited; `kernel`, on CUDA, is
+- A sample is a row of calls. `wall` is the host's clock around eager calls, the device awaited. `kernel`, on CUDA, is
   the device's clock around the same calls replayed as one CUDA graph, without the host.
-- Median, 20th and 80th percentile. Bytes a second count the least bytes that the task has to move, and stand beside the
-  bandwidth of a large copy in the same run.
+- Median, 20th and 80th percentile. Bytes a second count the least bytes that the task has to move. They stand beside
+  the bandwidth of a large copy in the same run.
 - What fails costs its own row: it is recorded and the run goes on, until its budget of seconds is used.
 """
 

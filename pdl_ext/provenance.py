@@ -29,11 +29,15 @@ _DIGESTED_BYTES = 16 * 1024
 class TargetPolicy:
     """Which tokens of a corpus are counted as targets.
 
-    targets: "all", or "shifted" without the first token of each sequence, which nothing predicts; ignore_index: an id
-    that is never a target; column: the column of the tokens or of the text, None for the format's own; mask: a column
-    that is 0 where a token is no target; skip_prompt: a column of labels, ignore_index where a token belongs to the
-    prompt; special_tokens: whether a tokenizer adds them to text; sample_by: what one text of a plain text file is, a
-    "line" or the whole "document".
+    Args:
+        targets: "all", or "shifted" without the first token of each sequence, which nothing predicts.
+        ignore_index: an id that is never a target.
+        column: the column of the tokens or of the text, None for the format's own.
+        mask: a column that is 0 where a token is no target.
+        skip_prompt: a column of labels, ignore_index where a token belongs to the prompt.
+        special_tokens: whether a tokenizer adds them to text.
+        sample_by: what one text of a plain text file is, a "line" or the whole "document".
+
     Raises TypeError or ValueError that names the option.
     """
 
@@ -70,8 +74,12 @@ class Shard(NamedTuple):
 class Provenance:
     """Where the counts of a TokenFrequency come from.
 
-    shards: the files counted, in order; tokens: how many they hold, counted or not; policy: what was counted of them;
-    tokenizer: the digest of the tokenizer's file, None for files of ids; version: pdl_ext's that counted.
+    Args:
+        shards: the files counted, in order.
+        tokens: how many they hold, counted or not.
+        policy: what was counted of them.
+        tokenizer: the digest of the tokenizer's file, None for files of ids.
+        version: pdl_ext's that counted.
     """
 
     shards: tuple[Shard, ...]

@@ -20,10 +20,14 @@ MOST_FREQUENT = 100
 class AlphaStatistics:
     """The weights w of an exponent over a corpus with counts n, PowerLaw's other options at their defaults.
 
-    effective_fraction: (sum n w)^2 / (N sum n w^2), the share of an unweighted sample that has the same variance;
-    mass_of_most_frequent: the share of sum n w that the MOST_FREQUENT most frequent types have;
-    weight_of_most_frequent, largest_seen, largest: weights of the most frequent type, of the rarest that was seen, and
-    of any, seen or not. NaN where nothing was counted.
+    Where nothing was counted, effective_fraction, mass_of_most_frequent and largest_seen are NaN.
+
+    Attributes:
+        effective_fraction: (sum n w)^2 / (N sum n w^2), the share of an unweighted sample that has the same variance.
+        mass_of_most_frequent: the share of sum n w that the MOST_FREQUENT most frequent types have.
+        weight_of_most_frequent: the weight of the most frequent type.
+        largest_seen: the weight of the rarest type that was seen.
+        largest: the largest weight of any type, seen or not.
     """
 
     alpha: float

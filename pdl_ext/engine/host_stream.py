@@ -16,8 +16,9 @@ PART_BYTES = 32 * 2**20
 def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Yields the tokens, a contiguous one-dimensional CPU tensor, in parts on `device`.
 
-    What the caller does with a part has to be queued on the current stream before it asks for the next: its memory is
-    used again. Copies run on a stream of their own, from two pinned buffers unless the tokens are pinned themselves.
+    What the caller does with a part has to be queued on the current stream before it asks for the next. Its memory is
+    then used again. Copies run on a stream of their own, from two pinned buffers unless the tokens are pinned
+    themselves.
     When the generator has ended, by itself, by an error or since it is dropped, no copy is under way.
     """
     size = PART_BYTES // tokens.element_size()

@@ -73,8 +73,8 @@ def count_dataset(
         mask: a column of the same shape, 0 or false where a token is no target.
 
     Returns the counts with a provenance that has the policy and no shards, since a dataset does not tell its files.
-    Raises TypeError or ValueError that names the argument, or the column and what is wrong with it: it is missing,
-    holds nulls or no integers, or not a token, or the mask has another shape.
+    Raises TypeError or ValueError that names the argument, or the column and what is wrong with it. A column is wrong
+    if it is missing, holds nulls or no integers, or not a token, or if the mask has another shape.
     """
     count = _BlockCount(column, vocab_size, ignore_index, mask)
     data = require("ray.data", "ray")

@@ -41,8 +41,8 @@ def generation_report(
 ) -> dict[str, Any]:
     """Rare-word recall and precision, distinct-1 and -2 and length by run and for the references, and all texts.
 
-    A word is rare if it is not among the most frequent words that cover 95 % of the words of the training completions;
-    also if it is not among them at all.
+    A word is rare if it is not among the most frequent words that cover 95 % of the words of the training completions.
+    It is also rare if it is not among them at all.
     """
     common = evaluate.common_words(training_completions)
     references, prompts = [task.reference for task in tasks], [task.prompt for task in tasks]

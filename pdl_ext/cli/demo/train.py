@@ -71,7 +71,7 @@ def finetune(
 ) -> Training:
     """Finetune all weights of ``model`` in place, one AdamW step a batch.
 
-    The learning rate rises over the first tenth of the steps and falls linearly to a tenth of its peak; gradients are
+    The learning rate rises over the first tenth of the steps and falls linearly to a tenth of its peak. Gradients are
     clipped to a norm of 1.
     """
     steps = len(batches)

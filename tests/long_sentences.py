@@ -1,0 +1,306 @@
+"""The check of `make lint` that no sentence of docs, docstrings and comments has more than 25 words.
+
+    python tests/long_sentences.py             what is too long
+    python tests/long_sentences.py --shrink    takes what was shortened out of the list
+
+Sentences that were longer before this check existed stand in `long_sentences.txt`, which only ever shrinks. An entry
+is the hash of a sentence's words: one that is moved or wrapped anew stays the same.
+
+Pygments finds comments, markdown-it finds blocks, and neither knows a docstring's sections or where a sentence ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import io
+import re
+import subprocess
+import sys
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
+from pygments.lexers import get_lexer_by_name
+from pygments.token import Comment
+
+__all__ = ["Sentence", "main", "sentences"]
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = "tests/long_sentences.txt"
+SHRINK = "python tests/long_sentences.py --shrink"
+LIMIT = 25
+
+FOLDERS = ("pdl_ext", "csrc", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
+# What a file is, by its name or its suffix: a name of Pygments'.
+KINDS = {
+    "Makefile": "make",
+    "CMakeLists.txt": "cmake",
+    ".clang-format": "yaml",
+    "run": "bash",
+    "ptx": "cpp",
+    ".md": "markdown",
+    ".py": "python",
+    ".pyi": "python",
+    ".toml": "toml",
+    ".yml": "yaml",
+    ".yaml": "yaml",
+    ".sh": "bash",
+    **dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), "cpp"),
+}
+
+# No HTML, since `vector<float>` in a comment is none.
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
+# Stands for a span of code, which is one word whatever is in it.
+CODE = "\ue000"
+NOT_PROSE = re.compile(r"!|\s*(noqa|type:|mypy:|ruff:|fmt:|pragma|pylint:|clang-format o|NOLINT|SPDX-|Copyright\b)")
+SECTION = re.compile(r"(Args|Arguments|Attributes|Examples?|Notes?|Raises|Returns|Yields):")
+ENTRY = re.compile(r"\*{0,2}[\w.`]+(, \*{0,2}[\w.`]+)*( \([^)]*\))?:(?= |$)")
+# A full stop, what closes a quotation or a bracket behind it, and the word that follows.
+END = re.compile(r"(?<=\S)[.!?…]+[\"')\]]*(\s+)(?=(\S+))")
+# No sentence ends on these, and on the others only where a capital follows, as after any word.
+ABBREVIATION = re.compile(r"(?:^|[\s(\[\"'])(e\.g|i\.e|vs|cf|fig|figs|eq|sec|al)\.$", re.IGNORECASE)
+# A word in small letters goes on with the sentence; `pdl_ext`, `int32` and `loss.cu` are names, which may open one.
+GOES_ON = re.compile(r"[\"'(\[]*[a-z][a-z'-]*[,;:.!?)\]\"']*$")
+
+
+class Sentence(NamedTuple):
+    line: int
+    words: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        bare = (re.sub(r"^\W+|\W+$", "", word).casefold() or word for word in self.words)
+        return hashlib.sha256(" ".join(bare).encode()).hexdigest()[:12]
+
+    @property
+    def beginning(self) -> str:
+        return " ".join(self.words[:5])
+
+    def __str__(self) -> str:
+        return f"{self.identity} {len(self.words)} {self.beginning}"
+
+
+class Text(NamedTuple):
+    """Markdown that begins on a line of a file."""
+
+    line: int
+    lines: list[str]
+
+
+def sentences(source: str, kind: str) -> Iterator[Sentence]:
+    """The sentences of a file. kind: a value of KINDS."""
+    if kind == "markdown":
+        yield from sentences_of_markdown(Text(1, source.splitlines()))
+        return
+    for text in [*(docstrings(source) if kind == "python" else ()), *comments(source, kind)]:
+        if not is_code(text, kind):
+            for chunk in chunks(text):
+                yield from sentences_of_markdown(chunk)
+
+
+def docstrings(source: str) -> Iterator[Text]:
+    """Strings that are statements: of modules, classes, functions at any depth, and behind attributes."""
+    # Statements alone: to walk through expressions as well takes three times as long.
+    remaining: list[ast.AST] = [ast.parse(source)]
+    while remaining:
+        node = remaining.pop()
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            first, _, others = node.value.value.partition("\n")
+            yield Text(node.lineno, [first.strip(), *textwrap.dedent(others).splitlines()])
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            remaining += getattr(node, block, ())
+
+
+def comments(source: str, kind: str) -> Iterator[Text]:
+    """Comments, those on consecutive lines and in one column as one text; one behind code begins a text."""
+    lines = source.splitlines()
+    text, place = Text(0, []), (0, 0)
+    for line, column, comment in python_comments(source) if kind == "python" else other_comments(source, kind):
+        if comment.startswith("/*"):
+            yield Text(line, [re.sub(r"^\s*\*? ?", "", part) for part in comment[2:-2].splitlines()])
+            continue
+        content = re.sub(r"^(//[/!]*<?|#+:?)", "", comment.rstrip())
+        if NOT_PROSE.match(content):
+            continue
+        if not text.lines or place != (line, column) or lines[line - 1][:column].strip():
+            if text.lines:
+                yield text
+            text = Text(line, [])
+        text.lines.append(content.removeprefix(" "))
+        place = (line + 1, column)
+    if text.lines:
+        yield text
+
+
+def python_comments(source: str) -> Iterator[tuple[int, int, str]]:
+    """Line, column and text. By the standard library, which takes a third of Pygments' time."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield (*token.start, token.string)
+
+
+def other_comments(source: str, kind: str) -> Iterator[tuple[int, int, str]]:
+    line, end = 1, 0
+    for start, token, value in get_lexer_by_name(kind).get_tokens_unprocessed(source):
+        if token in Comment and token not in Comment.Preproc and token not in Comment.PreprocFile:
+            line, end = line + source.count("\n", end, start), start
+            yield line, start - source.rfind("\n", 0, start) - 1, value
+
+
+def is_code(text: Text, kind: str) -> bool:
+    """Whether it is code that was commented out."""
+    whole = "\n".join(text.lines).strip()
+    if kind != "python":
+        return whole.endswith((";", "{", "}"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            statements = ast.parse(textwrap.dedent(whole)).body
+    except SyntaxError:
+        return False
+    return not all(isinstance(statement, ast.Expr) for statement in statements)
+
+
+def chunks(text: Text) -> Iterator[Text]:
+    """Parts of a docstring or a comment that Markdown would run together.
+
+    A deeper line behind a colon begins one, and so does each entry of a section such as Args, behind its name.
+    """
+    chunk, section = Text(text.line, []), -1
+    previous = ""
+    for number, line in enumerate(text.lines, text.line):
+        depth = len(line) - len(line.lstrip())
+        begins = False
+        if line.strip() and 0 <= depth < section:
+            begins, section = True, -1
+        if previous.endswith(":") and depth > len(previous) - len(previous.lstrip()):
+            begins = True
+            if SECTION.fullmatch(previous.strip()):
+                section = depth
+        if section >= 0:
+            entry = ENTRY.match(line.strip()) if depth == section else None
+            begins = begins or entry is not None
+            line = line.strip()[entry.end() if entry else 0 :].strip()
+        if begins:
+            yield chunk
+            chunk = Text(number, [])
+        chunk.lines.append(line)
+        previous = text.lines[number - text.line].rstrip()
+    yield chunk
+
+
+def sentences_of_markdown(text: Text) -> Iterator[Sentence]:
+    line = text.line
+    for token in MARKDOWN.parse("\n".join(text.lines)):
+        if token.map:
+            line = text.line + token.map[0]
+        if token.type == "inline":
+            block, codes = "", []
+            for part in token.children or ():
+                if part.type == "code_inline":
+                    codes.append(" ".join(part.content.split()))
+                    block += CODE
+                elif part.type in ("softbreak", "hardbreak"):
+                    block += "\n"
+                else:
+                    block += part.content
+            yield from sentences_of_block(line, block, codes)
+
+
+def sentences_of_block(line: int, block: str, codes: list[str]) -> Iterator[Sentence]:
+    start, remaining = 0, iter(codes)
+    for end in [*(match.end() for match in END.finditer(block) if is_end(block, match)), len(block)]:
+        # Only what has a letter or a digit is a word; a span of code is one by itself.
+        parts = [part for part in block[start:end].split() if re.search(rf"[^\W_]|{CODE}", part)]
+        words = tuple(re.sub(CODE, lambda _: next(remaining), part) for part in parts)
+        indent = len(block[start:end]) - len(block[start:end].lstrip())
+        if words:
+            yield Sentence(line + block.count("\n", 0, start + indent), words)
+        start = end
+
+
+def is_end(block: str, stop: re.Match[str]) -> bool:
+    return not ABBREVIATION.search(block[: stop.start(1)]) and not GOES_ON.match(stop[2])
+
+
+def files(root: Path) -> Iterator[tuple[Path, str]]:
+    """What is checked, with its kind; without the results that benchmarks write."""
+    paths = [*sorted(root.iterdir()), *(path for folder in FOLDERS for path in sorted((root / folder).rglob("*")))]
+    for path in paths:
+        kind = KINDS.get(path.name) or KINDS.get(path.suffix)
+        if kind and path.is_file() and "results" not in path.relative_to(root).parts:
+            yield path, kind
+
+
+def entries(text: str) -> dict[str, int]:
+    """The identities of a list, with their lines."""
+    numbered = enumerate(text.splitlines(), 1)
+    return {line.split()[0]: number for number, line in numbered if line.strip() and not line.startswith("#")}
+
+
+def allowed(root: Path) -> set[str] | None:
+    """What the list had when it was first committed and no commit has removed since; None where git does not tell."""
+    command = [
+        "git",
+        "log",
+        "--reverse",
+        "--format=tformat:commit",
+        "--patch",
+        "--no-ext-diff",
+        "--no-color",
+        "--",
+        LIST,
+    ]
+    try:
+        log = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    _, *patches = re.split(r"^commit$", log, flags=re.MULTILINE)
+    if not patches:
+        return None
+    born = set(re.findall(r"^\+([0-9a-f]{12}) ", patches[0], re.MULTILINE))
+    return born.difference(*(re.findall(r"^-([0-9a-f]{12}) ", patch, re.MULTILINE) for patch in patches))
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description="Refuses sentences of more than 25 words.")
+    parser.add_argument("--shrink", action="store_true", help=f"take what is no longer there out of {LIST}")
+    shrink = parser.parse_args(arguments).shrink
+
+    path = root / LIST
+    listed = entries(path.read_text(encoding="utf-8"))
+    found, errors = set(), []
+    for file, kind in files(root):
+        for sentence in sentences(file.read_text(encoding="utf-8"), kind):
+            if len(sentence.words) > LIMIT:
+                found.add(sentence.identity)
+                if sentence.identity not in listed:
+                    place = f"{file.relative_to(root)}:{sentence.line}: {len(sentence.words)} words"
+                    errors.append(f'{place}, "{sentence.beginning} ...": at most {LIMIT} words: cut it in two')
+
+    stale = listed.keys() - found
+    if shrink:
+        gone = {listed[identity] for identity in stale}
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for number, line in enumerate(lines, 1) if number not in gone), encoding="utf-8")
+        print(f"{LIST}: {len(stale)} removed, {len(listed) - len(stale)} left")
+        return 0
+
+    known = allowed(root)
+    for identity, number in listed.items():
+        if identity in stale:
+            errors.append(f"{LIST}:{number}: no such sentence any more: {SHRINK}")
+        elif known is not None and identity not in known:
+            errors.append(f"{LIST}:{number}: nobody adds to this list: cut the sentence in two")
+    print(*errors, sep="\n", end="\n" if errors else "")
+    return int(bool(errors))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,335 @@
+"""The check of sentences: where one begins and ends, what a word is, and a list that only shrinks."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("markdown_it", reason="the check of sentences is a contributor's tool")
+pytest.importorskip("pygments", reason="the check of sentences is a contributor's tool")
+
+from long_sentences import LIST, ROOT, Sentence, entries, files, main, sentences
+
+LONG = "A row " + "of many words " * 8 + "ends."  # 27 words.
+
+
+def texts(source: str, kind: str = "markdown") -> list[str]:
+    return [" ".join(sentence.words) for sentence in sentences(source, kind)]
+
+
+def lines(source: str, kind: str) -> list[int]:
+    return [sentence.line for sentence in sentences(source, kind)]
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        "Some dtypes, e.g. int32 or Half, i.e. Ones that fit, are read.",
+        "See Fig. 3 of Lee et al. Nothing else is needed.",
+        "It is eager vs. Compiled code.",
+        "It reads masks, offsets etc. and nothing else.",
+        "PyTorch 2.10.0 takes 0.5 ms in loss.cu for it.",
+        "First this; then that: all of it.",
+        "It says (why not?) and goes on.",
+        "It counts ... and goes on.",
+        "Run it in . A dot is a folder.",
+        "`a. B` is a span.",
+    ],
+)
+def test_what_ends_no_sentence(one: str):
+    assert len(texts(one)) == 1
+
+
+@pytest.mark.parametrize(
+    "two",
+    [
+        ("It is over.", "Now another begins."),
+        ("Is it over?", "1 is not."),
+        ("It is `x`.", "`y` follows."),
+        ("It is V.", "V is large."),
+        ("It reads masks etc.", "The others are not read."),
+        ("It is in loss.cu.", "loss.cpp has it, too."),
+        ("So it says.", "pdl_ext does."),
+        ('He said "stop."', "So they did."),
+        ("It is so (as told.)", "It stays so."),
+    ],
+)
+def test_what_ends_a_sentence(two: tuple[str, str]):
+    expected = [part.replace("`", "") for part in two]
+    assert texts(" ".join(two)) == expected
+    assert texts("\n".join(two)) == expected
+
+
+def test_words_have_a_letter_or_a_digit_and_code_is_one():
+    (sentence,) = sentences("The *sum* - of `a. B + c` and [two words](https://x.y/z) = 25,000 / `+`.", "markdown")
+    assert sentence.words == ("The", "sum", "of", "a. B + c", "and", "two", "words", "25,000", "+.")
+
+
+def test_blocks_of_markdown():
+    source = """\
+# A heading
+
+Before a list:
+- first item
+  goes on
+- second item
+
+| left | right |
+|---|---|
+| a cell. Two | `c \\| d` |
+
+    code is none
+
+```python
+neither = this
+```
+> quoted
+1. numbered
+"""
+    expected = ["A heading", "Before a list:", "first item goes on", "second item", "left", "right", "a cell.", "Two"]
+    assert texts(source) == [*expected, "c | d", "quoted", "numbered"]
+    assert lines(source, "markdown") == [1, 3, 4, 6, 8, 8, 10, 10, 10, 17, 18]
+
+
+def test_docstrings_at_any_depth():
+    source = '''\
+"""Of the module."""
+class A:
+    """Of the class."""
+    x: int
+    """Of the attribute."""
+    def f(self):
+        if self:
+            try:
+                pass
+            except ValueError:
+                def g():
+                    """Of the function
+                    inside. And more."""
+            else:
+                match x:
+                    case 1:
+                        """In a case."""
+            finally:
+                """At the end."""
+        return "Not prose. Really."
+'''
+    expected = [
+        "Of the module.",
+        "Of the class.",
+        "Of the attribute.",
+        "Of the function inside.",
+        "And more.",
+        "In a case.",
+        "At the end.",
+    ]
+    assert sorted(texts(source, "python")) == sorted(expected)
+    assert sorted(lines(source, "python")) == [1, 3, 5, 12, 13, 17, 19]
+
+
+def test_sections_of_docstrings():
+    source = '''\
+def f():
+    """Does it.
+
+    Args:
+        alpha, beta: the exponent
+            of all. A second
+            sentence: it
+            goes: on
+        gamma (int): another one: really
+        **delta: the rest
+
+    It goes on:
+        x = code()
+
+    Returns:
+        What it makes
+        of it.
+    """
+'''
+    expected = [
+        "Does it.",
+        "Args:",
+        "the exponent of all.",
+        "A second sentence: it goes: on",
+        "another one: really",
+        "the rest",
+    ]
+    assert texts(source, "python") == [*expected, "It goes on:", "Returns:", "What it makes of it."]
+    assert lines(source, "python") == [2, 4, 5, 6, 9, 10, 12, 15, 16]
+
+
+def test_comments_of_python():
+    source = """\
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 Somebody
+# One sentence
+# over two lines. Another
+#
+# A new paragraph
+x = "# no comment"  # Behind code
+                    # and on.
+y = 1  # Behind y
+z = 1  # noqa: E501
+w = 1  # type: ignore[no-any-return]
+# old = f(x, y)
+# del old
+    # Another column
+# and back
+"""
+    expected = ["One sentence over two lines.", "Another", "A new paragraph", "Behind code and on.", "Behind y"]
+    assert texts(source, "python") == [*expected, "Another column", "and back"]
+    assert lines(source, "python") == [4, 5, 7, 8, 10, 15, 16]
+
+
+def test_comments_of_cpp():
+    source = """\
+// One sentence
+// over two lines.
+#include <vector>
+/* A block
+ * of two lines. */
+/// For a tool.
+
+// <vector>
+// is included.
+const char* s = "// no comment";  // Behind code
+int n = 1'000'000;                // another
+// old(s);
+
+// vector<float> has `<a b>` in it:
+//     not + prose
+void f(int /* inside */);  // NOLINT
+"""
+    expected = [
+        "One sentence over two lines.",
+        "A block of two lines.",
+        "For a tool.",
+        "<vector> is included.",
+        "Behind code",
+        "another",
+    ]
+    found = sorted(zip(lines(source, "cpp"), texts(source, "cpp"), strict=True))
+    assert [text for _, text in found] == [*expected, "vector<float> has <a b> in it:", "inside"]
+    assert [line for line, _ in found] == [1, 4, 6, 8, 10, 11, 14, 16]
+
+
+@pytest.mark.parametrize("kind", ["make", "cmake", "bash", "toml", "yaml"])
+def test_comments_of_other_languages(kind: str):
+    assert texts("# One sentence\n# over two lines. Another\n", kind) == ["One sentence over two lines.", "Another"]
+
+
+def identity(source: str, kind: str = "markdown") -> str:
+    (sentence,) = sentences(source, kind)
+    return sentence.identity
+
+
+def test_a_sentence_is_known_by_its_words():
+    first = identity("The kernel reads `loss.cu` once, and no more.")
+    assert identity("The kernel reads\n`loss.cu`  once,\nand no more.") == first
+    assert identity("- The kernel **reads** loss.cu once and\n  no more.") == first
+    assert identity("// The kernel reads\n// `loss.cu` once, and no more.\n", "cpp") == first
+    assert identity('"""The kernel reads\n`loss.cu` once, and no more."""\n', "python") == first
+    assert identity("the kernel reads `loss.cu` once, and no more.") == first
+    assert identity("The kernel reads `loss.h` once, and no more.") != first
+    assert identity("The kernel reads `loss.cu` once and more.") != first
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "docs" / "a.md").write_text(f"Short.\n\n{LONG}\n")
+    write_list(tmp_path, LONG)
+    return tmp_path
+
+
+def write_list(root: Path, *long: str) -> None:
+    listed = [f"{sentence}\n" for text in long for sentence in sentences(text, "markdown")]
+    (root / LIST).write_text("".join(["# A head.\n", *listed]))
+
+
+def commit(root: Path) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "x"]):
+        subprocess.run([*git, *arguments], cwd=root, check=True)
+
+
+def test_25_words_are_enough(tree: Path, capsys: pytest.CaptureFixture[str]):
+    twenty_five = "word " * 24 + "`one of code`."
+    (tree / "README.md").write_text(f"{twenty_five}\n")
+    assert main([], tree) == 0
+    (tree / "README.md").write_text(f"Title\n=====\n\nOne.\nOr {twenty_five}\n")
+    assert main([], tree) == 1
+    expected = 'README.md:5: 26 words, "Or word word word word ...": at most 25 words: cut it in two\n'
+    assert capsys.readouterr().out == expected
+
+
+def test_a_listed_sentence_may_move(tree: Path):
+    (tree / "docs" / "a.md").unlink()
+    (tree / "tests" / "b.py").write_text("# " + "\n# ".join(LONG.split()) + "\n")
+    assert main([], tree) == 0
+
+
+def test_the_list_shrinks(tree: Path, capsys: pytest.CaptureFixture[str]):
+    gone = LONG.replace("row", "column")
+    write_list(tree, LONG, gone)
+    assert main([], tree) == 1
+    shrink = "python tests/long_sentences.py --shrink"
+    assert capsys.readouterr().out == f"{LIST}:3: no such sentence any more: {shrink}\n"
+    (tree / "docs" / "new.md").write_text(LONG.replace("row", "table"))
+    assert main(["--shrink"], tree) == 0
+    (kept,) = sentences(LONG, "markdown")
+    assert (tree / LIST).read_text() == f"# A head.\n{kept}\n", "only removes"
+
+
+def test_nobody_adds_to_the_list(tree: Path, capsys: pytest.CaptureFixture[str]):
+    new = LONG.replace("row", "column")
+    commit(tree)
+    (tree / "docs" / "b.md").write_text(new)
+    write_list(tree, LONG, new)
+    assert main([], tree) == 1
+    assert capsys.readouterr().out == f"{LIST}:3: nobody adds to this list: cut the sentence in two\n"
+    commit(tree)
+    assert main([], tree) == 1, "nor does a commit make it right"
+
+
+def test_nothing_comes_back(tree: Path):
+    commit(tree)
+    (tree / "docs" / "a.md").write_text("Short.")
+    assert main(["--shrink"], tree) == 0
+    commit(tree)
+    (tree / "docs" / "a.md").write_text(LONG)
+    write_list(tree, LONG)
+    assert main([], tree) == 1
+
+
+def test_results_of_benchmarks_are_no_prose(tree: Path):
+    folder = tree / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "a.md").write_text(LONG.replace("row", "column"))
+    assert main([], tree) == 0
+
+
+def test_the_list_of_this_project():
+    text = (ROOT / LIST).read_text(encoding="utf-8")
+    listed = [line for line in text.splitlines() if not line.startswith("#")]
+    assert listed == sorted(set(listed)), "sorted, so that merges are easy"
+    assert len(entries(text)) == len(listed)
+
+
+def test_files_of_every_kind_are_found():
+    kinds = {str(path.relative_to(ROOT)): kind for path, kind in files(ROOT)}
+    for path in ("README.md", "setup.py", "Makefile", "tests/test_long_sentences.py", "docs/testing.md"):
+        assert path in kinds
+    assert {"markdown", "python", "make", "cmake", "bash", "toml", "cpp"} <= set(kinds.values())
+
+
+def test_an_entry_says_what_it_is():
+    (sentence,) = sentences("One two three, four five six.", "markdown")
+    assert str(sentence) == f"{sentence.identity} 6 One two three, four five"
+    assert sentence == Sentence(1, ("One", "two", "three,", "four", "five", "six."))
