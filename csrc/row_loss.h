@@ -2,9 +2,12 @@
 //
 // A row has logits x_j, which a LogitTransform turns into z_j, a target y, and a weight w. Kernels gather
 // RowStatistics over the row in any order and in any number of shares. `row_loss` turns them into the row's losses.
-// `gradient_row` gives the two numbers A and B with which every loss of the family has the gradient
-//     d loss / d z_j = A p_j - B q_j,    p = softmax(z),    q_j = (1 - s) [j = y] + s / V,
-// and `GradientRow` evaluates it for one element. A new weighting changes a scalar here, never a loop.
+// Every loss of the family has the same gradient:
+//
+//     d loss / d z_j = A p_j - B q_j,    p = softmax(z),    q_j = (1 - s) [j = y] + s / V.
+//
+// `gradient_row` makes the two numbers A and B, and `GradientRow` evaluates the gradient for one element. A new
+// weighting changes a scalar here, never a loop.
 #pragma once
 
 #include "loss_options.h"
@@ -55,8 +58,8 @@ inline bool is_plain(const LossOptions& options, const float* offset) {
   return options.label_smoothing == 0.0 && options.logit_scale == 1.0 && options.softcap == 0.0 && offset == nullptr;
 }
 
-// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of (z - centre), where the centre is
-// one number for the whole row. The identity is what a share without elements has.
+// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of (z - centre). The centre is one
+// number for the whole row. The identity is what a share without elements has.
 template <typename A>
 struct RowStatistics {
   A max = -infinity<A>();

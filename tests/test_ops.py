@@ -65,7 +65,7 @@ def test_options_survive_packing():
 
 @pytest.mark.parametrize("numbers", [[], [2.0] * 5, [2.0] * 7], ids=len)
 def test_another_number_of_options_is_refused(op_inputs, numbers):
-    with pytest.raises(RuntimeError, match=f"options: got {len(numbers)} numbers, expected reduction ignore_index"):
+    with pytest.raises(ValueError, match=f"options: got {len(numbers)} numbers, expected reduction ignore_index"):
         compiled.loss_forward(*op_inputs(), numbers, False)
 
 

@@ -1,11 +1,11 @@
 // Weighted cross-entropy on the CPU.
 //
 // Forward fuses the logit transform, the row's statistics, its weight and the reduction; backward the softmax, the
-// gradient and the transform's derivative. A row is cut into tiles that stay in L1 between their passes, so that
-// memory is read once forward, and read and written once backward. loss_and_gradient_ does both at once: memory is read
-// and written once, and each exponential, computed once, waits for the row's sum in the gradient itself or, where that
-// has another type, in a buffer of V numbers a thread, which L2 holds. Threads take rows, or shares of them if there
-// are fewer rows than threads.
+// gradient and the transform's derivative. A row is cut into tiles, which stay in L1 between their passes. So memory is
+// read once forward, and read and written once backward. loss_and_gradient_ does both at once, and memory is read and
+// written once. Each exponential, computed once, waits for the row's sum in the gradient itself. Where the gradient has
+// another type it waits in a buffer of V numbers a thread, which L2 holds. Threads take rows, or shares of them if
+// there are fewer rows than threads.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>

@@ -5,8 +5,8 @@
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
-// Regimes: a row a block, 128 threads for short rows and 256 for long ones; fewer rows than multiprocessors are cut
-// into shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
+// Regimes: a row a block, 128 threads for short rows and 256 for long ones. Fewer rows than multiprocessors are cut into
+// shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
 // of them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
 // ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
 // captured in a graph.

@@ -1,5 +1,5 @@
-// From the saved rows to the loss, in one block and always in the same order: each row's term or their sum, and the
-// factors that the gradient needs.
+// From the saved rows to each row's term or their sum, and to the factors that the gradient needs. One block takes them
+// always in the same order.
 #pragma once
 
 #include "launch.cuh"

@@ -10,7 +10,7 @@ namespace pdl::cuda {
 
 // Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
 constexpr int kPacks = 4;
-// Threads of a block that has a row or a share of one, and how many such blocks a multiprocessor must hold at once: one
+// Threads of a block that has a row or a share of one, and how many such blocks a multiprocessor must hold at once. One
 // loads while another reduces. float64 has no registers for the third, nor the throughput to need one.
 constexpr int kLongRowThreads = 256;
 constexpr int kRowsOfMultiprocessor = 3;

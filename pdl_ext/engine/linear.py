@@ -3,8 +3,8 @@
 A slab is memory for some of the logits: those of a chunk of rows, or of a tile of columns. One product makes the
 logits of a chunk, and the fused kernel turns them into their own gradient in place. Two products turn that into the
 gradients of the hidden states and of the classifier. The latter is a sum over chunks: in place where the classifier is
-float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the largest thing in memory. There, of
-more than two chunks in 16 bits, the logits are computed once more in tiles, each of which gives its rows of the
+float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the largest thing in memory. There, for
+more than two chunks in 16 bits, the logits are computed once more, in tiles. Each tile gives its rows of the
 classifier's gradient at once.
 """
 
