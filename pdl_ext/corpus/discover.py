@@ -11,13 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from pdl_ext._checks import check_choice, check_path
-from pdl_ext._tensor_file import format_of
-from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of, kind_of_content
-from pdl_ext.corpus.index_maps import is_index_map
-from pdl_ext.corpus.lines import has_suffix
+from pdl_ext.corpus.formats import (
+    arrow,
+    datatrove,
+    huggingface,
+    jsonl,
+    litdata,
+    llmc,
+    mds,
+    megatron,
+    npy,
+    parquet,
+    raw,
+    text,
+)
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of, kind_of_content
+from pdl_ext.corpus.reading.index_maps import is_index_map
+from pdl_ext.corpus.reading.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.tensor_file import format_of
 
 __all__ = ["FORMATS", "open_sources"]
 

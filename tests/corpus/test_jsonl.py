@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
-from pdl_ext.corpus import jsonl as module
-from pdl_ext.corpus.jsonl import FORMAT
+from pdl_ext.corpus.formats import jsonl as module
+from pdl_ext.corpus.formats.jsonl import FORMAT
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.provenance import TargetPolicy
 

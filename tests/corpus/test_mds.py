@@ -14,7 +14,8 @@ from golden_rows import GOLDEN, LABELS, ROWS, TEXTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdl_ext.corpus import count_corpus, counting, mds
+from pdl_ext.corpus import count_corpus, counting
+from pdl_ext.corpus.formats import mds
 from pdl_ext.corpus.source import ReadOptions
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
+from pdl_ext.corpus.reading.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
-from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
 

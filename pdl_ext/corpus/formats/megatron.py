@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import read_array, read_head
-from pdl_ext.corpus.flat import AscendingNumbers, FlatSource, distinct
+from pdl_ext.corpus.reading.access import read_array, read_head
+from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource, distinct
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, counted_as, token_dtype
 
 __all__ = ["FORMAT"]

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import opened, read_at
-from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.listing import listed_file, read_json
+from pdl_ext.corpus.reading.access import opened, read_at
+from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
+from pdl_ext.corpus.reading.listing import listed_file, read_json
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.width import BLOCK_BYTES, doubt_of_width
 from pdl_ext.corpus.source import (
     Batch,
     Format,
@@ -32,8 +34,6 @@ from pdl_ext.corpus.source import (
     counted_as,
     unwrapped,
 )
-from pdl_ext.corpus.tokenizer import TextEncoder
-from pdl_ext.corpus.width import BLOCK_BYTES, doubt_of_width
 
 __all__ = ["FORMAT"]
 

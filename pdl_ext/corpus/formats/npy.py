@@ -12,8 +12,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.flat import FlatSource
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, counted_as
 
 __all__ = ["FORMAT"]

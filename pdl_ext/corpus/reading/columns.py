@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable, counted_as, unwrapped
-from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 

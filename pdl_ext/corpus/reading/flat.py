@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import opened, read_array, read_at
+from pdl_ext.corpus.reading.access import opened, read_array, read_at
+from pdl_ext.corpus.reading.width import BLOCK_BYTES, block_starts, doubt_of_width
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, check_told_dtype, countable, token_dtype
-from pdl_ext.corpus.width import BLOCK_BYTES, block_starts, doubt_of_width
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
