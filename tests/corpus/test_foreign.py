@@ -99,7 +99,7 @@ CONTENTS = {
 
 
 def test_every_kind_is_tried():
-    told = {kind.name for kind in foreign.KINDS if kind.is_told is not foreign.Kind._field_defaults["is_told"]}
+    told = {kind.name for kind in foreign.KINDS if kind.recognises is not foreign.Kind._field_defaults["recognises"]}
     assert told == set(CONTENTS)
 
 
