@@ -100,7 +100,7 @@ $(TORCH_STAMP):
 	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
 	touch $@
 
-$(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
+$(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py build_flags.json $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray]"
 	touch $@
 

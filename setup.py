@@ -5,6 +5,7 @@ nvcc is found.
 """
 
 import glob
+import json
 import os
 import re
 import shutil
@@ -59,33 +60,24 @@ def extension_arguments() -> dict:
     import pybind11
 
     sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp")
-    # CMakeLists.txt and tests/cuda_compile.py have the twins of these macros and flags: change them together.
-    macros = [
-        # One build serves PyTorch 2.10 and everything after it.
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-        ("PDL_EXT_CUDA_STATUS", f'"{status}"'),
-    ]
-    cxx = [
-        "-std=c++20",
-        "-O3",
-        "-fopenmp-simd",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fvisibility=hidden",
-        "-Wall",
-    ]
+    with open("build_flags.json") as file:
+        flags = json.load(file)
+    common = flags["common"] + (flags["with_cuda"] if with_cuda else [])
     make = cpp_extension.CppExtension
     if with_cuda:
         make = cpp_extension.CUDAExtension
         sources += glob.glob("csrc/cuda/*.cu")
-        macros += [("PDL_EXT_WITH_CUDA", None), ("USE_CUDA", None)]
     extension = make(
         "pdl_ext._C",
         sorted(sources),
         include_dirs=[pybind11.get_include()],
-        define_macros=macros,
-        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-std=c++20", "-O3", "--extended-lambda", "--expt-relaxed-constexpr"]},
+        define_macros=[("PDL_EXT_CUDA_STATUS", f'"{status}"')],
+        depends=[
+            "build_flags.json",
+            *glob.glob("csrc/**/*.h", recursive=True),
+            *glob.glob("csrc/**/*.cuh", recursive=True),
+        ],
+        extra_compile_args={compiler: common + flags[compiler] for compiler in ("cxx", "nvcc")},
         extra_link_args=["-s"],
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}

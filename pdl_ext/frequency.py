@@ -25,9 +25,9 @@ from pdl_ext._checks import (
     not_scriptable,
 )
 from pdl_ext._lock import Exclusion, exclusive
-from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.engine import host_stream
 from pdl_ext.provenance import Provenance
+from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
 __all__ = ["TokenFrequency", "unpacked"]
 

@@ -25,9 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
 ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120a")
-# The twins of setup.py's macros and nvcc flags: change both.
-FLAGS = ["-std=c++20", "-O3", "--extended-lambda", "--expt-relaxed-constexpr"]
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA", "-DPDL_EXT_WITH_CUDA"]
+BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
+FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["nvcc"], *BUILD_FLAGS["with_cuda"]]
 
 
 @dataclass

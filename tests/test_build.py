@@ -1,6 +1,8 @@
 """What a build asks for, and what an import without a build says."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
+
+
+# What passes flags of build_flags.json to a compiler.
+READERS = (
+    "setup.py",
+    "CMakeLists.txt",
+    "tests/cuda_compile.py",
+    "tests/cuda_emulator/__init__.py",
+    "tests/test_build.py",
+)
 
 
 def run_python(code, **environment):
@@ -82,6 +95,20 @@ def test_a_build_without_pytorch_is_refused(hook, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_flags_and_macros_stand_in_one_file():
+    flags = [flag for some in BUILD_FLAGS.values() for flag in some]
+    assert len(set(flags)) == len(flags)
+    # Of a macro its name, however it is passed on.
+    names = [re.sub(r"^-D|=0x.*", "", flag) for flag in flags]
+    for reader in READERS:
+        text = (ROOT / reader).read_text()
+        assert "build_flags.json" in text
+        assert [name for name in names if re.search(rf"(?<![\w-])(-D)?{re.escape(name)}(?![\w-])", text)] == [], reader
+    # What compiles for users takes no other flag than these.
+    for reader in ("setup.py", "tests/cuda_compile.py"):
+        assert re.findall(r"""["'](-(?:std=|f|O\d|D|W).*?)["']""", (ROOT / reader).read_text()) == [], reader
+
+
 def test_sdist_holds_every_source(tmp_path):
     setuptools = pytest.importorskip("setuptools", reason="the build backend is setuptools'")
     if int(setuptools.__version__.split(".")[0]) < 77:
@@ -95,7 +122,15 @@ def test_sdist_holds_every_source(tmp_path):
     with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {str(path.relative_to(source)) for path in source.glob("csrc/**/*.*")}
-    wanted |= {"setup.py", "build_backend.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"}
+    wanted |= {
+        "setup.py",
+        "build_backend.py",
+        "build_flags.json",
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "LICENSE",
+        "README.md",
+    }
     assert wanted - held == set()
 
 
@@ -108,8 +143,7 @@ def test_cpu_sources_compile_for_aarch64(source, tmp_path):
     from torch.utils.cpp_extension import include_paths
 
     includes = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = ["-std=c++20", "-O0", "-fopenmp-simd", "-Wall", "-Wno-attributes", "-Werror"]
-    flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+    flags = [*BUILD_FLAGS["common"], *BUILD_FLAGS["cxx"], "-O0", "-Wno-attributes", "-Werror"]
     command = [AARCH64_COMPILER, *flags, *includes, "-c", source, "-o", tmp_path / "object.o"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pdl_ext import PowerLaw, TokenFrequency, _tensor_file, functional, reference
-from pdl_ext._tensor_file import format_of, write_tensors
+from pdl_ext import PowerLaw, TokenFrequency, functional, reference
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
+from pdl_ext.storage import tensor_file
+from pdl_ext.storage.tensor_file import format_of, write_tensors
 
 TORCH_DTYPES = functional.TOKEN_DTYPES
 
@@ -469,7 +470,7 @@ class TestFile:
 
         for step in ("fsync", "replace"):
             with monkeypatch.context() as patch:
-                patch.setattr(f"pdl_ext._tensor_file.os.{step}", fail)
+                patch.setattr(f"pdl_ext.storage.tensor_file.os.{step}", fail)
                 with pytest.raises(OSError, match=r"No space left on device; not written: .*counts"):
                     frequency.save(path)
         assert path.read_bytes() == before
@@ -507,7 +508,7 @@ class TestFile:
         before = path.read_bytes()
         shard = Shard("a" * 1000, 0, "0" * 32, "raw", "uint16")
         frequency.provenance = Provenance((shard,), 0, TargetPolicy(), None, "0")
-        monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 1000)
+        monkeypatch.setattr(tensor_file, "_LARGEST_HEADER", 1000)
         with pytest.raises(
             ValueError, match=r"provenance: got 1\d+ characters, expected fewer: a file's header of 1\d+"
         ):

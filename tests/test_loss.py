@@ -249,12 +249,21 @@ def test_refused_first_call_leaves_the_vocabulary_open():
     assert loss_fn(torch.zeros(1, 13), torch.tensor([12])).isfinite()
 
 
-def test_option_changed_to_nonsense_is_refused_before_counting():
-    loss_fn = PDLLoss(vocab_size=VOCAB)
-    loss_fn.label_smoothing = 2.0
+def test_option_changed_to_nonsense_is_refused_and_leaves_the_old_one():
+    loss_fn = PDLLoss(vocab_size=VOCAB, label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"label_smoothing: got 2.0"):
-        loss_fn(torch.zeros(1, VOCAB), torch.tensor([1]))
-    assert loss_fn.frequency.total == 0
+        loss_fn.label_smoothing = 2.0
+    assert loss_fn.label_smoothing == 0.1
+
+
+def test_option_changed_while_training_holds_from_the_next_call():
+    logits, targets = torch.randn(4, VOCAB), torch.tensor([1, 0, 2, 1])
+    loss_fn = PDLLoss(vocab_size=VOCAB).eval()
+    before = loss_fn(logits, targets)
+    loss_fn.label_smoothing, loss_fn.ignore_index = 0.1, 2
+    expected = PDLLoss(vocab_size=VOCAB, label_smoothing=0.1, ignore_index=2).eval()
+    assert loss_fn(logits, targets) == expected(logits, targets) != before
+    assert copy.deepcopy(loss_fn)(logits, targets) == expected(logits, targets)
 
 
 def test_training_goes_on_after_a_first_call_in_inference_mode():

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from pdl_ext import PDLLoss, TokenFrequency, frequency, functional
-from pdl_ext._whole_file import partial_files
+from pdl_ext.storage.whole_file import partial_files
 
 THREADS = 4
 
@@ -350,7 +350,7 @@ def test_saves_to_one_path(tmp_path):
 
 
 def test_what_a_killed_process_left_is_found(tmp_path):
-    code = "import os, sys, pathlib; from pdl_ext._whole_file import whole_file\n"
+    code = "import os, sys, pathlib; from pdl_ext.storage.whole_file import whole_file\n"
     code += "with whole_file(pathlib.Path(sys.argv[1])) as partial: partial.touch(); os._exit(9)"
     path = tmp_path / "counts"
     left = [path, path, path.with_name("counts.checkpoint-3")]

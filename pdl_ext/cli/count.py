@@ -84,10 +84,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     import torch.distributed as dist
 
-    from pdl_ext._whole_file import partial_files
     from pdl_ext.cli.counts_file import check_counts_output
     from pdl_ext.cli.memory import is_out_of_memory
     from pdl_ext.corpus.ranks import checkpoints
+    from pdl_ext.storage.whole_file import partial_files
 
     check_counts_output(arguments.output)
     checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")

@@ -36,8 +36,8 @@ def check_output_folder(path: Path) -> None:
 
 def check_counts_output(path: Path) -> None:
     """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
-    from pdl_ext._tensor_file import format_of
-    from pdl_ext.corpus.access import read_head
+    from pdl_ext.corpus.reading.access import read_head
+    from pdl_ext.storage.tensor_file import format_of
 
     check_output_folder(path)
     if path.is_dir():

@@ -30,8 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._optional import require
-    from pdl_ext._whole_file import whole_file
     from pdl_ext.cli.counts_file import check_output_folder, load_counts
+    from pdl_ext.storage.whole_file import whole_file
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:

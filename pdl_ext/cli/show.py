@@ -100,7 +100,7 @@ def _printable(name: str) -> str:
 def _text_of(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
     if path is None:
         return lambda token: ""
-    from pdl_ext.corpus.tokenizer import text_of_token
+    from pdl_ext.corpus.reading.tokenizer import text_of_token
     from pdl_ext.provenance import file_digest
 
     text = text_of_token(path)

@@ -29,7 +29,6 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
 )
-from pdl_ext._tensor_file import check_fits
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
@@ -37,6 +36,7 @@ from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
+from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus"]
 

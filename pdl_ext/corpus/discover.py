@@ -11,13 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from pdl_ext._checks import check_choice, check_path
-from pdl_ext._tensor_file import format_of
-from pdl_ext.corpus import arrow, datatrove, huggingface, jsonl, litdata, llmc, mds, megatron, npy, parquet, raw, text
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of, kind_of_content
-from pdl_ext.corpus.index_maps import is_index_map
-from pdl_ext.corpus.lines import has_suffix
+from pdl_ext.corpus.formats import (
+    arrow,
+    datatrove,
+    huggingface,
+    jsonl,
+    litdata,
+    llmc,
+    mds,
+    megatron,
+    npy,
+    parquet,
+    raw,
+    text,
+)
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of, kind_of_content
+from pdl_ext.corpus.reading.index_maps import is_index_map
+from pdl_ext.corpus.reading.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.tensor_file import format_of
 
 __all__ = ["FORMATS", "open_sources"]
 
@@ -104,7 +117,7 @@ def open_sources(
     for name, some in of_name.items():
         _warn_of_formats(name, some)
     _warn_of_narrow(sources, options.vocab_size)
-    _tell_doubts(sources, format_name, options.strict)
+    _report_doubts(sources, format_name, options.strict)
     return sources
 
 
@@ -164,7 +177,7 @@ def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> 
     real = os.path.realpath(folder)
     if real in parents:
         return
-    if _told(folder):
+    if _recognised_format(folder):
         yield folder
         return
     try:
@@ -219,13 +232,16 @@ def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
         )
 
 
-def _tell_doubts(sources: Sequence[Source], format_name: str | None, strict: bool) -> None:
+def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: bool) -> None:
     """Warns, once, of files that do not look like what they are read as. Raises ValueError instead if `strict`."""
     doubts = []
     for source in sources:
-        told = _told(source.path, read_head(source.path, HEAD_BYTES)) if format_name == raw.FORMAT.name else None
-        if told is not None and told.has_header:
-            doubts.append(f"{source.path}: is of format {told.name}, and all of it is counted as ids of {source.dtype}")
+        found = None
+        if format_name == raw.FORMAT.name:
+            found = _recognised_format(source.path, read_head(source.path, HEAD_BYTES))
+        if found is not None and found.has_header:
+            name, dtype = found.name, source.dtype
+            doubts.append(f"{source.path}: is of format {name}, and all of it is counted as ids of {dtype}")
         elif (doubt := source.doubt()) is not None:
             doubts.append(doubt)
     if doubts:
@@ -281,7 +297,7 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
     )
 
 
-def _told(path: Path, head: bytes = b"") -> Format | None:
+def _recognised_format(path: Path, head: bytes = b"") -> Format | None:
     """The format that a folder, or a file that begins with `head`, can be told to be of."""
     # The folder of a file's parts may be named as the file would be.
     is_folder = path.is_dir()
@@ -297,7 +313,7 @@ def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
     if name is not None:
         return FORMATS[name]
     head = b"" if is_folder else read_head(path, HEAD_BYTES)
-    if (format := _told(path, head)) is not None:
+    if (format := _recognised_format(path, head)) is not None:
         return format
     # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
     if path.suffix in (".bin", ".npy"):

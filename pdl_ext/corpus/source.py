@@ -24,11 +24,11 @@ __all__ = [
     "ReadOptions",
     "Source",
     "Stamp",
-    "check_told_dtype",
-    "countable",
-    "counted_as",
+    "as_countable",
+    "as_signed",
+    "check_stated_dtype",
+    "count_dtype",
     "token_dtype",
-    "unwrapped",
 ]
 
 # What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
@@ -48,7 +48,7 @@ def token_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(TOKEN_DTYPES[name]).newbyteorder("<")
 
 
-def countable(tokens: NDArray[Any]) -> NDArray[Any]:
+def as_countable(tokens: NDArray[Any]) -> NDArray[Any]:
     """Integers as TokenFrequency counts them, a copy only where it must be.
 
     Those above 2^63 become negative: they are of no vocabulary either way, and -100 that was wrapped is -100 again.
@@ -58,20 +58,20 @@ def countable(tokens: NDArray[Any]) -> NDArray[Any]:
     return tokens.view(np.int64) if tokens.dtype == np.uint64 else tokens
 
 
-def unwrapped(labels: NDArray[Any]) -> NDArray[Any]:
+def as_signed(labels: NDArray[Any]) -> NDArray[Any]:
     """Labels among which a negative one, as -100 is, may have been wrapped to be unsigned: negative again."""
     wraps = labels.dtype.kind == "u" and labels.dtype.itemsize >= 4
     return labels.view(labels.dtype.str.replace("u", "i")) if wraps else labels
 
 
-def counted_as(dtype: str) -> str:
+def count_dtype(dtype: str) -> str:
     """The name in TOKEN_DTYPES of what tokens of a dtype are counted as."""
     return "int64" if dtype == "uint64" else dtype
 
 
-def check_told_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
-    """Raises ValueError unless the dtype that a file tells is counted as the one that is given, or none is."""
-    if options.dtype not in (None, counted_as(dtype)):
+def check_stated_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
+    """Raises ValueError unless the dtype that a file states is counted as the one that is given, or none is."""
+    if options.dtype not in (None, count_dtype(dtype)):
         raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
 
 
@@ -101,7 +101,7 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A share of a source that is counted at once or not at all: [start, stop) in units of the source's own.
+    """A range of a source that is counted at once or not at all: [start, stop) in units of the source's own.
 
     size: how many bytes of the source it is, for progress and for an even split.
     """

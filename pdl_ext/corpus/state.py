@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdl_ext._tensor_file import read_tensors, write_tensors
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
+from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
 __all__ = ["State"]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import pdl_ext
 from pdl_ext._checks import check_vocab_size
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import countable
+from pdl_ext.corpus.source import as_countable
 from pdl_ext.frequency import TokenFrequency, unpacked
 from pdl_ext.provenance import Provenance, TargetPolicy
 
@@ -153,7 +153,7 @@ class _BlockCount:
                 masked = is_target.size - tokens.size
                 frequency.ignored += masked
                 frequency.seen += masked
-            frequency.update(countable(tokens))
+            frequency.update(as_countable(tokens))
         return frequency._packed().numpy()
 
 

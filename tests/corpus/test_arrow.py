@@ -8,7 +8,7 @@ from column_files import VOCAB, assert_counts, check_damaged, count, joined, seq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdl_ext.corpus import arrow
+from pdl_ext.corpus.formats import arrow
 from pdl_ext.corpus.source import ReadOptions
 
 pa = pytest.importorskip("pyarrow")

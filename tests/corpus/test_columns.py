@@ -12,7 +12,7 @@ from column_files import VOCAB, count, joined, sequences
 from test_huggingface import write_stream
 
 from pdl_ext.corpus import TargetPolicy, count_corpus
-from pdl_ext.corpus.columns import Columns, Rows
+from pdl_ext.corpus.reading.columns import Columns, Rows
 from pdl_ext.corpus.source import ReadOptions
 
 pa = pytest.importorskip("pyarrow")

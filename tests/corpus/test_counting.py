@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from pdl_ext import _tensor_file
-from pdl_ext.corpus import TargetPolicy, count_corpus, counting, discover, flat
+from pdl_ext.corpus import TargetPolicy, count_corpus, counting, discover
+from pdl_ext.corpus.reading import flat
 from pdl_ext.corpus.source import Batch, Format, Part, Source
+from pdl_ext.storage import tensor_file
 
 V = 1000
 
@@ -129,7 +130,7 @@ def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
     for name in "abc":
         write(tmp_path / f"{name}.bin", zipf(10, seed=ord(name)))
     seen = []
-    monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 4096 + 500)
+    monkeypatch.setattr(tensor_file, "_LARGEST_HEADER", 4096 + 500)
     options = {"dtype": "uint16", "progress": seen.append}
     with pytest.raises(
         ValueError, match=r"^data: got 3 files, .* would have \d+ bytes of metadata, expected at most 500"
@@ -141,7 +142,7 @@ def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
     frequency = count_corpus([tmp_path], V, **options)
     assert frequency.total == 30
     # What was let through has room.
-    monkeypatch.setattr(_tensor_file, "_LARGEST_HEADER", 4096 + len(json.dumps(frequency.provenance.to_json())))
+    monkeypatch.setattr(tensor_file, "_LARGEST_HEADER", 4096 + len(json.dumps(frequency.provenance.to_json())))
     count_corpus([tmp_path], V, **options, output=tmp_path / "counts").save(tmp_path / "counts")
 
 

@@ -16,7 +16,8 @@ from test_huggingface import save, write_stream
 from text_tokenizer import save_tokenizer
 
 from pdl_ext import TokenFrequency
-from pdl_ext.corpus import TargetPolicy, count_corpus, discover, lines, tokenizer
+from pdl_ext.corpus import TargetPolicy, count_corpus, discover
+from pdl_ext.corpus.reading import lines, tokenizer
 from pdl_ext.corpus.source import Format
 
 V = 100

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting
-from pdl_ext.corpus.flat import AscendingNumbers
+from pdl_ext.corpus.reading.flat import AscendingNumbers
 from pdl_ext.corpus.table import Table
 
 V = 311
@@ -44,7 +44,7 @@ SHIFTED = TargetPolicy(targets="shifted")
 def small_parts(monkeypatch):
     """Parts and batches that end inside documents."""
     monkeypatch.setattr(counting, "PART_BYTES", 50_001)
-    monkeypatch.setattr("pdl_ext.corpus.flat.BUFFER_BYTES", 7_000)
+    monkeypatch.setattr("pdl_ext.corpus.reading.flat.BUFFER_BYTES", 7_000)
 
 
 @pytest.fixture(autouse=True)

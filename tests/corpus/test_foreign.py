@@ -25,7 +25,8 @@ from test_mds import write_tokens as write_mds
 from test_parquet import write as write_parquet
 from text_tokenizer import save_tokenizer
 
-from pdl_ext.corpus import count_corpus, foreign
+from pdl_ext.corpus import count_corpus
+from pdl_ext.corpus.reading import foreign
 
 V = 65536
 IDS = np.arange(400, dtype=np.uint16)
@@ -98,7 +99,7 @@ CONTENTS = {
 
 
 def test_every_kind_is_tried():
-    told = {kind.name for kind in foreign.KINDS if kind.is_told is not foreign.Kind._field_defaults["is_told"]}
+    told = {kind.name for kind in foreign.KINDS if kind.recognises is not foreign.Kind._field_defaults["recognises"]}
     assert told == set(CONTENTS)
 
 

@@ -10,7 +10,8 @@ import pytest
 from column_files import VOCAB, assert_counts, count, joined, sequences
 from golden_rows import CHOSEN, GOLDEN, LABELS, ROWS
 
-from pdl_ext.corpus import count_corpus, huggingface
+from pdl_ext.corpus import count_corpus
+from pdl_ext.corpus.formats import huggingface
 
 pa = pytest.importorskip("pyarrow")
 

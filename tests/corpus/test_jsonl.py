@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
-from pdl_ext.corpus import jsonl as module
-from pdl_ext.corpus.jsonl import FORMAT
+from pdl_ext.corpus.formats.jsonl import FORMAT
+from pdl_ext.corpus.reading import batches
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.provenance import TargetPolicy
 
@@ -76,7 +76,7 @@ def test_texts_and_ids_in_one_file(write, tokenizer):
 
 @pytest.mark.parametrize("tokens", [1, 5, 10**6], ids=["a list a batch", "some lists a batch", "all"])
 def test_mask_and_prompt_and_first_token(write, monkeypatch, tokens):
-    monkeypatch.setattr(module, "_BATCH_TOKENS", tokens)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", tokens)
     generator = np.random.default_rng(3)
     records, kept, read = [], [], 0
     for size in [4, 0, 1, 9, 3]:

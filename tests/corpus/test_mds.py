@@ -14,7 +14,9 @@ from golden_rows import GOLDEN, LABELS, ROWS, TEXTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdl_ext.corpus import count_corpus, counting, mds
+from pdl_ext.corpus import count_corpus, counting
+from pdl_ext.corpus.formats import mds
+from pdl_ext.corpus.reading import batches
 from pdl_ext.corpus.source import ReadOptions
 
 
@@ -156,7 +158,8 @@ def test_samples_longer_than_what_is_read_at_once(tmp_path, monkeypatch, window)
         sample["m"] = b"\x05" + struct.pack("<H", mask.size) + sample["m"]
     folder = write(tmp_path / "data", {"tokens": ("ndarray", None), "m": ("ndarray:uint8", None)}, [samples])
     monkeypatch.setattr(mds, "_WINDOW_BYTES", window)
-    monkeypatch.setattr(mds, "_BATCH_TOKENS", 4)
+    for module in (mds, batches):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 4)
     monkeypatch.setattr(mds, "_OFFSETS", 3)
     kept = [row[(mask != 0) & (np.arange(row.size) > 0)] for row, mask in zip(rows, masks, strict=True)]
     assert_counts(count(folder, mask="m", targets="shifted"), joined(kept), joined(rows).size)
@@ -174,7 +177,8 @@ def _matrix(array, dtype_told, shape_told):
 @pytest.mark.parametrize("encoding", ["ndarray", "ndarray:uint16", "ndarray:uint16:{shape}"])
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (2, 3, 4), (1, 7), (7, 1), (40, 30)])
 def test_rows_of_arrays_are_sequences(tmp_path, monkeypatch, encoding, shape):
-    monkeypatch.setattr(mds, "_BATCH_TOKENS", 7)
+    for module in (mds, batches):
+        monkeypatch.setattr(module, "BATCH_TOKENS", 7)
     arrays = np.random.default_rng(0).integers(0, VOCAB, (4, *shape)).astype(np.uint16)
     encoding = encoding.format(shape=",".join(map(str, shape)))
     told = encoding.count(":")

@@ -10,7 +10,8 @@ from column_files import VOCAB, assert_counts, check_damaged, count, joined, seq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pdl_ext.corpus import counting, parquet
+from pdl_ext.corpus import counting
+from pdl_ext.corpus.formats import parquet
 from pdl_ext.corpus.source import Part, ReadOptions
 
 pa = pytest.importorskip("pyarrow")

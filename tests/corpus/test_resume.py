@@ -75,7 +75,8 @@ def test_kill_9_at_any_moment(corpus, tmp_path):
 SLOW_AFTER_TEN = """
 import itertools, pathlib, signal, sys, time
 from pdl_ext.cli.main import main
-from pdl_ext.corpus import counting, flat
+from pdl_ext.corpus import counting
+from pdl_ext.corpus.reading import flat
 
 # What runs in the background has it ignored from its shell.
 signal.signal(signal.SIGINT, signal.default_int_handler)

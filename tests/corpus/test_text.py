@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
-from pdl_ext.corpus import count_corpus, lines
-from pdl_ext.corpus.lines import LineSource
+from pdl_ext.corpus import count_corpus
+from pdl_ext.corpus.reading import lines
+from pdl_ext.corpus.reading.lines import LineSource
 from pdl_ext.corpus.source import Part
 from pdl_ext.provenance import TargetPolicy
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus, counting
-from pdl_ext.corpus import tokenizer as module
+from pdl_ext.corpus.reading import tokenizer as module
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import ReadOptions
-from pdl_ext.corpus.tokenizer import TextEncoder
 from pdl_ext.provenance import TargetPolicy
 
 

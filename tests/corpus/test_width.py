@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_mds import write as write_mds
 
 from pdl_ext.corpus import TargetPolicy, count_corpus
+from pdl_ext.corpus.reading.width import doubt_of_width
 from pdl_ext.corpus.source import ReadOptions
-from pdl_ext.corpus.width import doubt_of_width
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot hold ids|as which its bytes are ids)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import json
 import mmap
 import os
 import shlex
@@ -41,12 +42,11 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 LIBRARIES: list[torch.library.Library] = []
 TORCH = Path(torch.__file__).resolve().parent
 
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]
-FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
+BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
+FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["cxx"], *BUILD_FLAGS["with_cuda"]]
+FLAGS += ["-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas"]
 FLAGS += ["-fsanitize=alignment,null,bounds,signed-integer-overflow,integer-divide-by-zero,shift"]
 FLAGS += ["-fno-sanitize-recover=all"]
-# The twins of setup.py's macros.
-FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPDL_EXT_WITH_CUDA", "-DUSE_CUDA"]
 FLAGS += [f"-I{INCLUDE}", "-include", "ex2_approx.h", "-isystem", str(TORCH / "include")]
 
 

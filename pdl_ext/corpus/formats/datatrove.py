@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.flat import AscendingNumbers, FlatSource
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp
 
 __all__ = ["FORMAT"]

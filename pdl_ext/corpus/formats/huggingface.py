@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.arrow import StreamSource, read_stream
-from pdl_ext.corpus.columns import Rows
-from pdl_ext.corpus.listing import listed_file, read_json
+from pdl_ext.corpus.reading.arrow_stream import StreamSource, read_stream
+from pdl_ext.corpus.reading.columns import Rows
+from pdl_ext.corpus.reading.listing import listed_file, read_json
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMAT"]

@@ -11,29 +11,29 @@ import math
 import operator
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import opened, read_at
-from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.listing import listed_file, read_json
+from pdl_ext.corpus.reading.access import opened, read_at
+from pdl_ext.corpus.reading.batches import BATCH_TOKENS, joined
+from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
+from pdl_ext.corpus.reading.listing import listed_file, read_json
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.width import BLOCK_BYTES, doubt_of_width
 from pdl_ext.corpus.source import (
     Batch,
     Format,
     Part,
     ReadOptions,
     Source,
-    check_told_dtype,
-    countable,
-    counted_as,
-    unwrapped,
+    as_signed,
+    check_stated_dtype,
+    count_dtype,
 )
-from pdl_ext.corpus.tokenizer import TextEncoder
-from pdl_ext.corpus.width import BLOCK_BYTES, doubt_of_width
 
 __all__ = ["FORMAT"]
 
@@ -47,8 +47,6 @@ _LARGEST_CONFIG = 2**20
 _OFFSETS = 2**14
 # Samples whose bytes tell of what width their numbers are.
 _SAMPLES = 8
-# Few enough to stay in a core's cache, enough to outweigh a call.
-_BATCH_TOKENS = 2**16
 # By the number that arrays begin with in columns that do not tell.
 _DTYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 # The dtype (1), the number of axes and the width of their lengths (1), the lengths (at most 63 of 8).
@@ -192,11 +190,11 @@ class _Shard(Source):
             window = _Window(file, self.size, path, _HEAD_BYTES)
             self._check_head(window, index)
             if not layout.text:
-                told = self._dtype(window)
-                self.dtype = counted_as(told)
+                stated = self._dtype(window)
+                self.dtype = count_dtype(stated)
                 # One that is given may be that of labels alone, and a shard without samples may tell none.
                 if samples and "bytes" not in (layout.columns[number].encoding for number in layout.dtypes):
-                    check_told_dtype(path, told, options)
+                    check_stated_dtype(path, stated, options)
 
     def doubt(self) -> str | None:
         if self._layout.text or self._layout.columns[self._layout.tokens].encoding != "bytes":
@@ -226,7 +224,7 @@ class _Shard(Source):
                 yield from TextEncoder(self._options, self.path).batches(self._texts(windows[0], part))
             else:
                 pieces = (piece for sample in self._read(windows[0], part) for piece in self._pieces(windows, *sample))
-                yield from _joined(pieces)
+                yield from joined(pieces)
 
     def _check_head(self, window: _Window, index: Path) -> None:
         (samples,) = _integers(window, 0, 1) if self.size >= 8 else (0,)
@@ -317,11 +315,11 @@ class _Shard(Source):
                         f"{tokens.shape}, that of the tokens"
                     )
                 others.append((numbers, window, no_target))
-        for start in range(0, tokens.number, _BATCH_TOKENS):
-            count = min(_BATCH_TOKENS, tokens.number - start)
+        for start in range(0, tokens.number, BATCH_TOKENS):
+            count = min(BATCH_TOKENS, tokens.number - start)
             is_target = None
             for numbers, window, no_target in others:
-                kept = unwrapped(_slice(numbers, window, start, count)) != no_target
+                kept = as_signed(_slice(numbers, window, start, count)) != no_target
                 is_target = kept if is_target is None else is_target & kept
             if self._policy.targets == "shifted":
                 row = tokens.shape[-1]
@@ -368,28 +366,6 @@ def _integers(window: _Window, offset: int, count: int) -> tuple[int, ...]:
 def _slice(numbers: _Numbers, window: _Window, start: int, count: int) -> NDArray[Any]:
     itemsize = numbers.dtype.itemsize
     return window.read(numbers.first_byte + start * itemsize, count * itemsize).view(numbers.dtype)
-
-
-def _joined(pieces: Iterable[Batch]) -> Iterator[Batch]:
-    held: list[Batch] = []
-    size = 0
-    for piece in pieces:
-        if held and (size + piece.tokens.size > _BATCH_TOKENS or piece.tokens.dtype != held[0].tokens.dtype):
-            yield _join(held)
-            held, size = [], 0
-        held.append(piece)
-        size += piece.tokens.size
-    if held:
-        yield _join(held)
-
-
-def _join(pieces: list[Batch]) -> Batch:
-    # A copy also of one, which may lie at an odd address.
-    tokens = countable(np.concatenate([piece.tokens for piece in pieces]))
-    if all(piece.is_target is None for piece in pieces):
-        return Batch(tokens)
-    every = (np.ones(p.tokens.size, np.bool_) if p.is_target is None else p.is_target for p in pieces)
-    return Batch(tokens, np.concatenate(list(every)))
 
 
 def _columns(config: dict[str, Any]) -> list[_Column]:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import opened, read_array, read_at
-from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, check_told_dtype, countable, token_dtype
-from pdl_ext.corpus.width import BLOCK_BYTES, block_starts, doubt_of_width
+from pdl_ext.corpus.reading.access import opened, read_array, read_at
+from pdl_ext.corpus.reading.width import BLOCK_BYTES, block_starts, doubt_of_width
+from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, as_countable, check_stated_dtype, token_dtype
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
@@ -52,7 +52,7 @@ class FlatSource(Source):
         if mask is not None:
             companions = (*companions, mask)
         super().__init__(format_name, path, dtype, companions)
-        check_told_dtype(path, dtype, options)
+        check_stated_dtype(path, dtype, options)
         self._dtype = token_dtype(dtype)
         itemsize = self._dtype.itemsize
         if tokens is None:
@@ -111,7 +111,7 @@ class FlatSource(Source):
                     is_target = marks != 0
                 if self._shifted:
                     is_target = self._without_starts(start, stop, is_target)
-                yield Batch(countable(tokens), is_target)
+                yield Batch(as_countable(tokens), is_target)
 
     def _without_starts(self, start: int, stop: int, is_target: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         starts = None if self._starts_between is None else self._starts_between(start, stop) - start

@@ -5,8 +5,8 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.flat import FlatSource
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.source import Format, ReadOptions, Source
 
 __all__ = ["FORMAT"]

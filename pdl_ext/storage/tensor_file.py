@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pdl_ext._checks import names_of
-from pdl_ext._whole_file import whole_file
+from pdl_ext.storage.whole_file import whole_file
 
 __all__ = ["check_fits", "format_of", "read_tensors", "write_tensors"]
 

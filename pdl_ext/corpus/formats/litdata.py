@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import read_array, read_head
-from pdl_ext.corpus.flat import AscendingNumbers, FlatSource
-from pdl_ext.corpus.listing import read_json
+from pdl_ext.corpus.reading.access import read_array, read_head
+from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
+from pdl_ext.corpus.reading.listing import read_json
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp, token_dtype
 
 __all__ = ["FORMAT"]

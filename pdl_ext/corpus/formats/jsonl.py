@@ -5,21 +5,21 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.batches import joined
+from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
+from pdl_ext.corpus.reading.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
-from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
 
-_BATCH_TOKENS = 2**16
 _KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean", type(None): "null", list: "a list"}
 
 
@@ -44,7 +44,7 @@ class _JsonLinesSource(LineSource):
         items = (self._item(line) for line in self.lines(part) if line.content.strip())
         # All lines of a file are of one kind, but in odd ones.
         for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
-            batches = self._encoder.batches if is_text else _joined
+            batches = self._encoder.batches if is_text else joined
             yield from batches(run)
 
     @functools.cached_property
@@ -136,24 +136,6 @@ def _integers(record: dict[str, Any], name: str, types: set[type], place: str, e
 
 def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
-
-
-def _joined(items: Iterable[Batch]) -> Iterator[Batch]:
-    batches: list[Batch] = []
-    tokens = 0
-    for batch in items:
-        batches.append(batch)
-        tokens += batch.tokens.size
-        if tokens >= _BATCH_TOKENS:
-            yield _concatenated(batches)
-            batches, tokens = [], 0
-    if batches:
-        yield _concatenated(batches)
-
-
-def _concatenated(batches: list[Batch]) -> Batch:
-    is_target = [batch.is_target for batch in batches if batch.is_target is not None]
-    return Batch(np.concatenate([batch.tokens for batch in batches]), np.concatenate(is_target))
 
 
 def _open(path: Path, options: ReadOptions) -> list[Source]:

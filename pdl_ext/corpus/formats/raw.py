@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.flat import FlatSource
-from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of_content
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.flat import FlatSource
+from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_content
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source
 
 __all__ = ["FORMAT"]

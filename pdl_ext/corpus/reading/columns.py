@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, check_told_dtype, countable, counted_as, unwrapped
-from pdl_ext.corpus.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.source import Batch, ReadOptions, as_countable, as_signed, check_stated_dtype, count_dtype
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 
 # What is read where no column is named: the first of these that is there.
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 TEXT_COLUMN = "text"
-# A part of a record batch, that a core's cache holds while it is counted.
+# As many as a core's cache holds while they are counted.
 _BATCH_TOKENS = 2**18
 _TEXTS = 64
 
@@ -86,9 +86,9 @@ class Columns:
                     f"{path}: column {self._tokens!r} holds a token a row, which does not tell where sequences begin: "
                     "expected lists of tokens for targets 'shifted'"
                 )
-            told = str(_numbers(self._type(self._tokens)))
-            check_told_dtype(path, told, options)
-            self.dtype = counted_as(told)
+            stated = str(_numbers(self._type(self._tokens)))
+            check_stated_dtype(path, stated, options)
+            self.dtype = count_dtype(stated)
 
     def batches(self, rows: Iterable[Rows]) -> Iterator[Batch]:
         """The tokens of record batches that have the columns `names`.
@@ -138,7 +138,7 @@ class Columns:
     def _kind(self, name: str) -> tuple[str | None, str | None]:
         """Whether a column holds "lists" or "flat" numbers, which are "integer" or "bool", or "text"; None: neither."""
         types = require("pyarrow.types", "corpus")
-        storage = _unwrapped(self._type(name))
+        storage = _storage_type(self._type(name))
         if types.is_string(storage) or types.is_large_string(storage) or types.is_string_view(storage):
             return "text", None
         numbers = _numbers(storage)
@@ -165,15 +165,15 @@ class Columns:
         if self._policy.mask is not None:
             is_target = self._beside(rows, self._policy.mask, offsets) != 0
         if self._policy.skip_prompt is not None:
-            labels = unwrapped(self._beside(rows, self._policy.skip_prompt, offsets))
+            labels = as_signed(self._beside(rows, self._policy.skip_prompt, offsets))
             is_answer = labels != self._policy.ignore_index
             is_target = is_answer if is_target is None else is_target & is_answer
         if self._policy.targets == "shifted" and offsets is not None:
             is_target = np.ones(tokens.size, np.bool_) if is_target is None else is_target
             is_target[offsets[:-1][np.diff(offsets) > 0]] = False
         for start in range(0, tokens.size, _BATCH_TOKENS):
-            share = slice(start, start + _BATCH_TOKENS)
-            yield Batch(countable(tokens[share]), None if is_target is None else is_target[share])
+            piece = slice(start, start + _BATCH_TOKENS)
+            yield Batch(as_countable(tokens[piece]), None if is_target is None else is_target[piece])
 
     def _beside(self, rows: Rows, name: str, offsets: NDArray[np.int64] | None) -> NDArray[Any]:
         values, own = self._values(rows, name)
@@ -224,7 +224,7 @@ class Columns:
         return f"row {int(rows.numbers[row])} of {rows.place}"
 
 
-def _unwrapped(type: Any) -> Any:
+def _storage_type(type: Any) -> Any:
     """The type of what is stored, of extension types and dictionaries."""
     pa = require("pyarrow", "corpus")
     while True:
@@ -239,7 +239,7 @@ def _unwrapped(type: Any) -> Any:
 def _numbers(type: Any) -> Any:
     """What lists hold; of other types, themselves."""
     types = require("pyarrow.types", "corpus")
-    type = _unwrapped(type)
+    type = _storage_type(type)
     is_list = types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type)
     return type.value_type if is_list else type
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.foreign import HEAD_BYTES, kind_of_lines
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_lines
+from pdl_ext.corpus.reading.tokenizer import MAX_TEXT_BYTES
 from pdl_ext.corpus.source import Part, Source
-from pdl_ext.corpus.tokenizer import MAX_TEXT_BYTES
 
 __all__ = ["Line", "LineSource", "has_suffix", "is_compressed"]
 

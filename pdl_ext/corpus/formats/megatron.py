@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import read_array, read_head
-from pdl_ext.corpus.flat import AscendingNumbers, FlatSource, distinct
-from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, counted_as, token_dtype
+from pdl_ext.corpus.reading.access import read_array, read_head
+from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource, distinct
+from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, count_dtype, token_dtype
 
 __all__ = ["FORMAT"]
 
@@ -81,7 +81,7 @@ class _Index:
         if code not in _DTYPES:
             name = " (a float)" if code in _FLOATS else ""
             raise ValueError(f"{path}: got dtype code {code}{name}, expected one of tokens: {_DTYPES}")
-        self.dtype = counted_as(_DTYPES[code])
+        self.dtype = count_dtype(_DTYPES[code])
         self._itemsize = token_dtype(self.dtype).itemsize
         documents = self._boundaries(sequences)
         self.format = "fairseq" if documents is None else "megatron"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdl_ext.corpus.lines import LineSource, has_suffix
+from pdl_ext.corpus.reading.lines import LineSource, has_suffix
+from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
-from pdl_ext.corpus.tokenizer import TextEncoder
 
 __all__ = ["FORMAT"]
 

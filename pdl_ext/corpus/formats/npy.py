@@ -12,9 +12,9 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.access import read_head
-from pdl_ext.corpus.flat import FlatSource
-from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, counted_as
+from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.flat import FlatSource
+from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, count_dtype
 
 __all__ = ["FORMAT"]
 
@@ -27,7 +27,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     shape, fortran_order, dtype, first_byte = _header(path)
     if dtype.byteorder == ">":
         raise ValueError(f"{path}: got big-endian {dtype.name}, expected little-endian tokens")
-    counted = counted_as(dtype.name)
+    counted = count_dtype(dtype.name)
     if counted not in TOKEN_DTYPES:
         raise ValueError(f"{path}: got an array of {dtype}, expected one of {', '.join(TOKEN_DTYPES)}")
     if any(length < 0 for length in shape):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pdl_ext._optional import require
-from pdl_ext.corpus.columns import Columns, Rows, arrow_errors
+from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
 
 __all__ = ["FORMAT"]

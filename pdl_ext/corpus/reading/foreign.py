@@ -15,14 +15,14 @@ HEAD_BYTES = 512
 class Kind(NamedTuple):
     """A kind of file.
 
-    name: with its article; remedy: what to do; suffixes: of names, in lower case; is_told: whether a file is one by its
-    first bytes, which hardly any tokens are by chance; is_text: whether it is a text like any other.
+    name: with its article; remedy: what to do; suffixes: of names, in lower case; is_text: whether it is a text like
+    any other. recognises: whether a file's first bytes are those of one, which hardly any tokens are by chance.
     """
 
     name: str
     remedy: str
     suffixes: tuple[str, ...] = ()
-    is_told: Callable[[bytes], bool] = lambda head: False
+    recognises: Callable[[bytes], bool] = lambda head: False
     is_text: bool = False
 
 
@@ -73,9 +73,11 @@ KINDS = (
     Kind(
         "a chunk of lit-gpt's PackedDataset",
         "give what is behind its header of 24 bytes to TokenFrequency.update",
-        is_told=lambda head: head.startswith(b"LITPKDS") and head[8:15] == bytes(7),
+        recognises=lambda head: head.startswith(b"LITPKDS") and head[8:15] == bytes(7),
     ),
-    Kind("a pointer of Git LFS", "fetch the file itself (git lfs pull)", is_told=_starts(b"version https://git-lfs.")),
+    Kind(
+        "a pointer of Git LFS", "fetch the file itself (git lfs pull)", recognises=_starts(b"version https://git-lfs.")
+    ),
     Kind(
         "a page of HTML",
         "download the file itself, or extract its text",
@@ -122,19 +124,19 @@ KINDS = (
 )
 # What text may be that is no UTF-8. Ids may begin so, too.
 _TEXT_KINDS = (
-    Kind("text in UTF-32", "convert it to UTF-8", is_told=_starts(b"\xff\xfe\0\0", b"\0\0\xfe\xff")),
-    Kind("text in UTF-16", "convert it to UTF-8", is_told=_is_utf_16),
+    Kind("text in UTF-32", "convert it to UTF-8", recognises=_starts(b"\xff\xfe\0\0", b"\0\0\xfe\xff")),
+    Kind("text in UTF-16", "convert it to UTF-8", recognises=_is_utf_16),
 )
 
 
 def kind_of_content(head: bytes) -> Kind | None:
     """What a file's first HEAD_BYTES bytes tell, whatever its name is."""
-    return next((kind for kind in KINDS if kind.is_told(head)), None)
+    return next((kind for kind in KINDS if kind.recognises(head)), None)
 
 
 def kind_of_lines(head: bytes) -> Kind | None:
     """What the first HEAD_BYTES bytes of a file of lines tell, if that is no text in UTF-8."""
-    return next((kind for kind in (*KINDS, *_TEXT_KINDS) if kind.is_told(head) and not kind.is_text), None)
+    return next((kind for kind in (*KINDS, *_TEXT_KINDS) if kind.recognises(head) and not kind.is_text), None)
 
 
 def kind_of(path: Path, head: bytes) -> Kind | None:

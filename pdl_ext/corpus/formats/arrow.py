@@ -1,0 +1,70 @@
+"""Arrow's IPC files, which Feather 2 is too, and streams."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdl_ext._optional import require
+from pdl_ext.corpus.reading.arrow_stream import CONTINUATION, StreamSource, arrow_file, read_options
+from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+
+__all__ = ["FORMAT"]
+
+_MAGIC = b"ARROW1"
+# A schema that is longer is more likely something else.
+_LARGEST_SCHEMA = 2**24
+
+
+class _FileSource(Source):
+    """A part is a range of record batches, each of which is read whole."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        with arrow_errors(path, "Arrow"), arrow_file(path) as file, _file_reader(file) as reader:
+            self._columns = Columns(path, reader.schema, options)
+            self._fields = [reader.schema.get_field_index(name) for name in self._columns.names]
+            self._record_batches = reader.num_record_batches
+        super().__init__("arrow", path, self._columns.dtype)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        # Where each record batch ends is not to be had, so they count as equally large.
+        number = self._record_batches
+        per_part = max(1, number * size // self.size)
+        for start in range(0, number, per_part):
+            stop = min(start + per_part, number)
+            yield Part(start, stop, self.size * stop // number - self.size * start // number)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        with (
+            arrow_errors(self.path, "Arrow"),
+            arrow_file(self.path) as file,
+            _file_reader(file, self._fields) as reader,
+        ):
+            yield from self._columns.batches(self._rows(reader, part))
+
+    def _rows(self, reader: Any, part: Part) -> Iterator[Rows]:
+        for number in range(part.start, part.stop):
+            batch = reader.get_batch(number)
+            yield Rows(batch, range(batch.num_rows), f"record batch {number}")
+
+
+def _file_reader(file: Any, fields: Sequence[int] = ()) -> Any:
+    return require("pyarrow.ipc", "corpus").open_file(file, options=read_options(fields))
+
+
+def _is_stream(head: bytes) -> bool:
+    return head.startswith(CONTINUATION) and 0 < struct.unpack_from("<i", head.ljust(8, b"\0"), 4)[0] <= _LARGEST_SCHEMA
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    with arrow_errors(path, "Arrow"), open(path, "rb") as file:
+        head = file.read(len(_MAGIC))
+    return [_FileSource(path, options) if head.startswith(_MAGIC) else StreamSource("arrow", path, options)]
+
+
+FORMAT = Format(
+    "arrow", _open, recognises=lambda path, head: head.startswith(_MAGIC) or _is_stream(head), has_header=True
+)

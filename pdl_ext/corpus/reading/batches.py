@@ -1,0 +1,37 @@
+"""Small batches of tokens, put together to ones that are worth a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from pdl_ext.corpus.source import Batch, as_countable
+
+__all__ = ["BATCH_TOKENS", "joined"]
+
+# Few enough to stay in a core's cache, enough to outweigh a call.
+BATCH_TOKENS = 2**16
+
+
+def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same tokens in copies of BATCH_TOKENS at most, or of one batch that has more, each of one dtype."""
+    held: list[Batch] = []
+    size = 0
+    for batch in batches:
+        if held and (size + batch.tokens.size > BATCH_TOKENS or batch.tokens.dtype != held[0].tokens.dtype):
+            yield _join(held)
+            held, size = [], 0
+        held.append(batch)
+        size += batch.tokens.size
+    if held:
+        yield _join(held)
+
+
+def _join(batches: list[Batch]) -> Batch:
+    # A copy also of one, which may lie at an odd address.
+    tokens = as_countable(np.concatenate([batch.tokens for batch in batches]))
+    if all(batch.is_target is None for batch in batches):
+        return Batch(tokens)
+    every = (np.ones(b.tokens.size, np.bool_) if b.is_target is None else b.is_target for b in batches)
+    return Batch(tokens, np.concatenate(list(every)))

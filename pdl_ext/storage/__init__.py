@@ -1,0 +1,1 @@
+"""Private: how counts and checkpoints are written to files and read back."""
