@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from pdl_ext import _ops
 from pdl_ext._checks import (
+    MAX,
     check_choice,
     check_dense,
     check_flag,
@@ -18,7 +19,6 @@ from pdl_ext._checks import (
     names_of,
     refuse_transforms,
 )
-from pdl_ext.weighting import MAX
 
 __all__ = [
     "LOGITS_DTYPES",

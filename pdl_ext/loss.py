@@ -17,9 +17,11 @@ from pdl_ext._lock import Exclusion
 from pdl_ext._loss_inputs import LossOptions, bad_target, check_linear_inputs, check_loss_inputs
 from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext._vocabulary import VocabularySlice
+from pdl_ext.counts import check_count_values
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import RowStats, check_count_values
-from pdl_ext.weighting import PowerLaw, check_blend
+from pdl_ext.functional import RowStats
+from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting.base import check_blend, check_fixed
 
 __all__ = ["PDLLoss"]
 
@@ -130,7 +132,7 @@ class PDLLoss(nn.Module):
         device = default_device() if frequency is None else frequency.counts.device
         self.register_buffer("_blend", blend_state(weighting.blend, device))
         if frequency is not None:
-            functional.check_fixed(weighting, frequency.vocab_size)
+            check_fixed(weighting.fixed, frequency.vocab_size)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     @property
@@ -223,7 +225,7 @@ class PDLLoss(nn.Module):
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
                 return self._learned_weights(self.frequency, name, vocab_size, device, targets)
-        kept, counts = self._weights, frequency._totals()[0]
+        kept, counts = self._weights, frequency.table.counts
         traced = is_traced()
         if not traced and not kept.are_checked(counts):
             self._check_counts(frequency)
@@ -240,7 +242,7 @@ class PDLLoss(nn.Module):
         is_new = frequency is None
         if frequency is None:
             frequency = self._new_frequency(vocab_size).to(device)
-        counts = frequency._totals()[0]
+        counts = frequency.table.counts
         _check_vocabulary(name, vocab_size, device, counts)
         if self.training:
             learned = targets[..., 1:] if self.shift else targets
@@ -254,9 +256,9 @@ class PDLLoss(nn.Module):
                 self._blend = self._blend.to(device)
             self.frequency = frequency
         if self.training and self.sync_every is not None:
-            from pdl_ext._outside_graphs import sync_if_due
+            from pdl_ext._outside_graphs import call_outside
 
-            sync_if_due(self, frequency)
+            call_outside(PDLLoss._sync_if_due, self, frequency)
         return self._weights.fresh(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _check_state(self, process_group: dist.ProcessGroup | None) -> None:
@@ -267,12 +269,28 @@ class PDLLoss(nn.Module):
                 "`frequency.sync` with a group of ranks whose targets differ"
             )
         if torch.compiler.is_compiling():
-            from pdl_ext._outside_graphs import check_when_traced
+            from pdl_ext._outside_graphs import call_while_traced
 
-            check_when_traced(self, process_group is not None)
+            call_while_traced(PDLLoss._check_while_traced, self, process_group is not None)
             return
         if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
             self._tell_of_ranks(process_group)
+
+    def _check_while_traced(self, of_slice: bool) -> None:
+        if self.frequency is not None:
+            self._check_counts(self.frequency)
+        if type(self._blend) is Tensor:
+            # Which restores it where it was lost.
+            self._weights.blend_of(self._blend)
+        if self.online and self.training and self.sync_every is None and not of_slice:
+            self._tell_of_ranks(None)
+
+    def _sync_if_due(self, frequency: TokenFrequency) -> None:
+        with frequency.lock:
+            self._calls_since_sync += 1
+            if self._calls_since_sync == self.sync_every:
+                self._calls_since_sync = 0
+                frequency.sync()
 
     def _check_counts(self, frequency: TokenFrequency) -> None:
         # Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
@@ -286,7 +304,7 @@ class PDLLoss(nn.Module):
             return
         lost = "to_empty and from_pretrained lose counts that they do not load: load them, or make the loss afterwards"
         # Between two updates of other threads.
-        with frequency._exclusion.lock:
+        with frequency.lock:
             try:
                 check_count_values("frequency", counts)
             except ValueError as error:
@@ -294,7 +312,7 @@ class PDLLoss(nn.Module):
             if self._holds_tokens and not frequency.total:
                 raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
             try:
-                frequency._check_conserved("frequency", with_files=False)
+                frequency.check_conserved("frequency", with_files=False)
             except ValueError as error:
                 # An average of a model's buffers is not conserved either, and of use.
                 warnings.warn(f"{error}. {lost}", stacklevel=6)
@@ -319,7 +337,7 @@ class PDLLoss(nn.Module):
         frequency = TokenFrequency(vocab_size, ignore_index=self.ignore_index)
         if self.sync_every is not None:
             # From the first count on, which comes before the first sync.
-            frequency._track()
+            frequency.track_own()
         return frequency
 
     def _replicate_for_data_parallel(self) -> PDLLoss:

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 from pdl_ext import PowerLaw, TokenFrequency, _tensor_file, functional, reference
 from pdl_ext._tensor_file import format_of, write_tensors
+from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
-TORCH_DTYPES = functional.TOKEN_DTYPES
+TORCH_DTYPES = TOKEN_DTYPES
 
 
 def assert_conserved(frequency, seen):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pdl_ext import PDLLoss, _ops, functional
+from pdl_ext.counts import TOKEN_DTYPES
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -126,7 +127,7 @@ def test_opcheck_token_weights(device, optional):
     torch.library.opcheck(ops.token_weights.default, (counts, blend, fixed, 0.5, 1e-7, 1.0, True, 1, float("inf")))
 
 
-@pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES, ids=str)
 def test_opcheck_count_tokens(device, dtype):
     counts, *others = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), (), ()))
     tokens = torch.tensor([1, 6, 6, 9, 3], device=device).to(dtype)
