@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import sys
 from collections.abc import Collection
 from typing import Any, NoReturn, TypeVar
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "MAX",
     "check_choice",
     "check_dense",
     "check_flag",
@@ -31,6 +33,8 @@ __all__ = [
 
 
 T = TypeVar("T")
+
+MAX = sys.float_info.max
 
 # NumPy's scalars are among them; mypy knows no order of these.
 _NUMBERS: Any = numbers.Real

@@ -44,11 +44,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def exclusive(method: Method) -> Method:
-    """Lets one thread at a time into those methods of an object that have this, by its `_exclusion`."""
+    """Lets one thread at a time into those methods of an object that have this, by its `lock`."""
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._exclusion.lock:
+        with self.lock:
             return method(self, *args, **kwargs)
 
     return cast("Method", alone)

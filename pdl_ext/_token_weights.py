@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdl_ext import functional
 from pdl_ext._checks import is_traced
 from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting.base import fixed_table
+from pdl_ext.weighting.power_law import weights_with_fixed
 
 __all__ = ["TokenWeights", "blend_state"]
 
@@ -127,7 +128,7 @@ class TokenWeights:
                 return weights
         # They may be needed outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
-            computed = functional.weights_with_fixed(counts, weighting, settings.mix, settings.fixed)
+            computed = weights_with_fixed(counts, weighting, settings.mix, settings.fixed)
             weights = computed if self._kept is None else _in_place(self._kept[2], computed)
         self._kept = _Source.of(counts), settings, weights
         return weights
@@ -135,10 +136,10 @@ class TokenWeights:
     def fresh(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
         """The weights [V] of counts, computed in this call, which may be traced into a graph."""
         if is_traced():
-            mix, fixed = _mix(state), functional.fixed_table(weighting, counts)
+            mix, fixed = _mix(state), fixed_table(weighting.fixed, counts)
         else:
             mix, fixed, *_ = self._current_settings(counts, state, weighting)
-        return functional.weights_with_fixed(counts, weighting, mix, fixed)
+        return weights_with_fixed(counts, weighting, mix, fixed)
 
     def _current_settings(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> _Settings:
         old = self._settings
@@ -158,7 +159,7 @@ class TokenWeights:
             mix = torch.tensor(self._blend, dtype=torch.float32, device="cpu") if state.is_meta else _mix(state)
             mix = mix.to(counts.device)
             mix = mix if old is None else _in_place(old.mix, mix)
-            fixed = old.fixed if old is not None and fixed_is_current else functional.fixed_table(weighting, counts)
+            fixed = old.fixed if old is not None and fixed_is_current else fixed_table(weighting.fixed, counts)
         self._settings = _Settings(mix, fixed, _Source.of(state), weighting, counts.shape[0])
         return self._settings
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pdl_ext import functional
 from pdl_ext._array import tensor_to_read
 from pdl_ext._checks import (
     check_group,
@@ -25,11 +25,12 @@ from pdl_ext._checks import (
     not_scriptable,
 )
 from pdl_ext._lock import Exclusion, exclusive
+from pdl_ext.counts import CountTable, check_count_values, check_counts
 from pdl_ext.engine import host_stream
 from pdl_ext.provenance import Provenance
 from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
-__all__ = ["TokenFrequency", "unpacked"]
+__all__ = ["TokenFrequency"]
 
 _FORMAT = "pdl_ext.TokenFrequency/2"
 
@@ -84,15 +85,27 @@ class TokenFrequency(nn.Module):
 
         Raises TypeError for another dtype, ValueError for another shape, a negative count or a sum past 2^63.
         """
-        functional.check_counts(counts)
+        check_counts(counts)
         if counts.is_cuda and not is_traced():
-            functional.check_count_values("counts", counts)
+            check_count_values("counts", counts)
         with counts.device:
             frequency = cls(counts.numel(), ignore_index=ignore_index).to(counts.device)
         frequency.counts.copy_(counts)
         frequency.seen.copy_(counts.sum())
-        frequency._track()
+        frequency.track_own()
         return frequency
+
+    @property
+    def table(self) -> CountTable:
+        """The counts themselves, for this package: nobody else writes to them."""
+        # Not as attributes, which nn.Module looks up in a microsecond each: a tiny step has ten of them.
+        buffers: Any = self._buffers
+        return CountTable(buffers["counts"], buffers["ignored"], buffers["out_of_range"], buffers["seen"])
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Who holds it sees whole batches; for this package."""
+        return self._exclusion.lock
 
     @property
     def vocab_size(self) -> int:
@@ -126,12 +139,12 @@ class TokenFrequency(nn.Module):
             # No graph holds a lock.
             self._update(tokens, strict)
         else:
-            with self._exclusion.lock:
+            with self.lock:
                 self._update(tokens, strict)
 
     def _update(self, tokens: Tensor | np.ndarray[Any, Any], strict: bool) -> None:
-        totals = self._totals()
-        device = totals[0].device
+        table = self.table
+        device = table.counts.device
         _check_is_one(tokens)
         if isinstance(tokens, np.ndarray):
             tokens = tensor_to_read(np.ascontiguousarray(tokens))
@@ -144,9 +157,9 @@ class TokenFrequency(nn.Module):
         if strict and device.type != "cpu":
             self._update_strictly(tokens)
         else:
-            functional.add_tokens(*totals, tokens, ignore_index=self.ignore_index, strict=strict)
+            table.add(tokens, ignore_index=self.ignore_index, strict=strict)
             if self._tracked:
-                functional.add_tokens(*unpacked(self._own_counts()), tokens, ignore_index=self.ignore_index)
+                self._own_table().add(tokens, ignore_index=self.ignore_index)
 
     def _update_strictly(self, tokens: Tensor) -> None:
         batch = TokenFrequency(self.vocab_size, ignore_index=self.ignore_index).to(self.counts.device)
@@ -169,26 +182,26 @@ class TokenFrequency(nn.Module):
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
         # One lock at a time, or two threads that merge each into the other would wait for ever.
-        with other._exclusion.lock:
-            other._check_conserved("other")
-            added, of_files = other._packed().to(self.counts.device), other.provenance
-        if other.ignore_index != self.ignore_index and int(added[-1]):
+        with other.lock:
+            other.check_conserved("other")
+            packed, of_files = other.table.packed().to(self.counts.device), other.provenance
+        added = CountTable.unpacked(packed)
+        if other.ignore_index != self.ignore_index and int(added.seen):
             raise ValueError(f"other: got ignore_index {other.ignore_index}, expected {self.ignore_index}")
         self._add(added, of_files, allow_overlap)
 
     @exclusive
-    def _add(self, packed: Tensor, provenance: Provenance | None, allow_overlap: bool) -> None:
+    def _add(self, added: CountTable, provenance: Provenance | None, allow_overlap: bool) -> None:
         if self.provenance is not None and provenance is not None:
             provenance = self.provenance.merged(provenance, allow_overlap=allow_overlap)
         # DistributedDataParallel may have put rank 0's counts, but not its provenance, in place of these until a sync.
-        self._check_conserved("self", with_files=not self._tracked)
-        tokens = int(packed[-1])
+        self.check_conserved("self", with_files=not self._tracked)
+        tokens = int(added.seen)
         if self.tokens_seen + tokens >= 2**63:
             raise ValueError(f"other: got {tokens} tokens, expected a sum with {self.tokens_seen} below 2^63")
         if self._tracked:
-            self._own_counts().add_(packed)
-        for mine, theirs in zip(self._totals(), unpacked(packed), strict=True):
-            mine += theirs
+            self._own_table().merge(added)
+        self.table.merge(added)
         self.provenance = provenance or self.provenance
 
     @exclusive
@@ -203,7 +216,7 @@ class TokenFrequency(nn.Module):
         """
         self._check_ranks(group)
         provenance = self._provenance_of_ranks(group, allow_overlap)
-        self._replace_by_sum(self._packed(), group)
+        self._replace_by_sum(self.table.packed(), group)
         self.provenance = provenance
 
     def _provenance_of_ranks(self, group: dist.ProcessGroup | None, allow_overlap: bool) -> Provenance | None:
@@ -244,7 +257,8 @@ class TokenFrequency(nn.Module):
             self._check_ranks(group)
             self._checked_group = name
         all_of_it = not self._tracked or dist.get_rank(group) == 0
-        self._replace_by_sum(self._packed() if all_of_it else self._own_counts().clone(), group)
+        given = self.table if all_of_it else self._own_table()
+        self._replace_by_sum(given.packed(), group)
 
     def _check_ranks(self, group: dist.ProcessGroup | None) -> None:
         values = torch.tensor([self.vocab_size, self.ignore_index], dtype=torch.int64, device=self.counts.device)
@@ -258,9 +272,8 @@ class TokenFrequency(nn.Module):
 
     def _replace_by_sum(self, packed: Tensor, group: dist.ProcessGroup | None) -> None:
         dist.all_reduce(packed, group=group)
-        for mine, total in zip(self._totals(), unpacked(packed), strict=True):
-            mine.copy_(total)
-        self._track()
+        self.table.copy_(CountTable.unpacked(packed))
+        self.track_own()
 
     def probabilities(self) -> Tensor:
         """n / N, float64 [V]; uniform while nothing is counted."""
@@ -300,7 +313,7 @@ class TokenFrequency(nn.Module):
 
     @exclusive
     def _for_a_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        self._check_conserved("counts")
+        self.check_conserved("counts")
         metadata = {
             "format": _FORMAT,
             "vocab_size": str(self.vocab_size),
@@ -337,48 +350,35 @@ class TokenFrequency(nn.Module):
             raise ValueError(f"path: {path} has tensors or metadata that do not fit together ({error})") from error
         if any(tensor.dtype != torch.int64 for tensor in tensors.values()):
             raise ValueError(f"path: {path} has counts of dtype {tensors['counts'].dtype}, expected int64")
-        frequency._check_conserved(f"path: {path}")
+        frequency.check_conserved(f"path: {path}")
         return frequency
 
-    def _check_conserved(self, name: str, *, with_files: bool = True) -> None:
-        *parts, seen = self._totals()
-        functional.check_count_values(name, torch.cat([part.reshape(-1) for part in parts]))
-        in_all = sum(int(part.sum()) for part in parts)
-        if in_all != int(seen):
-            raise ValueError(
-                f"{name}: got {in_all} tokens counted, ignored and out of range, expected the {int(seen)} seen: "
-                "they were changed other than by counting (from_counts takes any counts)"
-            )
+    def check_conserved(self, name: str, *, with_files: bool = True) -> None:
+        """Raises ValueError for counts that break their law, or hold less than files have given; for this package."""
+        self.table.check_conserved(name)
         read = 0 if self.provenance is None or not with_files else self.provenance.tokens
         if self.tokens_seen < read:
             raise ValueError(
                 f"{name}: got {self.tokens_seen} tokens seen, expected the {read} of the provenance or more"
             )
 
-    def _totals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Not as attributes, which nn.Module looks up in a microsecond each: a tiny step has ten of them.
-        buffers = cast("dict[str, Tensor]", self._buffers)
-        return buffers["counts"], buffers["ignored"], buffers["out_of_range"], buffers["seen"]
-
-    def _packed(self) -> Tensor:
-        return torch.cat([total.reshape(-1) for total in self._totals()])
-
-    def _track(self) -> None:
-        """What the counts hold now is no rank's own; what is added from now on is."""
+    def track_own(self) -> None:
+        """What the counts hold now is no rank's own; what is added from now on is. For this package."""
         self._tracked = True
         if self._own is not None:
             self._own.zero_()
 
-    def _own_counts(self) -> Tensor:
+    def _own_table(self) -> CountTable:
         if self._own is None:
+            size = CountTable.packed_size(self.vocab_size)
             with torch.inference_mode(False):
-                self._own = torch.zeros(self.vocab_size + 3, dtype=torch.int64, device=self.counts.device)
+                self._own = torch.zeros(size, dtype=torch.int64, device=self.counts.device)
         elif self._own.device != self.counts.device:
             # Here, since FSDP moves buffers without a call of the module's. Of meta there is nothing to move.
             with torch.inference_mode(False):
                 own = torch.zeros_like(self._own, device="cpu") if self._own.is_meta else self._own
                 self._own = own.to(self.counts.device)
-        return self._own
+        return CountTable.unpacked(self._own)
 
     @exclusive
     @torch.inference_mode(False)
@@ -398,20 +398,20 @@ class TokenFrequency(nn.Module):
         counts = state_dict.get(f"{prefix}counts")
         if counts is not None and not counts.is_meta and not is_traced():
             try:
-                functional.check_counts(counts)
+                check_counts(counts)
                 if counts.is_cuda:
-                    functional.check_count_values("counts", counts)
+                    check_count_values("counts", counts)
             except (TypeError, ValueError) as error:
                 # Told with what else is wrong, and nothing is loaded.
                 args[-1].append(f"{prefix}{error}")
                 return
-        before = None if self.provenance is None or self.counts.is_meta else self._packed()
+        before = None if self.provenance is None or self.counts.is_meta else self.table.packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if counts is not None:
-            if before is None or self.counts.is_meta or not torch.equal(before, self._packed().to(before.device)):
+            if before is None or self.counts.is_meta or not torch.equal(before, self.table.packed().to(before.device)):
                 # It was that of other counts.
                 self.provenance = None
-            self._track()
+            self.track_own()
 
 
 def _check_is_one(tokens: Any) -> None:
@@ -432,8 +432,3 @@ def _countable(tokens: Tensor) -> Tensor:
     if tokens.dtype in (torch.int8, torch.int16):
         return tokens.to(torch.int32)
     return tokens.view(torch.int64) if tokens.dtype == torch.uint64 else tokens
-
-
-def unpacked(packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a TokenFrequency holds as views of one int64 [V + 3]: counts, ignored, out of range and seen."""
-    return packed[:-3], packed[-3], packed[-2], packed[-1]

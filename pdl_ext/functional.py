@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,25 +9,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdl_ext._checks import (
-    check_dense,
     check_ignore_index,
     check_vocab_size,
-    is_traced,
-    names_of,
     not_scriptable,
-    refuse_transforms,
 )
-from pdl_ext.engine import ops
+from pdl_ext.counts import CountTable
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
-from pdl_ext.weighting import NORMALIZE, PowerLaw
+from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting.power_law import weights_of_counts
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
-
-TOKEN_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
 
 @not_scriptable
@@ -159,47 +153,9 @@ def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
     the vocabulary.
     Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; smoothing and normalisation as in PowerLaw.
     """
-    check_counts(counts)
     if not isinstance(weighting, PowerLaw):
         raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
-    blend = None
-    if weighting.blend != 1.0:
-        blend = torch.full((), weighting.blend, dtype=torch.float32, device=counts.device)
-    return weights_with_fixed(counts, weighting, blend, fixed_table(weighting, counts))
-
-
-def fixed_table(weighting: PowerLaw, counts: Tensor) -> Tensor | None:
-    """float32 [V] with the fixed weights and NaN elsewhere, on the counts' device; None where nothing is fixed."""
-    if not weighting.fixed:
-        return None
-    check_fixed(weighting, counts.shape[0])
-    table = torch.full((counts.shape[0],), math.nan, dtype=torch.float32, device="cpu")
-    ids = torch.tensor(list(weighting.fixed), dtype=torch.int64, device="cpu")
-    table[ids] = torch.tensor(list(weighting.fixed.values()), dtype=torch.float32, device="cpu")
-    return table.to(counts.device)
-
-
-def check_fixed(weighting: PowerLaw, vocab_size: int) -> None:
-    """Raises ValueError if `weighting.fixed` names a token outside the vocabulary."""
-    if weighting.fixed and max(weighting.fixed) >= vocab_size:
-        raise ValueError(
-            f"fixed: got token id {max(weighting.fixed)}, expected ids below the vocabulary size {vocab_size}"
-        )
-
-
-def weights_with_fixed(counts: Tensor, weighting: PowerLaw, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
-    """token_weights for a caller that keeps the table of fixed weights, so that a step copies nothing to the device."""
-    return ops.compiled.token_weights(
-        counts.contiguous(),
-        blend,
-        fixed,
-        weighting.alpha,
-        weighting.epsilon,
-        weighting.smoothing,
-        weighting.relative,
-        NORMALIZE[weighting.normalize],
-        math.inf if weighting.max_weight is None else weighting.max_weight,
-    )
+    return weights_of_counts(counts, weighting)
 
 
 @not_scriptable
@@ -215,63 +171,6 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
     counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
-    ignored, out_of_range, seen = torch.zeros(3, dtype=torch.int64, device=tokens.device)
-    add_tokens(counts, ignored, out_of_range, seen, tokens, ignore_index=ignore_index)
+    others = torch.zeros(3, dtype=torch.int64, device=tokens.device)
+    CountTable(counts, *others.unbind()).add(tokens, ignore_index=ignore_index)
     return counts
-
-
-def add_tokens(
-    counts: Tensor,
-    ignored: Tensor,
-    out_of_range: Tensor,
-    seen: Tensor,
-    tokens: Tensor,
-    *,
-    ignore_index: int,
-    strict: bool = False,
-    alone: bool = False,
-) -> None:
-    """Adds a histogram of `tokens` to `counts`, and what it rejects to `ignored` and `out_of_range`, and the
-    number of all to `seen`, all int64.
-
-    Calls from several threads add up, each whole. strict (CPU only) raises IndexError for an id out of range before
-    anything is changed. alone (CPU only): no other thread uses these totals, and this one counts by itself, whatever
-    number of threads PyTorch has.
-    """
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
-    check_dense("tokens", tokens)
-    refuse_transforms(tokens)
-    if tokens.dtype not in TOKEN_DTYPES:
-        raise TypeError(f"tokens: got dtype {tokens.dtype}, expected one of {names_of(TOKEN_DTYPES)}")
-    if tokens.device != counts.device:
-        raise ValueError(f"tokens: got device {tokens.device}, expected {counts.device}, where the counts are")
-    ops.compiled.count_tokens_(counts, ignored, out_of_range, seen, tokens.contiguous(), ignore_index, strict, alone)
-    if not alone and not torch.compiler.is_compiling() and not counts.is_inference():
-        # Which PyTorch does for its own ops.
-        torch.autograd.graph.increment_version(counts)
-
-
-def check_counts(counts: Tensor) -> None:
-    """Raises TypeError or ValueError unless these are int64 [V] counts; on the CPU also for what no count can be."""
-    if not isinstance(counts, Tensor):
-        raise TypeError(f"counts: got {type(counts).__name__}, expected an int64 tensor of shape [V]")
-    check_dense("counts", counts)
-    refuse_transforms(counts)
-    if counts.dtype != torch.int64:
-        raise TypeError(f"counts: got dtype {counts.dtype}, expected int64")
-    if counts.dim() != 1 or counts.shape[0] == 0:
-        raise ValueError(f"counts: got shape {list(counts.shape)}, expected [V] with V >= 1")
-    # On CUDA that would wait for the device, and a tracer has no numbers.
-    if counts.device.type == "cpu" and not is_traced():
-        check_count_values("counts", counts)
-
-
-def check_count_values(name: str, counts: Tensor) -> None:
-    """Raises ValueError for a negative count, or a sum past 2^63. Waits for the device."""
-    if bool((counts < 0).any()):
-        raise ValueError(f"{name}: got a negative count, expected all >= 0")
-    # By halves: the sum itself may be past it, and float64 is too coarse to tell.
-    high, low = (int(half.sum()) for half in (counts >> 32, counts & 0xFFFFFFFF))
-    if (high << 32) + low >= 2**63:
-        raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")

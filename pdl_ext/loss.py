@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pdl_ext import functional
 from pdl_ext._checks import check_integer, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
 from pdl_ext._token_weights import TokenWeights, blend_state
+from pdl_ext.counts import check_count_values
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.functional import check_count_values
 from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
-from pdl_ext.weighting import PowerLaw, check_blend
+from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting.base import check_blend, check_fixed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -125,7 +125,7 @@ class PDLLoss(nn.Module):
         device = default_device() if frequency is None else frequency.counts.device
         self.register_buffer("_blend", blend_state(weighting.blend, device))
         if frequency is not None:
-            functional.check_fixed(weighting, frequency.vocab_size)
+            check_fixed(weighting.fixed, frequency.vocab_size)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
     @property
@@ -229,7 +229,7 @@ class PDLLoss(nn.Module):
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
                 return self._learned_weights(self.frequency, name, call)
-        kept, counts = self._weights, frequency._totals()[0]
+        kept, counts = self._weights, frequency.table.counts
         traced = is_traced()
         if not traced and not kept.are_checked(counts):
             self._check_counts(frequency)
@@ -244,7 +244,7 @@ class PDLLoss(nn.Module):
         is_new, device = frequency is None, call.targets.device
         if frequency is None:
             frequency = self._new_frequency(call.shard.vocab_size).to(device)
-        counts = frequency._totals()[0]
+        counts = frequency.table.counts
         _check_vocabulary(name, call, counts)
         if self.training:
             try:
@@ -257,9 +257,9 @@ class PDLLoss(nn.Module):
                 self._blend = self._blend.to(device)
             self.frequency = frequency
         if self.training and self.sync_every is not None:
-            from pdl_ext._outside_graphs import sync_if_due
+            from pdl_ext._outside_graphs import call_outside
 
-            sync_if_due(self, frequency)
+            call_outside(PDLLoss._sync_if_due, self, frequency)
         return self._weights.fresh(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _check_state(self, process_group: dist.ProcessGroup | None) -> None:
@@ -270,12 +270,28 @@ class PDLLoss(nn.Module):
                 "`frequency.sync` with a group of ranks whose targets differ"
             )
         if torch.compiler.is_compiling():
-            from pdl_ext._outside_graphs import check_when_traced
+            from pdl_ext._outside_graphs import call_while_traced
 
-            check_when_traced(self, process_group is not None)
+            call_while_traced(PDLLoss._check_while_traced, self, process_group is not None)
             return
         if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
             self._tell_of_ranks(process_group)
+
+    def _check_while_traced(self, of_slice: bool) -> None:
+        if self.frequency is not None:
+            self._check_counts(self.frequency)
+        if type(self._blend) is Tensor:
+            # Which restores it where it was lost.
+            self._weights.blend_of(self._blend)
+        if self.online and self.training and self.sync_every is None and not of_slice:
+            self._tell_of_ranks(None)
+
+    def _sync_if_due(self, frequency: TokenFrequency) -> None:
+        with frequency.lock:
+            self._calls_since_sync += 1
+            if self._calls_since_sync == self.sync_every:
+                self._calls_since_sync = 0
+                frequency.sync()
 
     def _check_counts(self, frequency: TokenFrequency) -> None:
         # Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
@@ -289,7 +305,7 @@ class PDLLoss(nn.Module):
             return
         lost = "to_empty and from_pretrained lose counts that they do not load: load them, or make the loss afterwards"
         # Between two updates of other threads.
-        with frequency._exclusion.lock:
+        with frequency.lock:
             try:
                 check_count_values("frequency", counts)
             except ValueError as error:
@@ -297,7 +313,7 @@ class PDLLoss(nn.Module):
             if self._holds_tokens and not frequency.total:
                 raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
             try:
-                frequency._check_conserved("frequency", with_files=False)
+                frequency.check_conserved("frequency", with_files=False)
             except ValueError as error:
                 # An average of a model's buffers is not conserved either, and of use.
                 warnings.warn(f"{error}. {lost}", stacklevel=6)
@@ -322,7 +338,7 @@ class PDLLoss(nn.Module):
         frequency = TokenFrequency(vocab_size, ignore_index=self.options.ignore_index)
         if self.sync_every is not None:
             # From the first count on, which comes before the first sync.
-            frequency._track()
+            frequency.track_own()
         return frequency
 
     def _replicate_for_data_parallel(self) -> PDLLoss:

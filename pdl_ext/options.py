@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, TypeVar
 
-from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_number
+from pdl_ext._checks import MAX, check_choice, check_flag, check_ignore_index, check_number
 
 __all__ = ["OP_OPTIONS", "REDUCTIONS", "LossKeywords", "LossOptions", "spells_out_options"]
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "token_mean": 3}  # csrc/loss_options.h's Reduction
-_MAX = sys.float_info.max
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,12 +51,12 @@ class LossOptions:
         self._set("ignore_index", check_ignore_index(self.ignore_index))
         check_flag("shift", self.shift)
         self._set("label_smoothing", check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]"))
-        self._set("z_loss", check_number("z_loss", self.z_loss, 0, _MAX, "a finite number >= 0"))
+        self._set("z_loss", check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0"))
         if self.softcap is not None:
             expected = "None or a finite number > 0"
-            self._set("softcap", check_number("softcap", self.softcap, 0, _MAX, expected, open_low=True))
+            self._set("softcap", check_number("softcap", self.softcap, 0, MAX, expected, open_low=True))
         expected = "a finite number other than 0"
-        self._set("logit_scale", check_number("logit_scale", self.logit_scale, -_MAX, _MAX, expected))
+        self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
         self._set("packed", [_number(getattr(self, name)) for name in OP_OPTIONS])

@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pdl_ext import PowerLaw, TokenFrequency, functional, reference
+from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 from pdl_ext.storage import tensor_file
 from pdl_ext.storage.tensor_file import format_of, write_tensors
 
-TORCH_DTYPES = functional.TOKEN_DTYPES
+TORCH_DTYPES = TOKEN_DTYPES
 
 
 def assert_conserved(frequency, seen):

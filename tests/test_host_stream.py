@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pdl_ext import TokenFrequency, functional
+from pdl_ext import TokenFrequency
+from pdl_ext.counts import CountTable
 from pdl_ext.engine import host_stream
 
 
@@ -151,12 +152,12 @@ def test_nothing_is_under_way_when_it_fails(streams, fails_at):
 def test_nothing_is_under_way_when_counting_fails(streams, monkeypatch):
     frequency = TokenFrequency(9)
     on_device = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(frequency, "_totals", lambda: (on_device,))
+    monkeypatch.setattr(TokenFrequency, "table", CountTable(on_device, *[None] * 3))
 
     def fail(*_, **__):
         raise RuntimeError("CUDA error")
 
-    monkeypatch.setattr(functional, "add_tokens", fail)
+    monkeypatch.setattr(CountTable, "add", fail)
     parts_on_device = host_stream.parts_on_device
     monkeypatch.setattr(
         host_stream, "parts_on_device", lambda tokens, device: parts_on_device(tokens, torch.device("cpu"))

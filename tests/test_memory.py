@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from pdl_ext import PowerLaw, functional, reference
+from pdl_ext.counts import TOKEN_DTYPES, CountTable
 from pdl_ext.engine import ops
 from pdl_ext.options import LossOptions
+from pdl_ext.weighting.power_law import weights_with_fixed
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "inplace"])
@@ -51,7 +53,7 @@ def test_loss_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at
         100003,  # many blocks, several tokens a thread
     ],
 )
-@pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES)
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES)
 def test_counting_stays_within_its_tensors(guarded, dtype, size, at_end):
     generator = torch.Generator().manual_seed(size)
     vocab_size, ignore_index = 200, 17
@@ -68,7 +70,7 @@ def test_counting_stays_within_its_tensors(guarded, dtype, size, at_end):
     counts = guarded(torch.ones(vocab_size, dtype=torch.int64), at_end)
     others = guarded(torch.ones(3, dtype=torch.int64), at_end)
     ids = guarded(tokens.to(dtype), at_end)
-    functional.add_tokens(counts, *others, ids, ignore_index=ignore_index)
+    CountTable(counts, *others).add(ids, ignore_index=ignore_index)
     counted = reference.count_tokens(tokens, vocab_size, ignore_index=ignore_index)
     assert (counts - 1).tolist() == counted.tolist()
     ignored = int((tokens == ignore_index).sum())
@@ -114,6 +116,6 @@ def test_token_weights_stay_within_their_tensors(guarded, vocab_size, law, at_en
 def test_the_blend_is_read_where_it_is(guarded, device):
     counts = torch.arange(300, device=device)
     blend = guarded(torch.tensor([0.25])).view(())
-    got = functional.weights_with_fixed(counts, PowerLaw(), blend, None)
+    got = weights_with_fixed(counts, PowerLaw(), blend, None)
     truth = reference.token_weights(counts, PowerLaw(blend=0.25))
     assert ((got - truth).abs() <= torch.finfo(torch.float32).eps * truth).all()

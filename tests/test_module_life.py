@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _token_weights, functional
 
 VOCAB, WIDTH = 31, 8
 COUNTS = torch.arange(VOCAB) ** 3
@@ -741,13 +741,13 @@ def test_writes_are_noticed_by_compiled_losses(write):
 
 def test_weights_are_computed_once(monkeypatch):
     calls = []
-    compute = functional.weights_with_fixed
+    compute = _token_weights.weights_with_fixed
 
     def counted(*arguments):
         calls.append(arguments)
         return compute(*arguments)
 
-    monkeypatch.setattr(functional, "weights_with_fixed", counted)
+    monkeypatch.setattr(_token_weights, "weights_with_fixed", counted)
     loss = PDLLoss(COUNTS, weighting=WEIGHTING)
     for _ in range(3):
         weights_of(loss)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pdl_ext import PDLLoss, functional
+from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.engine import ops
 from pdl_ext.options import OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions
 
@@ -149,7 +150,7 @@ def test_opcheck_token_weights(device, optional):
     torch.library.opcheck(compiled.token_weights.default, (counts, blend, fixed, 0.5, 1e-7, 1.0, True, 1, float("inf")))
 
 
-@pytest.mark.parametrize("dtype", functional.TOKEN_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TOKEN_DTYPES, ids=str)
 def test_opcheck_count_tokens(device, dtype):
     counts, *others = (torch.zeros(size, dtype=torch.int64, device=device) for size in ((7,), (), (), ()))
     tokens = torch.tensor([1, 6, 6, 9, 3], device=device).to(dtype)

@@ -72,7 +72,7 @@ def compiled(of):
 
 
 def add_tokens(of, tokens):
-    functional.add_tokens(*of._totals(), tokens, ignore_index=-100)
+    of.table.add(tokens, ignore_index=-100)
 
 
 def linear(of, tokens):
@@ -108,7 +108,7 @@ def test_threads_add_up(way, vocab_size, tracked):
     tokens = torch.arange(n) % 2
     counted = TokenFrequency(vocab_size)
     if tracked and way != "op":
-        counted._track()
+        counted.track_own()
     in_threads(*[repeatedly(times, lambda: WAYS[way](counted, tokens))] * THREADS)
     expected = torch.bincount(tokens, minlength=vocab_size) * times * THREADS
     assert torch.equal(counted.counts, expected)
@@ -122,7 +122,7 @@ def test_threads_with_graphs_add_up(tracked):
     tokens = torch.arange(400_000) % 2
     counted = TokenFrequency(60_000)
     if tracked:
-        counted._track()
+        counted.track_own()
     update = compiled(counted)
     update(tokens)
     in_threads(*[repeatedly(100, lambda: update(tokens))] * THREADS)
@@ -212,7 +212,7 @@ def test_what_is_counted_while_ranks_exchange_stays(name, rank, monkeypatch):
 
 def test_loading_a_state_waits():
     counted = TokenFrequency(3)
-    with counted._exclusion.lock:
+    with counted.lock:
         waited, end = waits(lambda: counted.load_state_dict(TokenFrequency.from_counts(torch.arange(3)).state_dict()))
     end()
     assert waited
@@ -228,7 +228,7 @@ def test_a_copy_waits_for_what_it_shares(copied, shared):
     counted = TokenFrequency(3)
     other = copied(counted)
     assert (other.counts is counted.counts) == shared
-    with counted._exclusion.lock:
+    with counted.lock:
         waited, end = waits(lambda: other.update(torch.tensor([1])))
     end()
     assert waited == shared
@@ -239,13 +239,13 @@ def test_a_copy_waits_for_what_it_shares(copied, shared):
 FORKS = """
 import os, signal, sys, threading
 import torch
-from pdl_ext import TokenFrequency, functional
+from pdl_ext import TokenFrequency
 
 counted = TokenFrequency(2**20)
 many, few = torch.zeros(2**22, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
 add = {
     "update": counted.update,
-    "op": lambda tokens: functional.add_tokens(*counted._totals(), tokens, ignore_index=-100),
+    "op": lambda tokens: counted.table.add(tokens, ignore_index=-100),
 }[sys.argv[1]]
 going = True
 def go_on():

@@ -160,7 +160,10 @@ def test_frozen_and_hashable():
     assert weighting == PowerLaw(alpha=0.5, fixed={1: 2.0})
     assert len({weighting, PowerLaw(alpha=0.5, fixed={1: 2.0}), PowerLaw(alpha=0.6)}) == 2
     assert dataclasses.replace(weighting, alpha=1.5).alpha == 1.5
-    assert pickle.loads(pickle.dumps(weighting)) == weighting
+    pickled = pickle.dumps(weighting, protocol=2)
+    assert pickle.loads(pickled) == weighting
+    # As it was named when all of it was one file.
+    assert pickle.loads(pickled.replace(b"pdl_ext.weighting.power_law\n", b"pdl_ext.weighting\n")) == weighting
 
 
 @pytest.mark.parametrize(

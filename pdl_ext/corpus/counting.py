@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import pdl_ext
 from pdl_ext._checks import (
     check_choice,
     check_flag,
@@ -29,6 +28,7 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
 )
+from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
@@ -190,7 +190,7 @@ def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
         tokenizer = None if options.tokenizer is None else file_digest(options.tokenizer)
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return Provenance(shards, 0, options.policy, tokenizer, pdl_ext.__version__)
+    return Provenance(shards, 0, options.policy, tokenizer, __version__)
 
 
 def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, part_bytes: int, parts: int) -> str:

@@ -68,7 +68,7 @@ def total(state: State, group: Any) -> int:
         state.frequency = frequency.cpu()
     if not bool((finished == 1).all()):
         raise RuntimeError(f"got {int((finished != 1).sum())} parts not counted once, expected none")
-    state.frequency._check_conserved("counts")
+    state.frequency.check_conserved("counts")
     return state.frequency.tokens_seen
 
 

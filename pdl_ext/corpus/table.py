@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pdl_ext import functional
 from pdl_ext._array import tensor_to_read
 from pdl_ext.corpus.source import Batch
-from pdl_ext.frequency import TokenFrequency, unpacked
+from pdl_ext.counts import CountTable
+from pdl_ext.frequency import TokenFrequency
 
 __all__ = ["Table"]
 
@@ -20,9 +19,9 @@ __all__ = ["Table"]
 class Table:
     """Counts of some tokens.
 
-    What a TokenFrequency holds, in one array. NumPy and the histogram change it in the calling thread alone, and
-    PyTorch's number of threads is left as it is: new threads begin with what any of them has set. What is no target is
-    counted with the rest and once more by itself, to be subtracted: less work than leaving it out of each batch.
+    A CountTable in one array. NumPy and the histogram change it in the calling thread alone, and PyTorch's number of
+    threads is left as it is: new threads begin with what any of them has set. What is no target is counted with the
+    rest and once more by itself, to be subtracted: less work than leaving it out of each batch.
     tokens: how many were given, by the size of the batches and not by the histogram.
     """
 
@@ -30,10 +29,10 @@ class Table:
         self.vocab_size = vocab_size
         self._ignore_index = ignore_index
         self._strict = strict
-        self._all, self._no_targets = (np.zeros(vocab_size + 3, np.int64) for _ in range(2))
+        self._all, self._no_targets = (np.zeros(CountTable.packed_size(vocab_size), np.int64) for _ in range(2))
         # Once, and not for each of many batches.
-        self._totals = unpacked(torch.from_numpy(self._all))
-        self._totals_of_no_targets = unpacked(torch.from_numpy(self._no_targets))
+        self._table_of_all = CountTable.unpacked(torch.from_numpy(self._all))
+        self._table_of_no_targets = CountTable.unpacked(torch.from_numpy(self._no_targets))
         self.tokens = 0
 
     def add(self, batch: Batch) -> None:
@@ -43,38 +42,32 @@ class Table:
             others = tokens[~is_target]
             if self._strict:
                 # What is no target may be any number.
-                self._count(tokens[is_target], self._totals)
-                self._all[self.vocab_size] += others.size
+                self._count(tokens[is_target], self._table_of_all)
+                self._table_of_all.ignore(others.size)
             else:
-                self._count(tokens, self._totals)
-                self._count(others, self._totals_of_no_targets)
+                self._count(tokens, self._table_of_all)
+                self._count(others, self._table_of_no_targets)
         else:
-            self._count(tokens, self._totals)
+            self._count(tokens, self._table_of_all)
         self.tokens += tokens.size
 
     def move_to(self, frequency: TokenFrequency) -> None:
         """Adds the counts to a frequency, and begins anew."""
-        no_targets = self._no_targets[-1]
+        no_targets = int(self._table_of_no_targets.seen)
         if no_targets:
             self._all -= self._no_targets
-            self._all[self.vocab_size] += no_targets
+            self._table_of_all.ignore(no_targets)
             self._no_targets.fill(0)
-        self._all[-1] = self.tokens
-        for total, added in zip(frequency._totals(), self._totals, strict=True):
+        self._table_of_all.seen.fill_(self.tokens)
+        for total, added in zip(frequency.table, self._table_of_all, strict=True):
             array = total.numpy()
             np.add(array, added.numpy(), out=array)
         self._all.fill(0)
         self.tokens = 0
 
-    def _count(self, tokens: NDArray[Any], totals: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def _count(self, tokens: NDArray[Any], table: CountTable) -> None:
         try:
-            functional.add_tokens(
-                *totals,
-                tensor_to_read(tokens),
-                ignore_index=self._ignore_index,
-                strict=self._strict,
-                alone=True,
-            )
+            table.add(tensor_to_read(tokens), ignore_index=self._ignore_index, strict=self._strict, alone=True)
         except IndexError:
             wrong = (tokens != self._ignore_index) & ((tokens < 0) | (tokens >= self.vocab_size))
             raise IndexError(f"got the id {tokens[wrong][0]}, expected 0 <= id < {self.vocab_size}") from None

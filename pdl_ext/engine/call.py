@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pdl_ext._checks import check_choice, check_dense, check_integer, check_number, names_of, refuse_transforms
+from pdl_ext._checks import MAX, check_choice, check_dense, check_integer, check_number, names_of, refuse_transforms
 from pdl_ext.engine.autograd import Results, weighted_loss
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype
@@ -368,4 +367,4 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
                 "that does not require grad"
             )
     elif not isinstance(normalizer, (torch.SymInt, torch.SymFloat)):
-        check_number("normalizer", normalizer, 0, sys.float_info.max, "a finite number >= 0 or a 0-d tensor")
+        check_number("normalizer", normalizer, 0, MAX, "a finite number >= 0 or a 0-d tensor")

@@ -15,7 +15,8 @@ import pdl_ext
 from pdl_ext._checks import check_vocab_size
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import as_countable
-from pdl_ext.frequency import TokenFrequency, unpacked
+from pdl_ext.counts import CountTable
+from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, TargetPolicy
 
 __all__ = ["TokenCounts", "count_dataset", "to_frequency"]
@@ -101,10 +102,10 @@ def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> Token
     if not isinstance(table, np.ndarray) or table.dtype != np.int64 or table.ndim != 1 or table.size < 4:
         got = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else type(table).__name__
         raise TypeError(f"table: got {got}, expected int64 [V + 3]")
-    frequency = TokenFrequency(table.size - 3, ignore_index=ignore_index)
-    for total, given in zip(frequency._totals(), unpacked(torch.tensor(table, device="cpu")), strict=True):
-        total.copy_(given)
-    frequency._check_conserved("table")
+    given = CountTable.unpacked(torch.tensor(table, device="cpu"))
+    frequency = TokenFrequency(given.counts.numel(), ignore_index=ignore_index)
+    frequency.table.copy_(given)
+    frequency.check_conserved("table")
     return frequency
 
 
@@ -119,7 +120,7 @@ class _BlockCount:
         self._vocab_size = vocab_size
 
     def empty(self) -> NDArray[np.int64]:
-        return np.zeros(self._vocab_size + 3, np.int64)
+        return np.zeros(CountTable.packed_size(self._vocab_size), np.int64)
 
     def as_batch(self, block: Any) -> dict[str, NDArray[Any]]:
         # Ray would wrap what is raised, try again, and keep of the first error its text alone.
@@ -150,11 +151,9 @@ class _BlockCount:
                     )
                 is_target = marks != 0
                 tokens = tokens[is_target]
-                masked = is_target.size - tokens.size
-                frequency.ignored += masked
-                frequency.seen += masked
+                frequency.table.ignore(is_target.size - tokens.size)
             frequency.update(as_countable(tokens))
-        return frequency._packed().numpy()
+        return frequency.table.packed().numpy()
 
 
 def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:

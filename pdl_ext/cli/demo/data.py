@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pdl_ext.cli.demo import EXTRA_REQUIREMENT
+from pdl_ext.cli.demo.extra import EXTRA_REQUIREMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

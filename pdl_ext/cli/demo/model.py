@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from pdl_ext.cli.demo import EXTRA_REQUIREMENT
 from pdl_ext.cli.demo.data import DemoError
+from pdl_ext.cli.demo.extra import EXTRA_REQUIREMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

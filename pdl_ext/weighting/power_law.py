@@ -1,28 +1,29 @@
-"""How a token's weight follows from its frequency."""
+"""Weights that are a power of the frequency."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from pdl_ext._checks import check_choice, check_flag, check_integer, check_number
+from pdl_ext._checks import check_choice, check_flag, check_number
+from pdl_ext.counts import check_counts
+from pdl_ext.engine import ops
+from pdl_ext.weighting.base import check_blend, checked_fixed, fixed_table
 
 if TYPE_CHECKING:
     from pdl_ext.frequency import TokenFrequency
 
-__all__ = ["PowerLaw"]
+__all__ = ["PowerLaw", "weights_of_counts", "weights_with_fixed"]
 
-MAX = sys.float_info.max
 # Where the power of a frequency is still exact to a part in a billion, and far beyond any use.
 MAX_ALPHA = 10_000.0
 # Frequencies between which no quotient is beyond float64.
 SMALLEST, LARGEST = 1e-100, 1e18
-FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
 
 
@@ -67,14 +68,7 @@ class PowerLaw:
             limit = check_number("max_weight", self.max_weight, 0, math.inf, "a number > 0", open_low=True)
             self._set("max_weight", limit)
         self._set("blend", check_blend(self.blend))
-        if not isinstance(self.fixed, Mapping):
-            raise TypeError(f"fixed: got {type(self.fixed).__name__}, expected a mapping from token ids to weights")
-        # A copy, that nobody else writes to.
-        fixed: dict[int, float] = {}
-        for token, weight in self.fixed.items():
-            token = check_integer("fixed", token, 0, 2**31 - 1, "token ids that are ints >= 0")
-            fixed[token] = check_number(f"fixed[{token}]", weight, 0, FLOAT32_MAX, "a finite number >= 0 in float32")
-        self._set("fixed", fixed)
+        self._set("fixed", checked_fixed(self.fixed))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -95,11 +89,28 @@ class PowerLaw:
         Returns float32 [V] on the device of the frequency's counts.
         Raises ValueError if `fixed` names a token outside the vocabulary.
         """
-        from pdl_ext import functional
-
-        return functional.token_weights(frequency.counts, self)
+        return weights_of_counts(frequency.counts, self)
 
 
-def check_blend(blend: float) -> float:
-    """The blend as a float. Raises TypeError or ValueError unless it is a number in [0, 1]."""
-    return check_number("blend", blend, 0, 1, "a number in [0, 1]")
+def weights_of_counts(counts: Tensor, weighting: PowerLaw) -> Tensor:
+    """The weights [V] of counts. Raises TypeError or ValueError that names the argument."""
+    check_counts(counts)
+    blend = None
+    if weighting.blend != 1.0:
+        blend = torch.full((), weighting.blend, dtype=torch.float32, device=counts.device)
+    return weights_with_fixed(counts, weighting, blend, fixed_table(weighting.fixed, counts))
+
+
+def weights_with_fixed(counts: Tensor, weighting: PowerLaw, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
+    """weights_of_counts for a caller that keeps the blend and the table of fixed weights on the counts' device."""
+    return ops.compiled.token_weights(
+        counts.contiguous(),
+        blend,
+        fixed,
+        weighting.alpha,
+        weighting.epsilon,
+        weighting.smoothing,
+        weighting.relative,
+        NORMALIZE[weighting.normalize],
+        math.inf if weighting.max_weight is None else weighting.max_weight,
+    )
