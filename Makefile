@@ -23,6 +23,8 @@ PYTEST ?= -n 2 --dist worksteal
 CUDA_COMPILE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
 RESULTS ?=
+# Most of what is installed is never imported.
+export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
@@ -50,7 +52,7 @@ sanitize: $(VENV)/gtest.stamp
 	$(BIN)/cmake --build build/sanitize --target cpp_tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-cuda-compile: $(VENV)/dev.stamp
+cuda-compile: $(TORCH_STAMP)
 	$(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
 
 # Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 50 minutes.
@@ -102,9 +104,10 @@ sdist: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info pdl_ext/*.so
 
+# setuptools: PyTorch's cpp_extension, which knows the flags of nvcc, imports it.
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77"
 	touch $@
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py $(SOURCES)
