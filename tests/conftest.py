@@ -6,7 +6,9 @@ A test that takes `device` runs on each of them: "cpu"; "emulated", the CUDA ker
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import zlib
 from collections.abc import Callable
 
@@ -24,6 +26,33 @@ from pdl_ext.engine import ops
 def uninitialized_memory_is_nan():
     # As it is from the first import on, unless a test has changed it.
     uninitialized.fill()
+
+
+@contextlib.contextmanager
+def turn(alone: bool):
+    """Waits until no other process tests alone, or where this one is to be `alone` until none tests at all."""
+    folder = cuda_emulator.ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "gate", "w") as gate, open(folder / "room", "w") as room:
+        # Who waits for the room holds the gate, so that nobody who comes later goes in before.
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    # Only pytest-xdist runs several processes.
+    several = hasattr(item.config, "workerinput")
+    with turn(item.get_closest_marker("serial") is not None) if several else contextlib.nullcontext():
+        return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    # At the end: until then no process waits for another.
+    items.sort(key=lambda item: item.get_closest_marker("serial") is not None)
 
 
 def missing_cuda() -> str:

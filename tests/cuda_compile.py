@@ -2,7 +2,8 @@
 
 python tests/cuda_compile.py [--arch 80,90a,100a] [FILE.cu ...]
 
-What was compiled once is remembered in build/cuda_compile, until a source, a flag or the compiler changes.
+What was compiled once is remembered in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch
+or the compiler changes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 # Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
 ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120a")
+WITH_HOST_CODE = "80"
 BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
 FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["nvcc"], *BUILD_FLAGS["with_cuda"]]
 
@@ -114,12 +117,17 @@ def find_nvcc() -> Path | None:
     return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
 
 
-def torch_flags() -> list[str]:
-    """What torch.utils.cpp_extension adds to every nvcc call of a CUDAExtension."""
+def torch_flags() -> tuple[list[str], list[str]]:
+    """What torch.utils.cpp_extension adds to every nvcc call of a CUDAExtension: flags, and where headers are."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
     # -isystem: nvcc's warnings about PyTorch's own headers are not ours to mend.
-    return [*COMMON_NVCC_FLAGS, *(part for folder in include_paths() for part in ("-isystem", folder))]
+    return COMMON_NVCC_FLAGS, [part for folder in include_paths() for part in ("-isystem", folder)]
+
+
+def cache() -> Path:
+    """Where results are kept: outside of the clone, so that a new one compiles only what has changed."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdl_ext" / "cuda_compile"
 
 
 @dataclass
@@ -131,20 +139,21 @@ class Compilation:
     kernels: list[Kernel]
 
 
-def compile_source(nvcc: Path, flags: list[str], source: Path, architecture: str) -> Compilation:
+def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Path, architecture: str) -> Compilation:
     """Compiles, or remembers what came of it."""
-    target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
+    flags = [*flags, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
     # The host's code is the same for all of them, and takes two fifths of the time.
-    output = "-c" if architecture == ARCHITECTURES[0] else "-cubin"
-    command = [str(nvcc), *flags, *target, output, "-o", os.devnull, str(source)]
+    flags.append("-c" if architecture == WITH_HOST_CODE else "-cubin")
     headers = (path for ending in ("h", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}")))
-    key = hashlib.sha256(repr((command, nvcc.stat().st_mtime)).encode())
+    # Of PyTorch the version instead of the folder, which is another one in each clone.
+    key = hashlib.sha256(repr((str(nvcc), nvcc.stat().st_mtime, flags, version("torch"))).encode())
     for path in (Path(__file__), source, *headers):
         key.update(path.read_bytes())
-    record = ROOT / "build" / "cuda_compile" / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
+    record = cache() / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
     if record.exists():
         values = json.loads(record.read_text())
         return Compilation(**{**values, "kernels": [Kernel(**kernel) for kernel in values["kernels"]]})
+    command = [str(nvcc), *flags, *includes, "-o", os.devnull, str(source)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     kernels, output = parse(done.stdout, architecture)
     for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels], nvcc.parent), strict=True):
@@ -159,17 +168,17 @@ def compile_source(nvcc: Path, flags: list[str], source: Path, architecture: str
 
 
 def compile_all(nvcc: Path, architectures: tuple[str, ...], sources: list[Path] | None = None) -> list[Compilation]:
-    flags = FLAGS + torch_flags()
+    flags, includes = torch_flags()
     jobs = product(sources or sorted((CSRC / "cuda").glob("*.cu")), architectures)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: compile_source(nvcc, flags, *job), jobs))
+        return list(pool.map(lambda job: compile_source(nvcc, FLAGS + flags, includes, *job), jobs))
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default=",".join(ARCHITECTURES), help="compute capabilities (default: %(default)s)")
     parser.add_argument("sources", nargs="*", type=Path, metavar="FILE.cu", help="default: all of csrc/cuda")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc was not found: set CUDA_HOME, or put the CUDA toolkit's bin folder on PATH", file=sys.stderr)

@@ -43,7 +43,7 @@ CALLS = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--default-dtype", choices=["float64", "float16", "bfloat16"], required=True)
+    parser.addoption("--default-dtype", choices=["float64", "bfloat16"], required=True)
 
 
 called: set[str] = set()

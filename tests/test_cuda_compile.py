@@ -1,5 +1,5 @@
 import pytest
-from cuda_compile import ARCHITECTURES, compile_all, find_nvcc, parse, short_name, table
+from cuda_compile import find_nvcc, main, parse, short_name, table
 
 # From nvcc 13.0: the first kernel asks for more blocks a multiprocessor than its registers allow.
 OUTPUT = """\
@@ -52,11 +52,37 @@ def test_table_has_a_column_for_each_architecture():
     assert axpy.split()[1:] == ["10/0", "10/0"]
 
 
+# Each thread keeps 64 sums, which 32 registers do not hold.
+CROWDED = """
+__global__ void __launch_bounds__(LIMITS) crowded(const float* x, float* y, int n) {
+  float sums[64] = {};
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < 64; ++k) sums[k] += sums[(k + 7) % 64] * x[64 * i + k];
+  for (int k = 0; k < 64; ++k) y[64 * threadIdx.x + k] = sums[k];
+}
+"""
+
+
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_kernel_spills_registers(architecture):
-    compilations = compile_all(find_nvcc(), (architecture,))
-    for compilation in compilations:
-        assert compilation.ok, compilation.output
-        assert compilation.kernels
-    assert [kernel for compilation in compilations for kernel in compilation.kernels if kernel.spills] == []
+def test_a_kernel_that_spills_is_refused_also_when_its_result_was_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "crowded.cu"
+    for limits, code in (("128", 0), ("1024, 2", 1)):
+        source.write_text(CROWDED.replace("LIMITS", limits))
+        kept = len(list(tmp_path.rglob("crowded-90a-*.json")))
+        tables = []
+        for _ in range(2):
+            assert main(["--arch", "90a", str(source)]) == code
+            tables.append(capsys.readouterr().out)
+        assert ("SPILLS" in tables[0]) == bool(code)
+        assert tables[0] == tables[1]
+        assert len(list(tmp_path.rglob("crowded-90a-*.json"))) == kept + 1
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc on this machine")
+def test_what_does_not_compile_is_refused_and_not_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "wrong.cu").write_text("__global__ void wrong() { no such thing; }")
+    assert main(["--arch", "90a", str(tmp_path / "wrong.cu")]) == 1
+    assert "wrong.cu for sm_90a" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))

@@ -261,6 +261,7 @@ def test_one_position_without_leading_shape(make_case, assert_matches):
     assert_matches(case)
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(make_case, reduction, options):
@@ -276,6 +277,7 @@ def test_gradcheck(make_case, reduction, options):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize(
     "keywords", [{"normalizer": 3.5}, {"shift": True}, {"shift": True, "normalizer": 2.0}], ids=str
 )

@@ -52,6 +52,7 @@ INTERNAL = {"engine", "storage"}
 OTHERS_NAMES = {
     # Public by the documentation of named tuples and of argparse.
     "_asdict",
+    "_fields",
     "_replace",
     "_SubParsersAction",
     # Of a tensor: what it is a view of, and how often it was written to. PyTorch tells them nowhere else.

@@ -14,9 +14,13 @@ import pytest
 
 from pdl_ext import TokenFrequency
 
-pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="a process' private memory is read from Linux' /proc"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not sys.platform.startswith("linux"), reason="a process' private memory is read from Linux' /proc"
+    ),
+    pytest.mark.serial,
+    pytest.mark.slow,
+]
 VOCAB = 50257
 
 
@@ -59,8 +63,8 @@ def test_of_flat_files(tmp_path, name):
             file.truncate(len(header.getvalue()) + 2 * tokens)
         return private_peak(tmp_path, name, tokens, *(["--dtype", "uint16"] if name == "a.bin" else []))
 
-    # The largest is four times what memory may be, and each of two threads has more than one part of it.
-    check(peak(1000), peak(2**29))
+    # The largest is twice what memory may be, and each of two threads has more than one part of it.
+    check(peak(1000), peak(2**28))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
@@ -84,8 +88,8 @@ def test_of_columns(tmp_path, name):
                     writer.write_table(table, max_chunksize=1024)
         return private_peak(tmp_path, name, times * ids.size)
 
-    # 67 MB are two parts.
-    check(peak(4), peak(20))
+    # 67 MB are two parts, and three times as much is eight times what may be added.
+    check(peak(4), peak(12))
 
 
 def test_of_text(tmp_path):
@@ -99,4 +103,5 @@ def test_of_text(tmp_path):
         (tmp_path / "a.txt").write_text(text * times)
         return private_peak(tmp_path, "a.txt", None, "--tokenizer", "tokenizer.json")
 
-    check(peak(100), peak(400))
+    # A token takes more bytes while it is encoded than its text has.
+    check(peak(60), peak(240))

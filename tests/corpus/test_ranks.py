@@ -89,27 +89,33 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_count_as_one(tmp_path):
-    counts = write_corpus(tmp_path / "corpus")
-    mp.spawn(worker, (tmp_path,), nprocs=RANKS)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    counts = write_corpus(folder / "corpus")
+    mp.spawn(worker, (folder,), nprocs=RANKS)
+    return folder, counts
+
+
+def test_two_ranks_count_as_one(ranks):
+    folder, counts = ranks
     for rank in range(RANKS):
-        frequency = TokenFrequency.load(tmp_path / f"whole-{rank}")
+        frequency = TokenFrequency.load(folder / f"whole-{rank}")
         assert torch.equal(frequency.counts, counts)
         assert frequency.provenance.tokens == int(counts.sum())
         assert len(frequency.provenance.shards) == SHARDS
 
 
-def test_one_process_goes_on_from_two_ranks(tmp_path, monkeypatch):
-    counts = write_corpus(tmp_path / "corpus")
-    mp.spawn(worker, (tmp_path,), nprocs=RANKS)
+def test_one_process_goes_on_from_two_ranks(ranks, monkeypatch):
+    folder, counts = ranks
     monkeypatch.setattr(counting, "PART_BYTES", 256)
     done = []
     frequency = count_corpus(
-        [tmp_path / "corpus"], V, dtype="uint16", checkpoint=tmp_path / "copied-state", progress=done.append
+        [folder / "corpus"], V, dtype="uint16", checkpoint=folder / "copied-state", progress=done.append
     )
     assert torch.equal(frequency.counts, counts)
     assert done[-1].bytes_before > 0
-    assert [path.name for path in tmp_path.glob("copied-*")] == ["copied-state-0"]
+    assert [path.name for path in folder.glob("copied-*")] == ["copied-state-0"]
 
 
 def torchrun(folder, *program):
@@ -119,19 +125,9 @@ def torchrun(folder, *program):
     return fresh_python.run(*command, timeout=120, env={"OMP_NUM_THREADS": "1"})
 
 
-def test_torchrun(tmp_path):
-    counts = write_corpus(tmp_path / "corpus")
-    run = torchrun(tmp_path, "-m", "pdl_ext.cli")
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("tokens counted") == 1
-    assert torch.equal(TokenFrequency.load(tmp_path / "counts.safetensors").counts, counts)
-    assert not list(tmp_path.glob("*checkpoint*"))
-
-
 SMALL_PARTS = """
-import os, signal, sys
+import os, runpy, signal
 from pdl_ext.corpus import counting
-from pdl_ext.cli.main import main
 
 counting.PART_BYTES = 256
 """
@@ -148,7 +144,7 @@ def finish_and_die(self, table, parts):
 
 counting._Count.finish = finish_and_die
 """
-RUN = "sys.exit(main(sys.argv[1:]))"
+RUN = "runpy.run_module('pdl_ext.cli', run_name='__main__')"
 
 
 def test_a_rank_that_is_killed_under_torchrun(tmp_path):
@@ -164,6 +160,7 @@ def test_a_rank_that_is_killed_under_torchrun(tmp_path):
 
     run = torchrun(tmp_path, str(tmp_path / "lives.py"))
     assert run.returncode == 0, run.stderr
+    assert run.stdout.count("tokens counted") == 1
     frequency = TokenFrequency.load(tmp_path / "counts.safetensors")
     assert torch.equal(frequency.counts, counts)
     assert frequency.tokens_seen == frequency.provenance.tokens == counts.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import json
@@ -69,17 +70,19 @@ def build() -> Path:
     names = [f"{path.stem}-{hashlib.sha256(common + path.read_bytes()).hexdigest()[:16]}" for path in sources]
     objects = [folder / f"{name}.o" for name in names]
     library = folder / f"pdl_ext_emulated-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
 
     def compile_source(source: Path, target: Path) -> None:
         if not target.exists():
             run([*compiler, *FLAGS, *more, "-x", "c++", "-c", str(source)], target)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_source, sources, objects))
-    link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *map(str, objects)]
-    run([*compiler, *more, *link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], library)
+    # Processes of one test run wait for the first of them.
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_source, sources, objects))
+            link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *map(str, objects)]
+            run([*compiler, *more, *link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], library)
     return library
 
 
