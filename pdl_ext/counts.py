@@ -46,9 +46,9 @@ class CountTable(NamedTuple):
     def add(self, tokens: Tensor, *, ignore_index: int, strict: bool = False, alone: bool = False) -> None:
         """Counts tokens: any shape, a dtype of TOKEN_DTYPES, on the table's device.
 
-        Calls from several threads add up, each whole. strict (CPU only) raises IndexError for an id out of range before
-        anything is changed. alone (CPU only): no other thread uses this table, and this one counts by itself, whatever
-        number of threads PyTorch has.
+        Calls from several threads add up, each whole. With `strict` (CPU only) an id out of range raises IndexError
+        before anything is changed. With `alone` (CPU only) no other thread uses this table, and this one counts by
+        itself, whatever number of threads PyTorch has.
         Raises TypeError or ValueError for tokens of another kind.
         """
         if not isinstance(tokens, Tensor):
