@@ -220,7 +220,8 @@ class PDLLoss(nn.Module):
         return f"{self.weighting}, reduction={self.reduction!r}, online={self.online}, shift={self.shift}"
 
     def _current_weights(self, name: str, vocab_size: int, device: torch.device, targets: Tensor) -> Tensor:
-        frequency = self.frequency
+        # Not as an attribute, which nn.Module looks up in a microsecond.
+        frequency = cast("TokenFrequency | None", self._modules.get("frequency"))
         if frequency is None:
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
@@ -233,7 +234,7 @@ class PDLLoss(nn.Module):
             return self._learned_weights(frequency, name, vocab_size, device, targets)
         _check_vocabulary(name, vocab_size, device, counts)
         of_counts = kept.fresh if traced else kept.kept
-        # Not as an attribute, which nn.Module looks up in a microsecond.
+        # Likewise.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _learned_weights(
