@@ -9,7 +9,8 @@ namespace pdl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct TokenTotals {
+// As pdl_ext/counts.py has it.
+struct CountTable {
   int64_t* counts;
   int64_t* ignored;
   int64_t* out_of_range;
@@ -17,8 +18,8 @@ struct TokenTotals {
   int64_t* seen;
 };
 
-inline TokenTotals checked_totals(const Tensor& counts, const Tensor& ignored, const Tensor& out_of_range,
-                                  const Tensor& seen, const Tensor& tokens) {
+inline CountTable checked_table(const Tensor& counts, const Tensor& ignored, const Tensor& out_of_range,
+                                const Tensor& seen, const Tensor& tokens) {
   STD_TORCH_CHECK(counts.dim() == 1 && counts.scalar_type() == ScalarType::Long && counts.is_contiguous(),
                   "counts must be contiguous int64 with shape [V]");
   for (const Tensor* total : {&ignored, &out_of_range, &seen}) {

@@ -1,7 +1,7 @@
 """Calls beside compiled graphs, which hold no counter, no error and no collective now and then.
 
-A module of its own, since `torch.compiler` imports the compiler for it: 72 MiB and a second, which counting a corpus
-and most losses do without.
+A module of its own, since `torch.compiler` imports the compiler for it. Counting a corpus and most losses do without
+these 72 MiB and this second.
 """
 
 from __future__ import annotations

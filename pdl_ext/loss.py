@@ -224,7 +224,8 @@ class PDLLoss(nn.Module):
         return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
 
     def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor:
-        frequency = self.frequency
+        # Not as an attribute, which nn.Module looks up in a microsecond.
+        frequency = cast("TokenFrequency | None", self._modules.get("frequency"))
         if frequency is None:
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
@@ -237,7 +238,7 @@ class PDLLoss(nn.Module):
             return self._learned_weights(frequency, name, call)
         _check_vocabulary(name, call, counts)
         of_counts = kept.fresh if traced else kept.kept
-        # Not as an attribute, which nn.Module looks up in a microsecond.
+        # Likewise.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _learned_weights(self, frequency: TokenFrequency | None, name: str, call: LossCall | LinearLossCall) -> Tensor:

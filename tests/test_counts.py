@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pdl_ext._ops import ops
 
 from pdl_ext import TokenFrequency
 from pdl_ext.counts import CountTable
+from pdl_ext.engine import ops
 
 
 def table(counts, ignored, out_of_range, seen):
@@ -20,7 +20,7 @@ def numbers(of):
 
 def test_every_layer_has_the_same_four_in_the_same_order():
     frequency = TokenFrequency(3)
-    arguments = [argument.name for argument in ops.count_tokens_.default._schema.arguments]
+    arguments = [argument.name for argument in ops.compiled.count_tokens_.default._schema.arguments]
     assert arguments[:4] == list(CountTable._fields)
     assert [name for name, _ in frequency.named_buffers()] == list(CountTable._fields)
     assert all(mine is buffer for mine, buffer in zip(frequency.table, frequency.buffers(), strict=True))

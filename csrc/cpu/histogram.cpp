@@ -95,7 +95,7 @@ void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_
 }
 
 template <typename T>
-void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const TokenTotals& totals,
+void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, const CountTable& totals,
            int64_t parts) {
   Rejected rejected;
   if (0 <= ignore_index && ignore_index < vocab_size) {
@@ -117,7 +117,7 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
                    bool strict, bool alone) {
-  const TokenTotals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
+  const CountTable totals = checked_table(counts, ignored, out_of_range, seen, tokens);
   dispatch_tokens(tokens, [&](const auto* ids) {
     if (strict) check_ids("tokens", ids, tokens.numel(), counts.size(0), ignore_index);
     if (alone) return count(ids, tokens.numel(), counts.size(0), ignore_index, totals, 1);

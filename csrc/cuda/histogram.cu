@@ -65,7 +65,7 @@ __device__ __forceinline__ int64_t warp_sum(int64_t value) {
 }
 
 // Every lane of the warp must call it.
-__device__ __forceinline__ void add_rejected(const TokenTotals& totals, int64_t ignored, int64_t out_of_range) {
+__device__ __forceinline__ void add_rejected(const CountTable& totals, int64_t ignored, int64_t out_of_range) {
   ignored = warp_sum(ignored);
   out_of_range = warp_sum(out_of_range);
   if (threadIdx.x % kWarp == 0) {
@@ -75,12 +75,12 @@ __device__ __forceinline__ void add_rejected(const TokenTotals& totals, int64_t 
 }
 
 // What a launch was given, once.
-__device__ __forceinline__ void add_seen(const TokenTotals& totals, int64_t n) {
+__device__ __forceinline__ void add_seen(const CountTable& totals, int64_t n) {
   if (blockIdx.x == 0 && threadIdx.x == 0) atomic_add(totals.seen, n);
 }
 
 template <typename T>
-__global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, TokenTotals totals) {
+__global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, CountTable totals) {
   using Word = typename Vocabulary<T>::Word;
   const int lane = threadIdx.x % kWarp;
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
@@ -103,7 +103,7 @@ __global__ void count_in_warps_kernel(const T* tokens, int64_t n, Vocabulary<T> 
 template <typename T>
 __global__ void __launch_bounds__(kOnChipThreads)
     count_on_chip_kernel(const T* tokens, int64_t n, Vocabulary<T> vocabulary, uint32_t counted_by_group,
-                         uint32_t group_size, uint32_t counted_by_block, TokenTotals totals) {
+                         uint32_t group_size, uint32_t counted_by_block, CountTable totals) {
   using Word = typename Vocabulary<T>::Word;
   const uint32_t group = blockIdx.x / group_size, groups = gridDim.x / group_size, member = blockIdx.x % group_size;
   // The ids that this block counts.
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
 
 template <typename T>
 void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, int64_t ignore_index,
-           TokenTotals totals) {
+           CountTable totals) {
   const Vocabulary<T> vocabulary(vocab_size, ignore_index);
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t room =
@@ -222,7 +222,7 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
 void count_tokens_(Tensor counts, Tensor ignored, Tensor out_of_range, Tensor seen, Tensor tokens, int64_t ignore_index,
                    bool strict, bool /*alone*/) {
   STD_TORCH_CHECK(!strict, "strict counting would have to wait for the device; TokenFrequency.update does it");
-  const TokenTotals totals = checked_totals(counts, ignored, out_of_range, seen, tokens);
+  const CountTable totals = checked_table(counts, ignored, out_of_range, seen, tokens);
   const Launcher launch(counts);
   dispatch_tokens(tokens, [&]<typename T>(const T* ids) {
     count(launch, ids, tokens.numel(), counts.size(0), ignore_index, totals);
