@@ -22,6 +22,7 @@ class Table:
     A CountTable in one array. NumPy and the histogram change it in the calling thread alone. PyTorch's number of
     threads is left as it is: new threads begin with what any of them has set. What is no target is counted with the
     rest and once more by itself, to be subtracted. That is less work than leaving it out of each batch.
+
     tokens: how many were given, by the size of the batches and not by the histogram.
     """
 

@@ -15,8 +15,8 @@ HEAD_BYTES = 512
 class Kind(NamedTuple):
     """A kind of file.
 
-    name: with its article. remedy: what to do. suffixes: of names, in lower case. is_text: whether it is a text like any
-    other.
+    name: with its article. remedy: what to do. suffixes: of names, in lower case. is_text: whether it is a text like
+    any other.
 
     recognises: whether a file's first bytes are those of one, which hardly any tokens are by chance.
     """
