@@ -47,8 +47,8 @@ class PDLLoss(nn.Module):
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
             the weights are then the same on all ranks. All ranks must make equally many calls. None: each rank counts
             for itself, of which the first one warns once. Without a process group it changes nothing.
-        reduction, ignore_index, shift, label_smoothing, z_loss, softcap, logit_scale, inplace_backward: as in
-            `functional.pdl_loss`.
+        inplace_backward, and the options of a loss: as in `functional.pdl_loss`. The options are attributes, too, and
+            may be set while training; a wrong value raises at once.
 
     The weights of a given frequency are kept until its counts, `blend` or `weighting` change; every write that PyTorch
     sees is noticed. Call `refresh` after one that it does not see (`.data`, NumPy, a collective of gloo), and before a

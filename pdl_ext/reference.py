@@ -6,18 +6,23 @@ Slow, and differentiable as often as PyTorch is. In float64 these are the yardst
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pdl_ext.functional import RowStats
+from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import PowerLaw
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
 
+@spells_out_options
 def pdl_loss(
     logits: Tensor,
     targets: Tensor,
@@ -26,17 +31,13 @@ def pdl_loss(
     row_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     logit_offset: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    shift: bool = False,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     return_stats: bool = False,
+    **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no input is checked."""
-    if shift:
+    """The loss of `functional.pdl_loss`, with its arguments and result, by its definition; no tensor is checked."""
+    asked = LossOptions.of("pdl_loss", options)
+    if asked.shift:
+        options["shift"] = False
         row_weight = None if row_weight is None else row_weight[..., 1:]
         loss_of_rows = pdl_loss(
             logits[..., :-1, :],
@@ -45,16 +46,11 @@ def pdl_loss(
             row_weight=row_weight,
             normalizer=normalizer,
             logit_offset=logit_offset,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
             return_stats=True,
+            **options,
         )
         loss, stats = loss_of_rows
-        if reduction == "none":
+        if asked.reduction == "none":
             loss = F.pad(loss, (1, 0))
         nll, weight, lse, predicted = stats
         shifted = (F.pad(nll, (1, 0)), F.pad(weight, (1, 0)), F.pad(lse, (1, 0)), F.pad(predicted, (1, 0), value=-1))
@@ -62,19 +58,20 @@ def pdl_loss(
 
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocab_size = logits.shape[-1]
-    z = logit_scale * logits.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = asked.logit_scale * logits.to(dtype)
+    if asked.softcap is not None:
+        z = asked.softcap * torch.tanh(z / asked.softcap)
     if logit_offset is not None:
         z = z + logit_offset.to(dtype)
 
-    counted = targets != ignore_index
+    counted = targets != asked.ignore_index
     safe = torch.where(counted, targets, 0).long()
     lse = torch.logsumexp(z, -1)
     nll = lse - z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
     ce = nll
-    if label_smoothing:
-        ce = (1 - label_smoothing) * nll + label_smoothing / vocab_size * (lse.unsqueeze(-1) - z).sum(-1)
+    if asked.label_smoothing:
+        uniform = (lse.unsqueeze(-1) - z).sum(-1) / vocab_size
+        ce = (1 - asked.label_smoothing) * nll + asked.label_smoothing * uniform
     weight = torch.ones_like(nll) if token_weight is None else token_weight.to(dtype)[safe]
     if row_weight is not None:
         weight = weight * row_weight.to(dtype)
@@ -82,18 +79,18 @@ def pdl_loss(
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     weight = torch.where(counted, weight, zero)
     weighted = torch.where(counted, weight * torch.where(counted, ce, zero), zero)
-    z_term = z_loss * torch.where(counted, lse, zero) ** 2 if z_loss else torch.zeros_like(weighted)
+    z_term = asked.z_loss * torch.where(counted, lse, zero) ** 2 if asked.z_loss else torch.zeros_like(weighted)
     rows = counted.sum().to(dtype)
-    if reduction == "none":
+    if asked.reduction == "none":
         loss = weighted + z_term
     else:
         one = torch.ones_like(rows)
-        if reduction == "sum":
+        if asked.reduction == "sum":
             divisor, z_divisor = one, one
         elif normalizer is not None:
             divisor = z_divisor = torch.as_tensor(normalizer, dtype=dtype, device=logits.device)
         else:
-            divisor, z_divisor = (weight.sum() if reduction == "mean" else rows), rows
+            divisor, z_divisor = (weight.sum() if asked.reduction == "mean" else rows), rows
         loss = weighted.sum() / torch.where(divisor == 0, torch.inf, divisor)
         loss = loss + z_term.sum() / torch.where(z_divisor == 0, torch.inf, z_divisor)
     if not return_stats:
