@@ -19,6 +19,8 @@ MUTANTS ?=
 BENCH ?=
 # Options for pytest: make test PYTEST="-n 8".
 PYTEST ?= -n 2 --dist worksteal
+# OpenMP's threads would spin while they wait, on the core that the other process computes on.
+RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 # Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90a".
 CUDA_COMPILE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
@@ -36,11 +38,11 @@ demo: $(VENV)/demo.stamp
 test: test-cpp test-python
 
 test-python: $(VENV)/demo.stamp $(VENV)/addresses.stamp
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS)
 
 # What a contributor runs while working: no emulator, no demo, below two minutes.
 test-fast: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(PYTEST) -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
+	$(RUN_TESTS) -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
 
 test-cpp: $(VENV)/gtest.stamp
 	$(CMAKE) -B build/cmake

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import zlib
 from collections.abc import Callable
 
@@ -26,6 +27,14 @@ from pdl_ext.engine import ops
 def uninitialized_memory_is_nan():
     # As it is from the first import on, unless a test has changed it.
     uninitialized.fill()
+
+
+@pytest.fixture
+def little_garbage():
+    """What stands before a test is none of its garbage: to look through all that was imported takes a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @contextlib.contextmanager

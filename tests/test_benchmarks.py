@@ -29,6 +29,7 @@ import workloads
 
 from pdl_ext.engine.ops import _C
 
+pytestmark = pytest.mark.slow
 SIZES = gpu.Sizes(
     rows=12,
     few_rows=(1,),

@@ -1,6 +1,8 @@
 import pytest
 from cuda_compile import find_nvcc, main, parse, short_name, table
 
+pytestmark = pytest.mark.slow
+
 # From nvcc 13.0: the first kernel asks for more blocks a multiprocessor than its registers allow.
 OUTPUT = """\
 loss.cu(7): warning #177-D: variable "i" was declared but never referenced

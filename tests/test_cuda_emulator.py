@@ -13,6 +13,8 @@ import pytest
 import torch
 from cuda_emulator import launch
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(8)
 INVALID_VALUE, INVALID_CONFIGURATION, NOT_SUPPORTED, INVALID_CLUSTER_SIZE = 1, 9, 801, 912
 POISON = -1

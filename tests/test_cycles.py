@@ -52,6 +52,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("little_garbage")
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_left_in_a_cycle(name, tmp_path):
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "tokens.bin")

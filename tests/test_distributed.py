@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pdl_ext import PDLLoss, TokenFrequency
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
+pytestmark = pytest.mark.slow
+
 VOCAB, WIDTH, RANKS, STEPS = 37, 8, 2, 3
 
 if not dist.is_available() or not dist.is_gloo_available():
@@ -92,35 +94,29 @@ def train_under_ddp(rank, reduction, quantity):
     return {"losses": losses, "state": {name: value.clone() for name, value in model.state_dict().items()}}
 
 
-def ddp_worker(rank, init, folder):
+def worker(rank, init, folder):
     uninitialized.fill()
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
     try:
         quantities = {"mean": sum_of_weights, "token_mean": row_count}
         results = {reduction: train_under_ddp(rank, reduction, quantity) for reduction, quantity in quantities.items()}
+        count(rank, results)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def counting_worker(rank, init, folder):
-    uninitialized.fill()
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=RANKS)
+def count(rank, results):
+    frequency = TokenFrequency(VOCAB)
+    frequency.update(tokens_of_rank(rank))
+    frequency.counts[0] += 2**40
+    frequency.all_reduce()
+    results["counted"] = frequency.state_dict()
     try:
-        frequency = TokenFrequency(VOCAB)
-        frequency.update(tokens_of_rank(rank))
-        frequency.counts[0] += 2**40
-        frequency.all_reduce()
-        torch.save(frequency.state_dict(), f"{folder}/{rank}.pt")
-        try:
-            TokenFrequency(VOCAB + rank).all_reduce()
-            message = ""
-        except ValueError as error:
-            message = str(error)
-        torch.save(message, f"{folder}/{rank}.error.pt")
-        torch.save(provenances(rank), f"{folder}/{rank}.provenance.pt")
-    finally:
-        dist.destroy_process_group()
+        TokenFrequency(VOCAB + rank).all_reduce()
+    except ValueError as error:
+        results["error"] = str(error)
+    results["provenances"] = provenances(rank)
 
 
 def provenances(rank):
@@ -144,13 +140,14 @@ def tokens_of_rank(rank):
     return torch.randint(-1, VOCAB + 2, (500 + rank,), generator=torch.Generator().manual_seed(rank))
 
 
-def run_ranks(worker, folder):
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def test_ddp_equals_one_process_on_the_joined_batch(tmp_path):
-    results = run_ranks(ddp_worker, tmp_path)
+def test_ddp_equals_one_process_on_the_joined_batch(results):
     for reduction, quantity in (("mean", sum_of_weights), ("token_mean", row_count)):
         single = ModelWithLoss(reduction=reduction)
         before = {name: value.clone() for name, value in single.state_dict().items()}
@@ -167,19 +164,16 @@ def test_ddp_equals_one_process_on_the_joined_batch(tmp_path):
             assert torch.equal(rank["state"]["loss.frequency.counts"], corpus_counts())
 
 
-def test_all_reduce_equals_merging(tmp_path):
-    states = run_ranks(counting_worker, tmp_path)
+def test_all_reduce_equals_merging(results):
     expected = TokenFrequency(VOCAB)
     for rank in range(RANKS):
         expected.update(tokens_of_rank(rank))
         expected.counts[0] += 2**40
-    for state in states:
+    for result in results:
         for name, value in expected.state_dict().items():
-            assert torch.equal(state[name], value)
-    for rank in range(RANKS):
-        message = torch.load(tmp_path / f"{rank}.error.pt")
-        assert message == f"vocab_size: got {VOCAB} to {VOCAB + 1} over the ranks, expected the same on all"
-        *of_parts, (message, unchanged), of_same = torch.load(tmp_path / f"{rank}.provenance.pt")
+            assert torch.equal(result["counted"][name], value)
+        assert result["error"] == f"vocab_size: got {VOCAB} to {VOCAB + 1} over the ranks, expected the same on all"
+        *of_parts, (message, unchanged), of_same = result["provenances"]
         assert of_parts == [(20, ["a", "b"]), (10, ["b"])]
         assert "rank 1 of the group: a: got the same content as a" in message
         assert unchanged == 10

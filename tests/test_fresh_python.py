@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 
 import pdl_ext
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).resolve().parent
 WHERE = "import pdl_ext; print(pdl_ext.__file__)"
 # Those that are about the source folder itself: its build, and the checks that build it in place.
@@ -26,10 +28,6 @@ def in_a_folder_with_another(tmp_path, monkeypatch):
 
 def same_package(found):
     return Path(found.strip()) == Path(pdl_ext.__file__)
-
-
-def test_code():
-    assert same_package(fresh_python.run("-c", WHERE, check=True).stdout)
 
 
 def test_a_script_and_a_path_that_a_test_adds(tmp_path):

@@ -14,6 +14,8 @@ from torch import nn
 
 from pdl_ext import PDLLoss
 
+pytestmark = pytest.mark.slow
+
 VOCAB, WIDTH, RANKS, ROWS = 37, 8, 2, 24
 
 if not dist.is_available() or not dist.is_gloo_available():

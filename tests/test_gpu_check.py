@@ -13,6 +13,8 @@ import pytest
 import torch
 from gpu_check import Check, Outcome, Part
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(gpu_check.__file__)
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "capabilities": ["9.0"], "missing": []}
 NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")

@@ -347,6 +347,7 @@ def test_first_derivative_with_a_graph_through_a_checkpoint(make_linear, functio
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_break(make_linear, reduction):
@@ -499,13 +500,14 @@ print(of("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_does_not_grow_with_the_rows(dtype):
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "larger"), [("float32", (1200, 2048)), ("bfloat16", (1200,))])
+def test_memory_does_not_grow_with_the_rows(dtype, larger):
     def peak(rows):
         return float(fresh_python.run("-c", PEAK, str(rows), dtype, check=True).stdout)
 
     # Beside the slab, which is 49 MiB for few rows, and the gradients, next to nothing. 1,200 is no multiple of
     # the least rows of a slab.
-    few, many = peak(512), max(peak(1200), peak(2048))
+    few, many = peak(512), max(map(peak, larger))
     assert many < 64e6 / 2**20 + 20
     assert many < few + 24

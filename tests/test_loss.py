@@ -374,6 +374,7 @@ class TestState:
         assert "alpha=1.0" in repr(loss_fn)
 
 
+@pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ten_line_training_loop(device, dtype):
     torch.manual_seed(0)

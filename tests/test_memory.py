@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -77,30 +79,31 @@ def test_counting_stays_within_its_tensors(guarded, dtype, size, at_end):
     assert others.tolist() == [1 + ignored, 1 + size - int(counted.sum()) - ignored, 1 + size]
 
 
+LAWS = {
+    "default": PowerLaw(),
+    "fixed": PowerLaw(fixed={0: 0.25, 200: 3.0}),
+    "types": PowerLaw(alpha=0.5, normalize="types"),
+    "uniform": PowerLaw(alpha=0.0, blend=0.3),
+    "limited": PowerLaw(alpha=2.0, smoothing=0.5, max_weight=3.0, blend=0.25),
+    "authors": PowerLaw.reference(),
+}
+# The law says what is computed of an entry, and not which entries there are.
+OF_MANY = ("default", "fixed")
+
+
 @pytest.mark.parametrize("at_end", [False, True], ids=["before", "past_the_end"])
 @pytest.mark.parametrize(
-    "law",
+    ("vocab_size", "law"),
     [
-        PowerLaw(),
-        PowerLaw(alpha=0.5, normalize="types"),
-        PowerLaw(alpha=0.0, blend=0.3),
-        PowerLaw(alpha=2.0, smoothing=0.5, max_weight=3.0, blend=0.25),
-        PowerLaw.reference(),
-        PowerLaw(fixed={0: 0.25, 200: 3.0}),
-    ],
-    ids=["default", "types", "uniform", "limited", "authors", "fixed"],
-)
-@pytest.mark.parametrize(
-    "vocab_size",
-    [
-        1,  # CUDA: one block, one thread with work
-        255,  # CUDA: one thread without
-        256,  # CUDA: one block
-        65537,  # CUDA: one entry more than 256 blocks have threads
-        100003,  # CUDA: some threads take a second entry
+        *itertools.product([1], LAWS),  # CUDA: one block, one thread with work
+        *itertools.product([255], LAWS),  # CUDA: one thread without
+        *itertools.product([256], LAWS),  # CUDA: one block
+        *itertools.product([65537], OF_MANY),  # CUDA: one entry more than 256 blocks have threads
+        *itertools.product([100003], OF_MANY),  # CUDA: some threads take a second entry
     ],
 )
 def test_token_weights_stay_within_their_tensors(guarded, vocab_size, law, at_end):
+    law = LAWS[law]
     if law.fixed and vocab_size <= max(law.fixed):
         law = PowerLaw(alpha=0.5, normalize="none")
     counts = torch.randint(0, 1000, (vocab_size,), generator=torch.Generator().manual_seed(vocab_size))

@@ -157,6 +157,7 @@ def test_opcheck_count_tokens(device, dtype):
     torch.library.opcheck(compiled.count_tokens_.default, (counts, *others, tokens, 3, False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_function_with_dynamic_shapes(make_case, reduction):
     compiled = torch.compile(functional.pdl_loss, fullgraph=True, dynamic=True)
@@ -176,13 +177,15 @@ def test_compiled_function_with_dynamic_shapes(make_case, reduction):
 
 def test_compiled_shift(make_case):
     case = make_case((2, 6), 101, row_weight=True)
-    compiled = torch.compile(functional.pdl_loss, fullgraph=True)
+    # What Inductor makes of it is tested without shift.
+    compiled = torch.compile(functional.pdl_loss, fullgraph=True, backend="aot_eager")
     eager = case.run(functional.pdl_loss, shift=True)
     got = case.run(compiled, shift=True)
     for name in eager:
         torch.testing.assert_close(got[name], eager[name], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_online_module(device):
     eager, wrapped = (PDLLoss(vocab_size=31, alpha=0.5).to(device) for _ in range(2))
     compiled = torch.compile(wrapped, fullgraph=True, dynamic=True)
@@ -242,28 +245,24 @@ def run_python(*arguments, capability):
     return fresh_python.run(*arguments, env={"PDL_EXT_CPU_CAPABILITY": capability})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_every_cpu_capability_matches_reference(capability):
     tests = str(Path(__file__).resolve().with_name("test_functional.py"))
-    chosen = run_python("-c", "from pdl_ext.engine.ops import _C; print(_C.cpu_capability())", capability=capability)
+    own = ops._C.cpu_capability()
+    # All other tests run with this process' own.
+    code = "import sys, pytest; from pdl_ext.engine.ops import _C; print(_C.cpu_capability()); "
+    code += f"sys.exit(_C.cpu_capability() != {own!r} and pytest.main(sys.argv[1:]))"
+    chosen_tests = ("-q", "-k", "test_core_matches_reference and cpu", "-p", "no:cacheprovider")
+    done = run_python("-c", code, tests, *chosen_tests, capability=capability)
+    assert done.returncode == 0, done.stdout[-3000:]
     # What is above this machine is clamped to it.
     order = ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]
-    assert order.index(chosen.stdout.strip()) <= order.index(capability.upper())
+    chosen = done.stdout.splitlines()[0]
+    assert (" passed" in done.stdout) == (chosen != own)
+    assert order.index(chosen) <= order.index(capability.upper())
     if capability == "default":
-        assert chosen.stdout.strip() == "DEFAULT"
-    done = run_python(
-        "-m",
-        "pytest",
-        tests,
-        "-q",
-        "-k",
-        "test_core_matches_reference and cpu",
-        "-p",
-        "no:cacheprovider",
-        capability=capability,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+        assert chosen == "DEFAULT"
 
 
 def test_unknown_cpu_capability_is_refused():

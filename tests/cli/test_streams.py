@@ -162,6 +162,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory a process has")
 @pytest.mark.parametrize("command", [["show", "large"], ["merge", "large", "-o", "new"]], ids=["show", "merge"])
 def test_too_little_memory_for_counts(command):

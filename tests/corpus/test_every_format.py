@@ -19,6 +19,8 @@ from test_text import compress
 from pdl_ext.cli.demo.data import verse_pairs
 from pdl_ext.corpus import TargetPolicy, count_corpus
 
+pytestmark = pytest.mark.slow
+
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 tokenizers = pytest.importorskip("tokenizers")

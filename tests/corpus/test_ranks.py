@@ -17,6 +17,8 @@ from pdl_ext import TokenFrequency
 from pdl_ext.corpus import count_corpus, counting
 from pdl_ext.corpus.ranks import _own_parts
 
+pytestmark = pytest.mark.slow
+
 V, RANKS, SHARDS = 300, 2, 5
 
 if not dist.is_available() or not dist.is_gloo_available():

@@ -21,6 +21,8 @@ from pdl_ext.corpus import TargetPolicy, count_corpus, counting
 from pdl_ext.corpus.ranks import checkpoints
 from pdl_ext.corpus.state import State
 
+pytestmark = pytest.mark.slow
+
 V = 5000
 
 # Forks children that count, kills each at a random moment, and lets the last one finish.
