@@ -459,6 +459,7 @@ def test_sharded_classifier_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
+@pytest.mark.devices("cpu", "cuda")
 def test_training_reaches_what_the_unfused_loss_reaches(make_linear):
     tensors = make_linear(64, dtype=torch.float64)
     weights = []

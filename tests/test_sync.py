@@ -268,6 +268,7 @@ def global_counts(steps, counts=None):
     return counted(*batches_of(of_all_ranks(*steps), low=0), counts=counts)
 
 
+@pytest.mark.slow
 @needs_gloo
 class TestFrequency:
     def test_ranks_with_different_numbers_of_updates(self, ranks):
@@ -348,6 +349,7 @@ class TestFrequency:
         assert [name for name, _ in frequency.named_buffers()] == list(NAMES)
 
 
+@pytest.mark.slow
 @needs_gloo
 class TestLoss:
     @pytest.mark.parametrize("name", [name for name, (_, every, _) in MODELS.items() if every])

@@ -229,6 +229,7 @@ def whole(results):
     return joined
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
@@ -249,6 +250,7 @@ def test_ranks_find_what_one_does(ranks, fused, name, dtype):
         assert error < tolerance, f"{key}: {error}"
 
 
+@pytest.mark.slow
 def test_online_counts_once_on_every_rank(ranks):
     expected = online(slice(None))
     for result in ranks:
@@ -256,6 +258,7 @@ def test_online_counts_once_on_every_rank(ranks):
         assert torch.equal(result["online"]["counts"], expected["counts"])
 
 
+@pytest.mark.slow
 def test_every_rank_refuses_what_one_does(ranks):
     for result in ranks:
         linear, logits, table = result["errors"]
