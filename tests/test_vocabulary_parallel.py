@@ -270,6 +270,7 @@ def test_every_rank_refuses_what_one_does(ranks):
         assert table == f"token_weight: got shape [7], expected [{VOCAB}], the logits' vocabulary"
 
 
+@pytest.mark.slow
 def test_masked_shards_and_targets(ranks):
     expected = reference.pdl_loss(masked_logits(), MASKED_TARGETS, reduction="none")
     assert expected[1] == 0 < expected[0]
