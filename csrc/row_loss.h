@@ -10,20 +10,31 @@
 // weighting changes a scalar here, never a loop.
 #pragma once
 
+#include <type_traits>
+
 #include "loss_options.h"
 #include "portable.h"
 
 namespace pdl {
 
-// What a row's mathematics takes of the options, in the accumulator's precision; vocab_size: of the whole vocabulary.
+// The options in the accumulator's precision, as a row's mathematics takes them. vocab_size: of the whole vocabulary.
 template <typename A>
 struct RowOptions {
-  A label_smoothing = 0;
-  A z_loss = 0;
+  template <typename T>
+  using Number = std::conditional_t<std::is_same_v<T, double>, A, T>;
+
+#define PDL_OPTION_FIELD(type, name) Number<type> name{};
+  PDL_LOSS_OPTIONS(PDL_OPTION_FIELD)
+#undef PDL_OPTION_FIELD
   int64_t vocab_size = 0;
 
   static RowOptions of(const LossOptions& options, int64_t vocab_size) {
-    return {A(options.label_smoothing), A(options.z_loss), vocab_size};
+    RowOptions result;
+#define PDL_OPTION_COPY(type, name) result.name = static_cast<Number<type>>(options.name);
+    PDL_LOSS_OPTIONS(PDL_OPTION_COPY)
+#undef PDL_OPTION_COPY
+    result.vocab_size = vocab_size;
+    return result;
   }
 };
 
@@ -216,27 +227,27 @@ PDL_INLINE double reduced_loss(const RowSums& sums, const Factors<double>& facto
 }
 
 // The gradient of one row, element by element, in the accumulator's precision: at the target p_y - q_y is taken
-// before anything is rounded to the logits' dtype. Of probabilities it takes shares of the largest one, exp(z - max):
+// before anything is rounded to the logits' dtype. Of probabilities it takes ratios to the largest one, exp(z - max):
 // exp((z - max) - log_sum) would round twice, the second time a larger number.
 template <typename A>
 struct GradientRow {
   A max;
-  A a_share;    // A max_j p_j
+  A a_largest;  // A max_j p_j
   A b_uniform;  // B s / V
   A b_target;   // B (1 - s + s / V)
 
-  PDL_INLINE A log_share(A z) const { return z - max; }
-  // Of a row with a NaN, which is in a_share, any number will do.
-  PDL_INLINE A share(A z) const { return exp_compensated(log_share(z)); }
-  PDL_INLINE A off_target_of(A share) const { return a_share * share - b_uniform; }
-  // The same row for shares of exp(origin - max).
+  PDL_INLINE A log_ratio(A z) const { return z - max; }
+  // Of a row with a NaN, which is in a_largest, any number will do.
+  PDL_INLINE A ratio(A z) const { return exp_compensated(log_ratio(z)); }
+  PDL_INLINE A off_target_of(A ratio) const { return a_largest * ratio - b_uniform; }
+  // The same row for ratios to exp(origin - max).
   PDL_INLINE GradientRow relative_to(A origin) const {
     GradientRow row = *this;
-    row.a_share *= exp_nonpositive(origin - max);
+    row.a_largest *= exp_nonpositive(origin - max);
     return row;
   }
-  PDL_INLINE A off_target(A z) const { return off_target_of(share(z)); }
-  PDL_INLINE A at_target(A z) const { return a_share * share(z) - b_target; }
+  PDL_INLINE A off_target(A z) const { return off_target_of(ratio(z)); }
+  PDL_INLINE A at_target(A z) const { return a_largest * ratio(z) - b_target; }
 };
 
 // NaN as narrow_number keeps it, whatever the user's weights had.

@@ -30,7 +30,10 @@ from pdl_ext.engine import host_stream
 from pdl_ext.provenance import Provenance
 from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
-__all__ = ["TokenFrequency"]
+__all__ = ["TokenFrequency", "unpacked"]
+
+# The old name of it, for one release.
+unpacked = CountTable.unpacked
 
 _FORMAT = "pdl_ext.TokenFrequency/2"
 

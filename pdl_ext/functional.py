@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pdl_ext._checks import (
     check_ignore_index,
@@ -19,10 +18,10 @@ from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import PowerLaw
 from pdl_ext.weighting.power_law import weights_of_counts
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 __all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
+
+# What pickles call it, and what loads them safely knows it by.
+RowStats.__module__ = __name__
 
 
 @not_scriptable
@@ -84,9 +83,10 @@ def pdl_loss(
         options=LossOptions.of("pdl_loss", options),
         return_stats=return_stats,
         process_group=process_group,
+        inplace_backward=inplace_backward,
     )
     call.check_tables(token_weight, logit_offset)
-    return call.loss(token_weight, logit_offset, inplace_backward)
+    return call.loss(token_weight, logit_offset)
 
 
 @not_scriptable
@@ -118,7 +118,7 @@ def linear_pdl_loss(
             are added in its own dtype), or "weight", always in its own dtype, which saves memory or time where that is
             a 16-bit one, and loses what small slabs would have added.
         process_group: as in pdl_loss, with the same max_chunk_bytes on every rank; weight and bias hold this rank's
-            part of the vocabulary, hidden is the same on every rank, and its gradient is summed over the ranks.
+            shard of the vocabulary, hidden is the same on every rank, and its gradient is summed over the ranks.
         The others: as in pdl_loss.
 
     Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are

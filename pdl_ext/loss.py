@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from pdl_ext._checks import check_integer, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
@@ -18,22 +18,17 @@ from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext.counts import check_count_values
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
+from pdl_ext.options import DEFAULTS, LossKeywords, LossOptions, OptionsAsAttributes, spells_out_options
 from pdl_ext.weighting import PowerLaw
 from pdl_ext.weighting.base import check_blend, check_fixed
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 __all__ = ["PDLLoss"]
 
-# Each may also be read and set as an attribute of a loss.
-_OPTIONS = LossKeywords.__annotations__.keys()
 _beginning = Exclusion()
 
 
 @not_scriptable
-class PDLLoss(nn.Module):
+class PDLLoss(OptionsAsAttributes, nn.Module):
     """Cross-entropy in which each target weighs (frequency + epsilon) ** -alpha.
 
     Args:
@@ -64,7 +59,6 @@ class PDLLoss(nn.Module):
     """
 
     frequency: TokenFrequency | None
-    options: LossOptions
     _blend: Tensor
 
     @spells_out_options
@@ -81,7 +75,7 @@ class PDLLoss(nn.Module):
         **options: Unpack[LossKeywords],
     ) -> None:
         super().__init__()
-        self.options = LossOptions.of("PDLLoss", options)
+        self._options = LossOptions.of("PDLLoss", options)
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
         elif not isinstance(weighting, PowerLaw):
@@ -167,11 +161,12 @@ class PDLLoss(nn.Module):
             targets,
             row_weight=row_weight,
             normalizer=normalizer,
-            options=self.options,
+            options=self._options,
             return_stats=return_stats,
             process_group=process_group,
+            inplace_backward=self.inplace_backward,
         )
-        return call.loss(self._current_weights("logits", call), None, self.inplace_backward)
+        return call.loss(self._current_weights("logits", call), None)
 
     def linear(
         self,
@@ -199,7 +194,7 @@ class PDLLoss(nn.Module):
             targets,
             row_weight=row_weight,
             normalizer=normalizer,
-            options=self.options,
+            options=self._options,
             return_stats=return_stats,
             max_chunk_bytes=max_chunk_bytes,
             accumulate=accumulate,
@@ -207,20 +202,14 @@ class PDLLoss(nn.Module):
         )
         return call.loss(self._current_weights("weight", call), None)
 
-    def __getattr__(self, name: str) -> Any:
-        # Reached by what is no attribute of its own.
-        if name in _OPTIONS:
-            return getattr(self.options, name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OPTIONS:
-            self.options = dataclasses.replace(self.options, **{name: value})
-        else:
-            super().__setattr__(name, value)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of 0.1.0's first builds have each option as an attribute.
+        given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
+        kept = {name: value for name, value in state.items() if name not in given}
+        super().__setstate__({"_options": LossOptions(**given), **kept})
 
     def extra_repr(self) -> str:
-        options = self.options
+        options = self._options
         return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
 
     def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor:
@@ -278,13 +267,13 @@ class PDLLoss(nn.Module):
         if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
             self._tell_of_ranks(process_group)
 
-    def _check_while_traced(self, of_slice: bool) -> None:
+    def _check_while_traced(self, of_shard: bool) -> None:
         if self.frequency is not None:
             self._check_counts(self.frequency)
         if type(self._blend) is Tensor:
             # Which restores it where it was lost.
             self._weights.blend_of(self._blend)
-        if self.online and self.training and self.sync_every is None and not of_slice:
+        if self.online and self.training and self.sync_every is None and not of_shard:
             self._tell_of_ranks(None)
 
     def _sync_if_due(self, frequency: TokenFrequency) -> None:
@@ -336,7 +325,7 @@ class PDLLoss(nn.Module):
                 )
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
-        frequency = TokenFrequency(vocab_size, ignore_index=self.options.ignore_index)
+        frequency = TokenFrequency(vocab_size, ignore_index=self._options.ignore_index)
         if self.sync_every is not None:
             # From the first count on, which comes before the first sync.
             frequency.track_own()

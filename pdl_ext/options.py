@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
+
+import torch
 
 from pdl_ext._checks import MAX, check_choice, check_flag, check_ignore_index, check_number
 
-__all__ = ["OP_OPTIONS", "REDUCTIONS", "LossKeywords", "LossOptions", "spells_out_options"]
+__all__ = [
+    "DEFAULTS",
+    "OP_OPTIONS",
+    "REDUCTIONS",
+    "LossKeywords",
+    "LossOptions",
+    "OptionsAsAttributes",
+    "check_keywords",
+    "spells_out_options",
+]
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "token_mean": 3}  # csrc/loss_options.h's Reduction
 
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 class LossKeywords(TypedDict, total=False):
@@ -59,7 +73,7 @@ class LossOptions:
         self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
-        self._set("packed", [_number(getattr(self, name)) for name in OP_OPTIONS])
+        self._set("packed", [_number(name, getattr(self, name)) for name in OP_OPTIONS])
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -67,34 +81,89 @@ class LossOptions:
     @classmethod
     def of(cls, function: str, keywords: LossKeywords) -> LossOptions:
         """The options of a call. Raises TypeError in the name of the function for a keyword that is no option."""
-        if not keywords:
-            return _DEFAULT
-        unknown = keywords.keys() - LossKeywords.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+        # To make them takes ten microseconds of a step's thirty. Under a tracer the cache would be seen through.
+        if not torch.compiler.is_compiling():
+            try:
+                return _kept(**keywords)
+            except TypeError:
+                # No option, of a wrong type, or not hashable: told below.
+                pass
+        check_keywords(function, keywords)
         return cls(**keywords)
 
     @classmethod
     def unpacked(cls, numbers: Sequence[float]) -> LossOptions:
-        """The options of which `packed` is the list; `shift` is done before an op is called."""
-        values: dict[str, Any] = dict(zip(OP_OPTIONS, numbers, strict=True))
-        values["reduction"] = next(name for name, number in REDUCTIONS.items() if number == values["reduction"])
-        values["ignore_index"] = int(values["ignore_index"])
-        values["softcap"] = values["softcap"] or None
-        return cls(**values)
+        """The options of which `packed` is the list; `shift` is done before an op is called.
+
+        Raises ValueError for another number of numbers.
+        """
+        return _unpacked(tuple(numbers))
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, str):
-        return float(REDUCTIONS[value])
+# typed: True is not 1.
+@functools.lru_cache(maxsize=64, typed=True)
+def _kept(**keywords: Any) -> LossOptions:
+    return LossOptions(**keywords)
+
+
+@functools.lru_cache(maxsize=64)
+def _unpacked(numbers: tuple[float, ...]) -> LossOptions:
+    values: dict[str, Any] = dict(zip(OP_OPTIONS, numbers, strict=True))
+    for option, numbered in _NUMBERED.items():
+        values[option] = next(name for name, number in numbered.items() if number == values[option])
+    values["ignore_index"] = int(values["ignore_index"])
+    values["softcap"] = values["softcap"] or None
+    return LossOptions(**values)
+
+
+# Options that are words, and their numbers in C++.
+_NUMBERED = {"reduction": REDUCTIONS}
+
+
+def _number(name: str, value: Any) -> float:
+    if name in _NUMBERED:
+        return float(_NUMBERED[name][value])
     return 0.0 if value is None else float(value)
 
 
-# What the ops do not take: targets are shifted before.
-_NOT_OF_OPS = ("shift", "packed")
-OP_OPTIONS = tuple(option.name for option in fields(LossOptions) if option.name not in _NOT_OF_OPS)
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions) if option.init}
+# `shift` is none of the ops': targets are shifted before.
+OP_OPTIONS = tuple(name for name in DEFAULTS if name != "shift")
 
-_DEFAULT = LossOptions()
+
+def check_keywords(function: str, keywords: LossKeywords) -> None:
+    """Raises TypeError in the name of the function for a keyword that is no option."""
+    unknown = keywords.keys() - DEFAULTS.keys()
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+
+
+class _Attribute(Generic[T]):
+    """One of the options in an owner's `_options`; to set it makes these anew."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, _: type | None = None) -> T:
+        # Of the class, as help() asks, it is the default.
+        return DEFAULTS[self._name] if owner is None else getattr(owner._options, self._name)
+
+    def __set__(self, owner: Any, value: T) -> None:
+        owner._options = dataclasses.replace(owner._options, **{self._name: value})
+
+
+class OptionsAsAttributes:
+    """For what has LossOptions as `_options`: each of them as an attribute that may be set."""
+
+    _options: LossOptions
+
+    reduction = _Attribute[str]()
+    ignore_index = _Attribute[int]()
+    shift = _Attribute[bool]()
+    label_smoothing = _Attribute[float]()
+    z_loss = _Attribute[float]()
+    softcap = _Attribute["float | None"]()
+    logit_scale = _Attribute[float]()
 
 
 def spells_out_options(function: F) -> F:

@@ -6,18 +6,17 @@ Slow, and differentiable as often as PyTorch is. In float64 these are the yardst
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from pdl_ext.functional import RowStats
-from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
+from pdl_ext.options import DEFAULTS, LossKeywords, check_keywords, spells_out_options
 from pdl_ext.weighting import PowerLaw
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
@@ -34,8 +33,9 @@ def pdl_loss(
     return_stats: bool = False,
     **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """The loss of `functional.pdl_loss`, with its arguments and result, by its definition; no tensor is checked."""
-    asked = LossOptions.of("pdl_loss", options)
+    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no input is checked."""
+    check_keywords("pdl_loss", options)
+    asked = SimpleNamespace(**{**DEFAULTS, **options})
     if asked.shift:
         options["shift"] = False
         row_weight = None if row_weight is None else row_weight[..., 1:]

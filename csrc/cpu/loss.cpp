@@ -188,9 +188,9 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
   for (int64_t first = begin; first < end; first += kTile<kPlain, T>) {
     const int64_t n = std::min(kTile<kPlain, T>, end - first);
     const auto* z = load_tile<kPlain>(x, first, n, transform, buffer);
-    const auto log_share = [&](A z) { return row.log_share(z); };
-    map_exp<kPlain>(instructions, z, gradient + first, n, log_share, [&](A share, int64_t j) {
-      const A g = row.off_target_of(share);
+    const auto log_ratio = [&](A z) { return row.log_ratio(z); };
+    map_exp<kPlain>(instructions, z, gradient + first, n, log_ratio, [&](A ratio, int64_t j) {
+      const A g = row.off_target_of(ratio);
       return kPlain ? g : g * transform.derivative(widen(x[first + j]));
     });
   }
@@ -225,11 +225,11 @@ void reduce(const A* saved_rows, int64_t n, const LossInputs& inputs, A* factors
   for (int64_t i = 0; i < n; ++i) {
     const bool counts = targets[i] != options.ignore_index;
     const auto row = SavedRow<A>::load(saved_rows, n, i);
-    const A factor = row_weight != nullptr ? row_weight[i] : A(1);
+    const A weight = row_weight != nullptr ? row_weight[i] : A(1);
     if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(row.token_weight * factor, row.ce, row.lse(), row_options) : A(0);
+      loss[i] = counts ? row_term(row.token_weight * weight, row.ce, row.lse(), row_options) : A(0);
     } else if (counts) {
-      sums.add(double(row.token_weight) * factor, row.ce, row.lse());
+      sums.add(double(row.token_weight) * weight, row.ce, row.lse());
     }
   }
   const auto found = factors_of(options.reduction, sums, data_or_null<A>(inputs.normalizer));
@@ -269,14 +269,14 @@ struct Forward {
         factors(static_cast<A*>(outputs.factors.mutable_data_ptr())),
         loss(static_cast<A*>(outputs.loss.mutable_data_ptr())) {}
 
-  PDL_INLINE A factor_of_row(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
+  PDL_INLINE A row_weight_at(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
   PDL_INLINE A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
 
   // The factors of the gradient, which need no logits.
   Factors<A> factors_ahead() const {
     RowSums sums;
     for (int64_t i = 0; i < logits.rows; ++i) {
-      if (targets[i] != ignore_index) sums.add(double(weight_of(targets[i])) * factor_of_row(i), 0.0, 0.0);
+      if (targets[i] != ignore_index) sums.add(double(weight_of(targets[i])) * row_weight_at(i), 0.0, 0.0);
     }
     return factors_of(inputs.options.reduction, sums, data_or_null<A>(inputs.normalizer)).template as<A>();
   }
@@ -367,7 +367,7 @@ void forward_with_gradient(const Forward<T>& call, T* gradients, int64_t gradien
           row_statistics<kPlain, true>(instructions, x, 0, vocab_size, call.transform, smoothing_centre(z_target),
                                        call.predicted != nullptr, kept, tile_origin.data());
       const auto saved = call.finish_row(i, statistics, z_target);
-      const auto row = gradient_row(saved, call.factor_of_row(i), A(1) / statistics.sum, A(1), factors, call.options);
+      const auto row = gradient_row(saved, call.row_weight_at(i), A(1) / statistics.sum, A(1), factors, call.options);
       row_gradient_of_kept<kPlain>(instructions, x, kept, tile_origin.data(), gradient, vocab_size, call.transform,
                                    row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
@@ -406,9 +406,9 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
         continue;
       }
       const auto saved = SavedRow<A>::load(saved_rows, logits.rows, i);
-      const A factor = row_weight != nullptr ? row_weight[i] : A(1);
+      const A weight = row_weight != nullptr ? row_weight[i] : A(1);
       const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
-      const auto row = gradient_row(saved, factor, A(exp(-saved.log_sum)), grad, factors, options);
+      const auto row = gradient_row(saved, weight, A(exp(-saved.log_sum)), grad, factors, options);
       row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - shard.first_id, transform, row);
     }
   });
@@ -428,7 +428,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, std::vector<double> options,
                                                         bool predict) {
-  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
   const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
   dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
@@ -443,7 +448,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
                                                               std::vector<double> options, bool predict) {
-  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
   const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
@@ -486,7 +496,10 @@ void scale_(Tensor gradient, Tensor factor) {
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
                      OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
                      int64_t first_id, int64_t vocab_size) {
-  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .options = LossOptions::unpack(options)};
   const Tensor grad_logits = allocate(logits, logits.sizes(), logits.scalar_type());
   prefer_huge_pages(grad_logits.mutable_data_ptr(), grad_logits.numel() * int64_t(grad_logits.element_size()));
   backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, grad_logits);
@@ -496,14 +509,18 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor sav
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
                     int64_t first_id, int64_t vocab_size) {
-  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .options = LossOptions::unpack(options)};
   check_rows_apart(logits, "logits");
   backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
 std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, OptionalTensor row_weight,
                                        OptionalTensor normalizer, std::vector<double> options) {
-  const LossInputs inputs{targets, {}, row_weight, {}, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{
+      .targets = targets, .row_weight = row_weight, .normalizer = normalizer, .options = LossOptions::unpack(options)};
   check_reduce_arguments(saved_rows, inputs);
   const ScalarType dtype = saved_rows.scalar_type();
   const Tensor loss = allocate_loss(saved_rows, targets.numel(), inputs.options.reduction, dtype);

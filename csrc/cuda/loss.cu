@@ -5,9 +5,9 @@
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
-// Regimes: a row a block, 128 threads for short rows and 256 for long ones. Fewer rows than multiprocessors are cut into
-// shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several
-// of them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
+// Regimes: a row a block, 128 threads for short rows and 256 for long ones. Fewer rows than multiprocessors are cut
+// into shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several of
+// them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
 // ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
 // captured in a graph.
 #include <torch/csrc/stable/library.h>
@@ -84,7 +84,7 @@ __global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, in
     }
     const SavedRow<A> saved = rows.saved(i);
     const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
-    const auto row = gradient_row(saved, rows.factor(i), A(exp(-saved.log_sum)), grad, factors, rows.options);
+    const auto row = gradient_row(saved, rows.row_weight_at(i), A(exp(-saved.log_sum)), grad, factors, rows.options);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
     // In another shard an id is that of no column. Out of range it may be cut to one: then the row's statistics are
@@ -97,7 +97,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, std::vector<double> options,
                                                         bool predict) {
-  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
   const LossOutputs outputs = loss_forward_outputs(logits, inputs, predict);
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
@@ -121,7 +126,10 @@ Tensor allocate_gradient(const Tensor& logits) {
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
                      OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
                      int64_t first_id, int64_t vocab_size) {
-  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .options = LossOptions::unpack(options)};
   const Tensor grad_logits = allocate_gradient(logits);
   loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, grad_logits);
   return grad_logits;
@@ -130,14 +138,18 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor sav
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
                     int64_t first_id, int64_t vocab_size) {
-  const LossInputs inputs{targets, {}, row_weight, logit_offset, {}, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .options = LossOptions::unpack(options)};
   check_rows_apart(logits, "logits");
   loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
 std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, OptionalTensor row_weight,
                                        OptionalTensor normalizer, std::vector<double> options) {
-  const LossInputs inputs{targets, {}, row_weight, {}, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{
+      .targets = targets, .row_weight = row_weight, .normalizer = normalizer, .options = LossOptions::unpack(options)};
   check_reduce_arguments(saved_rows, inputs);
   const Launcher launch(saved_rows);
   const ScalarType dtype = saved_rows.scalar_type();

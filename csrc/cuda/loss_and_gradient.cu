@@ -89,7 +89,7 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
 template <typename T, typename A>
 __device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, A sum,
                                                           const A* factors) {
-  return gradient_row(row, rows.factor(i), A(1) / sum, A(1), Factors<A>::load(factors), rows.options);
+  return gradient_row(row, rows.row_weight_at(i), A(1) / sum, A(1), Factors<A>::load(factors), rows.options);
 }
 
 // A cluster a row; `shared_bytes` of the launch hold a block's share of it.
@@ -219,7 +219,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
                                                               std::vector<double> options, bool predict) {
-  const LossInputs inputs{targets, token_weight, row_weight, logit_offset, normalizer, LossOptions::unpack(options)};
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
   const Launcher launch(logits);

@@ -33,20 +33,20 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   using A = Accumulator<T>;
   struct Row {
     bool counted;
-    A weight, factor, ce, lse;
+    A token_weight, row_weight, ce, lse;
   };
   RowSums sums;
   for_each_row<kRowsAtOnce<A>>(
       rows.count,
       [&](int64_t i) -> Row {
         const SavedRow<A> saved = rows.saved(i);
-        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.factor(i), saved.ce, saved.lse()};
+        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.row_weight_at(i), saved.ce, saved.lse()};
       },
       [&](int64_t i, const Row& row) {
         if (reduction == Reduction::none) {
-          loss[i] = row.counted ? row_term(row.weight * row.factor, row.ce, row.lse, rows.options) : A(0);
+          loss[i] = row.counted ? row_term(row.token_weight * row.row_weight, row.ce, row.lse, rows.options) : A(0);
         } else if (row.counted) {
-          sums.add(double(row.weight) * double(row.factor), row.ce, row.lse);
+          sums.add(double(row.token_weight) * double(row.row_weight), row.ce, row.lse);
         }
       });
   if (reduction != Reduction::none) sums = block_sum(sums);
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   using A = Accumulator<T>;
   struct Row {
     bool counted;
-    A weight, factor;
+    A token_weight, row_weight;
   };
   RowSums sums;
   if (reduction != Reduction::sum && normalizer == nullptr) {
@@ -73,10 +73,10 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
         [&](int64_t i) -> Row {
           const int64_t target = rows.targets[i];
           const A weight = rows.in_vocabulary(target) ? rows.weight_of(target) : not_a_number<A>();
-          return {target != rows.ignore_index, weight, rows.factor(i)};
+          return {target != rows.ignore_index, weight, rows.row_weight_at(i)};
         },
         [&](int64_t, const Row& row) {
-          if (row.counted) sums.add(double(row.weight) * double(row.factor), 0.0, 0.0);
+          if (row.counted) sums.add(double(row.token_weight) * double(row.row_weight), 0.0, 0.0);
         });
     sums = block_sum(sums);
   }

@@ -41,7 +41,7 @@ struct Rows {
   int64_t* predicted;  // or nullptr
 
   __device__ bool in_vocabulary(int64_t target) const { return target >= 0 && target < vocab_size; }
-  __device__ A factor(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
+  __device__ A row_weight_at(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
   __device__ A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
   __device__ SavedRow<A> saved(int64_t i) const { return SavedRow<A>::load(saved_rows, count, i); }
   template <bool kPlain>

@@ -183,16 +183,6 @@ def _scaled_gradients(
     return gradient.detach().view(ctx.shape), grad_row_weight
 
 
-def _refuse_leaf(logits: Tensor) -> None:
-    # As PyTorch refuses to write to either: a parameter would be overwritten by its gradient.
-    base = logits._base
-    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
-        got = "a leaf" if logits.is_leaf else "a view of a leaf"
-        raise RuntimeError(
-            f"logits: got {got} that requires grad, expected what a model computed: inplace_backward would overwrite it"
-        )
-
-
 def weighted_loss(
     logits: Tensor,
     inputs: LossInputs,
@@ -208,8 +198,6 @@ def weighted_loss(
     ):
         loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
         return (loss, saved_rows, predicted) if predict else (loss, None, None)
-    if inplace_backward and logits.requires_grad:
-        _refuse_leaf(logits)
     given = (logits, row_weight, targets, token_weight, logit_offset, normalizer, options, predict)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     if (

@@ -146,7 +146,11 @@ class _Call:
 
 
 class LossCall(_Call):
-    """A loss of logits [..., V]. Raises TypeError or ValueError that names the first input that it cannot take."""
+    """A loss of logits [..., V].
+
+    Raises TypeError or ValueError that names the first input that it cannot take. RuntimeError for `inplace_backward`
+    with a leaf or a view of one.
+    """
 
     def __init__(
         self,
@@ -158,6 +162,7 @@ class LossCall(_Call):
         options: LossOptions,
         return_stats: bool,
         process_group: dist.ProcessGroup | None,
+        inplace_backward: bool,
     ) -> None:
         _check_scores("logits", logits)
         _check_targets_dtype(targets)
@@ -166,20 +171,20 @@ class LossCall(_Call):
         if logits.shape[:-1] != targets.shape:
             raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
         _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
+        self.in_place = inplace_backward and not torch.compiler.is_compiling()
+        if self.in_place and logits.requires_grad and torch.is_grad_enabled():
+            _refuse_leaf(logits)
         shard = VocabularyShard.for_rank(logits.shape[-1], logits.device, process_group)
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.logits = logits
 
-    def loss(
-        self, token_weight: Tensor | None, logit_offset: Tensor | None, inplace_backward: bool
-    ) -> Tensor | tuple[Tensor, RowStats]:
-        """The result of pdl_loss; of tables that were checked."""
+    def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
+        """The result of pdl_loss; of tables that were checked. Raises IndexError for a target outside [0, V)."""
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.logits.dtype))
         if self.shard.group:
             self._check_ids()
-        in_place = inplace_backward and not torch.compiler.is_compiling()
         try:
-            results = weighted_loss(self.logits, inputs, self.options, self.return_stats, in_place, self.shard)
+            results = weighted_loss(self.logits, inputs, self.options, self.return_stats, self.in_place, self.shard)
         except IndexError:
             raise self.bad_target() from None
         return self._results(results, inputs)
@@ -250,7 +255,7 @@ class LinearLossCall(_Call):
         self.hidden, self.weight, self.bias = hidden, weight, bias
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
-        """The result of linear_pdl_loss; of tables that were checked."""
+        """The result of linear_pdl_loss; of tables that were checked. Raises IndexError as LossCall does."""
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.settings.dtype))
         # Before the first product, and not when a slab comes to it.
         self._check_ids()
@@ -276,6 +281,16 @@ def _check_scores(name: str, tensor: Tensor) -> None:
     check_dense(name, tensor)
     if tensor.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(LOGITS_DTYPES)}")
+
+
+def _refuse_leaf(logits: Tensor) -> None:
+    # As PyTorch refuses to write to either: a parameter would be overwritten by its gradient.
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        got = "a leaf" if logits.is_leaf else "a view of a leaf"
+        raise RuntimeError(
+            f"logits: got {got} that requires grad, expected what a model computed: inplace_backward would overwrite it"
+        )
 
 
 def _check_targets_dtype(targets: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -92,9 +93,7 @@ def loss_forward_of_shard(
     mine = valid & (targets >= first_id) & (targets < first_id + width)
     # With a smoothing of 1, ce is the mean over the shard of lse - z.
     smoothed = 1.0 if asked.label_smoothing else 0.0
-    local = LossOptions(
-        reduction="none", label_smoothing=smoothed, softcap=asked.softcap, logit_scale=asked.logit_scale
-    )
+    local = dataclasses.replace(asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0)
     # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
     stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
     inputs = LossInputs(stand_in, None, None, logit_offset, None)

@@ -27,7 +27,7 @@ std::vector<A> random_logits(int64_t n, double spread, double offset, unsigned s
 
 template <typename A>
 RowOptions<A> smoothed(A label_smoothing, int64_t vocab_size) {
-  return {label_smoothing, A(0), vocab_size};
+  return RowOptions<A>::of({.label_smoothing = label_smoothing}, vocab_size);
 }
 
 // What a kernel gathers from z[begin, end).
@@ -243,7 +243,7 @@ TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
     const auto wide = widened(z);
     const Wide lse = Definition::lse(wide);
     const A s = A(0.1);
-    const RowOptions<A> options{s, A(0.002), 997};
+    const auto options = RowOptions<A>::of({.label_smoothing = s, .z_loss = A(0.002)}, 997);
     const auto saved = row_loss(gather(z, z[target]), z[target], A(0.6), options);
     const auto row = gradient_row(saved, A(0.5), A(std::exp(-saved.log_sum)), A(1), Factors<A>{1, 1, 0}, options);
     const Wide b = 0.3, a = b + 2 * Wide(options.z_loss) * lse;
@@ -302,7 +302,8 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
 
       std::vector<RowStatistics<double>> statistics;
       std::vector<SavedRow<double>> saved;
-      const RowOptions<double> row_options{options.label_smoothing, options.z_loss, kVocab};
+      const auto row_options =
+          RowOptions<double>::of({.label_smoothing = options.label_smoothing, .z_loss = options.z_loss}, kVocab);
       RowSums sums;
       double terms = 0;
       for (int64_t i = 0; i < kRows; ++i) {
