@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -130,6 +131,44 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdl_ext" / "cuda_compile"
 
 
+@functools.cache
+def compilers(nvcc: Path) -> tuple[str, ...]:
+    """What the compiler and the host's say of themselves, and what the environment adds to each call."""
+    versions = []
+    for program in (str(nvcc), "c++"):
+        try:
+            versions.append(subprocess.run([program, "--version"], capture_output=True, text=True).stdout)
+        except OSError:
+            versions.append("")
+    return (*versions, *(os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")))
+
+
+def record_of(nvcc: Path, flags: list[str], source: Path, architecture: str) -> Path:
+    """Where the result is kept: its name tells of all that the result depends on."""
+    # Of PyTorch the version instead of the folder, which is another one in each clone.
+    key = hashlib.sha256(repr((compilers(nvcc), flags, version("torch"))).encode())
+    key.update(Path(__file__).read_bytes() + source.read_bytes())
+    for ending in ("h", "cuh"):
+        for path in sorted(CSRC.rglob(f"*.{ending}")):
+            key.update(repr((path.relative_to(CSRC).as_posix(), path.read_bytes())).encode())
+    return cache() / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
+
+
+def keep(record: Path, result: Compilation) -> None:
+    unfinished = record.with_suffix(f".{os.getpid()}")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(dataclasses.asdict(result)))
+        unfinished.replace(record)
+    except OSError as error:
+        say_once(f"results are not kept: {error.strerror}: {record.parent}")
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 @dataclass
 class Compilation:
     source: str
@@ -144,12 +183,7 @@ def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Pa
     flags = [*flags, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
     # The host's code is the same for all of them, and takes two fifths of the time.
     flags.append("-c" if architecture == WITH_HOST_CODE else "-cubin")
-    headers = (path for ending in ("h", "cuh") for path in sorted(CSRC.rglob(f"*.{ending}")))
-    # Of PyTorch the version instead of the folder, which is another one in each clone.
-    key = hashlib.sha256(repr((str(nvcc), nvcc.stat().st_mtime, flags, version("torch"))).encode())
-    for path in (Path(__file__), source, *headers):
-        key.update(path.read_bytes())
-    record = cache() / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
+    record = record_of(nvcc, flags, source, architecture)
     if record.exists():
         values = json.loads(record.read_text())
         return Compilation(**{**values, "kernels": [Kernel(**kernel) for kernel in values["kernels"]]})
@@ -160,10 +194,7 @@ def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Pa
         kernel.name = name
     result = Compilation(source.name, architecture, done.returncode == 0, output, kernels)
     if result.ok:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = record.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(json.dumps(dataclasses.asdict(result)))
-        unfinished.replace(record)
+        keep(record, result)
     return result
 
 

@@ -197,6 +197,14 @@ class TestCpuPlan:
         assert cpu.main() == 2
         assert "'wieghts'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("make", [cpu._count_by_numpy, cpu._count_by_counter, cpu._count_on_one_thread])
+    def test_wrong_counts_are_seen(self, make):
+        ids = torch.tensor([3, 1, 3], dtype=torch.int32)
+        right, wrong = torch.tensor([0, 1, 0, 2]).double(), torch.tensor([0, 2, 0, 1]).double()
+        for truth, error in ((right, 0.0), (wrong, 0.5)):
+            counter = make([ids], 4, functools.partial(harness.relative_error, truth=truth))
+            assert counter.error(counter.call(0)) == error
+
 
 class TestCorpus:
     def test_every_format(self, clock, tmp_path, monkeypatch):
@@ -343,3 +351,15 @@ class TestRun:
         assert data["failures"] == {"large": "out of memory"}
         assert len(data["rows"]) == 2
         assert data["finished"]
+
+    def test_what_was_measured_survives_an_end_in_between(self, clock, tmp_path):
+        def ended():
+            yield workload(provider("done"))
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            harness.run([harness.Group("group", ended)], clock, report_of(tmp_path), 600, 2**10)
+        data = strict_json(tmp_path / "benchmark.json")
+        assert [row["provider"] for row in data["rows"]] == ["done"]
+        assert not data["finished"]
+        assert "The run did not end." in (tmp_path / "benchmark.md").read_text()

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import cuda_compile
 import pytest
 from cuda_compile import find_nvcc, main, parse, short_name, table
 
@@ -88,3 +91,54 @@ def test_what_does_not_compile_is_refused_and_not_kept(tmp_path, monkeypatch, ca
     assert main(["--arch", "90a", str(tmp_path / "wrong.cu")]) == 1
     assert "wrong.cu for sm_90a" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.fixture
+def nvcc(tmp_path, monkeypatch):
+    """A compiler that only counts its calls."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.h").write_text("int a;")
+    (tmp_path / "a.cu").write_text("")
+    monkeypatch.setattr(cuda_compile, "CSRC", tmp_path / "csrc")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for memory in (cuda_compile.compilers, cuda_compile.say_once):
+        memory.cache_clear()
+    return program(tmp_path, "1")
+
+
+def program(folder: Path, release: str) -> Path:
+    path = folder / "nvcc"
+    path.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo {release}; else echo >> {folder}/calls; fi\n')
+    path.chmod(0o755)
+    return path
+
+
+def calls(nvcc: Path) -> int:
+    """How often it compiled by now, after it was asked for once more."""
+    cuda_compile.compilers.cache_clear()
+    assert cuda_compile.compile_source(nvcc, [], [], nvcc.parent / "a.cu", "90a").ok
+    return len((nvcc.parent / "calls").read_text().splitlines())
+
+
+def test_a_result_is_kept_until_what_it_depends_on_changes(nvcc, monkeypatch):
+    assert calls(nvcc) == calls(nvcc) == 1
+    header = cuda_compile.CSRC / "a.h"
+    header = header.rename(header.with_name("b.h"))
+    assert calls(nvcc) == calls(nvcc) == 2, "the name of a header"
+    header.write_text("int b;")
+    assert calls(nvcc) == 3, "what is in it"
+    program(nvcc.parent, "2")
+    assert calls(nvcc) == 4, "the release of the compiler"
+    nvcc.touch()
+    assert calls(nvcc) == 4, "but not its date"
+    for number, variable in enumerate(("NVCC_APPEND_FLAGS", "NVCC_PREPEND_FLAGS"), 5):
+        monkeypatch.setenv(variable, "-G")
+        assert calls(nvcc) == number
+
+
+def test_results_that_cannot_be_kept_are_none_the_less_results(nvcc, monkeypatch, capsys):
+    (nvcc.parent / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(nvcc.parent / "file"))
+    assert (calls(nvcc), calls(nvcc)) == (1, 2)
+    folder = nvcc.parent / "file" / "pdl_ext" / "cuda_compile"
+    assert capsys.readouterr().err == f"results are not kept: Not a directory: {folder}\n"

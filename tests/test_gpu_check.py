@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -83,6 +84,39 @@ def test_part_without_time_is_left_out_and_says_so(tmp_path, capsys):
     assert "not passed: tests" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_results_are_written_after_every_part(tmp_path):
+    def statuses():
+        return [part["status"] for part in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]]
+
+    def look(part, check, limit):
+        assert statuses() == ["passed", "running", "not begun"]
+        raise RuntimeError("broken")
+
+    parts = [Part("build", 10, 1, passing), Part("tests", 10, 1, look), Part("bench", 10, 1, passing)]
+    Check(tmp_path, MACHINE, 100.0, parts).run()
+    assert statuses() == ["passed", "failed", "passed"]
+    assert parts[1].detail == "RuntimeError: broken"
+
+
+def test_nothing_is_checked_without_a_build(tmp_path):
+    def failing(part, check, limit):
+        part.status = "failed"
+
+    parts = [Part("build", 10, 1, failing), Part("tests", 10, 1, passing)]
+    assert not Check(tmp_path, MACHINE, 100.0, parts).run()
+    assert (parts[1].status, parts[1].detail) == ("left out", "there is no build to check")
+
+
+def test_words_choose_parts():
+    def names(*words):
+        return [part.name for part in gpu_check.parts_for(words)]
+
+    sanitizers = ["sanitizer: memcheck", "sanitizer: racecheck", "sanitizer: initcheck"]
+    assert names(*gpu_check.WORDS) == ["build", "tests", *sanitizers, "bench"]
+    assert names("sanitizer") == ["build", *sanitizers]
+    assert names("build") == ["build"]
+
+
 def test_hanging_command_is_ended_with_what_it_started(check, tmp_path):
     code = (
         "import os, subprocess, sys, time\n"
@@ -107,12 +141,33 @@ def test_hanging_command_is_ended_with_what_it_started(check, tmp_path):
     assert "ended after 2 s" in (check.folder / "gpu_check.log").read_text()
 
 
-def test_a_build_of_the_cpu_only_is_refused(check, monkeypatch):
-    info = "PyTorch             2.11.0+cu130 (built with 2.11.0)\nCUDA architectures  none\n"
+def build(check, monkeypatch, architectures):
+    """The part, and the commands that it ran, each with its environment."""
+    info = f"PyTorch             2.11.0+cu130 (built with 2.11.0)\nCUDA architectures  {architectures}\n"
     outcomes = [Outcome("passed", ""), Outcome("passed", info)]
-    monkeypatch.setattr(Check, "execute", lambda *_, **__: outcomes.pop(0))
+    commands = []
+
+    def execute(self, command, limit, **environment):
+        commands.append((command, environment))
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(Check, "execute", execute)
     part = Part("build", 100, 1, gpu_check.build)
     gpu_check.build(part, check, 100)
+    return part, commands
+
+
+def test_a_build_is_for_the_devices_that_are_there(check, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    part, commands = build(check, monkeypatch, "900")
+    assert (part.status, part.results["CUDA architectures"]) == ("passed", "900")
+    command, environment = commands[0]
+    assert command[1:] == ["setup.py", "build_ext", "--inplace"]
+    assert (environment["PDL_EXT_CUDA"], environment["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+
+
+def test_a_build_of_the_cpu_only_is_refused(check, monkeypatch):
+    part, _ = build(check, monkeypatch, "none")
     assert (part.status, part.failures) == ("failed", ["what is imported was built without CUDA"])
 
 

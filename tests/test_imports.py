@@ -58,6 +58,8 @@ OTHERS_NAMES = {
     # Of a tensor: what it is a view of, and how often it was written to. PyTorch tells them nowhere else.
     "_base",
     "_version",
+    # Of torch.autograd.forward_ad: how deep forward-mode differentiation is nested. There is no public name.
+    "_current_level",
 }
 # Modules without a public name for some of what the library needs of them.
 OTHERS_MODULES = ("torch._C", "torch.distributed.distributed_c10d")
@@ -161,14 +163,73 @@ def reached_into(name: str, text: str, modules: dict[str, str]) -> list[str]:
     ]
     tree = ast.parse(text)
     own, called = own_names(tree), names_of_modules(tree)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or not is_private(node.attr) or node.attr in own | OTHERS_NAMES:
+    for line, owner, attribute in attributes(tree):
+        if not is_private(attribute) or attribute in own | OTHERS_NAMES:
             continue
-        owner = ast.unparse(node.value)
-        first, *rest = f"{owner}.{node.attr}".split(".")
-        used = ".".join([called.get(first, first), *rest])
+        used = full_name(f"{owner}.{attribute}", called)
         if owner not in ("self", "cls", "super()") and not used.startswith(OTHERS_MODULES):
-            found.append(f"{name}:{node.lineno} uses {used}")
+            found.append(f"{name}:{line} uses {used}")
+    return found
+
+
+def attributes(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    """Line, owner and name of each attribute, also of those that are named in a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("getattr", "setattr", "delattr", "hasattr"):
+            owner, *others = node.args
+            yield from ((node.lineno, ast.unparse(owner), name) for name in strings(others[:1]))
+        elif isinstance(node, ast.Call) and name_of(node.func) == "attrgetter":
+            dotted = (part for path in strings(node.args) for part in path.split("."))
+            yield from ((node.lineno, "attrgetter", name) for name in dotted)
+
+
+def strings(nodes: list[ast.expr]) -> list[str]:
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def full_name(dotted: str, called: dict[str, str]) -> str:
+    """A dotted name, with the module's own name in front."""
+    first, *rest = dotted.split(".")
+    return ".".join([called.get(first, first), *rest])
+
+
+def not_public(name: str, text: str, modules: dict[str, str]) -> list[str]:
+    """What an integration uses that is neither public nor plumbing."""
+    found = [
+        f"{name}:{line} imports {module}{'' if imported is None else f'.{imported}'}"
+        for line, module, imported in imports(name, text, modules)
+        if module not in PLUMBING
+        if is_internal(module) or (imported is not None and imported not in public_names(modules[module]))
+    ]
+    tree = ast.parse(text)
+    called = names_of_modules(tree)
+    for line, owner, attribute in attributes(tree):
+        used = full_name(f"{owner}.{attribute}", called)
+        if used in modules and used not in PLUMBING and is_internal(used):
+            found.append(f"{name}:{line} uses {used}")
+    return found
+
+
+def is_internal(module: str) -> bool:
+    return any(part.startswith("_") or part in INTERNAL for part in module.split("."))
+
+
+def laid_out_by_hand(text: str) -> list[int]:
+    """The lines that know by themselves how a packed table lies: `+ 3`, `[-3]`, `[:-3]`, `[-3:]`."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            known = "3" in (ast.unparse(node.left), ast.unparse(node.right))
+        elif isinstance(node, ast.Subscript):
+            index = node.slice
+            parts = (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
+            known = any(part is not None and ast.unparse(part) == "-3" for part in parts)
+        else:
+            continue
+        if known:
+            found.append(node.lineno)
     return found
 
 
@@ -222,21 +283,18 @@ def test_each_entry_is_a_module():
 
 def test_integrations_use_public_names():
     modules = sources()
-    wrong = [
-        f"{name}:{line.line} imports {line.module}{'' if line.name is None else f'.{line.name}'}"
-        for name, text in modules.items()
-        if name.startswith("pdl_ext.integrations.")
-        for line in imports(name, text, modules)
-        if line.module not in PLUMBING
-        if any(part.startswith("_") or part in INTERNAL for part in line.module.split("."))
-        or (line.name is not None and line.name not in public_names(modules[line.module]))
-    ]
-    assert wrong == []
+    integrations = [name for name in modules if name.startswith("pdl_ext.integrations.")]
+    assert [place for name in integrations for place in not_public(name, modules[name], modules)] == []
 
 
 def test_nobody_reaches_into_another_module():
     modules = sources()
     assert [place for name, text in modules.items() for place in reached_into(name, text, modules)] == []
+
+
+def test_only_one_module_knows_how_a_packed_table_lies():
+    knowing = [name for name, text in sources().items() if laid_out_by_hand(text)]
+    assert knowing == ["pdl_ext.counts"]
 
 
 # 72 MiB and a second, which only who compiles has to have.
@@ -316,8 +374,50 @@ def test_an_import_of_what_is_above_is_found(module, line, is_upward):
         ("import torch\ntorch._x", True),
         ("import torch.distributed as dist\ndist.distributed_c10d._x", False),
         ("x.__doc__", False),
+        ("getattr(x, '_x')", True),
+        ("getattr(x, '_x', None)", True),
+        ("getattr(x, 'x', '_x')", False),
+        ("class C:\n    def f(self):\n        getattr(self, '_x')", False),
+        ("attrgetter('_x')", True),
+        ("operator.attrgetter('x', 'x._x')", True),
+        ("operator.attrgetter('x')", False),
     ],
 )
 def test_reaching_into_another_module_is_found(text, is_found):
     modules = {"p": "", "p.a": text, "p.b": "__all__ = ['_told']", "p._b": ""}
     assert bool(reached_into("p.a", text, modules)) == is_found
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("from pdl_ext.engine import ops", True),
+        ("from pdl_ext import engine", True),
+        ("import pdl_ext\npdl_ext.engine.ops.f()", True),
+        ("import pdl_ext as p\np.engine.ops", True),
+        ("import pdl_ext\ngetattr(pdl_ext, 'engine')", True),
+        ("import pdl_ext\npdl_ext.counts.CountTable", False),
+        ("import pdl_ext\npdl_ext._checks.f()", False),
+        ("import other\nother.engine.ops", False),
+    ],
+)
+def test_an_integration_that_uses_what_is_internal_is_found(text, is_found):
+    modules = sources()
+    assert bool(not_public("pdl_ext.integrations.new", text, modules)) == is_found
+
+
+@pytest.mark.parametrize(
+    ("text", "is_found"),
+    [
+        ("n = vocab_size + 3", True),
+        ("n = 3 + vocab_size", True),
+        ("packed[:-3]", True),
+        ("packed[-3:]", True),
+        ("packed[-3]", True),
+        ("packed[:-2]", False),
+        ("n = vocab_size - 3", False),
+        ("n = vocab_size + 30", False),
+    ],
+)
+def test_a_table_that_is_laid_out_by_hand_is_found(text, is_found):
+    assert bool(laid_out_by_hand(text)) == is_found
