@@ -117,8 +117,8 @@ def linear_pdl_loss(
         accumulate: how the classifier's gradient is summed over slabs: "float32" (on the CPU from three slabs on: two
             are added in its own dtype), or "weight", always in its own dtype, which saves memory or time where that is
             a 16-bit one, and loses what small slabs would have added.
-        process_group: as in pdl_loss, with the same max_chunk_bytes on every rank; weight and bias hold this rank's
-            shard of the vocabulary, hidden is the same on every rank, and its gradient is summed over the ranks.
+        process_group: as in pdl_loss, with the same max_chunk_bytes on every rank. `weight` and `bias` hold this rank's
+            shard of the vocabulary. `hidden` is the same on every rank, and its gradient is summed over the ranks.
         The others: as in pdl_loss.
 
     Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are

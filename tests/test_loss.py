@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
 import pickle
+import typing
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
+from pdl_ext.options import DEFAULTS, LossKeywords
 
 VOCAB = 31
 
@@ -254,6 +258,53 @@ def test_option_changed_to_nonsense_is_refused_and_leaves_the_old_one():
     with pytest.raises(ValueError, match=r"label_smoothing: got 2.0"):
         loss_fn.label_smoothing = 2.0
     assert loss_fn.label_smoothing == 0.1
+
+
+def test_options_are_attributes_like_any_other():
+    loss_fn = PDLLoss(softcap=30.0)
+    names = set(LossKeywords.__annotations__)
+    assert names <= set(dir(loss_fn))
+    assert {name: getattr(PDLLoss, name) for name in names} == DEFAULTS
+    assert {name: getattr(loss_fn, name) for name in names} == {**DEFAULTS, "softcap": 30.0}
+    assert not hasattr(loss_fn, "softcaps")
+
+
+def test_a_pickle_with_options_as_plain_attributes_loads():
+    logits, targets = torch.randn(4, VOCAB), torch.tensor([1, 0, 2, 1])
+    expected = PDLLoss(vocab_size=VOCAB, reduction="sum", label_smoothing=0.1)
+    state = expected.__getstate__()
+    options = state.pop("_options")
+    state.update({name: getattr(options, name) for name in DEFAULTS})
+    loaded = PDLLoss.__new__(PDLLoss)
+    loaded.__setstate__(copy.deepcopy(state))
+    assert loaded(logits, targets) == expected(logits, targets)
+    loaded.reduction = "mean"
+    assert loaded.reduction == "mean"
+
+
+def test_what_pickles_and_tools_ask_for_is_public():
+    stats = functional.pdl_loss(torch.zeros(2, 3), torch.tensor([0, 1]), return_stats=True)[1]
+    for value in (PowerLaw(alpha=0.5), stats):
+        kind = type(value)
+        assert kind is getattr(importlib.import_module(kind.__module__), kind.__name__)
+        assert not any(part in kind.__module__.split(".") for part in ("engine", "power_law"))
+        with torch.serialization.safe_globals([kind]):
+            saved = io.BytesIO()
+            torch.save(value, saved)
+            saved.seek(0)
+            loaded = torch.load(saved, weights_only=True)
+        assert type(loaded) is kind
+    for function in (functional.pdl_loss, functional.linear_pdl_loss, reference.pdl_loss, PDLLoss.__init__):
+        assert typing.get_type_hints(function)["options"]
+        assert set(DEFAULTS) <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("call", [PDLLoss, functional.pdl_loss, functional.linear_pdl_loss, reference.pdl_loss])
+def test_unknown_keyword_is_named(call):
+    tensors = (torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]))
+    given = {PDLLoss: (), functional.linear_pdl_loss: tensors}.get(call, tensors[1:])
+    with pytest.raises(TypeError, match=rf"{call.__name__}\(\) got an unexpected keyword argument 'labelsmoothing'"):
+        call(*given, labelsmoothing=0.1)
 
 
 def test_option_changed_while_training_holds_from_the_next_call():

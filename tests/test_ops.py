@@ -11,8 +11,9 @@ import torch
 
 from pdl_ext import PDLLoss, functional
 from pdl_ext.counts import TOKEN_DTYPES
-from pdl_ext.engine import ops
-from pdl_ext.options import OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions
+from pdl_ext.engine import linear, ops
+from pdl_ext.engine.vocabulary import VocabularyShard
+from pdl_ext.options import DEFAULTS, OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions, OptionsAsAttributes
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
 pytestmark = pytest.mark.devices("cpu", "cuda")
@@ -52,8 +53,15 @@ def op_inputs(device):
 
 def test_options_have_one_order_everywhere():
     assert tuple(ops._C.loss_option_names().split()) == OP_OPTIONS
-    names = [option.name for option in dataclasses.fields(LossOptions) if option.init]
-    assert names == list(LossKeywords.__annotations__)
+    assert list(DEFAULTS) == list(LossKeywords.__annotations__)
+    attributes = [name for name in vars(OptionsAsAttributes) if not name.startswith("_")]
+    assert attributes == list(DEFAULTS)
+
+
+def test_ops_of_the_linear_loss_end_with_the_fields_of_settings_and_shard():
+    for name in ("linear_loss_forward", "linear_loss_backward"):
+        arguments = [argument.name for argument in getattr(compiled, name).default._schema.arguments]
+        assert arguments[-9:] == [*linear.Settings._fields, *VocabularyShard._fields]
 
 
 def test_options_survive_packing():

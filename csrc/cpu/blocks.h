@@ -147,7 +147,7 @@ PDL_INLINE void exp_block(Instructions<kCapability>, const float* x, float* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = exp_nonpositive(x[k]);
 }
 
-// What the exponentials of a chunk, whose largest number is `max`, are relative to: max, or on AVX-512 what exp_avx512
+// What the exponentials of a tile, whose largest number is `max`, are relative to: max, or on AVX-512 what exp_avx512
 // needs, just below it.
 template <Capability kCapability>
 struct ExpOrigin {

@@ -33,18 +33,18 @@ RowOptions<A> smoothed(A label_smoothing, int64_t vocab_size) {
 // What a kernel gathers from z[begin, end).
 template <typename A>
 RowStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A centre) {
-  RowStatistics<A> part;
+  RowStatistics<A> share;
   for (int64_t j = begin; j < end; ++j) {
-    if (z[j] > part.max) {
-      part.max = z[j];
-      part.argmax = int32_t(j);
+    if (z[j] > share.max) {
+      share.max = z[j];
+      share.argmax = int32_t(j);
     }
   }
   for (int64_t j = begin; j < end; ++j) {
-    part.sum += exp_nonpositive(z[j] - exp_shift(part.max));
-    part.centred += z[j] - centre;
+    share.sum += exp_nonpositive(z[j] - exp_shift(share.max));
+    share.centred += z[j] - centre;
   }
-  return part;
+  return share;
 }
 
 template <typename A>
@@ -104,7 +104,7 @@ class RowLossOf : public testing::Test {};
 using Accumulators = testing::Types<float, double>;
 TYPED_TEST_SUITE(RowLossOf, Accumulators);
 
-TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOnePart) {
+TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOneShare) {
   using A = TypeParam;
   std::mt19937 generator(1);
   for (const double spread : {0.1, 3.0, 40.0}) {
@@ -120,15 +120,15 @@ TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOnePart) {
         std::vector<int64_t> cuts{0, int64_t(row.size())};
         for (int cut = 0; cut < trial % 17; ++cut) cuts.push_back(int64_t(generator() % row.size()));
         std::sort(cuts.begin(), cuts.end());
-        std::vector<RowStatistics<A>> parts;
-        for (size_t k = 0; k + 1 < cuts.size(); ++k) parts.push_back(gather(row, cuts[k], cuts[k + 1], centre));
-        while (parts.size() > 1) {
-          std::shuffle(parts.begin(), parts.end(), generator);
-          const auto last = parts.back();
-          parts.pop_back();
-          parts.back() = merge(parts.back(), last);
+        std::vector<RowStatistics<A>> shares;
+        for (size_t k = 0; k + 1 < cuts.size(); ++k) shares.push_back(gather(row, cuts[k], cuts[k + 1], centre));
+        while (shares.size() > 1) {
+          std::shuffle(shares.begin(), shares.end(), generator);
+          const auto last = shares.back();
+          shares.pop_back();
+          shares.back() = merge(shares.back(), last);
         }
-        expect_same(parts[0], whole);
+        expect_same(shares[0], whole);
       }
     }
   }
@@ -151,7 +151,7 @@ TYPED_TEST(RowLossOf, StatisticsAgreeWithTheDefinition) {
   EXPECT_NEAR(row.centred, centred, 64 * std::numeric_limits<A>::epsilon() * std::abs(centred));
 }
 
-TYPED_TEST(RowLossOf, MergingSurvivesPartsOfMinusInfinity) {
+TYPED_TEST(RowLossOf, MergingSurvivesSharesOfMinusInfinity) {
   using A = TypeParam;
   const std::vector<A> masked(8, -infinity<A>());
   const auto z = random_logits<A>(8, 2.0, -4.0, 4);
