@@ -70,6 +70,8 @@ def _overlap(rows: Tensor) -> bool:
     return rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
 
 
+# The row weights are an input of their own, beside `inputs`: a Function takes no gradient to what is in a tuple.
+#
 # torch.autograd.Function and not torch.library.register_autograd, and no output that nobody asked for: a step on tiny
 # inputs takes a third of the time.
 class Loss(torch.autograd.Function):
@@ -83,19 +85,15 @@ class Loss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         row_weight: Tensor | None,
-        targets: Tensor,
-        token_weight: Tensor | None,
-        logit_offset: Tensor | None,
-        normalizer: Tensor | None,
+        inputs: LossInputs,
         options: LossOptions,
         predict: bool,
         inplace_backward: bool,
         shard: VocabularyShard,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
         loss, saved_rows, factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, row_weight, targets, logit_offset, saved_rows, factors)
+        ctx.save_for_backward(logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors)
         ctx.options = options
         ctx.shard = shard
         ctx.inplace_backward = inplace_backward
@@ -142,16 +140,12 @@ class LossOverLogits(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         row_weight: Tensor | None,
-        targets: Tensor,
-        token_weight: Tensor | None,
-        logit_offset: Tensor | None,
-        normalizer: Tensor | None,
+        inputs: LossInputs,
         options: LossOptions,
         predict: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         rows_of_logits = _as_rows(logits)
         gradient = rows_of_logits.new_empty(logits.shape) if _overlap(rows_of_logits) else rows_of_logits
-        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
         loss, saved_rows, factors, predicted = ops.compiled.loss_and_gradient_(
             rows_of_logits, _as_rows(gradient), *inputs, options.packed, predict
         )
@@ -192,13 +186,12 @@ def weighted_loss(
     shard: VocabularyShard,
 ) -> Results:
     """The loss of logits [..., V], with its gradient where one is needed; with `predict` saved rows and predictions."""
-    targets, token_weight, row_weight, logit_offset, normalizer = inputs
+    row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
         logits.requires_grad or (row_weight is not None and row_weight.requires_grad)
     ):
         loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
         return (loss, saved_rows, predicted) if predict else (loss, None, None)
-    given = (logits, row_weight, targets, token_weight, logit_offset, normalizer, options, predict)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     if (
         inplace_backward
@@ -207,7 +200,7 @@ def weighted_loss(
         and options.reduction != "none"
         and logits.dtype != torch.float16
     ):
-        result = LossOverLogits.apply(*given)
+        result = LossOverLogits.apply(logits, row_weight, inputs, options, predict)
     else:
-        result = Loss.apply(*given, inplace_backward, shard)
+        result = Loss.apply(logits, row_weight, inputs, options, predict, inplace_backward, shard)
     return result if predict else (result, None, None)

@@ -456,16 +456,12 @@ class LinearLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         row_weight: Tensor | None,
-        targets: Tensor,
-        token_weight: Tensor | None,
-        logit_offset: Tensor | None,
-        normalizer: Tensor | None,
+        inputs: LossInputs,
         options: LossOptions,
         predict: bool,
         settings: Settings,
         shard: VocabularyShard,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
         *needs, _of_row_weight = ctx.needs_input_grad[:4]
         # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
         wanted = [x for x, need in zip((hidden, weight, bias), needs, strict=True) if x is not None and need]
@@ -477,7 +473,7 @@ class LinearLoss(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.settings, ctx.shard = options, settings, shard
-        saved = gradients if ctx.at_once else (targets, logit_offset)
+        saved = gradients if ctx.at_once else (inputs.targets, inputs.logit_offset)
         ctx.save_for_backward(hidden, weight, bias, row_weight, saved_rows, factors, *saved)
         if not predict:
             return loss
@@ -551,7 +547,7 @@ def linear_weighted_loss(
 
     With `predict` also saved rows and predictions.
     """
-    targets, token_weight, row_weight, logit_offset, normalizer = inputs
+    row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not any(
         x is not None and x.requires_grad for x in (hidden, weight, bias, row_weight)
     ):
@@ -559,18 +555,5 @@ def linear_weighted_loss(
             hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, predict, *settings, *shard
         )
         return (loss, saved_rows, predicted) if predict else (loss, None, None)
-    result = LinearLoss.apply(
-        hidden,
-        weight,
-        bias,
-        row_weight,
-        targets,
-        token_weight,
-        logit_offset,
-        normalizer,
-        options,
-        predict,
-        settings,
-        shard,
-    )
+    result = LinearLoss.apply(hidden, weight, bias, row_weight, inputs, options, predict, settings, shard)
     return result if predict else (result, None, None)
