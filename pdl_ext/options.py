@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
@@ -43,11 +43,10 @@ class LossKeywords(TypedDict, total=False):
     logit_scale: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """What a loss is told beside its tensors; `functional.pdl_loss` says what each option does.
 
-    packed: the options as the compiled ops take them, in the order of OP_OPTIONS.
     Raises TypeError or ValueError that names the first option of a wrong type or outside its range.
     """
 
@@ -58,7 +57,6 @@ class LossOptions:
     z_loss: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
-    packed: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_choice("reduction", self.reduction, REDUCTIONS)
@@ -73,10 +71,17 @@ class LossOptions:
         self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
-        self._set("packed", [_number(name, getattr(self, name)) for name in OP_OPTIONS])
+        self._set("_packed", [_number(name, getattr(self, name)) for name in OP_OPTIONS])
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def packed(self) -> list[float]:
+        """The options as the compiled ops take them, in the order of OP_OPTIONS."""
+        # No field: the compiler of PyTorch 2.10 makes a frozen dataclass anew from all of its fields.
+        packed: list[float] = self.__dict__["_packed"]
+        return packed
 
     @classmethod
     def of(cls, function: str, keywords: LossKeywords) -> LossOptions:
@@ -126,7 +131,7 @@ def _number(name: str, value: Any) -> float:
     return 0.0 if value is None else float(value)
 
 
-DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions) if option.init}
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions)}
 # `shift` is none of the ops': targets are shifted before.
 OP_OPTIONS = tuple(name for name in DEFAULTS if name != "shift")
 

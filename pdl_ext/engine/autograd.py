@@ -71,6 +71,7 @@ def _overlap(rows: Tensor) -> bool:
 
 
 # The row weights are an input of their own, beside `inputs`: a Function takes no gradient to what is in a tuple.
+# Options are packed: PyTorch 2.10's compiler makes a dataclass that a Function takes anew, of what are no numbers yet.
 #
 # torch.autograd.Function and not torch.library.register_autograd, and no output that nobody asked for: a step on tiny
 # inputs takes a third of the time.
@@ -86,7 +87,7 @@ class Loss(torch.autograd.Function):
         logits: Tensor,
         row_weight: Tensor | None,
         inputs: LossInputs,
-        options: LossOptions,
+        options: list[float],
         predict: bool,
         inplace_backward: bool,
         shard: VocabularyShard,
@@ -117,7 +118,7 @@ def _loss_gradients(
         return None, grad_row_weight
     rows_of_logits = _as_rows(logits)
     given = (grad_loss, rows_of_logits, targets, saved_rows, factors, row_weight, logit_offset)
-    how = (ctx.options.packed, ctx.shard.first_id, ctx.shard.vocab_size)
+    how = (ctx.options, ctx.shard.first_id, ctx.shard.vocab_size)
     if ctx.inplace_backward and once and not _overlap(rows_of_logits):
         ops.compiled.loss_backward_(*given, *how)
         # Whoever saved the logits for another gradient must be told that they are overwritten.
@@ -141,13 +142,13 @@ class LossOverLogits(torch.autograd.Function):
         logits: Tensor,
         row_weight: Tensor | None,
         inputs: LossInputs,
-        options: LossOptions,
+        options: list[float],
         predict: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         rows_of_logits = _as_rows(logits)
         gradient = rows_of_logits.new_empty(logits.shape) if _overlap(rows_of_logits) else rows_of_logits
         loss, saved_rows, factors, predicted = ops.compiled.loss_and_gradient_(
-            rows_of_logits, _as_rows(gradient), *inputs, options.packed, predict
+            rows_of_logits, _as_rows(gradient), *inputs, options, predict
         )
         overwritten = gradient.data_ptr() == logits.data_ptr()
         if overwritten:
@@ -190,7 +191,7 @@ def weighted_loss(
     if not torch.is_grad_enabled() or not (
         logits.requires_grad or (row_weight is not None and row_weight.requires_grad)
     ):
-        loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
+        loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options.packed, predict, shard)
         return (loss, saved_rows, predicted) if predict else (loss, None, None)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     if (
@@ -200,7 +201,7 @@ def weighted_loss(
         and options.reduction != "none"
         and logits.dtype != torch.float16
     ):
-        result = LossOverLogits.apply(logits, row_weight, inputs, options, predict)
+        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, predict)
     else:
-        result = Loss.apply(logits, row_weight, inputs, options, predict, inplace_backward, shard)
+        result = Loss.apply(logits, row_weight, inputs, options.packed, predict, inplace_backward, shard)
     return result if predict else (result, None, None)

@@ -336,7 +336,7 @@ def linear_loss_forward(
         if any(needs) and not group:
             _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *of_chunk, options, predict)
         else:
-            _, found, factors, chosen = loss_forward(slab, of_chunk, problem.options, predict, shard)
+            _, found, factors, chosen = loss_forward(slab, of_chunk, options, predict, shard)
         saved_rows[:, begin:end] = found
         if predict:
             predicted[begin:end] = chosen
@@ -457,23 +457,21 @@ class LinearLoss(torch.autograd.Function):
         bias: Tensor | None,
         row_weight: Tensor | None,
         inputs: LossInputs,
-        options: LossOptions,
+        options: list[float],
         predict: bool,
         settings: Settings,
         shard: VocabularyShard,
+        at_once: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         *needs, _of_row_weight = ctx.needs_input_grad[:4]
-        # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
-        wanted = [x for x, need in zip((hidden, weight, bias), needs, strict=True) if x is not None and need]
-        half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
-        ctx.at_once = options.reduction != "none" and not half
-        computed = needs if ctx.at_once else _NO_GRADIENTS
+        ctx.at_once = at_once
+        computed = needs if at_once else _NO_GRADIENTS
         loss, saved_rows, factors, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
-            hidden, weight, bias, computed, *inputs, options.packed, predict, *settings, *shard
+            hidden, weight, bias, computed, *inputs, options, predict, *settings, *shard
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.settings, ctx.shard = options, settings, shard
-        saved = gradients if ctx.at_once else (inputs.targets, inputs.logit_offset)
+        saved = gradients if at_once else (inputs.targets, inputs.logit_offset)
         ctx.save_for_backward(hidden, weight, bias, row_weight, saved_rows, factors, *saved)
         if not predict:
             return loss
@@ -513,7 +511,7 @@ def _linear_gradients(
         factors,
         row_weight,
         logit_offset,
-        ctx.options.packed,
+        ctx.options,
         *ctx.settings,
         *ctx.shard,
     )
@@ -555,5 +553,10 @@ def linear_weighted_loss(
             hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, predict, *settings, *shard
         )
         return (loss, saved_rows, predicted) if predict else (loss, None, None)
-    result = LinearLoss.apply(hidden, weight, bias, row_weight, inputs, options, predict, settings, shard)
+    # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
+    wanted = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
+    half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
+    at_once = options.reduction != "none" and not half
+    packed = options.packed
+    result = LinearLoss.apply(hidden, weight, bias, row_weight, inputs, packed, predict, settings, shard, at_once)
     return result if predict else (result, None, None)

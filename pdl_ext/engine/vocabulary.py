@@ -153,14 +153,14 @@ def _(
 
 
 def loss_forward(
-    logits: Tensor, inputs: LossInputs, options: LossOptions, predict: bool, shard: VocabularyShard
+    logits: Tensor, inputs: LossInputs, options: list[float], predict: bool, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op loss_forward; of a shard of the logits the same results on every rank, by two small all-reduces.
 
     inputs: with the shard's logit_offset.
     """
     if not shard.group:
-        return ops.compiled.loss_forward(logits, *inputs, options.packed, predict)
+        return ops.compiled.loss_forward(logits, *inputs, options, predict)
     return torch.ops.pdl_ext.loss_forward_of_shard(
-        logits, *inputs, options.packed, predict, shard.first_id, shard.vocab_size, shard.group
+        logits, *inputs, options, predict, shard.first_id, shard.vocab_size, shard.group
     )
