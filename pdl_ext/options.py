@@ -26,7 +26,6 @@ __all__ = [
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "token_mean": 3}  # csrc/loss_options.h's Reduction
 
-
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
