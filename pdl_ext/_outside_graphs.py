@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["call_outside", "call_while_traced"]
+__all__ = ["call_outside", "mark_called_while_traced"]
 
 
 @torch.compiler.disable
@@ -21,7 +21,10 @@ def call_outside(function: Callable[..., None], *arguments: Any) -> None:
 
 
 @torch.compiler.assume_constant_result
-def call_while_traced(function: Callable[..., None], *arguments: Any) -> bool:
-    """Calls a function while a graph is traced that has no room for it; the result means nothing."""
-    function(*arguments)
+def mark_called_while_traced(method: Callable[..., bool]) -> bool:
+    """Has a method called while a graph is traced that has no room for it; the results mean nothing.
+
+    A method, since PyTorch 2.10 takes no module as an argument of such a function.
+    """
+    torch.compiler.assume_constant_result(method)
     return True

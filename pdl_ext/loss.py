@@ -260,14 +260,15 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
                 "`frequency.sync` with a group of ranks whose targets differ"
             )
         if torch.compiler.is_compiling():
-            from pdl_ext._outside_graphs import call_while_traced
+            from pdl_ext._outside_graphs import mark_called_while_traced
 
-            call_while_traced(PDLLoss._check_while_traced, self, process_group is not None)
+            mark_called_while_traced(PDLLoss._check_while_traced)
+            self._check_while_traced(process_group is not None)
             return
         if self.online and self.training and self.sync_every is None and not self._told_of_ranks:
             self._tell_of_ranks(process_group)
 
-    def _check_while_traced(self, of_shard: bool) -> None:
+    def _check_while_traced(self, of_shard: bool) -> bool:
         if self.frequency is not None:
             self._check_counts(self.frequency)
         if type(self._blend) is Tensor:
@@ -275,6 +276,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             self._weights.blend_of(self._blend)
         if self.online and self.training and self.sync_every is None and not of_shard:
             self._tell_of_ranks(None)
+        return True
 
     def _sync_if_due(self, frequency: TokenFrequency) -> None:
         with frequency.lock:

@@ -122,8 +122,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
     """What torch.utils.cpp_extension adds to every nvcc call of a CUDAExtension: flags, and where headers are."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-    # -isystem: nvcc's warnings about PyTorch's own headers are not ours to mend.
-    return COMMON_NVCC_FLAGS, [part for folder in include_paths() for part in ("-isystem", folder)]
+    # -isystem: nvcc's warnings about PyTorch's own headers are not ours to mend. CSRC: for the emulator's kernels.
+    return COMMON_NVCC_FLAGS, [f"-I{CSRC}", *(part for folder in include_paths() for part in ("-isystem", folder))]
 
 
 def cache() -> Path:

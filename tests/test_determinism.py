@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_emulator
 import pytest
 import torch
 
@@ -23,6 +24,16 @@ def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch):
         for name in result:
             assert torch.equal(result[name], results[0][name]), name
     assert results[0]["grad_logits"].any()
+
+
+@pytest.mark.devices("emulated")
+def test_sums_of_a_block_follow_one_another(device, monkeypatch):
+    given = torch.randint(1000, (9, 256)).double()
+    for seed in range(8):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(seed))
+        sums = torch.zeros(9, dtype=torch.float64)
+        assert cuda_emulator.launch("sums_of_block", sums, given, n=9, grid=1, block=256) == ""
+        assert torch.equal(sums, given.sum(dim=1))
 
 
 @pytest.mark.devices("cpu", "cuda")

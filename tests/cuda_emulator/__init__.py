@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shlex
 import subprocess
 import types
@@ -64,16 +65,16 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     # cuda/ptx has no suffix.
-    headers = sorted({*csrc.rglob("*.*h"), *HERE.rglob("*.h"), *filter(Path.is_file, INCLUDE.rglob("*"))})
+    headers = sorted({*HERE.rglob("*.h"), *filter(Path.is_file, INCLUDE.rglob("*"))})
     common = repr((compiler, FLAGS, more, torch.__version__)).encode() + b"".join(path.read_bytes() for path in headers)
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
-    names = [f"{path.stem}-{hashlib.sha256(common + path.read_bytes()).hexdigest()[:16]}" for path in sources]
+    names = [f"{path.stem}-{hashlib.sha256(common + with_headers(path, csrc)).hexdigest()[:16]}" for path in sources]
     objects = [folder / f"{name}.o" for name in names]
     library = folder / f"pdl_ext_emulated-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}.so"
 
     def compile_source(source: Path, target: Path) -> None:
         if not target.exists():
-            run([*compiler, *FLAGS, *more, "-x", "c++", "-c", str(source)], target)
+            run([*compiler, *FLAGS, *more, f"-I{csrc}", "-x", "c++", "-c", str(source)], target)
 
     # Processes of one test run wait for the first of them.
     with open(library.with_suffix(".lock"), "w") as lock:
@@ -84,6 +85,20 @@ def build() -> Path:
             link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *map(str, objects)]
             run([*compiler, *more, *link, f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], library)
     return library
+
+
+def with_headers(source: Path, csrc: Path) -> bytes:
+    """The text of a source and of what it includes by name, so that a change compiles only what sees it."""
+    texts: dict[Path, bytes] = {}
+    paths = [source]
+    while paths:
+        path = paths.pop().resolve()
+        if path not in texts:
+            texts[path] = path.read_bytes()
+            names = re.findall(rb'^#include "(.+)"$', texts[path], re.MULTILINE)
+            found = (folder / name.decode() for name in names for folder in (path.parent, csrc))
+            paths += filter(Path.is_file, found)
+    return b"".join(texts.values())
 
 
 def run(command: list[str], target: Path) -> None:
