@@ -190,9 +190,9 @@ struct RowSums {
   double lse_squares = 0;
   double rows = 0;
 
-  PDL_INLINE void add(double row_weight, double ce, double lse) {
-    weighted_ce += row_weight * ce;
-    weight += row_weight;
+  PDL_INLINE void add(double w, double ce, double lse) {
+    weighted_ce += w * ce;
+    weight += w;
     lse_squares += lse * lse;
     rows += 1;
   }

@@ -35,6 +35,12 @@ class CountTable(NamedTuple):
         return vocab_size + 3
 
     @classmethod
+    def zeros(cls, vocab_size: int, device: torch.device) -> CountTable:
+        """A table in which nothing is counted; its counts lie in memory of their own."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+        return cls(counts, *torch.zeros(3, dtype=torch.int64, device=device).unbind())
+
+    @classmethod
     def unpacked(cls, packed: Tensor) -> CountTable:
         """A table that lies in a packed one."""
         return cls(packed[:-3], packed[-3], packed[-2], packed[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
@@ -114,9 +113,9 @@ def linear_pdl_loss(
         weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden.
         max_chunk_bytes: the largest slab of logits, but for at least 128 rows; 512 MB on CUDA and 64 MB on the CPU if
             None.
-        accumulate: how the classifier's gradient is summed over slabs: "float32" (on the CPU from three slabs on: two
-            are added in its own dtype), or "weight", always in its own dtype, which saves memory or time where that is
-            a 16-bit one, and loses what small slabs would have added.
+        accumulate: how the classifier's gradient is summed over chunks. "float32": on the CPU from three chunks on;
+            two are added in its own dtype. "weight": always in its own dtype. That saves memory or time where it is a
+            16-bit one, and loses what small chunks would have added.
         process_group: as in pdl_loss, with the same max_chunk_bytes on every rank. `weight` and `bias` hold this rank's
             shard of the vocabulary. `hidden` is the same on every rank, and its gradient is summed over the ranks.
         The others: as in pdl_loss.
@@ -170,7 +169,6 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     ignore_index = check_ignore_index(ignore_index)
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
-    counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
-    others = torch.zeros(3, dtype=torch.int64, device=tokens.device)
-    CountTable(counts, *others.unbind()).add(tokens, ignore_index=ignore_index)
-    return counts
+    table = CountTable.zeros(vocab_size, tokens.device)
+    table.add(tokens, ignore_index=ignore_index)
+    return table.counts

@@ -75,6 +75,10 @@ class LossOptions:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of a build with fewer options; what is packed is that build's.
+        LossOptions.__init__(self, **{name: state[name] for name in DEFAULTS.keys() & state.keys()})
+
     @property
     def packed(self) -> list[float]:
         """The options as the compiled ops take them, in the order of OP_OPTIONS."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
 import random
 import sys
+import types
 from pathlib import Path
 
 import fresh_python
@@ -326,6 +329,36 @@ class TestMeasure:
         assert sound.wall is not None
         assert sound.wall_ratio is None
 
+    def test_failing_capture_leaves_the_wall_time(self):
+        class Clock(harness.HostClock):
+            def capture(self, work):
+                raise RuntimeError("operation not permitted when stream is capturing")
+
+        (row,) = harness.measure(workload(provider()), Clock(0), BRIEF)
+        assert row.wall is not None
+        assert row.no_kernel == "RuntimeError: operation not permitted when stream is capturing"
+
+    def test_inputs_are_restored_before_each_sample(self):
+        class Clock(harness.HostClock):
+            def capture(self, work):
+                def replay():
+                    seen.append(state[0])
+                    work()
+                    return 1.0
+
+                return replay
+
+        state, seen = [0], []
+
+        def call(i):
+            state[0] += 1
+            return state[0]
+
+        one = provider(call=call, restore=lambda: state.__setitem__(0, 0), error=lambda result: result - 1.0)
+        (row,) = harness.measure(workload(one), Clock(0), BRIEF)
+        assert row.error == 0.0
+        assert seen[1:] == [0] * row.kernel.samples
+
     def test_memory_that_is_free_does_not_hide_what_a_call_takes(self):
         code = "import harness; piece = lambda: bytearray(b'1') * 2**16; freed = [piece() for _ in range(1024)]; "
         # The heap cannot shrink below a piece that is kept.
@@ -336,6 +369,74 @@ class TestMeasure:
         if done.stdout.strip() == "None":
             pytest.skip("the system does not tell")
         assert 48 * 2**20 <= int(done.stdout) < 128 * 2**20
+
+
+class TestClockOfACard:
+    @pytest.fixture
+    def card(self, monkeypatch):
+        """Stands in for torch.cuda: notes what is asked of it, and refuses what the real one would not take."""
+        asked = []
+        capture_signature = inspect.signature(torch.cuda.graph)
+
+        @contextlib.contextmanager
+        def graph(*args, **kwargs):
+            arguments = capture_signature.bind(*args, **kwargs).arguments
+            assert arguments["stream"] == "stream of cuda:0"
+            asked.append("begin")
+            yield
+            asked.append("end")
+
+        class Graph:
+            def replay(self):
+                asked.append("replay")
+
+        class Event:
+            def __init__(self, enable_timing=False):
+                assert enable_timing
+
+            def record(self):
+                asked.append("record")
+
+            def synchronize(self):
+                asked.append("wait")
+
+            def elapsed_time(self, end):
+                return 7.0
+
+        replacements = {
+            "graph": graph,
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "Stream": lambda device: f"stream of {device}",
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": lambda: asked.append("synchronize"),
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: 100,
+            "max_memory_allocated": lambda: 350,
+            "reset_peak_memory_stats": lambda: asked.append("reset"),
+            "get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=50),
+        }
+        for name, replacement in replacements.items():
+            monkeypatch.setattr(torch.cuda, name, replacement)
+        return asked
+
+    def test_replays_a_capture_between_events(self, card):
+        replay = harness.CudaClock(torch.device("cuda", 0)).capture(lambda: card.append("work"))
+        assert replay() == 0.007
+        assert card == ["begin", "work", "end", "record", "replay", "record", "wait"]
+
+    def test_waits_for_the_device(self, card):
+        clock = harness.CudaClock(torch.device("cuda", 0))
+        assert clock.wall(lambda: card.append("work")) > 0
+        assert card == ["synchronize", "work", "synchronize"]
+
+    def test_measures(self, card):
+        clock = harness.CudaClock(torch.device("cuda", 0))
+        (row,) = harness.measure(workload(provider(), calls=2), clock, BRIEF)
+        assert row.kernel.median == 0.0035
+        assert row.wall.samples == row.kernel.samples == 2
+        assert row.peak_bytes == 250
+        assert harness.buffers_for(clock, 10) == 16
 
 
 class TestRun:

@@ -217,11 +217,13 @@ def is_internal(module: str) -> bool:
 
 
 def laid_out_by_hand(text: str) -> list[int]:
-    """The lines that know by themselves how a packed table lies: `+ 3`, `[-3]`, `[:-3]`, `[-3:]`."""
+    """The lines that know by themselves how a table lies: `+ 3`, `zeros(3)`, `[-3]`, `[:-3]`, `[-3:]`."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             known = "3" in (ast.unparse(node.left), ast.unparse(node.right))
+        elif isinstance(node, ast.Call):
+            known = ast.unparse(node.func).endswith("zeros") and [ast.unparse(a) for a in node.args[:1]] == ["3"]
         elif isinstance(node, ast.Subscript):
             index = node.slice
             parts = (index.lower, index.upper) if isinstance(index, ast.Slice) else (index,)
@@ -414,6 +416,8 @@ def test_an_integration_that_uses_what_is_internal_is_found(text, is_found):
         ("packed[:-3]", True),
         ("packed[-3:]", True),
         ("packed[-3]", True),
+        ("torch.zeros(3, dtype=torch.int64)", True),
+        ("torch.zeros(4)", False),
         ("packed[:-2]", False),
         ("n = vocab_size - 3", False),
         ("n = vocab_size + 30", False),

@@ -64,6 +64,23 @@ def test_ops_of_the_linear_loss_end_with_the_fields_of_settings_and_shard():
         assert arguments[-9:] == [*linear.Settings._fields, *VocabularyShard._fields]
 
 
+def test_inputs_have_one_order_everywhere():
+    # Behind the logits, and in loss_and_gradient_ behind where the gradient goes.
+    for name, first in (("loss_forward", 1), ("loss_and_gradient_", 2)):
+        arguments = [argument.name for argument in getattr(compiled, name).default._schema.arguments]
+        assert arguments[first:-2] == list(ops.LossInputs._fields)
+        assert arguments[-2:] == ["options", "predict"]
+
+
+def test_options_of_a_build_with_fewer_are_packed_anew():
+    state = {**EVERY.__dict__, "_packed": EVERY.packed[:-1]}
+    del state["logit_scale"]
+    older = LossOptions.__new__(LossOptions)
+    older.__setstate__(state)
+    assert older == dataclasses.replace(EVERY, logit_scale=1.0)
+    assert older.packed == dataclasses.replace(EVERY, logit_scale=1.0).packed
+
+
 def test_options_survive_packing():
     assert LossOptions.unpacked(EVERY.packed) == EVERY
     assert LossOptions.unpacked(BARE.packed) == BARE

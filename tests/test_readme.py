@@ -59,3 +59,10 @@ def test_documented_options_exist():
     }
     arguments = {"frequency", "weighting", "logits", "targets", "token_weight", "hidden", "weight", "bias"}
     assert parameters - documented - arguments == set()
+
+
+@pytest.mark.parametrize("page", [README, *sorted((README.parent / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []

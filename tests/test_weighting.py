@@ -163,7 +163,7 @@ def test_frozen_and_hashable():
     pickled = pickle.dumps(weighting, protocol=2)
     assert pickle.loads(pickled) == weighting
     # As it was named when all of it was one file.
-    assert pickle.loads(pickled.replace(b"pdl_ext.weighting.power_law\n", b"pdl_ext.weighting\n")) == weighting
+    assert b"cpdl_ext.weighting\nPowerLaw\n" in pickled
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,18 @@ struct Rows {
 template <typename T>
 Rows<T> rows_of(const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows, int64_t vocab_size) {
   using A = Accumulator<T>;
-  return {static_cast<const T*>(logits.const_data_ptr()),
-          logits.stride(0),
-          logits.size(0),
-          int(logits.size(1)),
-          inputs.ids(),
-          inputs.options.ignore_index,
-          data_or_null<float>(inputs.token_weight),
-          data_or_null<A>(inputs.row_weight),
-          inputs.transform<A>(),
-          RowOptions<A>::of(inputs.options, vocab_size),
-          static_cast<A*>(saved_rows.mutable_data_ptr()),
-          nullptr};
+  return {.logits = static_cast<const T*>(logits.const_data_ptr()),
+          .stride = logits.stride(0),
+          .count = logits.size(0),
+          .vocab_size = int(logits.size(1)),
+          .targets = inputs.ids(),
+          .ignore_index = inputs.options.ignore_index,
+          .token_weight = data_or_null<float>(inputs.token_weight),
+          .row_weight = data_or_null<A>(inputs.row_weight),
+          .transform = inputs.transform<A>(),
+          .options = RowOptions<A>::of(inputs.options, vocab_size),
+          .saved_rows = static_cast<A*>(saved_rows.mutable_data_ptr()),
+          .predicted = nullptr};
 }
 
 template <bool kPlain, typename A>

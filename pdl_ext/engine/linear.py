@@ -380,8 +380,13 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 
 def _divisors(problem: _Problem, wide: torch.dtype) -> Tensor | None:
     """The denominators of the whole batch, which each chunk's gradient needs before the others are seen."""
-    targets, token_weight, row_weight, _offset, normalizer = problem.inputs
-    reduction = problem.options.reduction
+    inputs, reduction = problem.inputs, problem.options.reduction
+    targets, token_weight, row_weight, normalizer = (
+        inputs.targets,
+        inputs.token_weight,
+        inputs.row_weight,
+        inputs.normalizer,
+    )
     if normalizer is not None or reduction in ("none", "sum"):
         return normalizer
     counted = targets != problem.options.ignore_index
@@ -421,7 +426,7 @@ def linear_loss_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
-    inputs = LossInputs(targets, None, row_weight, logit_offset, None)
+    inputs = LossInputs(targets, row_weight=row_weight, logit_offset=logit_offset)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
     problem = _Problem(hidden, weight, bias, inputs, LossOptions.unpacked(options), settings, shard)

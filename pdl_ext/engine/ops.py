@@ -31,10 +31,10 @@ class LossInputs(NamedTuple):
     """
 
     targets: Tensor
-    token_weight: Tensor | None
-    row_weight: Tensor | None
-    logit_offset: Tensor | None
-    normalizer: Tensor | None
+    token_weight: Tensor | None = None
+    row_weight: Tensor | None = None
+    logit_offset: Tensor | None = None
+    normalizer: Tensor | None = None
 
 
 class SavedRows(NamedTuple):

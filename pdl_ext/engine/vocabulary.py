@@ -96,7 +96,7 @@ def loss_forward_of_shard(
     local = dataclasses.replace(asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0)
     # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
     stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
-    inputs = LossInputs(stand_in, None, None, logit_offset, None)
+    inputs = LossInputs(stand_in, logit_offset=logit_offset)
     _, found, _, predicted = ops.compiled.loss_forward(logits, *inputs, local.packed, predict)
     of_shard = SavedRows.of(found)
 

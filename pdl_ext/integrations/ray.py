@@ -99,7 +99,12 @@ def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> Token
 
     Raises TypeError for anything else, ValueError if it does not hold as many tokens as it was given.
     """
-    if not isinstance(table, np.ndarray) or table.dtype != np.int64 or table.ndim != 1 or table.size < 4:
+    if (
+        not isinstance(table, np.ndarray)
+        or table.dtype != np.int64
+        or table.ndim != 1
+        or table.size < CountTable.packed_size(1)
+    ):
         got = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else type(table).__name__
         raise TypeError(f"table: got {got}, expected int64 [V + 3]")
     given = CountTable.unpacked(torch.tensor(table, device="cpu"))
