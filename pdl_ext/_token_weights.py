@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pdl_ext._checks import is_traced
-from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting import Weighting
 from pdl_ext.weighting.base import fixed_table
-from pdl_ext.weighting.power_law import weights_with_fixed
 
 __all__ = ["TokenWeights", "blend_state"]
 
@@ -64,7 +63,7 @@ class _Settings(NamedTuple):
     mix: Tensor
     fixed: Tensor | None
     state: _Source | None
-    weighting: PowerLaw
+    weighting: Weighting
     vocab_size: int
 
 
@@ -118,7 +117,7 @@ class TokenWeights:
         if self._settings is not None:
             self._settings = self._settings._replace(state=None)
 
-    def kept(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
+    def kept(self, counts: Tensor, state: Tensor, weighting: Weighting) -> Tensor:
         """The weights [V] of counts; those of the last call if nothing has changed."""
         settings = self._current_settings(counts, state, weighting)
         if self._kept is not None:
@@ -128,20 +127,20 @@ class TokenWeights:
                 return weights
         # They may be needed outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
-            computed = weights_with_fixed(counts, weighting, settings.mix, settings.fixed)
+            computed = weighting.table(counts, settings.mix, settings.fixed)
             weights = computed if self._kept is None else _in_place(self._kept[2], computed)
         self._kept = _Source.of(counts), settings, weights
         return weights
 
-    def fresh(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> Tensor:
+    def fresh(self, counts: Tensor, state: Tensor, weighting: Weighting) -> Tensor:
         """The weights [V] of counts, computed in this call, which may be traced into a graph."""
         if is_traced():
             mix, fixed = _mix(state), fixed_table(weighting.fixed, counts)
         else:
             mix, fixed, *_ = self._current_settings(counts, state, weighting)
-        return weights_with_fixed(counts, weighting, mix, fixed)
+        return weighting.table(counts, mix, fixed)
 
-    def _current_settings(self, counts: Tensor, state: Tensor, weighting: PowerLaw) -> _Settings:
+    def _current_settings(self, counts: Tensor, state: Tensor, weighting: Weighting) -> _Settings:
         old = self._settings
         # Another blend, as DistributedDataParallel writes one in each step, leaves the table of fixed weights as it is.
         fixed_is_current = (

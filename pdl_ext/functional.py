@@ -14,8 +14,8 @@ from pdl_ext._checks import (
 from pdl_ext.counts import CountTable
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
-from pdl_ext.weighting import PowerLaw
-from pdl_ext.weighting.power_law import weights_of_counts
+from pdl_ext.weighting import Weighting
+from pdl_ext.weighting.base import check_weighting, weights_of_counts
 
 __all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
@@ -143,17 +143,16 @@ def linear_pdl_loss(
 
 
 @not_scriptable
-def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
+def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     """The weight of every vocabulary entry from its count.
 
     counts: int64 [V], none of them negative, of a sum below 2^63: ValueError on the CPU, NaN on CUDA. Returns
     float32 [V].
     Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside
     the vocabulary.
-    Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; smoothing and normalisation as in PowerLaw.
+    Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; the others of the family as their classes say.
     """
-    if not isinstance(weighting, PowerLaw):
-        raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
+    check_weighting(weighting)
     return weights_of_counts(counts, weighting)
 
 

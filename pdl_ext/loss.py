@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from pdl_ext._checks import check_integer, default_device, is_traced, not_scriptable
+from pdl_ext._checks import check_integer, check_number, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
 from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext.counts import check_count_values
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.options import DEFAULTS, LossKeywords, LossOptions, OptionsAsAttributes, spells_out_options
-from pdl_ext.weighting import PowerLaw
-from pdl_ext.weighting.base import check_blend, check_fixed
+from pdl_ext.weighting import PowerLaw, Weighting
+from pdl_ext.weighting.base import check_blend, check_fixed, check_weighting
 
 __all__ = ["PDLLoss"]
 
@@ -36,7 +36,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             training mode each call first counts its targets and then weighs them, so that a target is never unseen;
             in eval mode nothing is counted.
         alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
-        weighting: PowerLaw with everything else that it can do.
+        weighting: PowerLaw with everything else that it can do, or another of `pdl_ext.weighting`. With one that needs
+            no counts, as Uniform, nothing is learned.
+        weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead, drawn anew at each call in training
+            mode on the targets' device, by PyTorch's generator (arXiv 2010.04380).
         vocab_size: V of an online loss; without it V is that of the first logits.
         sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
@@ -68,7 +71,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         *,
         alpha: float = 1.0,
         epsilon: float = 1e-7,
-        weighting: PowerLaw | None = None,
+        weighting: Weighting | None = None,
+        weight_drop: float = 0.0,
         inplace_backward: bool = False,
         vocab_size: int | None = None,
         sync_every: int | None = None,
@@ -78,20 +82,21 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         self._options = LossOptions.of("PDLLoss", options)
         if weighting is None:
             weighting = PowerLaw(alpha=alpha, epsilon=epsilon)
-        elif not isinstance(weighting, PowerLaw):
-            raise TypeError(f"weighting: got {type(weighting).__name__}, expected PowerLaw")
         elif not (alpha == 1.0 and epsilon == 1e-7):
             raise ValueError(
-                "weighting: got one together with alpha or epsilon, expected either: they are its shorthand"
+                "weighting: got one together with alpha or epsilon, expected either: they are PowerLaw's shorthand"
             )
+        check_weighting(weighting)
         self.weighting = weighting
+        self.weight_drop = check_number("weight_drop", weight_drop, 0, 1, "a number in [0, 1]")
         self.inplace_backward = inplace_backward
-        self.online = frequency is None
+        self.online = frequency is None and weighting.needs_counts
         if sync_every is not None:
             sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
-            if frequency is not None:
+            if not self.online:
+                given = "a given frequency" if frequency is not None else f"weighting={weighting}"
                 raise ValueError(
-                    f"sync_every: got {sync_every} with a given frequency, expected None: only an online loss counts"
+                    f"sync_every: got {sync_every} with {given}, expected None: only an online loss counts"
                 )
         self.sync_every = sync_every
         self._calls_since_sync = 0
@@ -166,7 +171,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             process_group=process_group,
             inplace_backward=self.inplace_backward,
         )
-        return call.loss(self._current_weights("logits", call), None)
+        return self._loss("logits", call)
 
     def linear(
         self,
@@ -200,21 +205,31 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             accumulate=accumulate,
             process_group=process_group,
         )
-        return call.loss(self._current_weights("weight", call), None)
+        return self._loss("weight", call)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of 0.1.0's first builds have each option as an attribute.
         given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
         kept = {name: value for name, value in state.items() if name not in given}
-        super().__setstate__({"_options": LossOptions(**given), **kept})
+        super().__setstate__({"_options": LossOptions(**given), "weight_drop": 0.0, **kept})
 
     def extra_repr(self) -> str:
         options = self._options
         return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
 
-    def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor:
+    def _loss(self, name: str, call: LossCall | LinearLossCall) -> Tensor | tuple[Tensor, RowStats]:
+        weights = self._current_weights(name, call)
+        if weights is not None and self.training and self.weight_drop > 0:
+            call.weigh_rows(weights, self.weight_drop)
+            weights = None
+        return call.loss(weights, None)
+
+    def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor | None:
+        """The table of weights, or None for ones."""
         # Not as an attribute, which nn.Module looks up in a microsecond.
         frequency = cast("TokenFrequency | None", self._modules.get("frequency"))
+        if frequency is None and not self.online:
+            return None if self.weighting.is_one() else self._weights_without_counts(call)
         if frequency is None:
             # Of threads that begin at the same time one makes the frequency, in which the others count.
             with _beginning.lock:
@@ -226,9 +241,15 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.online:
             return self._learned_weights(frequency, name, call)
         _check_vocabulary(name, call, counts)
+        if self.weighting.is_one():
+            return None
         of_counts = kept.fresh if traced else kept.kept
         # Likewise.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
+
+    def _weights_without_counts(self, call: LossCall | LinearLossCall) -> Tensor:
+        counts = torch.zeros(call.shard.vocab_size, dtype=torch.int64, device=call.targets.device)
+        return self._weights.fresh(counts, self._blend, self.weighting)
 
     def _learned_weights(self, frequency: TokenFrequency | None, name: str, call: LossCall | LinearLossCall) -> Tensor:
         is_new, device = frequency is None, call.targets.device
@@ -340,7 +361,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.frequency is None:
+        if self.frequency is None and self.online:
             raise ValueError(
                 f"vocab_size: got none for {prefix.removesuffix('.') or 'a loss'}, which learns online and has seen no "
                 "logits, expected PDLLoss(vocab_size=...): what asks for its state in order to load into it, as "

@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from pdl_ext.functional import RowStats
 from pdl_ext.options import DEFAULTS, LossKeywords, check_keywords, spells_out_options
-from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting
 
 __all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
@@ -113,27 +113,22 @@ def linear_pdl_loss(
     return pdl_loss(F.linear(hidden, weight, bias), targets, token_weight, **options)
 
 
-def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
+def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     """The weights of `functional.token_weights` by their definition: float64 [V] from int64 [V] counts."""
     n = counts.double()
-    total = n.sum()
-    vocab_size = counts.shape[0]
-    frequency = n + weighting.smoothing
-    if weighting.relative:
-        denominator = total + weighting.smoothing * vocab_size
-        frequency = frequency / (denominator if denominator > 0 else 1.0)
     # As logarithms, since a power may be beyond float64 where its quotient by the mean is not.
-    log_weight = -weighting.alpha * (frequency + weighting.epsilon).log() if weighting.alpha else torch.zeros_like(n)
+    log_weight = _log_weight(n, weighting)
     if weighting.max_weight is not None:
         log_weight = log_weight.clamp(max=math.log(weighting.max_weight))
-    free = torch.ones(vocab_size, dtype=torch.bool, device=counts.device)
+    free = torch.ones(counts.shape, dtype=torch.bool, device=counts.device)
     for token in weighting.fixed:
         free[token] = False
     if weighting.normalize != "none":
-        share = n if weighting.normalize == "corpus" and total > 0 else torch.ones_like(n)
+        share = n if weighting.normalize == "corpus" and n.sum() > 0 else torch.ones_like(n)
         share = share * free
-        if share.sum() > 0:
-            log_weight = log_weight - (torch.logsumexp(log_weight + share.log(), 0) - share.sum().log())
+        log_mean = torch.logsumexp(log_weight + share.log(), 0) - share.sum().log()
+        if share.sum() > 0 and log_mean > -torch.inf:
+            log_weight = log_weight - log_mean
     weight = log_weight.exp()
     # Before they are mixed: 0 * inf would be NaN.
     weight = weight.clamp(max=torch.finfo(torch.float64).max)
@@ -142,6 +137,29 @@ def token_weights(counts: Tensor, weighting: PowerLaw) -> Tensor:
     for token, fixed in weighting.fixed.items():
         weight[token] = fixed
     return weight
+
+
+def _log_weight(n: Tensor, weighting: Weighting) -> Tensor:
+    if isinstance(weighting, PowerLaw):
+        frequency = n + weighting.smoothing
+        if weighting.relative:
+            denominator = frequency.sum()
+            frequency = frequency / (denominator if denominator > 0 else 1.0)
+        return -weighting.alpha * (frequency + weighting.epsilon).log() if weighting.alpha else torch.zeros_like(n)
+    if isinstance(weighting, Adaptive):
+        ordered = sorted((count for count in n.tolist() if count > 0), reverse=True)
+        if not ordered:
+            return torch.zeros_like(n)
+        x = n / ordered[len(ordered) // 2]
+        g = (-weighting.T * x).exp() * (1.0 if weighting.form == "exp" else x**2)
+        return ((g / g[n > 0].max()).clamp(max=1.0) * (math.e - 1) + 1).log()
+    if isinstance(weighting, ClassBalanced):
+        return ((1 - weighting.beta) / (1 - weighting.beta ** n.clamp(min=1))).log()
+    if isinstance(weighting, Face):
+        return (1 - n / n.max()).log() if n.any() else torch.zeros_like(n)
+    if isinstance(weighting, Uniform):
+        return torch.zeros_like(n)
+    return weighting.raw(n.long()).log()
 
 
 def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -> Tensor:

@@ -1,4 +1,4 @@
-"""What counts say about a corpus, and what an exponent alpha would make of it: the numbers to choose alpha by."""
+"""What counts say about a corpus, and what a weighting would make of it: the numbers to choose one by."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from dataclasses import dataclass
 import torch
 
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.weighting import PowerLaw
+from pdl_ext.weighting import PowerLaw, Weighting
 
-__all__ = ["MOST_FREQUENT", "AlphaStatistics", "alpha_statistics", "log_spaced_ranks", "zipf_slope"]
+__all__ = [
+    "MOST_FREQUENT",
+    "WeightStatistics",
+    "alpha_statistics",
+    "log_spaced_ranks",
+    "weight_statistics",
+    "zipf_slope",
+]
 
 # Whose share of the weight is told: in text these are the words without which no sentence is.
 MOST_FREQUENT = 100
 
 
 @dataclass(frozen=True)
-class AlphaStatistics:
-    """The weights w of an exponent over a corpus with counts n, PowerLaw's other options at their defaults.
+class WeightStatistics:
+    """The weights w of a weighting over a corpus with counts n.
 
     Where nothing was counted, effective_fraction, mass_of_most_frequent and largest_seen are NaN.
 
@@ -30,7 +37,7 @@ class AlphaStatistics:
         largest: the largest weight of any type, seen or not.
     """
 
-    alpha: float
+    weighting: Weighting
     effective_fraction: float
     mass_of_most_frequent: float
     weight_of_most_frequent: float
@@ -38,20 +45,25 @@ class AlphaStatistics:
     largest: float
 
 
-def alpha_statistics(frequency: TokenFrequency, alpha: float) -> AlphaStatistics:
-    """What an exponent makes of a corpus.
+def alpha_statistics(frequency: TokenFrequency, alpha: float) -> WeightStatistics:
+    """What an exponent makes of a corpus, PowerLaw's other options at their defaults.
 
     Raises TypeError or ValueError for an alpha that PowerLaw does not take.
     """
-    weights = PowerLaw(alpha=alpha).weights(frequency).double()
+    return weight_statistics(frequency, PowerLaw(alpha=alpha))
+
+
+def weight_statistics(frequency: TokenFrequency, weighting: Weighting) -> WeightStatistics:
+    """What a weighting makes of a corpus."""
+    weights = weighting.weights(frequency).double()
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     counts, weights = frequency.counts[order].double(), weights[order]
     seen = counts > 0
     mass = counts * weights
     squares = mass * weights
     total = mass.sum()
-    return AlphaStatistics(
-        alpha=float(alpha),
+    return WeightStatistics(
+        weighting=weighting,
         effective_fraction=float(total**2 / (counts.sum() * squares.sum())),
         mass_of_most_frequent=float(mass[:MOST_FREQUENT].sum() / total),
         weight_of_most_frequent=float(weights[0]),

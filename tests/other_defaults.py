@@ -11,15 +11,16 @@ import functools
 import pytest
 import torch
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, corpus, functional, reference, statistics
+from pdl_ext import PDLLoss, TokenFrequency, corpus, functional, reference, statistics
 from pdl_ext.engine import autograd, linear
+from pdl_ext.weighting import Weighting
 
 CALLS = {
     functional: ("pdl_loss", "linear_pdl_loss", "count_tokens", "token_weights"),
     reference: ("pdl_loss", "linear_pdl_loss", "count_tokens", "token_weights"),
-    statistics: ("alpha_statistics", "zipf_slope", "log_spaced_ranks"),
+    statistics: ("alpha_statistics", "weight_statistics", "zipf_slope", "log_spaced_ranks"),
     corpus: ("count_corpus",),
-    PowerLaw: ("weights",),
+    Weighting: ("weights",),
     PDLLoss: ("__init__", "forward", "linear", "refresh", "state_dict", "load_state_dict", "_apply"),
     TokenFrequency: (
         *(

@@ -116,7 +116,7 @@ def test_shift_without_a_sequence():
     [
         ({"alpha": -1.0}, ValueError, "alpha: got -1.0, expected a number in"),
         ({"epsilon": -1.0}, ValueError, "epsilon: got -1.0, expected 0 or a number in"),
-        ({"weighting": 0.5}, TypeError, "weighting: got float, expected PowerLaw"),
+        ({"weighting": 0.5}, TypeError, "weighting: got float, expected a Weighting"),
         ({"weighting": PowerLaw(), "alpha": 0.5}, ValueError, "weighting: got one together with alpha or epsilon"),
         ({"frequency": 7}, TypeError, "frequency: got int, expected TokenFrequency, int64 counts, a path or None"),
         ({"frequency": torch.ones(3)}, TypeError, r"counts: got dtype torch.float32, expected int64"),

@@ -16,6 +16,7 @@ from torch import nn
 
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
 from pdl_ext.options import DEFAULTS, LossKeywords
+from pdl_ext.weighting import Adaptive, ClassBalanced, Face, Uniform
 
 VOCAB = 31
 
@@ -326,6 +327,134 @@ def test_training_goes_on_after_a_first_call_in_inference_mode():
     loss_fn(logits, torch.tensor([1])).backward()
     loss_fn.load_state_dict(PDLLoss(vocab_size=VOCAB).state_dict())
     assert loss_fn.frequency.total == 0
+
+
+class TestWeightings:
+    @pytest.mark.parametrize("weighting", [Adaptive(), ClassBalanced(0.99), Face(blend=0.5), Uniform(fixed={3: 0.5})])
+    def test_weighs_as_the_weighting_says(self, batch, device, weighting):
+        loss_fn = PDLLoss(corpus_counts(device), weighting=weighting)
+        logits, targets = batch()
+        for counts in (corpus_counts(device), corpus_counts(device).flip(0)):
+            loss_fn.frequency = TokenFrequency.from_counts(counts)
+            expected = functional.pdl_loss(logits, targets, functional.token_weights(counts, weighting))
+            assert torch.equal(loss_fn(logits, targets), expected)
+
+    @pytest.mark.parametrize("weighting", [Adaptive(), ClassBalanced(0.9), Face()])
+    def test_learns_online(self, batch, weighting):
+        logits, targets = batch()
+        expected = functional.token_weights(functional.count_tokens(targets, VOCAB), weighting)
+        assert torch.equal(
+            PDLLoss(weighting=weighting)(logits, targets), functional.pdl_loss(logits, targets, expected)
+        )
+
+    @pytest.mark.parametrize("given", [{}, {"vocab_size": VOCAB}, {"frequency": corpus_counts()}], ids=str)
+    def test_uniform_counts_nothing_and_is_cross_entropy(self, batch, device, given):
+        loss_fn = PDLLoss(weighting=Uniform(), **given).to(device)
+        before = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+        logits, targets = batch()
+        torch.testing.assert_close(loss_fn(logits, targets), F.cross_entropy(logits, targets), rtol=1e-6, atol=0)
+        assert loss_fn(logits, targets, return_stats=True)[1].weight.tolist() == [1.0] * len(targets)
+        after = loss_fn.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+        loss_fn.load_state_dict(after)
+        if given:
+            with pytest.raises(ValueError, match="logits: got a vocabulary of 5"):
+                loss_fn(torch.zeros(2, 5, device=device), torch.zeros(2, dtype=torch.int64, device=device))
+
+    def test_uniform_with_fixed_weights(self, batch):
+        logits, targets = batch()
+        loss_fn = PDLLoss(weighting=Uniform(fixed={0: 0.25, 30: 4.0}))
+        weights = torch.ones(VOCAB, device=logits.device)
+        weights[0], weights[30] = 0.25, 4.0
+        for loss in (loss_fn, loss_fn.eval()):
+            assert torch.equal(loss(logits, targets), functional.pdl_loss(logits, targets, weights))
+        assert loss_fn.frequency is None
+
+    def test_uniform_takes_no_sync(self):
+        with pytest.raises(ValueError, match=r"sync_every: got 2 with weighting=Uniform\(.*, expected None"):
+            PDLLoss(weighting=Uniform(), sync_every=2)
+
+
+class TestWeightDrop:
+    def test_drops_weights_of_some_rows(self, batch, device):
+        logits, targets = batch(rows=400)
+        row_weight = torch.linspace(0.5, 2.0, 400, device=device)
+        targets[::7] = -100
+        loss_fn = PDLLoss(corpus_counts(device), weight_drop=0.3, reduction="none")
+        torch.manual_seed(0)
+        first, second = (loss_fn(logits, targets, row_weight=row_weight, return_stats=True)[1] for _ in range(2))
+        torch.manual_seed(0)
+        losses, again = loss_fn(logits, targets, row_weight=row_weight, return_stats=True)
+        assert torch.equal(first.weight, again.weight)
+        assert not torch.equal(first.weight, second.weight)
+        weights = functional.token_weights(loss_fn.frequency.counts, PowerLaw())[targets.clamp(min=0)]
+        dropped = first.weight == row_weight
+        counted = targets != -100
+        assert 0.2 < dropped[counted].float().mean() < 0.4
+        expected = torch.where(counted, torch.where(dropped, row_weight, weights * row_weight), 0.0)
+        torch.testing.assert_close(first.weight, expected)
+        torch.testing.assert_close(losses, expected * again.nll)
+
+    @pytest.mark.parametrize(("share", "dropped"), [(0.0, False), (1.0, True)])
+    def test_none_and_all(self, batch, device, share, dropped):
+        logits, targets = batch()
+        loss = PDLLoss(corpus_counts(device), weight_drop=share)(logits, targets)
+        plain = PDLLoss(weighting=Uniform())(logits, targets)
+        assert torch.allclose(loss, plain) == dropped
+
+    def test_evaluation_drops_nothing(self, batch, device):
+        logits, targets = batch()
+        loss_fn = PDLLoss(corpus_counts(device), weight_drop=1.0).eval()
+        assert torch.equal(loss_fn(logits, targets), PDLLoss(corpus_counts(device))(logits, targets))
+
+    @pytest.mark.parametrize("linear", [False, True])
+    def test_shift_and_gradient(self, batch, device, linear):
+        logits, targets = batch(rows=40)
+        logits, targets = logits.view(4, 10, VOCAB), targets.view(4, 10)
+        leaf = logits.clone().requires_grad_()
+        loss_fn = PDLLoss(corpus_counts(device), weight_drop=0.5, shift=True)
+        if linear:
+            loss, stats = loss_fn.linear(leaf, torch.eye(VOCAB, device=device), targets, return_stats=True)
+        else:
+            loss, stats = loss_fn(leaf, targets, return_stats=True)
+        loss.backward()
+        assert not stats.weight[:, 0].any()
+        assert 0 < (stats.weight[:, 1:] == 1).sum() < 36
+        other = logits.clone().requires_grad_()
+        reference.pdl_loss(other, targets, row_weight=stats.weight, shift=True).backward()
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-7)
+        assert leaf.grad.any()
+
+    @pytest.mark.devices("cpu")
+    def test_out_of_range_is_told_as_ever(self, batch):
+        logits, targets = batch()
+        targets[3] = VOCAB
+        with pytest.raises(IndexError, match=r"targets: got 31 at position \[3\]"):
+            PDLLoss(corpus_counts(), weight_drop=0.5)(logits, targets)
+
+    @pytest.mark.devices("cpu", "cuda")
+    def test_compiles(self, batch, device):
+        logits, targets = batch()
+        loss_fn = PDLLoss(corpus_counts(device), weight_drop=1.0)
+        compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, targets), loss_fn(logits, targets), rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize(
+        ("share", "message"),
+        [
+            (1.5, r"weight_drop: got 1.5, expected a number in \[0, 1\]"),
+            ("half", "weight_drop: got 'half' of type str"),
+        ],
+    )
+    def test_bad_shares_are_refused(self, share, message):
+        with pytest.raises((TypeError, ValueError), match=message):
+            PDLLoss(weight_drop=share)
+
+    def test_older_pickles_drop_nothing(self):
+        loss_fn = PDLLoss(corpus_counts())
+        del loss_fn.__dict__["weight_drop"]
+        assert copy.deepcopy(loss_fn).weight_drop == 0.0
 
 
 class TestState:

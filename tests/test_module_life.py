@@ -741,13 +741,13 @@ def test_writes_are_noticed_by_compiled_losses(write):
 
 def test_weights_are_computed_once(monkeypatch):
     calls = []
-    compute = _token_weights.weights_with_fixed
+    compute = PowerLaw.table
 
     def counted(*arguments):
         calls.append(arguments)
         return compute(*arguments)
 
-    monkeypatch.setattr(_token_weights, "weights_with_fixed", counted)
+    monkeypatch.setattr(PowerLaw, "table", counted)
     loss = PDLLoss(COUNTS, weighting=WEIGHTING)
     for _ in range(3):
         weights_of(loss)

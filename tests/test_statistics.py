@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pdl_ext import TokenFrequency
-from pdl_ext.statistics import alpha_statistics, log_spaced_ranks, zipf_slope
+from pdl_ext.statistics import alpha_statistics, log_spaced_ranks, weight_statistics, zipf_slope
+from pdl_ext.weighting import Face
 
 
 def frequency_of(*counts):
@@ -81,3 +82,13 @@ def test_log_spaced_ranks():
         assert (ranks[0], ranks[-1]) == (0, types - 1)
         assert (ranks.diff() > 0).all()
         assert len(ranks) <= 200
+
+
+def test_another_weighting_by_hand():
+    # Face weighs 1 - n / 6: 1/2, 0, 5/6, and 1 for what was never seen.
+    statistics = weight_statistics(frequency_of(3, 6, 1, 0), Face(normalize="none"))
+    assert statistics.weight_of_most_frequent == 0.0
+    assert statistics.largest_seen == pytest.approx(5 / 6)
+    assert statistics.largest == 1.0
+    mass, squares = 3 / 2 + 5 / 6, 3 / 4 + 25 / 36
+    assert statistics.effective_fraction == pytest.approx(mass**2 / (10 * squares), rel=1e-5)

@@ -171,6 +171,7 @@ def worker(rank, init, folder, world):
             for dtype in DTYPES
         }
         results["online"] = online(part, group)
+        results["dropped"] = dropped(rank, part, group)
         results["errors"] = errors(part, group)
         results["masked"] = masked(rank, group)
         torch.save(results, f"{folder}/{rank}.pt")
@@ -189,6 +190,15 @@ def online(part, group=None):
         losses.append(loss_fn.linear(hidden, weight[part], targets, bias[part], process_group=group))
         losses.append(loss_fn(F.linear(hidden, weight[part], bias[part]), targets, process_group=group))
     return {"losses": torch.stack(losses), "counts": loss_fn.frequency.counts}
+
+
+def dropped(rank, part, group):
+    """Weights of rows of a loss that drops some, on ranks whose generators differ."""
+    torch.manual_seed(rank)
+    hidden, weight, bias, targets, *_ = make_inputs(torch.float32)
+    loss_fn = PDLLoss(torch.arange(VOCAB), weight_drop=0.5)
+    _, stats = loss_fn(F.linear(hidden, weight[part], bias[part]), targets, process_group=group, return_stats=True)
+    return stats.weight
 
 
 def errors(part, group):
@@ -256,6 +266,14 @@ def test_online_counts_once_on_every_rank(ranks):
     for result in ranks:
         torch.testing.assert_close(result["online"]["losses"], expected["losses"])
         assert torch.equal(result["online"]["counts"], expected["counts"])
+
+
+@pytest.mark.slow
+def test_ranks_drop_the_same_weights(ranks):
+    weights = ranks[0]["dropped"]
+    assert all(torch.equal(result["dropped"], weights) for result in ranks)
+    counted = make_inputs(torch.float32)[3] != -100
+    assert 0 < (weights[counted] == 1).sum() < counted.sum()
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""PowerLaw and the token weights against the reference in float64, and the facts that the formula promises."""
+"""The weightings against the reference in float64, and the facts that their formulas promise."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pickle
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from pdl_ext import PowerLaw, TokenFrequency, functional, reference
+from pdl_ext.weighting import Adaptive, ClassBalanced, Face, Uniform, Weighting
 
 SETTINGS = [
     {},
@@ -225,5 +227,139 @@ def test_bad_counts_are_refused(counts, error, message):
 
 
 def test_bad_weighting_is_refused():
-    with pytest.raises(TypeError, match="weighting: got float, expected PowerLaw"):
+    with pytest.raises(TypeError, match="weighting: got float, expected a Weighting, such as PowerLaw"):
         functional.token_weights(torch.ones(3, dtype=torch.int64), 0.5)
+
+
+# The others of the family.
+
+FAMILY = [
+    Uniform,
+    Adaptive,
+    functools.partial(Adaptive, form="chi2"),
+    functools.partial(Adaptive, T=40.0),
+    ClassBalanced,
+    functools.partial(ClassBalanced, beta=0.0),
+    functools.partial(ClassBalanced, beta=0.9999),
+    Face,
+]
+SHARED = [
+    {},
+    {"normalize": "types"},
+    {"normalize": "none"},
+    {"normalize": "none", "max_weight": 0.5},
+    {"max_weight": 1.3},
+    {"blend": 0.3},
+    {"blend": 0.0},
+    {"fixed": {0: 0.0, 4: 2.5}},
+    {"fixed": {0: 1.0}, "blend": 0.5, "normalize": "types"},
+    {"fixed": dict.fromkeys(range(7), 3.0)},
+]
+CORPORA = {
+    "a corpus": counts_of_a_corpus(1009),
+    "nothing counted": torch.zeros(7, dtype=torch.int64),
+    "one type": torch.tensor([0, 0, 0, 5, 0, 0, 0]),
+    "equal counts": torch.full((7,), 3),
+    "huge counts": torch.tensor([2**50, 2**33, 1, 0, 2, 2**50, 0]),
+}
+
+
+@pytest.mark.parametrize("counts", CORPORA.values(), ids=CORPORA)
+@pytest.mark.parametrize("shared", SHARED, ids=str)
+@pytest.mark.parametrize("make", FAMILY, ids=lambda make: repr(make()).partition(", normalize")[0])
+def test_family_matches_reference(make, shared, counts):
+    assert_weights_match(counts, make(**shared))
+
+
+def test_uniform_is_one(device):
+    assert functional.token_weights(torch.tensor([3, 0, 9], device=device), Uniform()).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("form", "g"),
+    [("exp", lambda x: math.exp(-1.75 * x)), ("chi2", lambda x: x**2 * math.exp(-1.75 * x))],
+    ids=["exp", "chi2"],
+)
+def test_adaptive_as_published(form, g):
+    # The dictionary of the published code: what occurs, by count, behind four special tokens, which weigh 1.
+    dictionary = [900, 400, 50, 20, 3, 1]
+    median = dictionary[len(dictionary) // 2]
+    of_g = [g(count / median) for count in dictionary]
+    expected = [value / max(of_g) * (math.e - 1) + 1 for value in of_g]
+    counts = torch.tensor([0, 0, 0, 0, *dictionary])
+    weighting = Adaptive(form, normalize="none", fixed=dict.fromkeys(range(4), 1.0))
+    weights = functional.token_weights(counts, weighting)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 1.0, 1.0, *expected]))
+    assert weights[4:].min() >= 1
+    assert weights.max() == pytest.approx(math.e)
+
+
+def test_adaptive_of_the_never_seen():
+    weights = functional.token_weights(torch.tensor([8, 2, 0]), Adaptive(normalize="none"))
+    assert weights[2] == weights[1] == pytest.approx(math.e)
+    assert functional.token_weights(torch.tensor([8, 2, 0]), Adaptive("chi2", normalize="none"))[2] == 1
+
+
+def test_class_balanced_by_hand():
+    weights = functional.token_weights(torch.tensor([1, 2, 0]), ClassBalanced(0.9, normalize="none"))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.1 / 0.19, 1.0]))
+
+
+def test_class_balanced_is_exact_close_to_one():
+    weights = functional.token_weights(torch.tensor([4, 1000]), ClassBalanced(1 - 2.0**-50, normalize="none"))
+    torch.testing.assert_close(weights, torch.tensor([0.25, 0.001]))
+
+
+def test_face_by_hand():
+    # 1 - [5, 3, 0] / 5, divided by their mean over the types.
+    weights = functional.token_weights(torch.tensor([5, 3, 0]), Face(normalize="types"))
+    torch.testing.assert_close(weights, torch.tensor([0.0, 0.4, 1.0]) * 3 / 1.4)
+
+
+@pytest.mark.parametrize("make", FAMILY, ids=lambda make: repr(make()).partition(", normalize")[0])
+def test_family_is_kept_by_value(make):
+    weighting = make(fixed={1: 2.0})
+    assert weighting == make(fixed={1: 2.0})
+    assert hash(weighting) == hash(make(fixed={1: 2.0}))
+    assert weighting != make(fixed={1: 3.0})
+    assert weighting != PowerLaw(fixed={1: 2.0})
+    assert pickle.loads(pickle.dumps(weighting)) == weighting
+    assert type(weighting).__module__ == "pdl_ext.weighting"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        weighting.blend = 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Adaptive("linear"), r"form: got 'linear', expected one of \['chi2', 'exp'\]"),
+        (lambda: Adaptive(T=0), "T: got 0, expected a finite number > 0"),
+        (lambda: Adaptive(T=math.nan), "T: got nan, expected a finite number > 0"),
+        (lambda: ClassBalanced(1.0), r"beta: got 1.0, expected a number in \[0, 1\)"),
+        (lambda: ClassBalanced(-0.1), r"beta: got -0.1, expected a number in \[0, 1\)"),
+        (lambda: Face(max_weight=0.0), "max_weight: got 0.0, expected a number > 0"),
+        (lambda: Uniform(blend=2.0), r"blend: got 2.0, expected a number in \[0, 1\]"),
+        (lambda: Weighting(normalize="mean"), "normalize: got 'mean', expected one of"),
+    ],
+)
+def test_bad_settings_of_the_family_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_counts_that_none_can_be_give_no_plausible_weight():
+    # As CUDA's ops get them, which do not look at the numbers.
+    for counts in (torch.tensor([3, -1]), torch.tensor([2**62, 2**62])):
+        assert Face().table(counts, None, None).isnan().any()
+
+
+@dataclasses.dataclass(frozen=True)
+class SquareRoot(Weighting):
+    def raw(self, counts):
+        return counts.double().clamp(min=1).rsqrt()
+
+
+def test_a_weighting_of_ones_own():
+    weights = functional.token_weights(torch.tensor([4, 1, 0]), SquareRoot(normalize="none", fixed={2: 0.0}))
+    assert weights.tolist() == [0.5, 1.0, 0.0]
+    assert_weights_match(counts_of_a_corpus(101), SquareRoot(blend=0.5))

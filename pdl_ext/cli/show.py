@@ -1,9 +1,9 @@
-"""`pdl-ext show`: what a counts file holds, and what each alpha would make of it."""
+"""`pdl-ext show`: what a counts file holds, and what a weighting would make of it."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,13 @@ from pdl_ext.cli.streams import tell, write
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
     from pdl_ext.provenance import Provenance
+    from pdl_ext.weighting import Weighting
 
 __all__ = ["add_parser"]
 
 _ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+_WEIGHTINGS = ("adaptive", "class-balanced", "face", "power-law", "uniform")
+_BETAS = (0.9, 0.99, 0.999, 0.9999)
 _SHARDS_SHOWN = 3
 
 
@@ -26,7 +29,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, to print tokens as text")
-    parser.add_argument("--alpha", type=float, nargs="+", default=_ALPHAS, metavar="A", help="exponents to compare")
+    parser.add_argument("--alpha", type=float, nargs="+", metavar="A", help="exponents of the power law to compare")
+    parser.add_argument(
+        "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"
+    )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="tokens printed of each end (default: 10)")
     parser.set_defaults(run=_run)
 
@@ -36,6 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import load_counts
 
     check_integer("top", arguments.top, 1, 2**31 - 1, "an int >= 1")
+    if arguments.alpha is not None and arguments.weighting != "power-law":
+        raise ValueError(f"alpha: got one with --weighting {arguments.weighting}, expected none: only power-law has it")
     frequency = load_counts(arguments.counts)
     text = _text_of(arguments.tokenizer, frequency.provenance)
     # All of it is computed before the first line is printed.
@@ -45,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "",
         *_tokens(frequency, arguments.top, text),
         "",
-        *_alphas(frequency, arguments.alpha),
+        *_weightings(frequency, arguments.weighting, arguments.alpha or _ALPHAS),
     ]
     write(*lines)
     return 0
@@ -127,21 +135,38 @@ def _tokens(frequency: TokenFrequency, top: int, text: Callable[[int], str]) -> 
     return [*lines, "rarest seen:", *map(line, rarest)] if rarest else lines
 
 
-def _alphas(frequency: TokenFrequency, alphas: list[float]) -> list[str]:
-    from pdl_ext.statistics import MOST_FREQUENT, alpha_statistics
+def _weightings(frequency: TokenFrequency, name: str, alphas: Sequence[float]) -> list[str]:
+    from pdl_ext.statistics import MOST_FREQUENT, weight_statistics
 
-    lines = [
-        f"alpha   effective sample   mass of top {MOST_FREQUENT}   weights: most frequent   rarest seen     largest",
-    ]
-    for alpha in alphas:
-        of_alpha = alpha_statistics(frequency, alpha)
+    option, shown = _shown(name, alphas)
+    columns = f"effective sample   mass of top {MOST_FREQUENT}   weights: most frequent   rarest seen     largest"
+    lines = [f"{option:5}   {columns}"]
+    for value, weighting in shown:
+        found = weight_statistics(frequency, weighting)
         lines.append(
-            f"{of_alpha.alpha:5.3g}   {100 * of_alpha.effective_fraction:14.1f} %   "
-            f"{100 * of_alpha.mass_of_most_frequent:13.1f} %   {of_alpha.weight_of_most_frequent:22.3g}   "
-            f"{of_alpha.largest_seen:11.3g}   {of_alpha.largest:9.3g}"
+            f"{value:>5}   {100 * found.effective_fraction:14.1f} %   "
+            f"{100 * found.mass_of_most_frequent:13.1f} %   {found.weight_of_most_frequent:22.3g}   "
+            f"{found.largest_seen:11.3g}   {found.largest:9.3g}"
         )
-    return [
-        *lines,
-        "Effective sample: how many labels of 100 still count. Begin with an alpha of 0.25 to 0.5; take less where it",
-        "is below a quarter, or where single tokens weigh more than some hundreds (max_weight limits them).",
-    ]
+    lines.append("Effective sample: how many labels of 100 still count.")
+    if name == "power-law":
+        lines[-1] += " Begin with an alpha of 0.25 to 0.5; take less where it"
+        lines.append(
+            "is below a quarter, or where single tokens weigh more than some hundreds (max_weight limits them)."
+        )
+    return lines
+
+
+def _shown(name: str, alphas: Sequence[float]) -> tuple[str, list[tuple[str, Weighting]]]:
+    """The option that tells weightings apart, and those that are compared by their value of it."""
+    from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform
+
+    if name == "adaptive":
+        return "form", [("exp", Adaptive()), ("chi2", Adaptive(form="chi2"))]
+    if name == "class-balanced":
+        return "beta", [(f"{beta:g}", ClassBalanced(beta)) for beta in _BETAS]
+    if name == "face":
+        return "", [("-", Face())]
+    if name == "uniform":
+        return "", [("-", Uniform())]
+    return "alpha", [(f"{alpha:.3g}", PowerLaw(alpha)) for alpha in alphas]

@@ -14,7 +14,7 @@ from pdl_ext._checks import MAX, check_choice, check_dense, check_integer, check
 from pdl_ext.engine.autograd import Results, weighted_loss
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype
-from pdl_ext.engine.vocabulary import VocabularyShard
+from pdl_ext.engine.vocabulary import VocabularyShard, sum_over_ranks
 from pdl_ext.options import LossOptions
 
 __all__ = ["LinearLossCall", "LossCall", "RowStats"]
@@ -81,6 +81,17 @@ class _Call:
         for name, table in (("token_weight", token_weight), ("logit_offset", logit_offset)):
             if table is not None:
                 _check_table(name, table, self.shard.vocab_size, self.targets.device)
+
+    def weigh_rows(self, token_weight: Tensor, weight_drop: float) -> None:
+        """Makes row weights of token weights; each of these is 1 with a probability of `weight_drop` instead."""
+        drawn = torch.rand(self.targets.shape, dtype=torch.float32, device=self.targets.device)
+        if self.shard.group:
+            # The ranks of a vocabulary have the same rows, and generators of their own.
+            drawn = sum_over_ranks(drawn if self.shard.first_id == 0 else torch.zeros_like(drawn), self.shard.group)
+        # Of an ignored row or a target out of range it says nothing.
+        weight = token_weight[self.targets.long().clamp(0, self.shard.vocab_size - 1)]
+        weight = torch.where(drawn < weight_drop, 1.0, weight)
+        self.row_weight = weight if self.row_weight is None else self.row_weight * weight
 
     def _out_of_range(self, targets: Tensor) -> Tensor:
         wrong = (targets < 0) | (targets >= self.shard.vocab_size)

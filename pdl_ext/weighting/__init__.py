@@ -1,8 +1,14 @@
-"""How a token's weight follows from its frequency."""
+"""How a token's weight follows from its frequency: one file each."""
 
+from pdl_ext.weighting.adaptive import Adaptive
+from pdl_ext.weighting.base import Weighting
+from pdl_ext.weighting.class_balanced import ClassBalanced
+from pdl_ext.weighting.face import Face
 from pdl_ext.weighting.power_law import PowerLaw
+from pdl_ext.weighting.uniform import Uniform
 
-__all__ = ["PowerLaw"]
+__all__ = ["Adaptive", "ClassBalanced", "Face", "PowerLaw", "Uniform", "Weighting"]
 
-# What pickles call it, and what loads them safely knows it by.
-PowerLaw.__module__ = __name__
+# What pickles call them, and what loads them safely knows them by.
+for _weighting in (Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting):
+    _weighting.__module__ = __name__

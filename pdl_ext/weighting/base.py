@@ -1,18 +1,123 @@
-"""What every weighting of tokens has: weights that are fixed by hand, and a blend with 1."""
+"""What every weighting has: how a table of weights follows from a table of counts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from pdl_ext._checks import check_integer, check_number
+from pdl_ext._checks import check_choice, check_integer, check_number
+from pdl_ext.counts import check_counts
 
-__all__ = ["check_blend", "check_fixed", "checked_fixed", "fixed_table"]
+if TYPE_CHECKING:
+    from pdl_ext.frequency import TokenFrequency
+
+__all__ = [
+    "NORMALIZE",
+    "Weighting",
+    "check_blend",
+    "check_fixed",
+    "check_weighting",
+    "fixed_table",
+    "weights_of_counts",
+]
 
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Normalize
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Weighting:
+    """How the weight of a token follows from its count; a subclass says it by `raw`, as a frozen dataclass.
+
+    What `raw` gives is limited to `max_weight`, divided by its mean (`normalize`: over the tokens of the "corpus", over
+    the vocabulary's "types", or "none"), and blended with 1: 1 + blend * (w - 1). `fixed` maps token ids to final
+    weights; those tokens take no part in the mean. Weights that float32 cannot hold are its largest number, or 0.
+
+    Raises TypeError or ValueError that names the option.
+    """
+
+    # Whether the weights depend on counts at all.
+    needs_counts: ClassVar[bool] = True
+
+    normalize: str = "corpus"
+    max_weight: float | None = None
+    blend: float = 1.0
+    fixed: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        check_choice("normalize", self.normalize, NORMALIZE)
+        if self.max_weight is not None:
+            limit = check_number("max_weight", self.max_weight, 0, math.inf, "a number > 0", open_low=True)
+            self._set("max_weight", limit)
+        self._set("blend", check_blend(self.blend))
+        self._set("fixed", _checked_fixed(self.fixed))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        shared = [option.name for option in fields(Weighting)]
+        own = [option.name for option in fields(self) if option.name not in shared]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in own + shared)})"
+
+    def raw(self, counts: Tensor) -> Tensor:
+        """The weights before they are limited, normalised and blended: float64 [V] >= 0 of int64 [V] counts."""
+        raise NotImplementedError
+
+    def weights(self, frequency: TokenFrequency) -> Tensor:
+        """The weight of every vocabulary entry.
+
+        Returns float32 [V] on the device of the frequency's counts.
+        Raises ValueError if `fixed` names a token outside the vocabulary.
+        """
+        return weights_of_counts(frequency.counts, self)
+
+    def table(self, counts: Tensor, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
+        """weights_of_counts for a caller that keeps the blend and the table of fixed weights on the counts' device."""
+        weight, total = self.raw(counts), counts.sum()
+        if self.max_weight is not None:
+            weight = weight.clamp(max=self.max_weight)
+        free = None if fixed is None else fixed.isnan()
+        if self.normalize != "none":
+            share = torch.ones_like(weight)
+            if self.normalize == "corpus":
+                share = torch.where(total > 0, counts.double(), share)
+            if free is not None:
+                share = torch.where(free, share, 0.0)
+            mean = (share * weight).sum() / share.sum()
+            # NaN or 0 where no token is left that weighs anything.
+            weight = weight / torch.where(mean > 0, mean, 1.0)
+        if blend is not None:
+            # Not 1 + blend * (w - 1), which rounds a small w to the grain of 1.
+            weight = (1 - blend.double()) + blend.double() * weight
+        weight = weight.clamp(max=_FLOAT32_MAX).to(torch.float32)
+        # What no counts can be is an error on the CPU.
+        weight = torch.where((counts < 0) | (total < 0), math.nan, weight)
+        return weight if free is None or fixed is None else torch.where(free, weight, fixed)
+
+    def is_one(self) -> bool:
+        """Whether every token weighs 1 whatever the counts are."""
+        return False
+
+
+def check_weighting(weighting: Weighting) -> None:
+    """Raises TypeError unless it is a Weighting."""
+    if not isinstance(weighting, Weighting):
+        raise TypeError(f"weighting: got {type(weighting).__name__}, expected a Weighting, such as PowerLaw")
+
+
+def weights_of_counts(counts: Tensor, weighting: Weighting) -> Tensor:
+    """The weights [V] of counts. Raises TypeError or ValueError that names the argument."""
+    check_counts(counts)
+    blend = None
+    if weighting.blend != 1.0:
+        blend = torch.full((), weighting.blend, dtype=torch.float32, device=counts.device)
+    return weighting.table(counts, blend, fixed_table(weighting.fixed, counts))
 
 
 def check_blend(blend: float) -> float:
@@ -20,8 +125,8 @@ def check_blend(blend: float) -> float:
     return check_number("blend", blend, 0, 1, "a number in [0, 1]")
 
 
-def checked_fixed(fixed: Mapping[int, float]) -> dict[int, float]:
-    """A copy of fixed weights, that nobody else writes to. Raises TypeError or ValueError for what is none."""
+def _checked_fixed(fixed: Mapping[int, float]) -> dict[int, float]:
+    # A copy, that nobody else writes to.
     if not isinstance(fixed, Mapping):
         raise TypeError(f"fixed: got {type(fixed).__name__}, expected a mapping from token ids to weights")
     checked: dict[int, float] = {}

@@ -192,3 +192,27 @@ def test_no_counts(tmp_path, capsys):
     ]:
         assert main(["show", str(tmp_path / name)]) == 1
         assert capsys.readouterr().err.startswith(f"pdl-ext: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("adaptive", ["exp", "chi2"]),
+        ("class-balanced", ["0.9", "0.99", "0.999", "0.9999"]),
+        ("face", ["-"]),
+        ("power-law", ["0", "0.25", "0.5", "0.75", "1", "1.5"]),
+        ("uniform", ["-"]),
+    ],
+)
+def test_weightings(name, values, counts, capsys):
+    assert main(["show", str(counts), "--weighting", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (place for place, line in enumerate(lines) if "effective sample" in line)
+    shown = [line.split() for line in lines[header + 1 :] if not line.startswith(("Effective", "is below"))]
+    assert [line[0] for line in shown] == values
+    assert all("nan" not in line for line in shown)
+
+
+def test_only_the_power_law_has_exponents(counts, capsys):
+    assert main(["show", str(counts), "--weighting", "face", "--alpha", "1"]) == 1
+    assert "alpha: got one with --weighting face, expected none" in capsys.readouterr().err
