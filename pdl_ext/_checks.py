@@ -17,6 +17,7 @@ __all__ = [
     "MAX",
     "check_choice",
     "check_dense",
+    "check_exponent",
     "check_flag",
     "check_group",
     "check_ignore_index",
@@ -58,6 +59,11 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str, 
     if not low <= number <= high or (open_low and number == low):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
     return number
+
+
+def check_exponent(name: str, value: Any) -> float:
+    """The exponent of a frequency as a float. Raises TypeError or ValueError unless it is in [-10000, 10000]."""
+    return check_number(name, value, -10_000, 10_000, "a number in [-10000, 10000]")
 
 
 def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:

@@ -1,4 +1,4 @@
-"""The token weights of a loss, kept for as long as nothing has changed that they follow from.
+"""The tables of a loss that follow from counts, kept for as long as nothing has changed that they follow from.
 
 They are no buffers: what saves, casts, shards or initialises the buffers of a model would take them for state.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pdl_ext._checks import is_traced
+from pdl_ext.counts import log_probabilities
 from pdl_ext.weighting import Weighting
 from pdl_ext.weighting.base import fixed_table
 
@@ -82,6 +83,8 @@ class TokenWeights:
         self._settings: _Settings | None = None
         # Of counts under settings.
         self._kept: tuple[_Source | None, _Settings, Tensor] | None = None
+        # Of counts under an adjustment.
+        self._kept_offset: tuple[_Source | None, float, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[TokenWeights], tuple[float]]:
         return TokenWeights, (self._blend,)
@@ -116,6 +119,8 @@ class TokenWeights:
         """Makes the next call compute everything."""
         if self._settings is not None:
             self._settings = self._settings._replace(state=None)
+        if self._kept_offset is not None:
+            self._kept_offset = None, *self._kept_offset[1:]
 
     def kept(self, counts: Tensor, state: Tensor, weighting: Weighting) -> Tensor:
         """The weights [V] of counts; those of the last call if nothing has changed."""
@@ -139,6 +144,22 @@ class TokenWeights:
         else:
             mix, fixed, *_ = self._current_settings(counts, state, weighting)
         return weighting.table(counts, mix, fixed)
+
+    def offset(self, counts: Tensor, adjustment: float) -> Tensor:
+        """adjustment * log f, float32 [V] of counts; that of the last call if nothing has changed."""
+        if is_traced():
+            return adjustment * log_probabilities(counts)
+        old = self._kept_offset
+        if old is not None:
+            source, of_adjustment, offset = old
+            is_current = source is not None and source.is_current(counts) and of_adjustment == adjustment
+            if is_current and offset.device == counts.device:
+                return offset
+        with torch.inference_mode(False), torch.no_grad():
+            computed = adjustment * log_probabilities(counts)
+            offset = computed if old is None else _in_place(old[2], computed)
+        self._kept_offset = _Source.of(counts), adjustment, offset
+        return offset
 
     def _current_settings(self, counts: Tensor, state: Tensor, weighting: Weighting) -> _Settings:
         old = self._settings

@@ -10,7 +10,7 @@ from torch import Tensor
 from pdl_ext._checks import check_dense, is_traced, names_of, refuse_transforms
 from pdl_ext.engine import ops
 
-__all__ = ["TOKEN_DTYPES", "CountTable", "check_count_values", "check_counts"]
+__all__ = ["TOKEN_DTYPES", "CountTable", "check_count_values", "check_counts", "log_probabilities"]
 
 TOKEN_DTYPES = (torch.uint8, torch.uint16, torch.int32, torch.uint32, torch.int64)
 
@@ -98,6 +98,11 @@ class CountTable(NamedTuple):
                 f"{name}: got {in_all} tokens counted, ignored and out of range, expected the {int(self.seen)} seen: "
                 "they were changed other than by counting (from_counts takes any counts)"
             )
+
+
+def log_probabilities(counts: Tensor) -> Tensor:
+    """log ((n + 1) / (N + V)) of counts n, float32 [V]; not smoothed it would be infinite for what was never seen."""
+    return (counts + 1).double().div(counts.sum() + counts.shape[0]).log().to(torch.float32)
 
 
 def check_counts(counts: Tensor) -> None:

@@ -286,6 +286,14 @@ class TokenFrequency(nn.Module):
         counted = counts.double() / total.clamp(min=1)
         return torch.where(total > 0, counted, 1.0 / self.vocab_size)
 
+    def rarer_than(self, count: int) -> Tensor:
+        """Which vocabulary entries were seen less often than `count` times, if ever: bool [V].
+
+        Raises ValueError unless count is an int in [1, 2^63).
+        Source: the low-frequency words of RSFD (arXiv 2211.15076), seen less than 200 times.
+        """
+        return self.counts < check_integer("count", count, 1, 2**63 - 1, "an int in [1, 2^63)")
+
     def buckets(self, shares: Sequence[float] = (0.8, 0.15, 0.05)) -> Tensor:
         """The frequency bucket of every vocabulary entry: int64 [V], 0 the most frequent.
 

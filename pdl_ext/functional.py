@@ -6,18 +6,15 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pdl_ext._checks import (
-    check_ignore_index,
-    check_vocab_size,
-    not_scriptable,
-)
-from pdl_ext.counts import CountTable
+from pdl_ext._checks import check_exponent, check_ignore_index, check_vocab_size, not_scriptable
+from pdl_ext.counts import CountTable, check_counts, log_probabilities
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
+from pdl_ext.frequency import TokenFrequency
 from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import Weighting
 from pdl_ext.weighting.base import check_weighting, weights_of_counts
 
-__all__ = ["RowStats", "count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
+__all__ = ["RowStats", "count_tokens", "decoding_offset", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
 # What pickles call it, and what loads them safely knows it by.
 RowStats.__module__ = __name__
@@ -154,6 +151,21 @@ def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     """
     check_weighting(weighting)
     return weights_of_counts(counts, weighting)
+
+
+@not_scriptable
+def decoding_offset(frequency: TokenFrequency | Tensor, alpha: float) -> Tensor:
+    """What generation adds to the logits to favour rare tokens: -alpha log f, f = (n + 1) / (N + V).
+
+    frequency: a TokenFrequency or int64 [V] counts. Returns float32 [V] on their device. A model trained with
+    cross-entropy that decodes with it has the minimiser of a loss that weighs by f ** -alpha.
+    Raises TypeError or ValueError that names the argument.
+    Source: Menon et al. 2021 (arXiv 2007.07314), post-hoc logit adjustment.
+    """
+    alpha = check_exponent("alpha", alpha)
+    counts = frequency.counts if isinstance(frequency, TokenFrequency) else frequency
+    check_counts(counts)
+    return -alpha * log_probabilities(counts)
 
 
 @not_scriptable

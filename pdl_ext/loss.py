@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from pdl_ext._checks import check_integer, check_number, default_device, is_traced, not_scriptable
+from pdl_ext._checks import check_exponent, check_integer, check_number, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
 from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext.counts import check_count_values
@@ -38,8 +38,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
         weighting: PowerLaw with everything else that it can do, or another of `pdl_ext.weighting`. With one that needs
             no counts, as Uniform, nothing is learned.
-        weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead, drawn anew at each call in training
-            mode on the targets' device, by PyTorch's generator (arXiv 2010.04380).
+        logit_adjustment: the factor of log f, f = (n + 1) / (N + V), that is added to the logits, also in eval mode.
+            The frequency is the loss's own, kept whatever the weighting. 1 is balanced softmax (arXiv 2007.07314).
+        weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead (arXiv 2010.04380). Each call in
+            training mode draws them anew, by PyTorch's generator on the targets' device.
         vocab_size: V of an online loss; without it V is that of the first logits.
         sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
@@ -73,6 +75,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         epsilon: float = 1e-7,
         weighting: Weighting | None = None,
         weight_drop: float = 0.0,
+        logit_adjustment: float = 0.0,
         inplace_backward: bool = False,
         vocab_size: int | None = None,
         sync_every: int | None = None,
@@ -89,8 +92,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         check_weighting(weighting)
         self.weighting = weighting
         self.weight_drop = check_number("weight_drop", weight_drop, 0, 1, "a number in [0, 1]")
+        self.logit_adjustment = check_exponent("logit_adjustment", logit_adjustment)
         self.inplace_backward = inplace_backward
-        self.online = frequency is None and weighting.needs_counts
+        self.online = frequency is None and (weighting.needs_counts or self.logit_adjustment != 0)
         if sync_every is not None:
             sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
             if not self.online:
@@ -139,7 +143,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes the weights of a given frequency again, in place; an online loss does so at every call.
+        """Computes what follows from a given frequency again, in place; an online loss does so at every call.
 
         Only needed after a write that PyTorch does not see, or before a CUDA graph is replayed.
         """
@@ -147,6 +151,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         frequency = self.frequency
         if frequency is not None and not self.online and not frequency.counts.is_meta:
             self._weights.kept(frequency.counts, self._blend, self.weighting)
+            if self.logit_adjustment != 0:
+                self._weights.offset(frequency.counts, self.logit_adjustment)
 
     def forward(
         self,
@@ -155,6 +161,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        logit_offset: Tensor | None = None,
         return_stats: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> Tensor | tuple[Tensor, RowStats]:
@@ -171,7 +178,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             process_group=process_group,
             inplace_backward=self.inplace_backward,
         )
-        return self._loss("logits", call)
+        return self._loss("logits", call, logit_offset)
 
     def linear(
         self,
@@ -182,6 +189,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         *,
         row_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
+        logit_offset: Tensor | None = None,
         return_stats: bool = False,
         max_chunk_bytes: int | None = None,
         accumulate: str = "float32",
@@ -205,24 +213,40 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             accumulate=accumulate,
             process_group=process_group,
         )
-        return self._loss("weight", call)
+        return self._loss("weight", call, logit_offset)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles of 0.1.0's first builds have each option as an attribute.
         given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
         kept = {name: value for name, value in state.items() if name not in given}
-        super().__setstate__({"_options": LossOptions(**given), "weight_drop": 0.0, **kept})
+        super().__setstate__({"_options": LossOptions(**given), "weight_drop": 0.0, "logit_adjustment": 0.0, **kept})
 
     def extra_repr(self) -> str:
         options = self._options
         return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
 
-    def _loss(self, name: str, call: LossCall | LinearLossCall) -> Tensor | tuple[Tensor, RowStats]:
+    def _loss(
+        self, name: str, call: LossCall | LinearLossCall, logit_offset: Tensor | None
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        # Before an online loss counts.
+        call.check_tables(None, logit_offset)
         weights = self._current_weights(name, call)
         if weights is not None and self.training and self.weight_drop > 0:
             call.weigh_rows(weights, self.weight_drop)
             weights = None
-        return call.loss(weights, None)
+        if self.logit_adjustment != 0:
+            adjustment = self._weights.offset(self._adjusting_counts(), self.logit_adjustment)
+            logit_offset = adjustment if logit_offset is None else adjustment + logit_offset
+        return call.loss(weights, logit_offset)
+
+    def _adjusting_counts(self) -> Tensor:
+        frequency = self.frequency
+        if frequency is None:
+            raise ValueError(
+                f"logit_adjustment: got {self.logit_adjustment}, expected 0 of a loss that was made without and whose "
+                "weighting counts nothing"
+            )
+        return frequency.table.counts
 
     def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor | None:
         """The table of weights, or None for ones."""
@@ -251,7 +275,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         counts = torch.zeros(call.shard.vocab_size, dtype=torch.int64, device=call.targets.device)
         return self._weights.fresh(counts, self._blend, self.weighting)
 
-    def _learned_weights(self, frequency: TokenFrequency | None, name: str, call: LossCall | LinearLossCall) -> Tensor:
+    def _learned_weights(
+        self, frequency: TokenFrequency | None, name: str, call: LossCall | LinearLossCall
+    ) -> Tensor | None:
         is_new, device = frequency is None, call.targets.device
         if frequency is None:
             frequency = self._new_frequency(call.shard.vocab_size).to(device)
@@ -271,6 +297,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             from pdl_ext._outside_graphs import call_outside
 
             call_outside(PDLLoss._sync_if_due, self, frequency)
+        if self.weighting.is_one():
+            return None
         return self._weights.fresh(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _check_state(self, process_group: dist.ProcessGroup | None) -> None:

@@ -867,3 +867,15 @@ def test_modes_of_autograd_make_no_difference(tmp_path, made, within, then):
             counted.update(given)
         counted.update(given)
         assert counted.tokens_seen == 2 * given.numel()
+
+
+def test_rarer_than(device):
+    frequency = TokenFrequency.from_counts(torch.tensor([5, 0, 200, 199], device=device))
+    assert frequency.rarer_than(200).tolist() == [True, True, False, True]
+    assert frequency.rarer_than(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("count", [0, 2.5, True, 2**63])
+def test_rarer_than_needs_a_count(count):
+    with pytest.raises(ValueError, match=r"count: got .*, expected an int in \[1, 2\^63\)"):
+        TokenFrequency(3).rarer_than(count)

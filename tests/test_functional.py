@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pdl_ext import functional, reference
+from pdl_ext import TokenFrequency, functional, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "token_mean", "sum", "none"]
@@ -322,3 +322,24 @@ def test_count_tokens_matches_reference(device, dtype):
     assert torch.equal(got, reference.count_tokens(tokens, 120, ignore_index=3))
     assert got[3] == 0
     assert got.sum() > 0
+
+
+def test_decoding_offset(device):
+    counts = torch.tensor([7, 0, 1], device=device)
+    offset = functional.decoding_offset(counts, 0.5)
+    assert offset.dtype == torch.float32
+    expected = torch.tensor([-0.5 * math.log(count / 11) for count in (8, 1, 2)], device=device)
+    torch.testing.assert_close(offset, expected)
+    assert torch.equal(functional.decoding_offset(TokenFrequency.from_counts(counts), 0.5), offset)
+
+
+@pytest.mark.parametrize(
+    ("frequency", "alpha", "message"),
+    [
+        (torch.ones(3), 0.5, "counts: got dtype torch.float32, expected int64"),
+        (torch.ones(3, dtype=torch.int64), math.inf, r"alpha: got inf, expected a number in \[-10000, 10000\]"),
+    ],
+)
+def test_decoding_offset_of_what_is_none(frequency, alpha, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        functional.decoding_offset(frequency, alpha)

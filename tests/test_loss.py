@@ -6,6 +6,7 @@ import copy
 import importlib
 import inspect
 import io
+import math
 import pickle
 import typing
 
@@ -455,6 +456,95 @@ class TestWeightDrop:
         loss_fn = PDLLoss(corpus_counts())
         del loss_fn.__dict__["weight_drop"]
         assert copy.deepcopy(loss_fn).weight_drop == 0.0
+
+
+class TestLogitOffset:
+    @pytest.mark.parametrize("linear", [False, True])
+    def test_reaches_the_function(self, batch, device, linear):
+        logits, targets = batch()
+        offset = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)).to(device)
+        loss_fn = PDLLoss(corpus_counts(device))
+        weights = functional.token_weights(corpus_counts(device), PowerLaw())
+        expected = functional.pdl_loss(logits, targets, weights, logit_offset=offset)
+        if linear:
+            loss = loss_fn.linear(logits, torch.eye(VOCAB, device=device), targets, logit_offset=offset)
+        else:
+            loss = loss_fn(logits, targets, logit_offset=offset)
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+    def test_a_bad_one_counts_nothing(self, batch):
+        logits, targets = batch()
+        loss_fn = PDLLoss(vocab_size=VOCAB)
+        with pytest.raises(ValueError, match=r"logit_offset: got shape \[3\], expected \[31\]"):
+            loss_fn(logits, targets, logit_offset=torch.zeros(3))
+        assert loss_fn.frequency.total == 0
+
+
+class TestLogitAdjustment:
+    def log_frequency(self, counts):
+        return torch.log((counts.double() + 1) / (counts.sum() + VOCAB)).float()
+
+    @pytest.mark.parametrize("weighting", [None, Uniform()], ids=["power law", "uniform"])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_adds_the_log_frequency(self, batch, device, given, weighting):
+        logits, targets = batch()
+        offset = torch.linspace(-1, 1, VOCAB, device=device)
+        counts = corpus_counts(device)
+        loss_fn = PDLLoss(counts if given else None, weighting=weighting, logit_adjustment=0.7)
+        for step in range(1, 3):
+            if not given:
+                counts = functional.count_tokens(targets.repeat(step), VOCAB)
+            weights = functional.token_weights(counts, weighting or PowerLaw())
+            adjusted = logits + 0.7 * self.log_frequency(counts)
+            extra = offset if step == 2 else None
+            loss = loss_fn(logits, targets, logit_offset=extra)
+            expected = reference.pdl_loss(adjusted if extra is None else adjusted + extra, targets, weights)
+            torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+
+    def test_changes_are_noticed(self, batch, device):
+        logits, targets = batch()
+        loss_fn = PDLLoss(corpus_counts(device), weighting=Uniform(), logit_adjustment=1.0)
+        first = loss_fn(logits, targets)
+        assert torch.equal(loss_fn(logits, targets), first)
+        loss_fn.logit_adjustment = -0.5
+        fresh = PDLLoss(corpus_counts(device), weighting=Uniform(), logit_adjustment=-0.5)
+        assert torch.equal(loss_fn(logits, targets), fresh(logits, targets))
+        loss_fn.frequency.update(torch.full((900,), 5, device=device))
+        changed = PDLLoss(loss_fn.frequency.counts, weighting=Uniform(), logit_adjustment=-0.5)
+        assert torch.equal(loss_fn(logits, targets), changed(logits, targets))
+        assert not torch.equal(loss_fn(logits, targets), fresh(logits, targets))
+        # As one that PyTorch does not see.
+        loss_fn.frequency.counts.data[3] += 1000
+        loss_fn.refresh()
+        changed = PDLLoss(loss_fn.frequency.counts, weighting=Uniform(), logit_adjustment=-0.5)
+        assert torch.equal(loss_fn(logits, targets), changed(logits, targets))
+
+    @pytest.mark.devices("cpu", "cuda")
+    def test_compiles(self, batch, device):
+        logits, targets = batch()
+        loss_fn = PDLLoss(corpus_counts(device), logit_adjustment=1.0)
+        compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, targets), loss_fn(logits, targets), rtol=1e-6, atol=0)
+
+    def test_decoding_undoes_it(self, batch, device):
+        logits, targets = batch()
+        frequency = TokenFrequency.from_counts(corpus_counts(device))
+        decoded = logits + functional.decoding_offset(frequency, 1.0)
+        loss = PDLLoss(frequency, weighting=Uniform(), logit_adjustment=1.0)(decoded, targets)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, targets), rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize("value", [math.nan, 1e5, "1"])
+    def test_bad_ones_are_refused(self, value):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"logit_adjustment: got .*, expected a number in \[-10000, 10"
+        ):
+            PDLLoss(logit_adjustment=value)
+
+    def test_needs_counts(self, batch):
+        loss_fn = PDLLoss(weighting=Uniform())
+        loss_fn.logit_adjustment = 1.0
+        with pytest.raises(ValueError, match=r"logit_adjustment: got 1\.0, expected 0 of a loss that was made without"):
+            loss_fn(*batch())
 
 
 class TestState:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, _token_weights, functional
+from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
 
 VOCAB, WIDTH = 31, 8
 COUNTS = torch.arange(VOCAB) ** 3

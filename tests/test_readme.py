@@ -31,16 +31,27 @@ def test_snippets_of_corpora_run(tmp_path, monkeypatch):
     assert namespace["loss_fn"].frequency.counts[:8].tolist() == [0, 0, 0, 0, 0, 0, 0, 2]
 
 
+def test_snippets_of_the_family_run():
+    pytest.importorskip("transformers", reason="needs pdl_ext[demo]")
+    page = (README.parent / "docs" / "family.md").read_text()
+    namespace = {}
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet, "family.md", "exec"), namespace)
+    scores = namespace["RareTokens"](namespace["frequency"], 0.5)(None, namespace["logits"])
+    assert (scores - namespace["logits"])[0].diff().gt(0).all()
+
+
 def test_documented_commands_exist():
-    from pdl_ext.cli import count
+    from pdl_ext.cli import count, show
 
     parser = argparse.ArgumentParser()
-    count.add_parser(parser.add_subparsers())
-    (action,) = parser._subparsers._group_actions
-    known = set(action.choices["count"]._option_string_actions)
+    subparsers = parser.add_subparsers()
+    count.add_parser(subparsers)
+    show.add_parser(subparsers)
+    known = set(subparsers.choices["count"]._option_string_actions)
     page = (README.parent / "docs" / "corpora.md").read_text()
     documented = set(re.findall(r"`(--[a-z-]+)", page))
-    assert documented - {"--tokenizer"} <= known
+    assert documented <= known | set(subparsers.choices["show"]._option_string_actions)
     assert known - documented - {"--help", "-h", "-o", "--output", "--vocab-size", "--threads"} == set()
 
 

@@ -18,8 +18,8 @@ __all__ = ["Adaptive"]
 class Adaptive(Weighting):
     """Weights between 1 and e that fall off exponentially, or rise and fall, with the count over the median count.
 
-    With x = n(t) / m, g is exp(-T x) for the form "exp" and x^2 exp(-T x) for "chi2"; w = (g / max g) (e - 1) + 1. m is
-    the count at place n // 2 of the n types seen, in descending order, and the maximum is that of the types seen: one
+    With x = n(t) / m, g is exp(-T x) for the form "exp" and x^2 exp(-T x) for "chi2". Then w = (g / max g) (e - 1) + 1.
+    m is the count at place k // 2 of the k types seen, in descending order. The maximum is that of the types seen; one
     that was never seen weighs at most e. Where nothing was counted all weigh 1. The other options are those of every
     Weighting; the published weights are those of `normalize="none"`.
 

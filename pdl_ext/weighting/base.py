@@ -34,9 +34,10 @@ NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Norma
 class Weighting:
     """How the weight of a token follows from its count; a subclass says it by `raw`, as a frozen dataclass.
 
-    What `raw` gives is limited to `max_weight`, divided by its mean (`normalize`: over the tokens of the "corpus", over
-    the vocabulary's "types", or "none"), and blended with 1: 1 + blend * (w - 1). `fixed` maps token ids to final
-    weights; those tokens take no part in the mean. Weights that float32 cannot hold are its largest number, or 0.
+    What `raw` gives is limited to `max_weight`, divided by its mean, and blended with 1: 1 + blend * (w - 1). The mean
+    is over the tokens of the "corpus" or over the vocabulary's "types", as `normalize` says, or there is "none".
+    `fixed` maps token ids to final weights; those tokens take no part in the mean. Weights that float32 cannot hold are
+    its largest number, or 0.
 
     Raises TypeError or ValueError that names the option.
     """

@@ -18,7 +18,7 @@ __all__ = ["ClassBalanced"]
 class ClassBalanced(Weighting):
     """The reciprocal of the effective number of samples: w(t) = (1 - beta) / (1 - beta ** n(t)).
 
-    A type that was never seen weighs like one seen once. beta is in [0, 1): 0 weighs all alike, and towards 1 the
+    A type that was never seen weighs like one seen once. beta is in [0, 1). At 0 all weigh alike, and towards 1 the
     weight becomes 1 / n(t). The other options are those of every Weighting.
 
     Raises TypeError or ValueError that names the option.
