@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "
       "row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> ()");
+  m.def("complete_rows_(Tensor(a!) saved_rows, float[] options) -> ()");
   m.def(
       "reduce_rows(Tensor saved_rows, Tensor targets, Tensor? row_weight, Tensor? normalizer, float[] options) -> "
       "(Tensor loss, Tensor factors)");

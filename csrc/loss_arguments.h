@@ -114,6 +114,14 @@ inline void check_backward_arguments(const Tensor& logits, const LossInputs& inp
                   "the logits must be a shard of the vocabulary");
 }
 
+inline void check_complete_arguments(const Tensor& saved_rows) {
+  const ScalarType dtype = saved_rows.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "saved_rows must be float32 or float64");
+  STD_TORCH_CHECK(
+      saved_rows.dim() == 2 && saved_rows.size(0) == SavedRow<float>::kNumbers && saved_rows.is_contiguous(),
+      "saved_rows must have the shape of what loss_forward returns");
+}
+
 inline void check_reduce_arguments(const Tensor& saved_rows, const LossInputs& inputs) {
   const ScalarType dtype = saved_rows.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "saved_rows must be float32 or float64");

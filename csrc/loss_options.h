@@ -7,17 +7,23 @@
 #include <string>
 #include <vector>
 
+#include "modulation.h"
+
 namespace pdl {
 
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, token_mean = 3 };
 
-#define PDL_LOSS_OPTIONS(OPTION)  \
-  OPTION(Reduction, reduction)    \
-  OPTION(int64_t, ignore_index)   \
-  OPTION(double, label_smoothing) \
-  OPTION(double, z_loss)          \
-  OPTION(double, softcap)         \
-  OPTION(double, logit_scale)
+#define PDL_LOSS_OPTIONS(OPTION)   \
+  OPTION(Reduction, reduction)     \
+  OPTION(int64_t, ignore_index)    \
+  OPTION(double, label_smoothing)  \
+  OPTION(double, z_loss)           \
+  OPTION(double, softcap)          \
+  OPTION(double, logit_scale)      \
+  OPTION(Modulation, modulation)   \
+  OPTION(double, gamma)            \
+  OPTION(double, modulation_scale) \
+  OPTION(bool, modulation_detach)
 
 struct LossOptions {
 #define PDL_OPTION_FIELD(type, name) type name{};

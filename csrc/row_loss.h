@@ -2,12 +2,14 @@
 //
 // A row has logits x_j, which a LogitTransform turns into z_j, a target y, and a weight w. Kernels gather
 // RowStatistics over the row in any order and in any number of shares. `row_loss` turns them into the row's losses.
+// The row's loss is w m ce, ce = (1 - s) nll + s mean_j (lse - z_j), where m is a modulation of nll with derivative c.
 // Every loss of the family has the same gradient:
 //
-//     d loss / d z_j = A p_j - B q_j,    p = softmax(z),    q_j = (1 - s) [j = y] + s / V.
+//     d loss / d z_j = A p_j - B_j,    p = softmax(z),    A = w (m + c ce),
+//     B_j = w m s / V, and at the target w (m (1 - s) + c ce) more.
 //
-// `gradient_row` makes the two numbers A and B, and `GradientRow` evaluates the gradient for one element. A new
-// weighting changes a scalar here, never a loop.
+// `gradient_row` makes these three numbers, and `GradientRow` evaluates the gradient for one element. A new weighting
+// or modulation changes a scalar here, never a loop.
 #pragma once
 
 #include <type_traits>
@@ -112,14 +114,17 @@ struct SavedRow {
   A nll;
   A ce;  // nll with label smoothing
   A token_weight;
+  A modulation;
 
-  static constexpr int kNumbers = 5;
+  static constexpr int kNumbers = 6;
 
   PDL_INLINE A lse() const { return max + log_sum; }
+  // Where the modulation is 0 the loss is, also of a target that has no probability.
+  PDL_INLINE A modulated_ce() const { return modulation == A(0) ? A(0) : modulation * ce; }
 
   PDL_INLINE static SavedRow load(const A* saved_rows, int64_t rows, int64_t i) {
     const A* row = saved_rows + i;
-    return {row[0], row[rows], row[2 * rows], row[3 * rows], row[4 * rows]};
+    return {row[0], row[rows], row[2 * rows], row[3 * rows], row[4 * rows], row[5 * rows]};
   }
   PDL_INLINE void store(A* saved_rows, int64_t rows, int64_t i) const {
     A* row = saved_rows + i;
@@ -128,10 +133,22 @@ struct SavedRow {
     row[2 * rows] = nll;
     row[3 * rows] = ce;
     row[4 * rows] = token_weight;
+    row[5 * rows] = modulation;
   }
   // Of a row without a target in the vocabulary.
-  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value}; }
+  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value}; }
 };
+
+// A row of which max, log_sum, nll and token_weight are known, and as its ce the mean of lse - z over the vocabulary.
+template <typename A>
+PDL_INLINE void complete_row(SavedRow<A>& row, const RowOptions<A>& options) {
+  const A uniform = row.ce;
+  row.ce = row.nll;
+  if (options.label_smoothing != A(0)) {
+    row.ce = (A(1) - options.label_smoothing) * row.nll + options.label_smoothing * uniform;
+  }
+  row.modulation = modulation_of(row.nll, options).value;
+}
 
 template <typename A>
 PDL_INLINE SavedRow<A> row_loss(const RowStatistics<A>& row, A z_target, A token_weight, const RowOptions<A>& options) {
@@ -139,12 +156,9 @@ PDL_INLINE SavedRow<A> row_loss(const RowStatistics<A>& row, A z_target, A token
   saved.max = row.max;
   saved.log_sum = log(row.sum);
   saved.nll = saved.log_sum - (z_target - row.max);
-  saved.ce = saved.nll;
-  if (options.label_smoothing != A(0)) {
-    const A uniform = saved.log_sum - (smoothing_centre(z_target) - row.max) - row.centred / A(options.vocab_size);
-    saved.ce = (A(1) - options.label_smoothing) * saved.nll + options.label_smoothing * uniform;
-  }
+  saved.ce = saved.log_sum - (smoothing_centre(z_target) - row.max) - row.centred / A(options.vocab_size);
   saved.token_weight = token_weight;
+  complete_row(saved, options);
   return saved;
 }
 
@@ -154,9 +168,9 @@ PDL_INLINE A row_term(A weight, A ce, A lse, const RowOptions<A>& options) {
   return options.z_loss != A(0) ? weight * ce + options.z_loss * lse * lse : weight * ce;
 }
 
-// Factors of the weighted term and of the z-loss term, and `correction`: the weighted mean where the denominator
-// depends on the row weights (reduction "mean"), else 0, so that d loss / d row_weight is
-// token_weight * (ce - correction) * weighted. In memory: the op's `factors` [kNumbers].
+// Factors of the weighted term and of the z-loss term, and `correction`. That is the weighted mean where the
+// denominator depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is token_weight * (m ce -
+// correction) * weighted. In memory: the op's `factors` [kNumbers].
 template <typename A>
 struct Factors {
   A weighted;
@@ -233,8 +247,8 @@ template <typename A>
 struct GradientRow {
   A max;
   A a_largest;  // A max_j p_j
-  A b_uniform;  // B s / V
-  A b_target;   // B (1 - s + s / V)
+  A b_uniform;  // B_j off the target
+  A b_target;   // and at it
 
   PDL_INLINE A log_ratio(A z) const { return z - max; }
   // Of a row with a NaN, which is in a_largest, any number will do.
@@ -261,11 +275,18 @@ template <typename A>
 PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A largest, A upstream,
                                        const Factors<A>& factors, const RowOptions<A>& options) {
   const A weighted = upstream * (row.token_weight * row_weight) * factors.weighted;
-  A of_lse = weighted;
+  A of_ce = weighted, of_modulation = 0;
+  if (options.modulation != Modulation::none) {
+    of_ce = weighted * row.modulation;
+    const A slope = modulation_of(row.nll, options).slope;
+    // Where nll is infinite the product is none: its limit is 0.
+    of_modulation = slope == A(0) ? A(0) : weighted * (slope * row.ce);
+  }
+  A of_lse = of_ce + of_modulation;
   if (options.z_loss != A(0)) of_lse += A(2) * upstream * options.z_loss * row.lse() * factors.rows;
-  const A a = canonical(of_lse), b = canonical(weighted), uniform = options.label_smoothing / A(options.vocab_size);
+  const A a = canonical(of_lse), b = canonical(of_ce), uniform = options.label_smoothing / A(options.vocab_size);
   return {row.max, row.max == -infinity<A>() ? not_a_number<A>() : a * largest, b * uniform,
-          b * (A(1) - options.label_smoothing + uniform)};
+          b * (A(1) - options.label_smoothing + uniform) + canonical(of_modulation)};
 }
 
 }  // namespace pdl

@@ -51,6 +51,8 @@ def pdl_loss(
         label_smoothing: share of the target distribution spread evenly over the vocabulary, in [0, 1].
         z_loss: factor of lse ** 2, added to each row unweighted; "mean" and "token_mean" divide it by the number of
             rows, or by `normalizer`.
+        modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll. It
+            is in no denominator, and not in the z-loss.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory and a third of the
             traffic: already in this call, if they require grad and the reduction is a scalar (float16 waits for

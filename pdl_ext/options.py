@@ -12,6 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 import torch
 
 from pdl_ext._checks import MAX, check_choice, check_flag, check_ignore_index, check_number
+from pdl_ext.modulation import Modulation
 
 __all__ = [
     "DEFAULTS",
@@ -40,6 +41,7 @@ class LossKeywords(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     logit_scale: float
+    modulation: Modulation | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class LossOptions:
     z_loss: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    modulation: Modulation | None = None
 
     def __post_init__(self) -> None:
         check_choice("reduction", self.reduction, REDUCTIONS)
@@ -70,7 +73,12 @@ class LossOptions:
         self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
-        self._set("_packed", [_number(name, getattr(self, name)) for name in OP_OPTIONS])
+        if not (self.modulation is None or isinstance(self.modulation, Modulation)):
+            raise TypeError(
+                f"modulation: got {type(self.modulation).__name__}, expected None or one of pdl_ext.modulation"
+            )
+        numbers = [_number(name, getattr(self, name)) for name in _SCALARS]
+        self._set("_packed", [*numbers, *Modulation.pack(self.modulation)])
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -116,11 +124,13 @@ def _kept(**keywords: Any) -> LossOptions:
 
 @functools.lru_cache(maxsize=64)
 def _unpacked(numbers: tuple[float, ...]) -> LossOptions:
-    values: dict[str, Any] = dict(zip(OP_OPTIONS, numbers, strict=True))
+    named = dict(zip(OP_OPTIONS, numbers, strict=True))
+    values: dict[str, Any] = {name: named[name] for name in _SCALARS}
     for option, numbered in _NUMBERED.items():
         values[option] = next(name for name, number in numbered.items() if number == values[option])
     values["ignore_index"] = int(values["ignore_index"])
     values["softcap"] = values["softcap"] or None
+    values["modulation"] = Modulation.unpacked(*(named[name] for name in _OF_MODULATION))
     return LossOptions(**values)
 
 
@@ -135,8 +145,11 @@ def _number(name: str, value: Any) -> float:
 
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions)}
+# Of what a modulation is packed into.
+_OF_MODULATION = ("modulation", "gamma", "modulation_scale", "modulation_detach")
 # `shift` is none of the ops': targets are shifted before.
-OP_OPTIONS = tuple(name for name in DEFAULTS if name != "shift")
+_SCALARS = tuple(name for name in DEFAULTS if name not in ("shift", "modulation"))
+OP_OPTIONS = _SCALARS + _OF_MODULATION
 
 
 def check_keywords(function: str, keywords: LossKeywords) -> None:
@@ -172,6 +185,7 @@ class OptionsAsAttributes:
     z_loss = _Attribute[float]()
     softcap = _Attribute["float | None"]()
     logit_scale = _Attribute[float]()
+    modulation = _Attribute["Modulation | None"]()
 
 
 def spells_out_options(function: F) -> F:

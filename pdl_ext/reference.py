@@ -15,10 +15,25 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pdl_ext.functional import RowStats
+from pdl_ext.modulation import AntiFocal, Focal, Modulation
 from pdl_ext.options import DEFAULTS, LossKeywords, check_keywords, spells_out_options
 from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting
 
 __all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
+
+
+def _modulation(nll: Tensor, modulation: Modulation) -> Tensor:
+    p = torch.exp(-nll)
+    if isinstance(modulation, Focal):
+        q = -torch.expm1(-nll.clamp(min=0))
+        q = q.detach() if modulation.detach else q
+        if modulation.gamma in (0, 1):
+            return q**modulation.gamma
+        # Of 0 the derivative may be infinite, and counts as 0.
+        return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** modulation.gamma)
+    if isinstance(modulation, AntiFocal):
+        return (1 + modulation.scale * p.detach()) ** modulation.gamma
+    return p.detach()
 
 
 @spells_out_options
@@ -78,6 +93,9 @@ def pdl_loss(
 
     zero = torch.zeros((), dtype=dtype, device=logits.device)
     weight = torch.where(counted, weight, zero)
+    if asked.modulation is not None:
+        m = _modulation(nll, asked.modulation)
+        ce = m * torch.where((m == 0) & ce.isinf(), zero, ce)
     weighted = torch.where(counted, weight * torch.where(counted, ce, zero), zero)
     z_term = asked.z_loss * torch.where(counted, lse, zero) ** 2 if asked.z_loss else torch.zeros_like(weighted)
     rows = counted.sum().to(dtype)

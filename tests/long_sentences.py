@@ -36,7 +36,7 @@ LIST = "tests/long_sentences.txt"
 SHRINK = "python tests/long_sentences.py --shrink"
 LIMIT = 25
 # How many entries the list had in November 2026. A clone without the whole history tells by it that one was added.
-MOST = 203
+MOST = 200
 
 FOLDERS = ("pdl_ext", "csrc", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
 # What a file is, by its name or its suffix: a name of Pygments'.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pdl_ext import TokenFrequency, functional, reference
+from pdl_ext.modulation import DFT, AntiFocal, Focal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "token_mean", "sum", "none"]
@@ -22,8 +23,22 @@ OPTIONS = {
     "scale": {"logit_scale": 0.7},
     "negative_scale": {"logit_scale": -1.3},
     "offset": {"offset": True},
-    "everything": {"label_smoothing": 0.05, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 1.3, "offset": True},
+    "focal": {"modulation": Focal()},
+    "focal_below_one": {"modulation": Focal(0.5)},
+    "focal_detached": {"modulation": Focal(1.0, detach=True)},
+    "anti_focal": {"modulation": AntiFocal(1.5, 0.5)},
+    "dft": {"modulation": DFT()},
+    "everything": {
+        "label_smoothing": 0.05,
+        "z_loss": 1e-3,
+        "softcap": 20.0,
+        "logit_scale": 1.3,
+        "offset": True,
+        "modulation": Focal(1.5),
+    },
 }
+# Whose derivative is not that of the value.
+DETACHED = {"focal_detached", "anti_focal", "dft"}
 
 
 def options_of(name, case):
@@ -262,7 +277,7 @@ def test_one_position_without_leading_shape(make_case, assert_matches):
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [name for name in OPTIONS if name not in DETACHED])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_gradcheck(make_case, reduction, options):
     case = make_case((2, 3), 11, torch.float64, row_weight=True)

@@ -40,6 +40,7 @@ LAYERS = (
         ("pdl_ext._optional",),
         ("pdl_ext._version",),
     ),
+    (("pdl_ext.modulation",),),
     (("pdl_ext._checks",), ("pdl_ext._C",)),
 )
 

@@ -13,13 +13,14 @@ from pdl_ext import PDLLoss, functional
 from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.engine import linear, ops
 from pdl_ext.engine.vocabulary import VocabularyShard
+from pdl_ext.modulation import DFT, AntiFocal, Focal
 from pdl_ext.options import DEFAULTS, OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions, OptionsAsAttributes
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
 pytestmark = pytest.mark.devices("cpu", "cuda")
 compiled = torch.ops.pdl_ext
 BARE = LossOptions()
-EVERY = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=12.0, logit_scale=0.8)
+EVERY = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=12.0, logit_scale=0.8, modulation=Focal(1.5))
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +88,12 @@ def test_options_survive_packing():
     for reduction in REDUCTIONS:
         options = LossOptions(reduction=reduction, ignore_index=-(2**31), softcap=1e-300)
         assert LossOptions.unpacked(options.packed) == options
+    for modulation in (Focal(0.5, detach=True), AntiFocal(2.0, 0.3), DFT()):
+        options = LossOptions(modulation=modulation)
+        assert LossOptions.unpacked(options.packed) == options
 
 
-@pytest.mark.parametrize("numbers", [[], [2.0] * 5, [2.0] * 7], ids=len)
+@pytest.mark.parametrize("numbers", [[], [2.0] * 9, [2.0] * 11], ids=len)
 def test_another_number_of_options_is_refused(op_inputs, numbers):
     with pytest.raises(ValueError, match=f"options: got {len(numbers)} numbers, expected reduction ignore_index"):
         compiled.loss_forward(*op_inputs(), numbers, False)
@@ -165,6 +169,17 @@ def test_opcheck_reduce_rows(op_inputs, optional, reduction):
         logits, targets, token_weight, row_weight, offset, normalizer, options, False
     )
     torch.library.opcheck(compiled.reduce_rows.default, (saved_rows, targets, row_weight, normalizer, options))
+
+
+def test_opcheck_complete_rows(op_inputs):
+    saved_rows = compiled.loss_forward(*op_inputs(), EVERY.packed, False)[1]
+    torch.library.opcheck(compiled.complete_rows_.default, (saved_rows, EVERY.packed))
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (6, 4, 1)])
+def test_what_are_no_saved_rows_is_not_completed(device, shape):
+    with pytest.raises(RuntimeError, match="saved_rows must have the shape of what loss_forward returns"):
+        compiled.complete_rows_(torch.zeros(shape, device=device), BARE.packed)
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ import uninitialized
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import linear, ops
+from pdl_ext.modulation import AntiFocal, Focal
 from pdl_ext.options import REDUCTIONS, LossOptions
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
@@ -28,7 +30,9 @@ OPTIONS = {
         "softcap": 15.0,
         "logit_scale": 0.7,
         "offset": True,
+        "modulation": Focal(),
     },
+    "anti_focal": {"modulation": AntiFocal(2.0, 0.5), "label_smoothing": 0.1},
     # A shared offset of the logits must cancel nothing.
     "large_offset": {"label_smoothing": 0.1, "offset": 1000.0},
 }
@@ -102,6 +106,25 @@ def test_rows_alone_reduce_to_the_loss(make_case, rows, reduction, normalizer):
     if normalizer is not None and reduction in ("mean", "token_mean"):
         torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0], device=factors.device))
     assert rows == 0 or loss.any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [0, 5, 300])
+def test_rows_whose_statistics_were_merged_are_completed(make_case, rows, dtype, smoothing):
+    case = make_case((rows,), 9, dtype, ignored=False)
+    options = LossOptions(label_smoothing=smoothing, modulation=Focal(1.5))
+
+    def saved_rows(options):
+        given = (case.leaf, case.targets, case.token_weight, None, None, None, options.packed, False)
+        return ops.compiled.loss_forward(*given)[1]
+
+    expected = saved_rows(options)
+    # With a smoothing of 1, ce is the mean of lse - z.
+    merged = saved_rows(dataclasses.replace(options, label_smoothing=1.0))
+    merged[-1] = torch.nan
+    ops.compiled.complete_rows_(merged, options.packed)
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=0)
 
 
 def make_inputs(dtype):

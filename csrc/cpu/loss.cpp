@@ -227,9 +227,9 @@ void reduce(const A* saved_rows, int64_t n, const LossInputs& inputs, A* factors
     const auto row = SavedRow<A>::load(saved_rows, n, i);
     const A weight = row_weight != nullptr ? row_weight[i] : A(1);
     if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(row.token_weight * weight, row.ce, row.lse(), row_options) : A(0);
+      loss[i] = counts ? row_term(row.token_weight * weight, row.modulated_ce(), row.lse(), row_options) : A(0);
     } else if (counts) {
-      sums.add(double(row.token_weight) * weight, row.ce, row.lse());
+      sums.add(double(row.token_weight) * weight, row.modulated_ce(), row.lse());
     }
   }
   const auto found = factors_of(options.reduction, sums, data_or_null<A>(inputs.normalizer));
@@ -517,6 +517,21 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor save
   backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
+void complete_rows_(Tensor saved_rows, std::vector<double> numbers) {
+  const LossOptions options = LossOptions::unpack(numbers);
+  check_complete_arguments(saved_rows);
+  const auto run = [&]<typename A>(A) {
+    A* rows = static_cast<A*>(saved_rows.mutable_data_ptr());
+    const int64_t n = saved_rows.size(1);
+    for (int64_t i = 0; i < n; ++i) {
+      auto row = SavedRow<A>::load(rows, n, i);
+      complete_row(row, RowOptions<A>::of(options, 0));
+      row.store(rows, n, i);
+    }
+  };
+  saved_rows.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+}
+
 std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, OptionalTensor row_weight,
                                        OptionalTensor normalizer, std::vector<double> options) {
   const LossInputs inputs{
@@ -541,6 +556,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CPU, m) {
   m.impl("scale_", TORCH_BOX(&scale_));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
+  m.impl("complete_rows_", TORCH_BOX(&complete_rows_));
   m.impl("reduce_rows", TORCH_BOX(&reduce_rows));
 }
 

@@ -3,7 +3,7 @@
 //
 // factors_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
 // on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
-// reduce_kernel sums the rows' losses: reads at most 28*N bytes (48*N in float64).
+// reduce_kernel sums the rows' losses: reads at most 32*N bytes (56*N in float64).
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
 // Regimes, chosen by the sizes and the device:

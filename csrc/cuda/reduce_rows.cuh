@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
       rows.count,
       [&](int64_t i) -> Row {
         const SavedRow<A> saved = rows.saved(i);
-        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.row_weight_at(i), saved.ce, saved.lse()};
+        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.row_weight_at(i), saved.modulated_ce(),
+                saved.lse()};
       },
       [&](int64_t i, const Row& row) {
         if (reduction == Reduction::none) {

@@ -56,9 +56,10 @@ def gradients_of(
 
 
 def row_weight_gradient(grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> Tensor:
-    # token_weight * (ce - mean, if the row weights are in the denominator) / denominator
+    # token_weight * (m ce - mean, if the row weights are in the denominator) / denominator
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
-    return grad_loss * rows.token_weight * (rows.ce - by.correction) * by.weighted
+    modulated = torch.where(rows.modulation == 0, 0.0, rows.modulation * rows.ce)
+    return grad_loss * rows.token_weight * (modulated - by.correction) * by.weighted
 
 
 def _as_rows(logits: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class SavedRows(NamedTuple):
     nll: Tensor
     ce: Tensor
     token_weight: Tensor
+    modulation: Tensor
 
     @classmethod
     def of(cls, saved_rows: Tensor) -> SavedRows:
@@ -142,5 +143,5 @@ def _(counts: Tensor, *_: Any) -> Tensor:
     return counts.new_empty(counts.shape, dtype=torch.float32)
 
 
-for _name in ("scale_", "loss_backward_", "count_tokens_"):
+for _name in ("scale_", "complete_rows_", "loss_backward_", "count_tokens_"):
     torch.library.register_fake(f"pdl_ext::{_name}", lambda *_: None)

@@ -93,7 +93,9 @@ def loss_forward_of_shard(
     mine = valid & (targets >= first_id) & (targets < first_id + width)
     # With a smoothing of 1, ce is the mean over the shard of lse - z.
     smoothed = 1.0 if asked.label_smoothing else 0.0
-    local = dataclasses.replace(asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0)
+    local = dataclasses.replace(
+        asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0, modulation=None
+    )
     # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
     stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
     inputs = LossInputs(stand_in, logit_offset=logit_offset)
@@ -116,16 +118,14 @@ def loss_forward_of_shard(
     dist.all_reduce(sums, group=ranks)
     sum_of_exp, z_target, *uniform = sums.unbind()
 
-    # As in csrc/row_loss.h.
     log_sum = torch.log(sum_of_exp)
     nll = log_sum - z_target
-    ce = nll
-    if asked.label_smoothing:
-        ce = (1 - asked.label_smoothing) * nll + asked.label_smoothing * (log_sum + uniform[0])
-    weight = (
-        torch.ones_like(nll) if token_weight is None else token_weight[torch.where(valid, targets, 0)].to(nll.dtype)
-    )
-    saved_rows = torch.stack(SavedRows(max=largest, log_sum=log_sum, nll=nll, ce=ce, token_weight=weight))
+    ones = torch.ones_like(nll)
+    weight = ones if token_weight is None else token_weight[torch.where(valid, targets, 0)].to(nll.dtype)
+    of_uniform = log_sum + uniform[0] if uniform else nll
+    rows = SavedRows(largest, log_sum, nll, ce=of_uniform, token_weight=weight, modulation=ones)
+    saved_rows = torch.stack(rows)
+    ops.compiled.complete_rows_(saved_rows, options)
     saved_rows = torch.where(valid, saved_rows, torch.where(counted, torch.nan, 0.0))
     loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
     if predict:

@@ -407,16 +407,49 @@ TEST(FactorsOf, NothingLeftToCountGivesZeroNotNaN) {
 
 TEST(SavedRow, StoresWhatItLoads) {
   std::vector<float> rows(SavedRow<float>::kNumbers * 3, 0.0f);
-  SavedRow<float>{1, 2, 3, 4, 5}.store(rows.data(), 3, 1);
+  SavedRow<float>{1, 2, 3, 4, 5, 6}.store(rows.data(), 3, 1);
   const auto row = SavedRow<float>::load(rows.data(), 3, 1);
-  EXPECT_EQ((std::vector<float>{row.max, row.log_sum, row.nll, row.ce, row.token_weight}),
-            (std::vector<float>{1, 2, 3, 4, 5}));
-  EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), 0.0f), 15.0f);
+  EXPECT_EQ((std::vector<float>{row.max, row.log_sum, row.nll, row.ce, row.token_weight, row.modulation}),
+            (std::vector<float>{1, 2, 3, 4, 5, 6}));
+  EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), 0.0f), 21.0f);
+}
+
+TEST(Modulation, SlopeIsTheDerivativeUnlessItIsDetached) {
+  for (const double gamma : {0.0, 0.5, 1.0, 2.5}) {
+    const auto at = [&](double nll, Modulation kind, bool detach) {
+      return modulation_of(
+          nll, RowOptions<double>::of(
+                   {.modulation = kind, .gamma = gamma, .modulation_scale = 0.5, .modulation_detach = detach}, 7));
+    };
+    for (const double nll : {1e-3, 0.5, 3.0, 20.0}) {
+      const double p = std::exp(-nll), step = 1e-6 * nll;
+      const auto focal = at(nll, Modulation::focal, false);
+      EXPECT_NEAR(focal.value, std::pow(1 - p, gamma), 1e-12);
+      const double above = at(nll + step, Modulation::focal, true).value;
+      const double below = at(nll - step, Modulation::focal, true).value;
+      EXPECT_NEAR(focal.slope, (above - below) / (2 * step), 1e-6 * focal.value / nll);
+      EXPECT_EQ(at(nll, Modulation::focal, true).slope, 0.0);
+      EXPECT_NEAR(at(nll, Modulation::anti_focal, true).value, std::pow(1 + 0.5 * p, gamma), 1e-12);
+      EXPECT_NEAR(at(nll, Modulation::dft, true).value, p, 1e-15);
+      EXPECT_EQ(at(nll, Modulation::none, false).value, 1.0);
+    }
+    // The limits at the ends: p = 1, also a little past it by rounding, and p = 0.
+    const double infinite = std::numeric_limits<double>::infinity();
+    for (const double nll : {0.0, -1e-16}) {
+      EXPECT_EQ(at(nll, Modulation::focal, false).value, gamma == 0 ? 1.0 : 0.0);
+      EXPECT_EQ(at(nll, Modulation::focal, false).slope, gamma == 1 ? 1.0 : 0.0);
+    }
+    EXPECT_EQ(at(infinite, Modulation::focal, false).value, 1.0);
+    EXPECT_EQ(at(infinite, Modulation::focal, false).slope, 0.0);
+    EXPECT_EQ(at(infinite, Modulation::dft, true).value, 0.0);
+  }
 }
 
 TEST(LossOptions, AreUnpackedInTheOrderOfTheirNames) {
-  const LossOptions options = LossOptions::unpack({3, -100, 0.25, 0.5, 0.75, 1.25});
-  EXPECT_EQ(LossOptions::names(), "reduction ignore_index label_smoothing z_loss softcap logit_scale ");
+  const LossOptions options = LossOptions::unpack({3, -100, 0.25, 0.5, 0.75, 1.25, 2, 1.5, 3.5, 1});
+  EXPECT_EQ(LossOptions::names(),
+            "reduction ignore_index label_smoothing z_loss softcap logit_scale modulation gamma "
+            "modulation_scale modulation_detach ");
   EXPECT_EQ(options.reduction, Reduction::token_mean);
   EXPECT_EQ(options.ignore_index, -100);
   EXPECT_EQ(options.label_smoothing, 0.25);

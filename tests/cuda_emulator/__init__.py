@@ -33,6 +33,7 @@ NAMES = (
     "scale_",
     "loss_backward",
     "loss_backward_",
+    "complete_rows_",
     "reduce_rows",
     "token_weights",
     "count_tokens_",

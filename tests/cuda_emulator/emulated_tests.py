@@ -13,6 +13,7 @@ FILES = [
     "memory",
     "edges",
     "loss_and_gradient",
+    "modulation",
     "layouts",
     "weighting",
     "numbers",
