@@ -6,7 +6,6 @@ Slow, and differentiable as often as PyTorch is. In float64 these are the yardst
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,26 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from pdl_ext.engine.definition import defined_loss
 from pdl_ext.functional import RowStats
-from pdl_ext.modulation import AntiFocal, Focal, Modulation
-from pdl_ext.options import DEFAULTS, LossKeywords, check_keywords, spells_out_options
+from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting
 
 __all__ = ["count_tokens", "linear_pdl_loss", "pdl_loss", "token_weights"]
-
-
-def _modulation(nll: Tensor, modulation: Modulation) -> Tensor:
-    p = torch.exp(-nll)
-    if isinstance(modulation, Focal):
-        q = -torch.expm1(-nll.clamp(min=0))
-        q = q.detach() if modulation.detach else q
-        if modulation.gamma in (0, 1):
-            return q**modulation.gamma
-        # Of 0 the derivative may be infinite, and counts as 0.
-        return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** modulation.gamma)
-    if isinstance(modulation, AntiFocal):
-        return (1 + modulation.scale * p.detach()) ** modulation.gamma
-    return p.detach()
 
 
 @spells_out_options
@@ -48,9 +33,11 @@ def pdl_loss(
     return_stats: bool = False,
     **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no input is checked."""
-    check_keywords("pdl_loss", options)
-    asked = SimpleNamespace(**{**DEFAULTS, **options})
+    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no tensor is checked.
+
+    Differentiable as often as PyTorch is, and by torch.func's transforms.
+    """
+    asked = LossOptions.of("pdl_loss", options)
     if asked.shift:
         options["shift"] = False
         row_weight = None if row_weight is None else row_weight[..., 1:]
@@ -71,51 +58,19 @@ def pdl_loss(
         shifted = (F.pad(nll, (1, 0)), F.pad(weight, (1, 0)), F.pad(lse, (1, 0)), F.pad(predicted, (1, 0), value=-1))
         return (loss, RowStats(*shifted)) if return_stats else loss
 
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    vocab_size = logits.shape[-1]
-    z = asked.logit_scale * logits.to(dtype)
-    if asked.softcap is not None:
-        z = asked.softcap * torch.tanh(z / asked.softcap)
-    if logit_offset is not None:
-        z = z + logit_offset.to(dtype)
-
     counted = targets != asked.ignore_index
-    safe = torch.where(counted, targets, 0).long()
-    lse = torch.logsumexp(z, -1)
-    nll = lse - z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-    ce = nll
-    if asked.label_smoothing:
-        uniform = (lse.unsqueeze(-1) - z).sum(-1) / vocab_size
-        ce = (1 - asked.label_smoothing) * nll + asked.label_smoothing * uniform
-    weight = torch.ones_like(nll) if token_weight is None else token_weight.to(dtype)[safe]
-    if row_weight is not None:
-        weight = weight * row_weight.to(dtype)
-
-    zero = torch.zeros((), dtype=dtype, device=logits.device)
-    weight = torch.where(counted, weight, zero)
-    if asked.modulation is not None:
-        m = _modulation(nll, asked.modulation)
-        ce = m * torch.where((m == 0) & ce.isinf(), zero, ce)
-    weighted = torch.where(counted, weight * torch.where(counted, ce, zero), zero)
-    z_term = asked.z_loss * torch.where(counted, lse, zero) ** 2 if asked.z_loss else torch.zeros_like(weighted)
-    rows = counted.sum().to(dtype)
-    if asked.reduction == "none":
-        loss = weighted + z_term
-    else:
-        one = torch.ones_like(rows)
-        if asked.reduction == "sum":
-            divisor, z_divisor = one, one
-        elif normalizer is not None:
-            divisor = z_divisor = torch.as_tensor(normalizer, dtype=dtype, device=logits.device)
-        else:
-            divisor, z_divisor = (weight.sum() if asked.reduction == "mean" else rows), rows
-        loss = weighted.sum() / torch.where(divisor == 0, torch.inf, divisor)
-        loss = loss + z_term.sum() / torch.where(z_divisor == 0, torch.inf, z_divisor)
+    if token_weight is not None:
+        token_weight = token_weight[torch.where(counted, targets, 0).long()]
+    if normalizer is not None:
+        normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=logits.device)
+    loss, nll, weight, lse, predicted = defined_loss(
+        logits, targets, token_weight, row_weight, logit_offset, normalizer, asked
+    )
     if not return_stats:
         return loss
-    ignored_as = {name: torch.where(counted, value, zero).detach() for name, value in (("nll", nll), ("lse", lse))}
-    predicted = torch.where(counted, z.argmax(-1), -1)
-    return loss, RowStats(ignored_as["nll"], weight.detach(), ignored_as["lse"], predicted)
+    zero = torch.zeros_like(nll)
+    nll, lse = (torch.where(counted, value, zero).detach() for value in (nll, lse))
+    return loss, RowStats(nll, weight.detach(), lse, torch.where(counted, predicted, -1))
 
 
 def linear_pdl_loss(

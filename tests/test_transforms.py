@@ -69,11 +69,17 @@ TRANSFORMS = {
 }
 
 
+# By second derivatives.
+OF_AUTOGRAD = {"autograd's jvp", "autograd's hvp"}
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.devices("cpu", "cuda")
 def test_transforms_are_refused(device, transform, name, requires_grad):
+    if transform in OF_AUTOGRAD and "linear" not in name:
+        pytest.skip("autograd differentiates the loss of logits twice")
     scores, loss = LOSSES[name]
     with pytest.raises(RuntimeError, match=REFUSED):
         TRANSFORMS[transform](loss, scores.clone().requires_grad_(requires_grad))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdl_ext.engine import ops
+from pdl_ext.engine.definition import defined_loss
 from pdl_ext.engine.ops import Factors, LossInputs, SavedRows
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward
 from pdl_ext.options import LossOptions
@@ -16,7 +17,8 @@ from pdl_ext.options import LossOptions
 __all__ = ["gradients_of", "row_weight_gradient", "weighted_loss"]
 
 _NO_SECOND_DERIVATIVE = (
-    "pdl_ext: the fused loss has no second derivative; pdl_ext.reference.pdl_loss is differentiable twice"
+    "pdl_ext: the fused loss has no second derivative in place, in slabs, or of a shard; without inplace_backward "
+    "functional.pdl_loss has one, and so has pdl_ext.reference"
 )
 # What a Function returns, and what its caller makes of it: the loss, and where asked for saved rows and predictions.
 Results = tuple[Tensor, Tensor | None, Tensor | None]
@@ -35,11 +37,16 @@ class NoSecondDerivative(torch.autograd.Function):
 
 
 def gradients_of(
-    ctx: Any, differentiable: int, grad_loss: Tensor | None, compute: Callable[..., Iterable[Tensor | None]]
+    ctx: Any,
+    differentiable: int,
+    grad_loss: Tensor | None,
+    compute: Callable[..., Iterable[Tensor | None]],
+    compute_with_graph: Callable[..., Iterable[Tensor | None]] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """What backward of a Function returns whose first inputs are `differentiable`, and the first that it saved.
 
     compute(ctx, saved, grad_loss, once) gives their gradients; once: nobody can ask for them again.
+    compute_with_graph(ctx, saved, grad_loss) gives such as can be differentiated again.
     """
     rest = (None,) * (len(ctx.needs_input_grad) - differentiable)
     if grad_loss is None:
@@ -49,6 +56,8 @@ def gradients_of(
     if not torch.is_grad_enabled():
         return (*compute(ctx, saved, grad_loss, True), *rest)
     # create_graph=True
+    if compute_with_graph is not None:
+        return (*compute_with_graph(ctx, saved, grad_loss), *rest)
     with torch.no_grad():
         computed = compute(ctx, saved, grad_loss, False)
     depends_on = (grad_loss, *(x for x in saved[:differentiable] if x is not None))
@@ -99,6 +108,7 @@ class Loss(torch.autograd.Function):
         ctx.options = options
         ctx.shard = shard
         ctx.inplace_backward = inplace_backward
+        ctx.is_normalized = inputs.normalizer is not None
         if not predict:
             return loss
         ctx.mark_non_differentiable(saved_rows, predicted)
@@ -106,7 +116,30 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        return gradients_of(ctx, 2, grad_loss, _loss_gradients)
+        return gradients_of(ctx, 2, grad_loss, _loss_gradients, None if ctx.shard.group else _loss_gradients_with_graph)
+
+
+def _loss_gradients_with_graph(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    logits, row_weight, targets, logit_offset, saved_rows, factors = saved
+    rows, by = SavedRows.of(saved_rows), Factors.of(factors)
+    # Of a target out of range, which CUDA has, the weight is NaN.
+    vocab_size, options = logits.shape[-1], LossOptions.unpacked(ctx.options)
+    out_of_range = (targets != options.ignore_index) & ((targets < 0) | (targets >= vocab_size))
+    loss = defined_loss(
+        logits,
+        torch.where(out_of_range, 0, targets),
+        rows.token_weight.view(targets.shape),
+        None if row_weight is None else row_weight.view(targets.shape),
+        logit_offset,
+        1 / by.rows if ctx.is_normalized else None,
+        options,
+    ).loss
+    leaves = [leaf for leaf, needed in zip((logits, row_weight), ctx.needs_input_grad, strict=False) if needed]
+    gradients = iter(torch.autograd.grad(loss, leaves, grad_loss.reshape(loss.shape), create_graph=True))
+    of_logits, of_row_weight = ctx.needs_input_grad[:2]
+    return next(gradients) if of_logits else None, next(gradients) if of_row_weight else None
 
 
 def _loss_gradients(

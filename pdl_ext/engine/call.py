@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from pdl_ext._checks import MAX, check_choice, check_dense, check_integer, check_number, names_of, refuse_transforms
 from pdl_ext.engine.autograd import Results, weighted_loss
+from pdl_ext.engine.definition import defined_loss
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype
 from pdl_ext.engine.vocabulary import VocabularyShard, sum_over_ranks
@@ -182,6 +183,10 @@ class LossCall(_Call):
         if logits.shape[:-1] != targets.shape:
             raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
         _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
+        # By its definition, which PyTorch differentiates forward.
+        self.has_tangent = _has_tangent(logits, row_weight)
+        if self.has_tangent and process_group is not None:
+            raise _no_forward_mode()
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
         if self.in_place and logits.requires_grad and torch.is_grad_enabled():
             _refuse_leaf(logits)
@@ -194,11 +199,33 @@ class LossCall(_Call):
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.logits.dtype))
         if self.shard.group:
             self._check_ids()
+        if self.has_tangent:
+            return self._loss_with_tangent(inputs)
         try:
             results = weighted_loss(self.logits, inputs, self.options, self.return_stats, self.in_place, self.shard)
         except IndexError:
             raise self.bad_target() from None
         return self._results(results, inputs)
+
+    def _loss_with_tangent(self, inputs: LossInputs) -> Tensor | tuple[Tensor, RowStats]:
+        self._check_ids()
+        out_of_range = self._out_of_range(inputs.targets)
+        targets = torch.where(out_of_range, 0, inputs.targets)
+        weight = torch.where(out_of_range, torch.nan, 1.0).to(torch.float32)
+        if inputs.token_weight is not None:
+            weight = weight * inputs.token_weight[torch.where(targets == self.options.ignore_index, 0, targets)]
+        row_weight = None if inputs.row_weight is None else inputs.row_weight.view(targets.shape)
+        normalizer = None if inputs.normalizer is None else inputs.normalizer[0]
+        loss = defined_loss(
+            self.logits, targets, weight, row_weight, inputs.logit_offset, normalizer, self.options
+        ).loss
+        saved_rows = predicted = None
+        if self.return_stats:
+            with torch.no_grad():
+                primal = forward_ad.unpack_dual(self.logits).primal
+                stripped = inputs._replace(row_weight=None)
+                _, saved_rows, predicted = weighted_loss(primal, stripped, self.options, True, False, self.shard)
+        return self._results((loss, saved_rows, predicted), inputs)
 
 
 class LinearLossCall(_Call):
@@ -250,7 +277,8 @@ class LinearLossCall(_Call):
             if tensor.dtype != hidden.dtype and not cast:
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
         _check_rest("hidden is", hidden, targets, row_weight, normalizer, options)
-        _refuse_tangents(weight, bias)
+        if _has_tangent(hidden, weight, bias, row_weight):
+            raise _no_forward_mode()
         refuse_transforms(weight, bias)
         if max_chunk_bytes is not None:
             max_chunk_bytes = check_integer("max_chunk_bytes", max_chunk_bytes, 1, 2**63 - 1, "None or an int > 0")
@@ -333,20 +361,23 @@ def _check_rest(
         raise ValueError("shift: got True with targets of shape [], expected a sequence dimension")
     if row_weight is not None:
         _check_row_weight(row_weight, targets)
-    _refuse_tangents(scores, row_weight)
     refuse_transforms(scores, targets, row_weight, normalizer if isinstance(normalizer, Tensor) else None)
     if normalizer is not None:
         _check_normalizer(normalizer, targets, options.reduction)
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
+def _has_tangent(*tensors: Tensor | None) -> bool:
     # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
-    if getattr(forward_ad, "_current_level", -1) >= 0:
-        for tensor in tensors:
-            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-                raise RuntimeError(
-                    "pdl_ext: the fused loss has no forward-mode derivative; pdl_ext.reference.pdl_loss has one"
-                )
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def _no_forward_mode() -> RuntimeError:
+    return RuntimeError(
+        "pdl_ext: the fused loss has no forward-mode derivative in slabs or of a shard; functional.pdl_loss has one, "
+        "and so has pdl_ext.reference"
+    )
 
 
 def _check_table(name: str, table: Tensor, vocab_size: int, device: torch.device) -> None:
