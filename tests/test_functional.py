@@ -109,9 +109,9 @@ def test_vocabulary_of_one(make_case, assert_matches, dtype):
     [
         2,  # fewer rows than threads on most machines
         300,  # several grains of the thread pool
-        1024,  # CUDA: as many as the threads that sum the rows
-        1500,  # CUDA: some of those threads take two
-        4099,  # prime, so that the parts of the threads are uneven
+        1024,  # CUDA: two for each of the threads that sum the rows
+        1500,  # CUDA: some of those threads take three
+        4099,  # prime, so that the parts of the threads are uneven; CUDA: a second turn of three rows
     ],
 )
 def test_many_rows_match_reference(make_case, assert_matches, rows):

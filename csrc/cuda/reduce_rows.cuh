@@ -7,10 +7,10 @@
 
 namespace pdl::cuda {
 
-constexpr int kReduceThreads = 1024;
+constexpr int kReduceThreads = 512;
 // Rows whose numbers a thread loads before it uses any: one block has little else to cover its loads with.
 template <typename A>
-constexpr int kRowsAtOnce = 16 / int(sizeof(A));
+constexpr int kRowsAtOnce = 32 / int(sizeof(A));
 
 // use(i, load(i)) for each row, which the block's threads take in turns.
 template <int kRowsAtOnce, typename Load, typename Use>
