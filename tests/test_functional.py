@@ -34,7 +34,7 @@ OPTIONS = {
         "softcap": 20.0,
         "logit_scale": 1.3,
         "offset": True,
-        "modulation": Focal(1.5),
+        "modulation": Focal(0.7),
     },
 }
 # Whose derivative is not that of the value.

@@ -11,7 +11,6 @@ from pdl_ext import PowerLaw, functional, reference
 from pdl_ext.counts import TOKEN_DTYPES, CountTable
 from pdl_ext.engine import ops
 from pdl_ext.options import LossOptions
-from pdl_ext.weighting.power_law import weights_with_fixed
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["out_of_place", "inplace"])
@@ -119,6 +118,6 @@ def test_token_weights_stay_within_their_tensors(guarded, vocab_size, law, at_en
 def test_the_blend_is_read_where_it_is(guarded, device):
     counts = torch.arange(300, device=device)
     blend = guarded(torch.tensor([0.25])).view(())
-    got = weights_with_fixed(counts, PowerLaw(), blend, None)
+    got = PowerLaw().table(counts, blend, None)
     truth = reference.token_weights(counts, PowerLaw(blend=0.25))
     assert ((got - truth).abs() <= torch.finfo(torch.float32).eps * truth).all()

@@ -12,7 +12,6 @@ import torch
 
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional
 from pdl_ext.provenance import TargetPolicy
-from pdl_ext.weighting.power_law import weights_with_fixed
 
 VOCAB = 9
 COUNTS = torch.arange(VOCAB) + 1
@@ -175,10 +174,10 @@ def test_weights_at_an_extreme_by_hand(device):
 @pytest.mark.devices("emulated", "cuda")
 def test_counts_that_are_none_give_no_number(device):
     # Where looking at them would stop the stream.
-    weights = weights_with_fixed(torch.tensor([5, -1, 3], device=device), PowerLaw(), None, None)
+    weights = PowerLaw().table(torch.tensor([5, -1, 3], device=device), None, None)
     assert weights.isnan().all()
     for wrong in ([2**62] * 3, [2**62, 2**62, 0]):
-        weights = weights_with_fixed(torch.tensor(wrong, device=device), PowerLaw(), None, None)
+        weights = PowerLaw().table(torch.tensor(wrong, device=device), None, None)
         assert weights.isnan().all()
 
 

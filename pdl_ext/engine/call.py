@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pdl_ext._checks import MAX, check_choice, check_dense, check_integer, check_number, names_of, refuse_transforms
+from pdl_ext._checks import (
+    MAX,
+    check_choice,
+    check_dense,
+    check_integer,
+    check_number,
+    is_traced,
+    names_of,
+    refuse_transforms,
+)
 from pdl_ext.engine.autograd import Results, weighted_loss
 from pdl_ext.engine.definition import defined_loss
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
@@ -185,7 +194,7 @@ class LossCall(_Call):
         _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
         # By its definition, which PyTorch differentiates forward.
         self.has_tangent = _has_tangent(logits, row_weight)
-        if self.has_tangent and process_group is not None:
+        if self.has_tangent and (process_group is not None or is_traced()):
             raise _no_forward_mode()
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
         if self.in_place and logits.requires_grad and torch.is_grad_enabled():
@@ -375,8 +384,8 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
 
 def _no_forward_mode() -> RuntimeError:
     return RuntimeError(
-        "pdl_ext: the fused loss has no forward-mode derivative in slabs or of a shard; functional.pdl_loss has one, "
-        "and so has pdl_ext.reference"
+        "pdl_ext: the fused loss has no forward-mode derivative in slabs, of a shard or under a tracer; "
+        "functional.pdl_loss has one elsewhere, and so has pdl_ext.reference"
     )
 
 
