@@ -147,8 +147,6 @@ class TokenWeights:
 
     def offset(self, counts: Tensor, adjustment: float) -> Tensor:
         """adjustment * log f, float32 [V] of counts; that of the last call if nothing has changed."""
-        if is_traced():
-            return adjustment * log_probabilities(counts)
         old = self._kept_offset
         if old is not None:
             source, of_adjustment, offset = old

@@ -102,7 +102,8 @@ class CountTable(NamedTuple):
 
 def log_probabilities(counts: Tensor) -> Tensor:
     """log ((n + 1) / (N + V)) of counts n, float32 [V]; not smoothed it would be infinite for what was never seen."""
-    return (counts + 1).double().div(counts.sum() + counts.shape[0]).log().to(torch.float32)
+    n = counts.double()
+    return ((n + 1) / (n.sum() + n.shape[0])).log().to(torch.float32)
 
 
 def check_counts(counts: Tensor) -> None:

@@ -70,8 +70,8 @@ def pdl_loss(
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
     Raises TypeError or ValueError that names the argument; on the CPU IndexError for a target outside [0, V). On CUDA
     such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf or a view of one, and inside
-    a transform of torch.func. Second derivatives and forward mode are those of the definition in plain PyTorch; with
-    `inplace_backward` or `process_group` they are a RuntimeError.
+    a transform of torch.func. Second derivatives and forward mode are those of the definition in plain PyTorch. With
+    `process_group`, and of a gradient that `inplace_backward` has computed at once, they are a RuntimeError.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
     call = LossCall(

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from pdl_ext._checks import check_exponent, check_integer, check_number, default_device, is_traced, not_scriptable
 from pdl_ext._lock import Exclusion
 from pdl_ext._token_weights import TokenWeights, blend_state
-from pdl_ext.counts import check_count_values
+from pdl_ext.counts import check_count_values, log_probabilities
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.options import DEFAULTS, LossKeywords, LossOptions, OptionsAsAttributes, spells_out_options
@@ -91,10 +91,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             )
         check_weighting(weighting)
         self.weighting = weighting
-        self.weight_drop = check_number("weight_drop", weight_drop, 0, 1, "a number in [0, 1]")
-        self.logit_adjustment = check_exponent("logit_adjustment", logit_adjustment)
+        self.weight_drop = weight_drop
+        self.logit_adjustment = logit_adjustment
         self.inplace_backward = inplace_backward
-        self.online = frequency is None and (weighting.needs_counts or self.logit_adjustment != 0)
+        self._is_given = frequency is not None
         if sync_every is not None:
             sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
             if not self.online:
@@ -130,6 +130,29 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if frequency is not None:
             check_fixed(weighting.fixed, frequency.vocab_size)
         self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    @property
+    def online(self) -> bool:
+        """Whether the loss counts the targets that it trains on."""
+        return not self._is_given and (self.weighting.needs_counts or self._logit_adjustment != 0)
+
+    @property
+    def weight_drop(self) -> float:
+        """The share of rows whose token weight is 1 in training. May be set while training."""
+        return self._weight_drop
+
+    @weight_drop.setter
+    def weight_drop(self, value: float) -> None:
+        self._weight_drop = check_number("weight_drop", value, 0, 1, "a number in [0, 1]")
+
+    @property
+    def logit_adjustment(self) -> float:
+        """The factor of log f that is added to the logits. May be set while training."""
+        return self._logit_adjustment
+
+    @logit_adjustment.setter
+    def logit_adjustment(self, value: float) -> None:
+        self._logit_adjustment = check_exponent("logit_adjustment", value)
 
     @property
     def blend(self) -> float:
@@ -219,7 +242,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         # Pickles of 0.1.0's first builds have each option as an attribute.
         given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
         kept = {name: value for name, value in state.items() if name not in given}
-        super().__setstate__({"_options": LossOptions(**given), "weight_drop": 0.0, "logit_adjustment": 0.0, **kept})
+        if "online" in kept:
+            kept |= {"_is_given": not kept.pop("online"), "_weight_drop": 0.0, "_logit_adjustment": 0.0}
+        super().__setstate__({"_options": LossOptions(**given), **kept})
 
     def extra_repr(self) -> str:
         options = self._options
@@ -231,22 +256,20 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         # Before an online loss counts.
         call.check_tables(None, logit_offset)
         weights = self._current_weights(name, call)
-        if weights is not None and self.training and self.weight_drop > 0:
-            call.weigh_rows(weights, self.weight_drop)
+        if weights is not None and self.training and self._weight_drop > 0:
+            call.weigh_rows(weights, self._weight_drop)
             weights = None
-        if self.logit_adjustment != 0:
-            adjustment = self._weights.offset(self._adjusting_counts(), self.logit_adjustment)
+        if self._logit_adjustment != 0:
+            adjustment = self._log_frequency()
             logit_offset = adjustment if logit_offset is None else adjustment + logit_offset
         return call.loss(weights, logit_offset)
 
-    def _adjusting_counts(self) -> Tensor:
-        frequency = self.frequency
-        if frequency is None:
-            raise ValueError(
-                f"logit_adjustment: got {self.logit_adjustment}, expected 0 of a loss that was made without and whose "
-                "weighting counts nothing"
-            )
-        return frequency.table.counts
+    def _log_frequency(self) -> Tensor:
+        """What is added to the logits, in memory that is not written to before a backward needs it."""
+        counts = cast("TokenFrequency", self.frequency).table.counts
+        if self.online or is_traced():
+            return self.logit_adjustment * log_probabilities(counts)
+        return self._weights.offset(counts, self.logit_adjustment).clone()
 
     def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor | None:
         """The table of weights, or None for ones."""
@@ -283,6 +306,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             frequency = self._new_frequency(call.shard.vocab_size).to(device)
         counts = frequency.table.counts
         _check_vocabulary(name, call, counts)
+        check_fixed(self.weighting.fixed, call.shard.vocab_size)
         if self.training:
             try:
                 frequency.update(call.learned_targets(), strict=device.type == "cpu")

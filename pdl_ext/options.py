@@ -73,7 +73,9 @@ class LossOptions:
         self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
-        if not (self.modulation is None or isinstance(self.modulation, Modulation)):
+        if self.modulation is not None and (
+            not isinstance(self.modulation, Modulation) or type(self.modulation) is Modulation
+        ):
             raise TypeError(
                 f"modulation: got {type(self.modulation).__name__}, expected None or one of pdl_ext.modulation"
             )

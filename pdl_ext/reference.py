@@ -63,14 +63,12 @@ def pdl_loss(
         token_weight = token_weight[torch.where(counted, targets, 0).long()]
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=logits.device)
-    loss, nll, weight, lse, predicted = defined_loss(
-        logits, targets, token_weight, row_weight, logit_offset, normalizer, asked
-    )
+    loss, nll, weight, lse, z = defined_loss(logits, targets, token_weight, row_weight, logit_offset, normalizer, asked)
     if not return_stats:
         return loss
     zero = torch.zeros_like(nll)
     nll, lse = (torch.where(counted, value, zero).detach() for value in (nll, lse))
-    return loss, RowStats(nll, weight.detach(), lse, torch.where(counted, predicted, -1))
+    return loss, RowStats(nll, weight.detach(), lse, torch.where(counted, z.argmax(-1), -1))
 
 
 def linear_pdl_loss(
@@ -99,7 +97,7 @@ def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     if weighting.normalize != "none":
         share = n if weighting.normalize == "corpus" and n.sum() > 0 else torch.ones_like(n)
         share = share * free
-        log_mean = torch.logsumexp(log_weight + share.log(), 0) - share.sum().log()
+        log_mean = torch.logsumexp(torch.where(share > 0, log_weight, 0.0) + share.log(), 0) - share.sum().log()
         if share.sum() > 0 and log_mean > -torch.inf:
             log_weight = log_weight - log_mean
     weight = log_weight.exp()

@@ -27,13 +27,13 @@ MOST_FREQUENT = 100
 class WeightStatistics:
     """The weights w of a weighting over a corpus with counts n.
 
-    Where nothing was counted, effective_fraction, mass_of_most_frequent and largest_seen are NaN.
+    Where nothing was counted, effective_fraction, mass_of_most_frequent and weight_of_rarest_seen are NaN.
 
     Attributes:
         effective_fraction: (sum n w)^2 / (N sum n w^2), the share of an unweighted sample that has the same variance.
         mass_of_most_frequent: the share of sum n w that the MOST_FREQUENT most frequent types have.
         weight_of_most_frequent: the weight of the most frequent type.
-        largest_seen: the weight of the rarest type that was seen.
+        weight_of_rarest_seen: the weight of the rarest type that was seen.
         largest: the largest weight of any type, seen or not.
     """
 
@@ -41,7 +41,7 @@ class WeightStatistics:
     effective_fraction: float
     mass_of_most_frequent: float
     weight_of_most_frequent: float
-    largest_seen: float
+    weight_of_rarest_seen: float
     largest: float
 
 
@@ -67,7 +67,7 @@ def weight_statistics(frequency: TokenFrequency, weighting: Weighting) -> Weight
         effective_fraction=float(total**2 / (counts.sum() * squares.sum())),
         mass_of_most_frequent=float(mass[:MOST_FREQUENT].sum() / total),
         weight_of_most_frequent=float(weights[0]),
-        largest_seen=float(weights[seen].max()) if bool(seen.any()) else math.nan,
+        weight_of_rarest_seen=float(weights[seen][-1]) if bool(seen.any()) else math.nan,
         largest=float(weights.max()),
     )
 

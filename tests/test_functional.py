@@ -358,3 +358,9 @@ def test_decoding_offset(device):
 def test_decoding_offset_of_what_is_none(frequency, alpha, message):
     with pytest.raises((TypeError, ValueError), match=message):
         functional.decoding_offset(frequency, alpha)
+
+
+def test_decoding_offset_of_huge_counts():
+    counts = torch.tensor([2**62, 2**62 - 1, 0])
+    expected = torch.tensor([math.log(2), math.log(2), 63 * math.log(2)])
+    torch.testing.assert_close(functional.decoding_offset(counts, 1.0), expected)

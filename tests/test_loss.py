@@ -372,6 +372,21 @@ class TestWeightings:
             assert torch.equal(loss(logits, targets), functional.pdl_loss(logits, targets, weights))
         assert loss_fn.frequency is None
 
+    @pytest.mark.devices("cpu", "cuda")
+    def test_a_compiled_loss_sees_fixed_weights_that_come_later(self, batch):
+        loss_fn = PDLLoss(weighting=Uniform())
+        torch._dynamo.reset()
+        compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+        compiled(*batch())
+        loss_fn.weighting = Uniform(fixed={0: 2.0})
+        torch.testing.assert_close(compiled(*batch()), loss_fn(*batch()), rtol=1e-6, atol=0)
+
+    def test_a_fixed_weight_outside_the_vocabulary_counts_nothing(self, batch):
+        loss_fn = PDLLoss(weighting=PowerLaw(fixed={50: 1.0}))
+        with pytest.raises(ValueError, match="fixed: got token id 50"):
+            loss_fn(*batch())
+        assert loss_fn.frequency is None
+
     def test_uniform_takes_no_sync(self):
         with pytest.raises(ValueError, match=r"sync_every: got 2 with weighting=Uniform\(.*, expected None"):
             PDLLoss(weighting=Uniform(), sync_every=2)
@@ -451,11 +466,16 @@ class TestWeightDrop:
     def test_bad_shares_are_refused(self, share, message):
         with pytest.raises((TypeError, ValueError), match=message):
             PDLLoss(weight_drop=share)
+        with pytest.raises((TypeError, ValueError), match=message):
+            PDLLoss().weight_drop = share
 
     def test_older_pickles_drop_nothing(self):
-        loss_fn = PDLLoss(corpus_counts())
-        del loss_fn.__dict__["weight_drop"]
-        assert copy.deepcopy(loss_fn).weight_drop == 0.0
+        loss_fn = PDLLoss(corpus_counts(), weight_drop=0.5)
+        state = loss_fn.__dict__ | {"online": False}
+        older = PDLLoss.__new__(PDLLoss)
+        older.__setstate__({name: value for name, value in state.items() if name not in ("_weight_drop", "_is_given")})
+        assert older.weight_drop == 0.0
+        assert not older.online
 
 
 class TestLogitOffset:
@@ -539,12 +559,42 @@ class TestLogitAdjustment:
             (TypeError, ValueError), match=r"logit_adjustment: got .*, expected a number in \[-10000, 10"
         ):
             PDLLoss(logit_adjustment=value)
+        with pytest.raises((TypeError, ValueError), match="logit_adjustment: got"):
+            PDLLoss().logit_adjustment = value
 
-    def test_needs_counts(self, batch):
-        loss_fn = PDLLoss(weighting=Uniform())
-        loss_fn.logit_adjustment = 1.0
-        with pytest.raises(ValueError, match=r"logit_adjustment: got 1\.0, expected 0 of a loss that was made without"):
-            loss_fn(*batch())
+    @pytest.mark.parametrize("changed", [{"logit_adjustment": 1.0}, {"weighting": PowerLaw()}], ids=str)
+    @pytest.mark.parametrize("vocab_size", [None, VOCAB])
+    def test_a_loss_learns_as_soon_as_it_needs_counts(self, batch, changed, vocab_size):
+        loss_fn = PDLLoss(weighting=Uniform(), vocab_size=vocab_size)
+        assert not loss_fn.online
+        loss_fn(*batch())
+        for name, value in changed.items():
+            setattr(loss_fn, name, value)
+        assert loss_fn.online
+        fresh = PDLLoss(**{"weighting": Uniform(), **changed})
+        assert torch.equal(loss_fn(*batch()), fresh(*batch()))
+        assert loss_fn.frequency.total == len(batch()[1])
+
+    @pytest.mark.parametrize("linear", [False, True])
+    @pytest.mark.parametrize("given", [False, True])
+    def test_two_calls_and_one_backward(self, batch, device, given, linear):
+        counts = corpus_counts(device)
+        loss_fn = PDLLoss(counts if given else None, logit_adjustment=1.0, reduction="none")
+        leaf = batch()[0].requires_grad_()
+        eye = torch.eye(VOCAB, device=device)
+
+        def loss(seed):
+            targets = batch(seed)[1]
+            return (loss_fn.linear(leaf, eye, targets) if linear else loss_fn(leaf, targets)).sum()
+
+        first = loss(0)
+        (expected,) = torch.autograd.grad(first, leaf, retain_graph=True)
+        second = loss(1)
+        loss_fn.blend, loss_fn.logit_adjustment = 0.5, 0.3
+        loss_fn.refresh()
+        (got,) = torch.autograd.grad(first, leaf)
+        torch.testing.assert_close(got, expected)
+        assert torch.autograd.grad(second, leaf)[0].any()
 
 
 class TestState:

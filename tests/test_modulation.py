@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pdl_ext import PDLLoss, functional, reference
-from pdl_ext.modulation import DFT, AntiFocal, Focal
+from pdl_ext.modulation import DFT, AntiFocal, Focal, Modulation
 from pdl_ext.options import REDUCTIONS
 
 MODULATIONS = [
@@ -244,6 +244,7 @@ def test_of_a_loss(make_case):
         (lambda: AntiFocal(gamma=-0.5), ValueError, "gamma: got -0.5, expected a finite number >= 0"),
         (lambda: AntiFocal(scale=-1), ValueError, "scale: got -1, expected a finite number >= 0"),
         (lambda: PDLLoss(modulation="focal"), TypeError, "modulation: got str, expected None or one of"),
+        (lambda: PDLLoss(modulation=Modulation()), TypeError, "modulation: got Modulation, expected None or one of"),
         (lambda: PDLLoss(modulation=Focal), TypeError, "modulation: got type, expected None or one of"),
     ],
 )

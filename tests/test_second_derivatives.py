@@ -117,6 +117,46 @@ def test_a_bad_target_is_nan_in_either_mode(make_case):
     assert gradient[[0, 2]].isfinite().all()
 
 
+def test_ignored_rows_may_hold_anything(make_case):
+    case = make_case((3,), 7, ignored=False)
+    case.targets[1] = -100
+    for anything in (torch.inf, -torch.inf, torch.nan):
+        leaf = case.leaf.clone()
+        leaf[1] = anything
+        leaf.requires_grad_()
+        loss = functional.pdl_loss(leaf, case.targets, z_loss=0.1, label_smoothing=0.1)
+        (plain,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        (with_graph,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        torch.testing.assert_close(with_graph.detach(), plain, rtol=1e-5, atol=1e-7)
+        assert not plain[1].any()
+
+
+@pytest.mark.parametrize("modulation", [None, Focal(0.5), Focal(2.0), AntiFocal(), DFT()], ids=str)
+def test_a_masked_target_has_the_same_gradient(make_case, modulation):
+    leaf = make_case((2,), 7, torch.float64, ignored=False).leaf
+    targets = torch.tensor([3, 1], device=leaf.device)
+    leaf[0, 3] = -torch.inf
+    leaf.requires_grad_()
+    loss = functional.pdl_loss(leaf, targets, reduction="sum", modulation=modulation)
+    (plain,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    (with_graph,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    torch.testing.assert_close(with_graph.detach()[1], plain[1])
+    finite = torch.arange(7, device=leaf.device) != 3
+    torch.testing.assert_close(with_graph.detach()[0, finite], plain[0, finite])
+
+
+def test_tangents_of_what_is_no_leaf(make_case):
+    case = make_case((3,), 5, torch.float64)
+    with forward_ad.dual_level():
+        normalizer = forward_ad.make_dual(torch.tensor(2.0), torch.tensor(1.0))
+        value, tangent = forward_ad.unpack_dual(functional.pdl_loss(case.leaf, case.targets, normalizer=normalizer))
+        # d (s / n) = -s / n^2
+        torch.testing.assert_close(tangent, -value / 2)
+        table = forward_ad.make_dual(torch.ones(5), torch.ones(5))
+        with pytest.raises(ValueError, match="token_weight: got a tensor that requires grad or has a tangent"):
+            functional.pdl_loss(case.leaf, case.targets, table)
+
+
 def test_linear_refuses_tangents(make_case):
     case = make_case((3,), 5)
     weight = torch.eye(5, device=case.leaf.device)

@@ -9,7 +9,7 @@ import torch
 
 from pdl_ext import TokenFrequency
 from pdl_ext.statistics import alpha_statistics, log_spaced_ranks, weight_statistics, zipf_slope
-from pdl_ext.weighting import Face
+from pdl_ext.weighting import Adaptive, Face
 
 
 def frequency_of(*counts):
@@ -20,7 +20,7 @@ def test_alpha_zero_weighs_nothing():
     statistics = alpha_statistics(frequency_of(5, 0, 3), 0.0)
     assert statistics.effective_fraction == pytest.approx(1.0)
     assert statistics.mass_of_most_frequent == pytest.approx(1.0)
-    assert (statistics.weight_of_most_frequent, statistics.largest_seen, statistics.largest) == (1.0, 1.0, 1.0)
+    assert (statistics.weight_of_most_frequent, statistics.weight_of_rarest_seen, statistics.largest) == (1.0, 1.0, 1.0)
 
 
 def test_alpha_one_by_hand():
@@ -28,13 +28,13 @@ def test_alpha_one_by_hand():
     statistics = alpha_statistics(frequency_of(3, 7, 1), 1.0)
     mean = (7 * 1 + 3 * 2 + 1 * 4) / 11
     assert statistics.weight_of_most_frequent == pytest.approx(1 / mean, rel=1e-5)
-    assert statistics.largest == statistics.largest_seen == pytest.approx(4 / mean, rel=1e-5)
+    assert statistics.largest == statistics.weight_of_rarest_seen == pytest.approx(4 / mean, rel=1e-5)
     assert statistics.effective_fraction == pytest.approx(17**2 / (11 * (7 + 3 * 4 + 16)), rel=1e-5)
 
 
 def test_the_rarest_seen_is_not_the_never_seen():
     statistics = alpha_statistics(frequency_of(9, 1, 0), 1.0)
-    assert statistics.largest == pytest.approx(2 * statistics.largest_seen, rel=1e-5)
+    assert statistics.largest == pytest.approx(2 * statistics.weight_of_rarest_seen, rel=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [50.0, 1000.0])
@@ -59,7 +59,7 @@ def test_the_mass_is_that_of_a_hundred_types():
 def test_nothing_counted():
     statistics = alpha_statistics(TokenFrequency(3), 0.5)
     assert math.isnan(statistics.effective_fraction)
-    assert math.isnan(statistics.largest_seen)
+    assert math.isnan(statistics.weight_of_rarest_seen)
     assert statistics.largest == 1.0
     assert zipf_slope(torch.zeros(3, dtype=torch.int64)) is None
 
@@ -88,7 +88,12 @@ def test_another_weighting_by_hand():
     # Face weighs 1 - n / 6: 1/2, 0, 5/6, and 1 for what was never seen.
     statistics = weight_statistics(frequency_of(3, 6, 1, 0), Face(normalize="none"))
     assert statistics.weight_of_most_frequent == 0.0
-    assert statistics.largest_seen == pytest.approx(5 / 6)
+    assert statistics.weight_of_rarest_seen == pytest.approx(5 / 6)
     assert statistics.largest == 1.0
     mass, squares = 3 / 2 + 5 / 6, 3 / 4 + 25 / 36
     assert statistics.effective_fraction == pytest.approx(mass**2 / (10 * squares), rel=1e-5)
+
+
+def test_the_rarest_seen_need_not_weigh_most():
+    statistics = weight_statistics(frequency_of(1000, 300, 100, 50, 20, 1), Adaptive("chi2", normalize="none"))
+    assert statistics.weight_of_rarest_seen < statistics.largest

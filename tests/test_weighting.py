@@ -363,3 +363,28 @@ def test_a_weighting_of_ones_own():
     weights = functional.token_weights(torch.tensor([4, 1, 0]), SquareRoot(normalize="none", fixed={2: 0.0}))
     assert weights.tolist() == [0.5, 1.0, 0.0]
     assert_weights_match(counts_of_a_corpus(101), SquareRoot(blend=0.5))
+
+
+def test_a_weight_that_is_infinite_for_the_never_seen():
+    @dataclasses.dataclass(frozen=True)
+    class Infinite(Weighting):
+        def raw(self, counts):
+            return counts.double().rsqrt()
+
+    weights = functional.token_weights(torch.tensor([4, 1, 0]), Infinite())
+    # Of the five tokens counted the mean is 3/5.
+    torch.testing.assert_close(weights, torch.tensor([0.5 / 0.6, 1 / 0.6, torch.finfo(torch.float32).max]))
+    assert_weights_match(torch.tensor([4, 1, 0]), Infinite())
+
+
+@pytest.mark.parametrize("settings", [{}, {"alpha": 0.5, "relative": False}, {"smoothing": 0.0, "normalize": "types"}])
+def test_the_power_law_by_the_base(settings):
+    counts = counts_of_a_corpus(1009)
+    weighting = PowerLaw(**settings)
+    by_base = Weighting.table(weighting, counts, None, None)
+    torch.testing.assert_close(by_base, functional.token_weights(counts, weighting), rtol=3e-7, atol=0)
+
+
+def test_the_base_alone_is_no_weighting():
+    with pytest.raises(TypeError, match="weighting: got Weighting, expected a Weighting, such as PowerLaw"):
+        functional.token_weights(torch.ones(3, dtype=torch.int64), Weighting())

@@ -146,7 +146,7 @@ def _weightings(frequency: TokenFrequency, name: str, alphas: Sequence[float]) -
         lines.append(
             f"{value:>5}   {100 * found.effective_fraction:14.1f} %   "
             f"{100 * found.mass_of_most_frequent:13.1f} %   {found.weight_of_most_frequent:22.3g}   "
-            f"{found.largest_seen:11.3g}   {found.largest:9.3g}"
+            f"{found.weight_of_rarest_seen:11.3g}   {found.largest:9.3g}"
         )
     lines.append("Effective sample: how many labels of 100 still count.")
     if name == "power-law":

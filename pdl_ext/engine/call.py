@@ -193,7 +193,7 @@ class LossCall(_Call):
             raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
         _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
         # By its definition, which PyTorch differentiates forward.
-        self.has_tangent = _has_tangent(logits, row_weight)
+        self.has_tangent = _has_tangent(logits, row_weight, normalizer)
         if self.has_tangent and (process_group is not None or is_traced()):
             raise _no_forward_mode()
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
@@ -286,7 +286,7 @@ class LinearLossCall(_Call):
             if tensor.dtype != hidden.dtype and not cast:
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
         _check_rest("hidden is", hidden, targets, row_weight, normalizer, options)
-        if _has_tangent(hidden, weight, bias, row_weight):
+        if _has_tangent(hidden, weight, bias, row_weight, normalizer):
             raise _no_forward_mode()
         refuse_transforms(weight, bias)
         if max_chunk_bytes is not None:
@@ -375,11 +375,12 @@ def _check_rest(
         _check_normalizer(normalizer, targets, options.reduction)
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
+def _has_tangent(*values: Tensor | float | None) -> bool:
     # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
     if getattr(forward_ad, "_current_level", -1) < 0:
         return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    tensors = (value for value in values if isinstance(value, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _no_forward_mode() -> RuntimeError:
@@ -400,9 +401,10 @@ def _check_table(name: str, table: Tensor, vocab_size: int, device: torch.device
         raise ValueError(f"{name}: got shape {list(table.shape)}, expected [{vocab_size}], the logits' vocabulary")
     if table.device != device:
         raise ValueError(f"{name}: got device {table.device}, expected {device}, where the logits are")
-    if table.requires_grad:
+    if table.requires_grad or _has_tangent(table):
         raise ValueError(
-            f"{name}: got a tensor that requires grad, expected one that does not: only row_weight takes one"
+            f"{name}: got a tensor that requires grad or has a tangent, expected one that does not: only row_weight "
+            "takes one"
         )
 
 

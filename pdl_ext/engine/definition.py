@@ -18,13 +18,13 @@ __all__ = ["Defined", "defined_loss"]
 
 
 class Defined(NamedTuple):
-    """A loss, and its rows, shaped like the targets; `weight` is 0 at ignored rows, the others mean nothing there."""
+    """A loss, its rows, shaped like the targets, and the transformed logits z; only `weight` is 0 at ignored rows."""
 
     loss: Tensor
     nll: Tensor
     weight: Tensor
     lse: Tensor
-    predicted: Tensor
+    z: Tensor
 
 
 def defined_loss(
@@ -41,13 +41,14 @@ def defined_loss(
     token_weight: the weight of each row's target, [...]; normalizer: what "mean" and "token_mean" divide both terms by.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z = options.logit_scale * logits.to(dtype)
+    counted = targets != options.ignore_index
+    # Of what is not finite in an ignored row the gradient would be NaN.
+    z = options.logit_scale * torch.where(counted.unsqueeze(-1), logits, 0.0).to(dtype)
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
     if logit_offset is not None:
         z = z + logit_offset.to(dtype)
 
-    counted = targets != options.ignore_index
     safe = torch.where(counted, targets, 0).long()
     lse = torch.logsumexp(z, -1)
     nll = lse - z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
@@ -78,13 +79,15 @@ def defined_loss(
             divisor, z_divisor = (weight.sum() if options.reduction == "mean" else rows), rows
         loss = weighted.sum() / torch.where(divisor == 0, torch.inf, divisor)
         loss = loss + z_term.sum() / torch.where(z_divisor == 0, torch.inf, z_divisor)
-    return Defined(loss, nll, weight, lse, z.argmax(-1))
+    return Defined(loss, nll, weight, lse, z)
 
 
 def _factor(nll: Tensor, modulation: Modulation) -> Tensor:
     p = torch.exp(-nll)
     if isinstance(modulation, Focal):
-        q = -torch.expm1(-nll.clamp(min=0))
+        # The derivative at infinity is 0, and not infinity times 0.
+        masked = nll.isinf()
+        q = torch.where(masked, 1.0, -torch.expm1(-torch.where(masked, 0.0, nll).clamp(min=0)))
         q = q.detach() if modulation.detach else q
         if modulation.gamma in (0, 1):
             return q**modulation.gamma

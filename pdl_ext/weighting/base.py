@@ -90,7 +90,7 @@ class Weighting:
                 share = torch.where(total > 0, counts.double(), share)
             if free is not None:
                 share = torch.where(free, share, 0.0)
-            mean = (share * weight).sum() / share.sum()
+            mean = torch.where(share > 0, share * weight, 0.0).sum() / share.sum()
             # NaN or 0 where no token is left that weighs anything.
             weight = weight / torch.where(mean > 0, mean, 1.0)
         if blend is not None:
@@ -107,8 +107,8 @@ class Weighting:
 
 
 def check_weighting(weighting: Weighting) -> None:
-    """Raises TypeError unless it is a Weighting."""
-    if not isinstance(weighting, Weighting):
+    """Raises TypeError unless it is a Weighting, and not the base itself."""
+    if not isinstance(weighting, Weighting) or type(weighting) is Weighting:
         raise TypeError(f"weighting: got {type(weighting).__name__}, expected a Weighting, such as PowerLaw")
 
 

@@ -24,4 +24,5 @@ class Uniform(Weighting):
 
     def is_one(self) -> bool:
         limited = self.normalize == "none" and self.max_weight is not None and self.max_weight < 1
-        return not self.fixed and not limited
+        # PyTorch's compiler notices another length of a dict, and not that it is empty no more.
+        return len(self.fixed) == 0 and not limited
