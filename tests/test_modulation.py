@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from pdl_ext import PDLLoss, functional, reference
+from pdl_ext.engine import ops
 from pdl_ext.modulation import DFT, AntiFocal, Focal, Modulation
-from pdl_ext.options import REDUCTIONS
+from pdl_ext.options import REDUCTIONS, LossOptions
 
 MODULATIONS = [
     None,
@@ -199,6 +200,17 @@ def test_large_common_offsets_cancel_nothing(make_case, assert_accurate, modulat
     expected = case.run(functional.pdl_loss, modulation=modulation)
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_digit_of_a_small_nll_counts(device, dtype):
+    """Rows that were merged over ranks may have any nll, also one that rounding has left below 0."""
+    nll = torch.tensor([-1e-8, 0.0, 1e-6, 1e-4, 0.3, 20.0, math.inf], dtype=torch.float64)
+    saved_rows = nll.to(device, dtype).expand(len(ops.SavedRows._fields), -1).clone()
+    ops.compiled.complete_rows_(saved_rows, LossOptions(modulation=Focal(1.5)).packed)
+    expected = (-torch.expm1(-nll.clamp(min=0))) ** 1.5
+    got = ops.SavedRows.of(saved_rows).modulation.double().cpu()
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
 
 
 # As an option.

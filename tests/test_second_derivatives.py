@@ -153,7 +153,7 @@ def test_tangents_of_what_is_no_leaf(make_case):
         # d (s / n) = -s / n^2
         torch.testing.assert_close(tangent, -value / 2)
         table = forward_ad.make_dual(torch.ones(5), torch.ones(5))
-        with pytest.raises(ValueError, match="token_weight: got a tensor that requires grad or has a tangent"):
+        with pytest.raises(ValueError, match="token_weight: got a tensor that has a tangent"):
             functional.pdl_loss(case.leaf, case.targets, table)
 
 

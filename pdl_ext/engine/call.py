@@ -402,10 +402,8 @@ def _check_table(name: str, table: Tensor, vocab_size: int, device: torch.device
     if table.device != device:
         raise ValueError(f"{name}: got device {table.device}, expected {device}, where the logits are")
     if table.requires_grad or _has_tangent(table):
-        raise ValueError(
-            f"{name}: got a tensor that requires grad or has a tangent, expected one that does not: only row_weight "
-            "takes one"
-        )
+        got = "requires grad" if table.requires_grad else "has a tangent"
+        raise ValueError(f"{name}: got a tensor that {got}, expected one that does not: only row_weight takes one")
 
 
 def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:
