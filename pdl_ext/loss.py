@@ -248,7 +248,11 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     def extra_repr(self) -> str:
         options = self._options
-        return f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
+        told = f"{self.weighting}, reduction={options.reduction!r}, online={self.online}, shift={options.shift}"
+        for name in ("modulation", "weight_drop", "logit_adjustment"):
+            if value := getattr(self, name):
+                told += f", {name}={value}"
+        return told
 
     def _loss(
         self, name: str, call: LossCall | LinearLossCall, logit_offset: Tensor | None

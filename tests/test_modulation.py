@@ -232,6 +232,8 @@ def test_of_a_loss(make_case):
     case = make_case((6,), 101)
     counts = torch.arange(101, device=case.leaf.device)
     loss_fn = PDLLoss(counts, modulation=Focal())
+    assert "modulation=Focal(gamma=2.0, detach=False)" in repr(loss_fn)
+    assert "logit_adjustment" not in repr(loss_fn)
     weights = functional.token_weights(counts, loss_fn.weighting)
     for modulation in (Focal(), DFT(), None):
         loss_fn.modulation = modulation
