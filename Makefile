@@ -57,7 +57,7 @@ sanitize: $(VENV)/gtest.stamp
 cuda-compile: $(TORCH_STAMP)
 	$(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
 
-# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 50 minutes.
+# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 70 minutes.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
 

@@ -65,6 +65,7 @@ def over_slabs(logits, *arguments, **options):
 WAYS = {"two calls": functional.pdl_loss, "in place": over_logits, "linear": over_slabs}
 
 
+@pytest.mark.slow
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("modulation", [m for m in MODULATIONS if m not in (None, Focal(0.0), AntiFocal())], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
