@@ -217,6 +217,7 @@ def test_each_digit_of_a_small_nll_counts(device, dtype):
 # As an option.
 
 
+@pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("modulation", [Focal(1.5), AntiFocal(), DFT()], ids=str)
 def test_compiles(make_case, modulation):

@@ -24,6 +24,7 @@ def inputs_of(make_case, name, reduction, **more):
     return loss, (case.leaf.requires_grad_(), case.row_weight.double().requires_grad_())
 
 
+@pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("options", SMOOTH)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -39,6 +40,7 @@ def test_gradgradcheck_of_normalizer_and_shift(make_case, more):
     assert torch.autograd.gradgradcheck(loss, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
 @pytest.mark.parametrize("options", SMOOTH)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
