@@ -104,6 +104,7 @@ def test_an_online_loss_counts_nothing_that_it_refuses():
     assert loss.frequency.tokens_seen == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vjp", "jacrev", "vmap of grad"])
 @pytest.mark.parametrize("name", ["loss", "module", "linear"])
 def test_compiled_transforms_are_refused(transform, name):
