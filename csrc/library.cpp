@@ -11,20 +11,21 @@
 STABLE_TORCH_LIBRARY(pdl_ext, m) {
   m.def(
       "loss_forward(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, "
-      "Tensor? normalizer, float[] options, bool predict) -> (Tensor loss, Tensor saved_rows, Tensor factors, "
+      "Tensor? normalizer, float[] options, bool stats) -> (Tensor loss, Tensor saved_rows, Tensor factors, "
       "Tensor predicted)");
   m.def(
       "loss_and_gradient_(Tensor logits, Tensor(a!) gradient, Tensor targets, Tensor? token_weight, Tensor? "
-      "row_weight, Tensor? logit_offset, Tensor? normalizer, float[] options, bool predict) -> (Tensor loss, "
+      "row_weight, Tensor? logit_offset, Tensor? normalizer, float[] options, bool stats) -> (Tensor loss, "
       "Tensor saved_rows, Tensor factors, Tensor predicted)");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def(
       "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "
-      "row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> Tensor");
+      "token_weight, Tensor? row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> "
+      "Tensor");
   m.def(
       "loss_backward_(Tensor grad_loss, Tensor(a!) logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "
-      "row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> ()");
-  m.def("complete_rows_(Tensor(a!) saved_rows, float[] options) -> ()");
+      "token_weight, Tensor? row_weight, Tensor? logit_offset, float[] options, int first_id, int vocab_size) -> ()");
+  m.def("complete_rows_(Tensor(a!) saved_rows, float[] options, int vocab_size) -> ()");
   m.def(
       "reduce_rows(Tensor saved_rows, Tensor targets, Tensor? row_weight, Tensor? normalizer, float[] options) -> "
       "(Tensor loss, Tensor factors)");

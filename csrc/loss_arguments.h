@@ -34,6 +34,17 @@ const A* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
+// The token weight of each row's target: from a table [V], of its own [N, 1], or 1.
+template <typename A>
+struct TokenWeights {
+  const float* weights;
+  bool of_rows;
+
+  PDL_INLINE A at(int64_t i, int64_t target) const {
+    return weights != nullptr ? A(weights[of_rows ? i : target]) : A(1);
+  }
+};
+
 // What a loss takes beside the logits.
 struct LossInputs {
   Tensor targets;
@@ -44,6 +55,26 @@ struct LossInputs {
   LossOptions options;
 
   bool is_plain() const { return pdl::is_plain(options, data_or_null<float>(logit_offset)); }
+
+  // Of a call that also returns the statistics of its rows, or does not.
+  Loop loop(bool stats) const {
+    if (!is_plain()) return Loop::general;
+    return stats || needs_entropy(options.modulation) ? Loop::entropy : Loop::plain;
+  }
+
+  bool smooths_by_class() const {
+    return options.label_smoothing_weight == SmoothingWeight::of_class && options.label_smoothing != 0.0;
+  }
+
+  template <typename A>
+  TokenWeights<A> token_weights() const {
+    return {data_or_null<float>(token_weight), token_weight && token_weight->dim() == 2};
+  }
+
+  template <typename A>
+  ClassWeights<A> class_weights() const {
+    return {smooths_by_class() ? data_or_null<float>(token_weight) : nullptr};
+  }
 
   template <typename A>
   LogitTransform<A> transform() const {
@@ -66,6 +97,13 @@ inline void check_table(const OptionalTensor& table, const char* name, const Ten
   STD_TORCH_CHECK(table->device() == like.device(), name, " must be on the logits' device");
 }
 
+inline void check_column(const Tensor& column, const char* name, const Tensor& like, int64_t rows, ScalarType dtype) {
+  STD_TORCH_CHECK(column.size(0) == rows && column.size(1) == 1 && column.is_contiguous(), name,
+                  " must be contiguous with shape [", rows, ", 1]");
+  STD_TORCH_CHECK(column.scalar_type() == dtype, name, " has the wrong dtype");
+  STD_TORCH_CHECK(column.device() == like.device(), name, " must be on the logits' device");
+}
+
 inline void check_targets(const Tensor& targets) {
   STD_TORCH_CHECK(targets.is_contiguous(), "targets must be contiguous");
   STD_TORCH_CHECK(targets.scalar_type() == ScalarType::Long || targets.scalar_type() == ScalarType::Int,
@@ -81,7 +119,13 @@ inline void check_loss_arguments(const Tensor& logits, const LossInputs& inputs)
   STD_TORCH_CHECK(inputs.targets.numel() == rows, "targets must be one a row");
   STD_TORCH_CHECK(inputs.targets.device() == logits.device(), "targets must be on the logits' device");
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
-  check_table(inputs.token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
+  if (inputs.token_weight && inputs.token_weight->dim() == 2) {
+    STD_TORCH_CHECK(!inputs.smooths_by_class(), "token_weight of rows cannot be that of classes");
+    check_column(*inputs.token_weight, "token_weight", logits, rows, ScalarType::Float);
+  } else {
+    check_table(inputs.token_weight, "token_weight", logits, vocab_size, ScalarType::Float);
+    STD_TORCH_CHECK(inputs.token_weight || !inputs.smooths_by_class(), "label smoothing by class needs token_weight");
+  }
   check_table(inputs.logit_offset, "logit_offset", logits, vocab_size, ScalarType::Float);
   check_table(inputs.row_weight, "row_weight", logits, rows, dtype);
   check_table(inputs.normalizer, "normalizer", logits, kNormalizers, dtype);
@@ -165,11 +209,24 @@ inline Tensor allocate_loss(const Tensor& like, int64_t n, Reduction reduction, 
   return reduction == Reduction::none ? allocate(like, {n}, dtype) : allocate(like, {}, dtype);
 }
 
-inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reduction, bool predict) {
+inline LossOutputs allocate_loss_outputs(const Tensor& logits, Reduction reduction, bool stats) {
   const int64_t n = logits.size(0);
   const ScalarType dtype = accumulator_dtype(logits.scalar_type());
   return {allocate_loss(logits, n, reduction, dtype), allocate(logits, {SavedRow<float>::kNumbers, n}, dtype),
-          allocate(logits, {Factors<float>::kNumbers}, dtype), allocate(logits, {predict ? n : 0}, ScalarType::Long)};
+          allocate(logits, {Factors<float>::kNumbers}, dtype), allocate(logits, {stats ? n : 0}, ScalarType::Long)};
+}
+
+// Calls f with the loop as a template argument.
+template <typename F>
+void dispatch_loop(Loop loop, F&& f) {
+  switch (loop) {
+    case Loop::plain:
+      return f.template operator()<Loop::plain>();
+    case Loop::entropy:
+      return f.template operator()<Loop::entropy>();
+    case Loop::general:
+      return f.template operator()<Loop::general>();
+  }
 }
 
 // Calls f with a value of the logits' type; the 16-bit ones differ between devices.

@@ -13,17 +13,22 @@ namespace pdl {
 
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, token_mean = 3 };
 
-#define PDL_LOSS_OPTIONS(OPTION)   \
-  OPTION(Reduction, reduction)     \
-  OPTION(int64_t, ignore_index)    \
-  OPTION(double, label_smoothing)  \
-  OPTION(double, z_loss)           \
-  OPTION(double, softcap)          \
-  OPTION(double, logit_scale)      \
-  OPTION(Modulation, modulation)   \
-  OPTION(double, gamma)            \
-  OPTION(double, modulation_scale) \
-  OPTION(bool, modulation_detach)
+// By which token weight the share is multiplied that label smoothing spreads: the target's, none, or each class's own.
+enum class SmoothingWeight : int64_t { target = 0, none = 1, of_class = 2 };
+
+#define PDL_LOSS_OPTIONS(OPTION)                  \
+  OPTION(Reduction, reduction)                    \
+  OPTION(int64_t, ignore_index)                   \
+  OPTION(double, label_smoothing)                 \
+  OPTION(SmoothingWeight, label_smoothing_weight) \
+  OPTION(double, z_loss)                          \
+  OPTION(double, softcap)                         \
+  OPTION(double, logit_scale)                     \
+  OPTION(Modulation, modulation)                  \
+  OPTION(double, gamma)                           \
+  OPTION(double, modulation_scale)                \
+  OPTION(bool, modulation_detach)                 \
+  OPTION(bool, modulation_normalize)
 
 struct LossOptions {
 #define PDL_OPTION_FIELD(type, name) type name{};

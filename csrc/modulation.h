@@ -1,12 +1,17 @@
-// What a row's loss is multiplied by that follows from the model's own prediction of its target, for host and device:
-// the only copy. pdl_ext/modulation.py says what each is.
+// What a row's loss is multiplied by that follows from the model's own prediction, for host and device: the only copy.
+// pdl_ext/modulation.py says what each is.
 #pragma once
 
 #include "portable.h"
 
 namespace pdl {
 
-enum class Modulation : int64_t { none = 0, focal = 1, anti_focal = 2, dft = 3 };
+enum class Modulation : int64_t { none = 0, focal = 1, anti_focal = 2, dft = 3, mile = 4 };
+
+// Whether it follows from the entropy of the row, which costs its loop an instruction or three an element.
+PDL_INLINE bool needs_entropy(Modulation modulation) {
+  return modulation == Modulation::mile;
+}
 
 // m and its derivative by nll, which is 0 where m is taken as a constant.
 template <typename A>
@@ -15,10 +20,11 @@ struct ModulationOfRow {
   A slope = 0;
 };
 
-// Of an nll >= 0 up to infinity; rounding may have left it below 0.
+// Of an nll >= 0 up to infinity; rounding may have left it below 0. entropy: in nats, at least 0.
 template <typename A, typename Options>
-PDL_INLINE ModulationOfRow<A> modulation_of(A nll, const Options& options) {
+PDL_INLINE ModulationOfRow<A> modulation_of(A nll, A entropy, const Options& options) {
   if (options.modulation == Modulation::none) return {};
+  if (options.modulation == Modulation::mile) return {A(pow(A(1) + entropy, options.gamma)), A(0)};
   const A least = nll < A(0) ? A(0) : nll;
   const A p = A(exp(-least));
   if (options.modulation == Modulation::dft) return {p, A(0)};

@@ -1,12 +1,15 @@
 // The mathematics of one row, for host and device: the only copy.
 //
-// A row has logits x_j, which a LogitTransform turns into z_j, a target y, and a weight w. Kernels gather
-// RowStatistics over the row in any order and in any number of shares. `row_loss` turns them into the row's losses.
-// The row's loss is w m ce, ce = (1 - s) nll + s mean_j (lse - z_j), where m is a modulation of nll with derivative c.
+// A row has logits x_j, which a LogitTransform turns into z_j, a target y with a token weight w, and a row weight r.
+// Kernels gather statistics over the row in any order and in any number of shares. `row_loss` turns them into the row's
+// losses. The row's loss is r m ce, where m is a modulation of nll with derivative c, and
+//
+//     ce = (1 - s) w nll + s mean_j (u_j (lse - z_j)),    u_j = w, 1, or the weight w_j of class j.
+//
 // Every loss of the family has the same gradient:
 //
-//     d loss / d z_j = A p_j - B_j,    p = softmax(z),    A = w (m + c ce),
-//     B_j = w m s / V, and at the target w (m (1 - s) + c ce) more.
+//     d loss / d z_j = A p_j - B_j,    p = softmax(z),    A = r (m ((1 - s) w + s mean_j u_j) + c ce),
+//     B_j = r m s u_j / V, and at the target r (m (1 - s) w + c ce) more.
 //
 // `gradient_row` makes these three numbers, and `GradientRow` evaluates the gradient for one element. A new weighting
 // or modulation changes a scalar here, never a loop.
@@ -66,13 +69,29 @@ struct LogitTransform {
   }
 };
 
-// Plain rows need neither the sum of z nor a transform, and the kernels have a leaner loop for them.
+// u_j of the above where each class has its own, else 1.
+template <typename A>
+struct ClassWeights {
+  const float* of_class = nullptr;
+
+  PDL_INLINE A at(int64_t j) const { return of_class != nullptr ? A(of_class[j]) : A(1); }
+  // u_j times a difference that a masked class makes infinite; a weight of 0 leaves nothing of it.
+  PDL_INLINE static A times(A weight, A difference) { return weight == A(0) ? A(0) : weight * difference; }
+};
+
+// The loops over a row. Plain rows need neither the entropy, the sum of z nor a transform; `entropy` gathers the first,
+// `general` all of them.
+enum class Loop { plain, entropy, general };
+
+template <Loop kLoop>
+constexpr bool kIsPlain = kLoop != Loop::general;
+
 inline bool is_plain(const LossOptions& options, const float* offset) {
   return options.label_smoothing == 0.0 && options.logit_scale == 1.0 && options.softcap == 0.0 && offset == nullptr;
 }
 
-// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of (z - centre). The centre is one
-// number for the whole row. The identity is what a share without elements has.
+// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of u_j (z_j - centre). The centre is
+// one number for the whole row. The identity is what a share without elements has.
 template <typename A>
 struct RowStatistics {
   A max = -infinity<A>();
@@ -80,6 +99,16 @@ struct RowStatistics {
   A centred = 0;
   int32_t argmax = -1;
 };
+
+// With sum of exp(z - max) (z - max), of which the entropy follows, and sum of u_j.
+template <typename A>
+struct WideStatistics : RowStatistics<A> {
+  A scaled = 0;
+  A class_weight = 0;
+};
+
+template <Loop kLoop, typename A>
+using StatisticsOf = std::conditional_t<kLoop == Loop::plain, RowStatistics<A>, WideStatistics<A>>;
 
 // What to subtract before exp: a share that is all -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
 template <typename A>
@@ -100,7 +129,51 @@ PDL_INLINE RowStatistics<A> merge(const RowStatistics<A>& a, const RowStatistics
   return merged;
 }
 
-// The target's own z keeps sum_j (z_j - centre) free of cancellation when all logits share a large offset.
+// z - max, but not below where its exponential is 0: 0 * -inf would be NaN.
+template <typename A>
+PDL_INLINE A finite_log_ratio(A below) {
+  const A least = sizeof(A) == 8 ? A(-1000) : A(-200);
+  return below < least ? least : below;
+}
+
+// The sum of exp(z - max) (z - max) for another max.
+template <typename A>
+PDL_INLINE A scaled_relative_to(const WideStatistics<A>& row, A shift) {
+  const A above = finite_log_ratio(row.max - shift);
+  return (row.scaled + above * row.sum) * exp_nonpositive(above);
+}
+
+template <typename A>
+PDL_INLINE WideStatistics<A> merge(const WideStatistics<A>& a, const WideStatistics<A>& b) {
+  WideStatistics<A> merged{merge<A>(static_cast<const RowStatistics<A>&>(a), static_cast<const RowStatistics<A>&>(b))};
+  const A shift = exp_shift(merged.max);
+  merged.scaled = scaled_relative_to(a, shift) + scaled_relative_to(b, shift);
+  merged.class_weight = a.class_weight + b.class_weight;
+  return merged;
+}
+
+// The entropy of softmax(z) in nats, log(sum) - scaled / sum, or 0 where it was not gathered; at least 0.
+template <typename A>
+PDL_INLINE A entropy_of(const RowStatistics<A>&, A) {
+  return A(0);
+}
+template <typename A>
+PDL_INLINE A entropy_of(const WideStatistics<A>& row, A log_sum) {
+  const A entropy = log_sum - row.scaled / row.sum;
+  return entropy < A(0) ? A(0) : entropy;
+}
+
+// The sum of u_j, which only rows that are smoothed by class gather.
+template <typename A>
+PDL_INLINE A class_weight_of(const RowStatistics<A>&) {
+  return A(0);
+}
+template <typename A>
+PDL_INLINE A class_weight_of(const WideStatistics<A>& row) {
+  return row.class_weight;
+}
+
+// The target's own z keeps sum_j u_j (z_j - centre) free of cancellation when all logits share a large offset.
 template <typename A>
 PDL_INLINE A smoothing_centre(A z_target) {
   return z_target == -infinity<A>() ? A(0) : z_target;
@@ -112,11 +185,13 @@ struct SavedRow {
   A max;
   A log_sum;  // lse - max
   A nll;
-  A ce;  // nll with label smoothing
+  A ce;  // nll with its token weight and label smoothing
   A token_weight;
   A modulation;
+  A entropy;
+  A smoothing_weight;  // the mean of u_j
 
-  static constexpr int kNumbers = 6;
+  static constexpr int kNumbers = 8;
 
   PDL_INLINE A lse() const { return max + log_sum; }
   // Where the modulation is 0 the loss is, also of a target that has no probability.
@@ -124,7 +199,8 @@ struct SavedRow {
 
   PDL_INLINE static SavedRow load(const A* saved_rows, int64_t rows, int64_t i) {
     const A* row = saved_rows + i;
-    return {row[0], row[rows], row[2 * rows], row[3 * rows], row[4 * rows], row[5 * rows]};
+    return {row[0],        row[rows],     row[2 * rows], row[3 * rows],
+            row[4 * rows], row[5 * rows], row[6 * rows], row[7 * rows]};
   }
   PDL_INLINE void store(A* saved_rows, int64_t rows, int64_t i) const {
     A* row = saved_rows + i;
@@ -134,60 +210,74 @@ struct SavedRow {
     row[3 * rows] = ce;
     row[4 * rows] = token_weight;
     row[5 * rows] = modulation;
+    row[6 * rows] = entropy;
+    row[7 * rows] = smoothing_weight;
   }
   // Of a row without a target in the vocabulary.
-  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value}; }
+  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value, value, value}; }
 };
 
-// A row of which max, log_sum, nll and token_weight are known, and as its ce the mean of lse - z over the vocabulary.
+// A row of which max, log_sum, nll, token_weight and entropy are known. Its ce is the mean over the vocabulary of
+// u_j (lse - z_j), and its smoothing_weight that of u_j. A u_j that is the target's token weight counts as 1 in both.
 template <typename A>
 PDL_INLINE void complete_row(SavedRow<A>& row, const RowOptions<A>& options) {
-  const A uniform = row.ce;
-  row.ce = row.nll;
-  if (options.label_smoothing != A(0)) {
-    row.ce = (A(1) - options.label_smoothing) * row.nll + options.label_smoothing * uniform;
+  const A smoothed = row.ce, s = options.label_smoothing;
+  row.ce = row.token_weight * row.nll;
+  if (s != A(0) && options.label_smoothing_weight == SmoothingWeight::target) {
+    row.ce = row.token_weight * ((A(1) - s) * row.nll + s * smoothed);
+    row.smoothing_weight = row.token_weight;
+  } else if (s != A(0)) {
+    row.ce = (A(1) - s) * row.ce + s * smoothed;
   }
-  row.modulation = modulation_of(row.nll, options).value;
+  row.modulation = modulation_of(row.nll, row.entropy, options).value;
 }
 
-template <typename A>
-PDL_INLINE SavedRow<A> row_loss(const RowStatistics<A>& row, A z_target, A token_weight, const RowOptions<A>& options) {
+template <typename Statistics, typename A>
+PDL_INLINE SavedRow<A> row_loss(const Statistics& row, A z_target, A token_weight, const RowOptions<A>& options) {
   SavedRow<A> saved;
   saved.max = row.max;
   saved.log_sum = log(row.sum);
   saved.nll = saved.log_sum - (z_target - row.max);
-  saved.ce = saved.log_sum - (smoothing_centre(z_target) - row.max) - row.centred / A(options.vocab_size);
+  saved.entropy = entropy_of(row, saved.log_sum);
+  const A vocab_size = A(options.vocab_size);
+  saved.smoothing_weight =
+      options.label_smoothing_weight == SmoothingWeight::of_class ? class_weight_of(row) / vocab_size : A(1);
+  saved.ce =
+      saved.smoothing_weight * (saved.log_sum - (smoothing_centre(z_target) - row.max)) - row.centred / vocab_size;
   saved.token_weight = token_weight;
   complete_row(saved, options);
   return saved;
 }
 
-// One row's term of the loss before any division.
+// One row's term of the loss, of which `weight` divides what is weighted.
 template <typename A>
 PDL_INLINE A row_term(A weight, A ce, A lse, const RowOptions<A>& options) {
   return options.z_loss != A(0) ? weight * ce + options.z_loss * lse * lse : weight * ce;
 }
 
 // Factors of the weighted term and of the z-loss term, and `correction`. That is the weighted mean where the
-// denominator depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is token_weight * (m ce -
-// correction) * weighted. In memory: the op's `factors` [kNumbers].
+// denominator depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is (m ce - token_weight *
+// correction) * weighted. `modulation` is the mean of m by which it is divided, in `weighted` already, or 1. In memory:
+// the op's `factors` [kNumbers].
 template <typename A>
 struct Factors {
   A weighted;
   A rows;
   A correction;
+  A modulation;
 
-  static constexpr int kNumbers = 3;
+  static constexpr int kNumbers = 4;
 
-  PDL_INLINE static Factors load(const A* factors) { return {factors[0], factors[1], factors[2]}; }
+  PDL_INLINE static Factors load(const A* factors) { return {factors[0], factors[1], factors[2], factors[3]}; }
   PDL_INLINE void store(A* factors) const {
     factors[0] = weighted;
     factors[1] = rows;
     factors[2] = correction;
+    factors[3] = modulation;
   }
   template <typename B>
   PDL_INLINE Factors<B> as() const {
-    return {B(weighted), B(rows), B(correction)};
+    return {B(weighted), B(rows), B(correction), B(modulation)};
   }
 };
 
@@ -203,35 +293,42 @@ struct RowSums {
   double weight = 0;
   double lse_squares = 0;
   double rows = 0;
+  double modulation = 0;
 
-  PDL_INLINE void add(double w, double ce, double lse) {
-    weighted_ce += w * ce;
-    weight += w;
-    lse_squares += lse * lse;
+  PDL_INLINE void add_weight(double token_weight, double row_weight) {
+    weight += token_weight * row_weight;
     rows += 1;
+  }
+  // modulated_ce: with its token weight.
+  PDL_INLINE void add(double token_weight, double row_weight, double modulated_ce, double lse, double m) {
+    add_weight(token_weight, row_weight);
+    weighted_ce += row_weight * modulated_ce;
+    lse_squares += lse * lse;
+    modulation += m;
   }
 
   PDL_INLINE RowSums operator+(const RowSums& other) const {
-    return {weighted_ce + other.weighted_ce, weight + other.weight, lse_squares + other.lse_squares, rows + other.rows};
+    return {weighted_ce + other.weighted_ce, weight + other.weight, lse_squares + other.lse_squares, rows + other.rows,
+            modulation + other.modulation};
   }
 };
 
 // `normalizer`: the denominators of the weighted term and of the z-loss term, where they are given.
 template <typename A>
-PDL_INLINE Factors<double> factors_of(Reduction reduction, const RowSums& sums, const A* normalizer) {
-  Factors<double> factors{1.0, 1.0, 0.0};
-  if (reduction == Reduction::none || reduction == Reduction::sum) return factors;
-  if (normalizer != nullptr) {
-    factors.weighted = reciprocal_or_zero(double(normalizer[0]));
-    factors.rows = reciprocal_or_zero(double(normalizer[1]));
-    return factors;
+PDL_INLINE Factors<double> factors_of(Reduction reduction, const RowSums& sums, const A* normalizer, bool normalize) {
+  Factors<double> factors{1.0, 1.0, 0.0, 1.0};
+  if (normalize && sums.rows > 0) factors.modulation = sums.modulation / sums.rows;
+  if (reduction == Reduction::mean || reduction == Reduction::token_mean) {
+    if (normalizer != nullptr) {
+      factors.weighted = reciprocal_or_zero(double(normalizer[0]));
+      factors.rows = reciprocal_or_zero(double(normalizer[1]));
+    } else {
+      factors.rows = reciprocal_or_zero(sums.rows);
+      factors.weighted = reduction == Reduction::mean ? reciprocal_or_zero(sums.weight) : factors.rows;
+      if (reduction == Reduction::mean) factors.correction = sums.weighted_ce * factors.weighted;
+    }
   }
-  factors.rows = reciprocal_or_zero(sums.rows);
-  factors.weighted = factors.rows;
-  if (reduction == Reduction::mean) {
-    factors.weighted = reciprocal_or_zero(sums.weight);
-    factors.correction = sums.weighted_ce * factors.weighted;
-  }
+  factors.weighted /= factors.modulation;
   return factors;
 }
 
@@ -246,14 +343,15 @@ PDL_INLINE double reduced_loss(const RowSums& sums, const Factors<double>& facto
 template <typename A>
 struct GradientRow {
   A max;
-  A a_largest;  // A max_j p_j
-  A b_uniform;  // B_j off the target
-  A b_target;   // and at it
+  A a_largest;   // A max_j p_j
+  A b_smoothed;  // B_j off the target, of u_j = 1 where each class has its own
+  A b_target;    // B_j at it
 
   PDL_INLINE A log_ratio(A z) const { return z - max; }
   // Of a row with a NaN, which is in a_largest, any number will do.
   PDL_INLINE A ratio(A z) const { return exp_compensated(log_ratio(z)); }
-  PDL_INLINE A off_target_of(A ratio) const { return a_largest * ratio - b_uniform; }
+  PDL_INLINE A off_target_of(A ratio) const { return a_largest * ratio - b_smoothed; }
+  PDL_INLINE A off_target_of(A ratio, A class_weight) const { return a_largest * ratio - b_smoothed * class_weight; }
   // The same row for ratios to exp(origin - max).
   PDL_INLINE GradientRow relative_to(A origin) const {
     GradientRow row = *this;
@@ -261,6 +359,7 @@ struct GradientRow {
     return row;
   }
   PDL_INLINE A off_target(A z) const { return off_target_of(ratio(z)); }
+  PDL_INLINE A off_target(A z, A class_weight) const { return off_target_of(ratio(z), class_weight); }
   PDL_INLINE A at_target(A z) const { return a_largest * ratio(z) - b_target; }
 };
 
@@ -274,19 +373,31 @@ PDL_INLINE A canonical(A x) {
 template <typename A>
 PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A largest, A upstream,
                                        const Factors<A>& factors, const RowOptions<A>& options) {
-  const A weighted = upstream * (row.token_weight * row_weight) * factors.weighted;
-  A of_ce = weighted, of_modulation = 0;
+  const A weighted = upstream * row_weight * factors.weighted;
+  A m = 1, of_modulation = 0;
   if (options.modulation != Modulation::none) {
-    of_ce = weighted * row.modulation;
-    const A slope = modulation_of(row.nll, options).slope;
+    const A slope = modulation_of(row.nll, row.entropy, options).slope;
     // Where nll is infinite the product is none: its limit is 0.
     of_modulation = slope == A(0) ? A(0) : weighted * (slope * row.ce);
+    m = row.modulation;
   }
-  A of_lse = of_ce + of_modulation;
+  const A s = options.label_smoothing, uniform = s / A(options.vocab_size), w = row.token_weight;
+  // What A and B have in common is one number, or the rounding of two would be left of them.
+  A of_lse, of_class, of_target;
+  if (options.label_smoothing_weight == SmoothingWeight::target) {
+    of_lse = upstream * (w * row_weight) * factors.weighted * m;
+    of_class = of_lse * uniform;
+    of_target = of_lse * (A(1) - s + uniform);
+  } else {
+    const A of_nll = weighted * m * ((A(1) - s) * w);
+    of_lse = of_nll + weighted * m * (s * row.smoothing_weight);
+    of_class = weighted * m * uniform;
+    of_target = of_nll + (options.label_smoothing_weight == SmoothingWeight::none ? of_class : of_class * w);
+  }
+  of_lse += of_modulation;
   if (options.z_loss != A(0)) of_lse += A(2) * upstream * options.z_loss * row.lse() * factors.rows;
-  const A a = canonical(of_lse), b = canonical(of_ce), uniform = options.label_smoothing / A(options.vocab_size);
-  return {row.max, row.max == -infinity<A>() ? not_a_number<A>() : a * largest, b * uniform,
-          b * (A(1) - options.label_smoothing + uniform) + canonical(of_modulation)};
+  return {row.max, row.max == -infinity<A>() ? not_a_number<A>() : canonical(of_lse) * largest, canonical(of_class),
+          canonical(of_target + of_modulation)};
 }
 
 }  // namespace pdl

@@ -49,10 +49,12 @@ def pdl_loss(
         shift: the row at position t predicts targets[..., t + 1], as in causal language models, without a copy of
             the logits. Whatever has one element a row lines up with `targets`.
         label_smoothing: share of the target distribution spread evenly over the vocabulary, in [0, 1].
+        label_smoothing_weight: what that share is multiplied by. "target": the target's token weight; "none": 1;
+            "class": each class's own weight, as F.cross_entropy does. Row weights and modulations multiply the whole.
         z_loss: factor of lse ** 2, added to each row unweighted; "mean" and "token_mean" divide it by the number of
             rows, or by `normalizer`.
-        modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll. It
-            is in no denominator, and not in the z-loss.
+        modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll or
+            its entropy. It is in no denominator, and not in the z-loss.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory and a third of the
             traffic: already in this call, if they require grad and the reduction is a scalar (float16 waits for

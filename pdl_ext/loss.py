@@ -41,7 +41,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         logit_adjustment: the factor of log f, f = (n + 1) / (N + V), that is added to the logits, also in eval mode.
             The frequency is the loss's own, kept whatever the weighting. 1 is balanced softmax (arXiv 2007.07314).
         weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead (arXiv 2010.04380). Each call in
-            training mode draws them anew, by PyTorch's generator on the targets' device.
+            training mode draws them anew, by PyTorch's generator on the targets' device. It does not go with
+            label_smoothing_weight="class".
         vocab_size: V of an online loss; without it V is that of the first logits.
         sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
@@ -143,7 +144,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @weight_drop.setter
     def weight_drop(self, value: float) -> None:
-        self._weight_drop = check_number("weight_drop", value, 0, 1, "a number in [0, 1]")
+        value = check_number("weight_drop", value, 0, 1, "a number in [0, 1]")
+        if value > 0 and self._options.smooths_by_class:
+            raise _no_drop_by_class(value)
+        self._weight_drop = value
 
     @property
     def logit_adjustment(self) -> float:
@@ -259,10 +263,15 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         # Before an online loss counts.
         call.check_tables(None, logit_offset)
+        if self.training and self._weight_drop > 0 and self._options.smooths_by_class:
+            raise _no_drop_by_class(self._weight_drop)
         weights = self._current_weights(name, call)
         if weights is not None and self.training and self._weight_drop > 0:
-            call.weigh_rows(weights, self._weight_drop)
+            call.drop_weights(weights, self._weight_drop)
             weights = None
+        elif weights is not None and self._options.smooths_by_class and not self.online:
+            # Backward needs them, and the kept ones may be written to before.
+            weights = weights.clone()
         if self._logit_adjustment != 0:
             adjustment = self._log_frequency()
             logit_offset = adjustment if logit_offset is None else adjustment + logit_offset
@@ -449,6 +458,13 @@ def _check_vocabulary(name: str, call: LossCall | LinearLossCall, counts: Tensor
 
 
 # At module level, so that the loss can be pickled.
+def _no_drop_by_class(weight_drop: float) -> ValueError:
+    return ValueError(
+        f'weight_drop: got {weight_drop} with label_smoothing_weight="class", expected 0: a target cannot weigh 1 '
+        "while its class weighs otherwise"
+    )
+
+
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
     # Whenever ranks load, they go on in step.
     loss._calls_since_sync = 0

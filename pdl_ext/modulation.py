@@ -1,13 +1,17 @@
-"""Factors of a row's loss that follow from the model's own prediction of its target."""
+"""Factors of a row's loss that follow from the model's own prediction."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from pdl_ext._checks import MAX, check_flag, check_number
 
-__all__ = ["DFT", "AntiFocal", "Focal", "Modulation"]
+__all__ = ["DFT", "AntiFocal", "Focal", "MiLe", "Modulation"]
 
 _EXPECTED = "a finite number >= 0"
 
@@ -21,24 +25,42 @@ class Modulation:
 
     # In csrc/modulation.h's enum of the same name.
     number: ClassVar[int]
+    # What the compiled ops take: gamma, scale, whether it is detached, whether it is normalized. A name is a field's.
+    packs: ClassVar[tuple[str | float, str | float, str | float, str | float]]
+    # Whether it follows from the entropy of the row, which is then gathered in the same pass.
+    of_entropy: ClassVar[bool] = False
 
-    def packed(self) -> tuple[float, float, float]:
-        """gamma, scale and whether it is detached, as the compiled ops take them."""
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        """The factor of each row by its definition, before it is normalized; `entropy` takes no gradient."""
         raise NotImplementedError
 
-    @staticmethod
-    def pack(modulation: Modulation | None) -> tuple[float, float, float, float]:
-        """A modulation, or none, as the last options of the compiled ops: its number, gamma, scale and detachment."""
-        return (0.0, 0.0, 0.0, 0.0) if modulation is None else (float(modulation.number), *modulation.packed())
+    @property
+    def is_normalized(self) -> bool:
+        """Whether the factors are divided by their mean over a call's rows."""
+        return False
+
+    @property
+    def of_row(self) -> Modulation:
+        """The same, not normalized."""
+        return self
 
     @staticmethod
-    def unpacked(number: float, gamma: float, scale: float, detach: float) -> Modulation | None:
-        """The modulation with a number, of which the others are `packed`; None for 0."""
-        if number == Focal.number:
-            return Focal(gamma, detach=bool(detach))
-        if number == AntiFocal.number:
-            return AntiFocal(gamma, scale)
-        return DFT() if number == DFT.number else None
+    def pack(modulation: Modulation | None) -> list[float]:
+        """A modulation, or none, as the last options of the compiled ops: its number, and what it packs."""
+        if modulation is None:
+            return [0.0] * 5
+        packed = [x if isinstance(x, float) else float(getattr(modulation, x)) for x in modulation.packs]
+        return [float(modulation.number), *packed]
+
+    @staticmethod
+    def unpacked(number: float, *packed: float) -> Modulation | None:
+        """The modulation with a number, of which the others are packed; None for 0."""
+        if number == 0:
+            return None
+        kind = next(kind for kind in Modulation.__subclasses__() if kind.number == number)
+        flags = {field.name for field in dataclasses.fields(kind) if isinstance(field.default, bool)}
+        named = {name: value for name, value in zip(kind.packs, packed, strict=True) if isinstance(name, str)}
+        return kind(**{name: bool(value) if name in flags else value for name, value in named.items()})
 
     def _set_number(self, name: str) -> None:
         object.__setattr__(self, name, check_number(name, getattr(self, name), 0, MAX, _EXPECTED))
@@ -59,13 +81,21 @@ class Focal(Modulation):
     detach: bool = False
 
     number: ClassVar[int] = 1
+    packs = ("gamma", 0.0, "detach", 0.0)
 
     def __post_init__(self) -> None:
         self._set_number("gamma")
         check_flag("detach", self.detach)
 
-    def packed(self) -> tuple[float, float, float]:
-        return self.gamma, 0.0, float(self.detach)
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        # The derivative at infinity is 0, and not infinity times 0.
+        masked = nll.isinf()
+        q = torch.where(masked, 1.0, -torch.expm1(-torch.where(masked, 0.0, nll).clamp(min=0)))
+        q = q.detach() if self.detach else q
+        if self.gamma in (0, 1):
+            return q**self.gamma
+        # Of 0 the derivative may be infinite, and counts as 0.
+        return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** self.gamma)
 
 
 @dataclass(frozen=True)
@@ -80,13 +110,14 @@ class AntiFocal(Modulation):
     scale: float = 1.0
 
     number: ClassVar[int] = 2
+    packs = ("gamma", "scale", 1.0, 0.0)
 
     def __post_init__(self) -> None:
         self._set_number("gamma")
         self._set_number("scale")
 
-    def packed(self) -> tuple[float, float, float]:
-        return self.gamma, self.scale, 1.0
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        return (1 + self.scale * torch.exp(-nll).detach()) ** self.gamma
 
 
 @dataclass(frozen=True)
@@ -97,6 +128,41 @@ class DFT(Modulation):
     """
 
     number: ClassVar[int] = 3
+    packs = (0.0, 0.0, 1.0, 0.0)
 
-    def packed(self) -> tuple[float, float, float]:
-        return 0.0, 0.0, 1.0
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        return torch.exp(-nll).detach()
+
+
+@dataclass(frozen=True)
+class MiLe(Modulation):
+    """(1 + H) ** gamma, detached, H the entropy of the row in nats: more weight where the model is unsure.
+
+    With `normalize` it is divided by its mean over the rows of a call that are not ignored. That is the mean of this
+    rank and of this micro-batch. For another one give `normalize=False` and a `normalizer`.
+
+    Raises TypeError or ValueError that names the option.
+    Source: Su et al. 2024 (arXiv 2310.19531), MiLe loss.
+    """
+
+    gamma: float = 1.0
+    normalize: bool = True
+
+    number: ClassVar[int] = 4
+    packs = ("gamma", 0.0, 1.0, "normalize")
+    of_entropy = True
+
+    def __post_init__(self) -> None:
+        self._set_number("gamma")
+        check_flag("normalize", self.normalize)
+
+    @property
+    def is_normalized(self) -> bool:
+        return self.normalize
+
+    @property
+    def of_row(self) -> Modulation:
+        return MiLe(self.gamma, normalize=False) if self.normalize else self
+
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        return (1 + entropy) ** self.gamma

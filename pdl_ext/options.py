@@ -18,6 +18,7 @@ __all__ = [
     "DEFAULTS",
     "OP_OPTIONS",
     "REDUCTIONS",
+    "SMOOTHING_WEIGHTS",
     "LossKeywords",
     "LossOptions",
     "OptionsAsAttributes",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 REDUCTIONS = {"none": 0, "sum": 1, "mean": 2, "token_mean": 3}  # csrc/loss_options.h's Reduction
+SMOOTHING_WEIGHTS = {"target": 0, "none": 1, "class": 2}  # and its SmoothingWeight
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -38,6 +40,7 @@ class LossKeywords(TypedDict, total=False):
     ignore_index: int
     shift: bool
     label_smoothing: float
+    label_smoothing_weight: str
     z_loss: float
     softcap: float | None
     logit_scale: float
@@ -55,6 +58,7 @@ class LossOptions:
     ignore_index: int = -100
     shift: bool = False
     label_smoothing: float = 0.0
+    label_smoothing_weight: str = "target"
     z_loss: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
@@ -65,6 +69,7 @@ class LossOptions:
         self._set("ignore_index", check_ignore_index(self.ignore_index))
         check_flag("shift", self.shift)
         self._set("label_smoothing", check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]"))
+        check_choice("label_smoothing_weight", self.label_smoothing_weight, SMOOTHING_WEIGHTS)
         self._set("z_loss", check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0"))
         if self.softcap is not None:
             expected = "None or a finite number > 0"
@@ -95,6 +100,18 @@ class LossOptions:
         # No field: the compiler of PyTorch 2.10 makes a frozen dataclass anew from all of its fields.
         packed: list[float] = self.__dict__["_packed"]
         return packed
+
+    @property
+    def smooths_by_class(self) -> bool:
+        """Whether each class has its own weight in what label smoothing spreads."""
+        return self.label_smoothing_weight == "class" and self.label_smoothing > 0
+
+    @property
+    def of_chunk(self) -> LossOptions:
+        """The options of a part of the rows, whose modulation is not divided by a mean of its own."""
+        if self.modulation is None or not self.modulation.is_normalized:
+            return self
+        return dataclasses.replace(self, modulation=self.modulation.of_row)
 
     @classmethod
     def of(cls, function: str, keywords: LossKeywords) -> LossOptions:
@@ -137,7 +154,7 @@ def _unpacked(numbers: tuple[float, ...]) -> LossOptions:
 
 
 # Options that are words, and their numbers in C++.
-_NUMBERED = {"reduction": REDUCTIONS}
+_NUMBERED = {"reduction": REDUCTIONS, "label_smoothing_weight": SMOOTHING_WEIGHTS}
 
 
 def _number(name: str, value: Any) -> float:
@@ -148,7 +165,7 @@ def _number(name: str, value: Any) -> float:
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions)}
 # Of what a modulation is packed into.
-_OF_MODULATION = ("modulation", "gamma", "modulation_scale", "modulation_detach")
+_OF_MODULATION = ("modulation", "gamma", "modulation_scale", "modulation_detach", "modulation_normalize")
 # `shift` is none of the ops': targets are shifted before.
 _SCALARS = tuple(name for name in DEFAULTS if name not in ("shift", "modulation"))
 OP_OPTIONS = _SCALARS + _OF_MODULATION
@@ -184,6 +201,7 @@ class OptionsAsAttributes:
     ignore_index = _Attribute[int]()
     shift = _Attribute[bool]()
     label_smoothing = _Attribute[float]()
+    label_smoothing_weight = _Attribute[str]()
     z_loss = _Attribute[float]()
     softcap = _Attribute["float | None"]()
     logit_scale = _Attribute[float]()

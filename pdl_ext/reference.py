@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pdl_ext.engine.definition import defined_loss
+from pdl_ext.engine.definition import defined_loss, entropy_of
 from pdl_ext.functional import RowStats
 from pdl_ext.options import LossKeywords, LossOptions, spells_out_options
 from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting
@@ -54,21 +54,24 @@ def pdl_loss(
         loss, stats = loss_of_rows
         if asked.reduction == "none":
             loss = F.pad(loss, (1, 0))
-        nll, weight, lse, predicted = stats
-        shifted = (F.pad(nll, (1, 0)), F.pad(weight, (1, 0)), F.pad(lse, (1, 0)), F.pad(predicted, (1, 0), value=-1))
-        return (loss, RowStats(*shifted)) if return_stats else loss
+        shifted = RowStats(*(F.pad(value, (1, 0)) for value in stats))
+        shifted = shifted._replace(predicted=F.pad(stats.predicted, (1, 0), value=-1))
+        return (loss, shifted) if return_stats else loss
 
     counted = targets != asked.ignore_index
+    class_weight = token_weight if asked.smooths_by_class else None
     if token_weight is not None:
         token_weight = token_weight[torch.where(counted, targets, 0).long()]
     if normalizer is not None:
         normalizer = torch.as_tensor(normalizer, dtype=torch.float64, device=logits.device)
-    loss, nll, weight, lse, z = defined_loss(logits, targets, token_weight, row_weight, logit_offset, normalizer, asked)
+    loss, nll, weight, lse, z = defined_loss(
+        logits, targets, token_weight, row_weight, logit_offset, normalizer, asked, class_weight
+    )
     if not return_stats:
         return loss
     zero = torch.zeros_like(nll)
-    nll, lse = (torch.where(counted, value, zero).detach() for value in (nll, lse))
-    return loss, RowStats(nll, weight.detach(), lse, torch.where(counted, z.argmax(-1), -1))
+    nll, lse, entropy = (torch.where(counted, value, zero).detach() for value in (nll, lse, entropy_of(z, lse)))
+    return loss, RowStats(nll, weight.detach(), lse, torch.where(counted, z.argmax(-1), -1), entropy)
 
 
 def linear_pdl_loss(

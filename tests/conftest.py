@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import math
 import zlib
 from collections.abc import Callable
 
@@ -130,7 +131,7 @@ class Case:
         if row_weight is not None:
             results["grad_row_weight"] = row_weight.grad
         if stats is not None:
-            results.update(nll=stats.nll, weight=stats.weight, lse=stats.lse)
+            results.update(nll=stats.nll, weight=stats.weight, lse=stats.lse, entropy=stats.entropy)
         return results
 
     def size_of_mean_gradient(self, normalizer=None, **options) -> Tensor:
@@ -217,6 +218,10 @@ def assert_matches(assert_accurate):
             elif name == "grad_row_weight" and options.get("reduction", "mean") == "mean":
                 # d/dw of a weighted mean is a difference from that mean, and the terms set the size of the rounding.
                 size = (truth[name].abs() + case.size_of_mean_gradient(**options)).expand_as(truth[name])
+                assert_accurate(got[name], plain[name], truth[name], name, size)
+            elif name == "entropy":
+                # A difference of sums over the vocabulary, of which log V is the range.
+                size = torch.full_like(truth[name], math.log(case.leaf.shape[-1]))
                 assert_accurate(got[name], plain[name], truth[name], name, size)
             else:
                 assert_accurate(got[name], plain[name], truth[name], name)

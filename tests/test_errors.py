@@ -232,33 +232,33 @@ PACKED = LossOptions().packed
             "logits must be float32",
         ),
         (
-            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, PACKED, 0, 3),
+            lambda ops, x, y: ops.loss_backward(x[0, 0], x, y, x, x[0], None, None, None, PACKED, 0, 3),
             "saved_rows must be what loss_forward",
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(6, 2), torch.zeros(3), None, None, PACKED, 1, 3
+                x[0, 0], x, y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 1, 3
             ),
             "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(6, 2), torch.zeros(3), None, None, PACKED, 0, -(2**63)
+                x[0, 0], x, y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 0, -(2**63)
             ),
             "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward_(
-                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(6, 2), torch.zeros(3), None, None, PACKED, 0, 3
+                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 0, 3
             ),
             "logits must have shape .* rows that do not overlap",
         ),
         (
-            lambda ops, x, y: ops.reduce_rows(torch.zeros(6, 3), y, None, None, PACKED),
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(8, 3), y, None, None, PACKED),
             "saved_rows must be what loss_forward",
         ),
         (
-            lambda ops, x, y: ops.reduce_rows(torch.zeros(6, 2), y.bool(), None, None, PACKED),
+            lambda ops, x, y: ops.reduce_rows(torch.zeros(8, 2), y.bool(), None, None, PACKED),
             "targets must be int64 or int32",
         ),
         (

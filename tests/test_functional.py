@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdl_ext import TokenFrequency, functional, reference
-from pdl_ext.modulation import DFT, AntiFocal, Focal
+from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "token_mean", "sum", "none"]
@@ -18,6 +18,8 @@ OPTIONS = {
     "plain": {},
     "smoothing": {"label_smoothing": 0.1},
     "smoothing_only": {"label_smoothing": 1.0},
+    "smoothing_unweighted": {"label_smoothing": 0.1, "label_smoothing_weight": "none"},
+    "smoothing_by_class": {"label_smoothing": 0.1, "label_smoothing_weight": "class"},
     "z_loss": {"z_loss": 0.01},
     "softcap": {"softcap": 5.0},
     "scale": {"logit_scale": 0.7},
@@ -28,6 +30,8 @@ OPTIONS = {
     "focal_detached": {"modulation": Focal(1.0, detach=True)},
     "anti_focal": {"modulation": AntiFocal(1.5, 0.5)},
     "dft": {"modulation": DFT()},
+    "mile": {"modulation": MiLe()},
+    "mile_of_rows": {"modulation": MiLe(2.0, normalize=False)},
     "everything": {
         "label_smoothing": 0.05,
         "z_loss": 1e-3,
@@ -38,7 +42,7 @@ OPTIONS = {
     },
 }
 # Whose derivative is not that of the value.
-DETACHED = {"focal_detached", "anti_focal", "dft"}
+DETACHED = {"focal_detached", "anti_focal", "dft", "mile", "mile_of_rows"}
 
 
 def options_of(name, case):
@@ -65,6 +69,7 @@ def test_core_matches_reference(make_case, assert_matches, dtype, reduction, opt
 def test_core_options_match_reference(make_case, assert_matches, dtype, options, peaked):
     case = make_case((4, 3), 257, dtype, peaked=peaked, row_weight=True)
     assert_matches(case, **options_of(options, case))
+    assert_matches(case, return_stats=True, **options_of(options, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

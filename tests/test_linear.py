@@ -370,7 +370,7 @@ def test_opcheck(make_linear, device):
     arguments = (*classifier, targets, token_weight, row_weight, None, None, options, True, *how)
     torch.library.opcheck(torch.ops.pdl_ext.linear_loss_forward.default, arguments)
     loss, saved_rows, factors, *_ = torch.ops.pdl_ext.linear_loss_forward(*arguments)
-    arguments = (loss, *classifier, targets, saved_rows, factors, row_weight, None, options, *how)
+    arguments = (loss, *classifier, targets, saved_rows, factors, None, row_weight, None, options, *how)
     torch.library.opcheck(torch.ops.pdl_ext.linear_loss_backward.default, arguments)
 
 

@@ -9,12 +9,14 @@ import torch
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import ops
+from pdl_ext.modulation import MiLe
 from pdl_ext.options import LossOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Stands for the number that the fixture of this name gives.
 UNCUT = "uncut"
 EVERYTHING = {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3}
+NORMALIZED = {"modulation": MiLe(), "label_smoothing": 0.1, "label_smoothing_weight": "class", "z_loss": 0.1}
 
 
 def from_a_model(case):
@@ -36,7 +38,7 @@ def assert_in_place_matches(assert_matches):
     return functools.partial(assert_matches, inplace_backward=True)
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING, NORMALIZED], ids=["plain", "everything", "normalized"])
 @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_options_match_reference(make_case, assert_in_place_matches, dtype, reduction, options):
@@ -78,6 +80,7 @@ def test_sizes_match_reference(make_case, assert_in_place_matches, uncut, rows, 
     case = from_a_model(
         make_case((rows,), vocab_size, dtype, peaked=rows > 1 and vocab_size > 1025, row_weight=rows > 1)
     )
+    assert_in_place_matches(case)
     assert_in_place_matches(case, return_stats=True)
 
 

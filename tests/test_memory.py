@@ -24,12 +24,12 @@ def test_loss_stays_within_its_tensors(make_case, guarded, dtype, vocab_size, at
     logits, targets, token_weight, row_weight = copies
     normalizer = guarded(torch.tensor([2.5, 3.5], dtype=row_weight.dtype), at_end)
     offset = guarded(torch.ones(vocab_size), at_end)
-    options = LossOptions(label_smoothing=0.1, z_loss=0.01, softcap=9.0).packed
+    options = LossOptions(label_smoothing=0.1, label_smoothing_weight="class", z_loss=0.01, softcap=9.0).packed
     loss, saved_rows, factors, _ = ops.compiled.loss_forward(
         logits, targets, token_weight, row_weight, offset, normalizer, options, True
     )
     saved = [guarded(x, at_end) for x in (torch.ones_like(loss), saved_rows, factors)]
-    arguments = (saved[0], logits, targets, *saved[1:], row_weight, offset, options, 0, vocab_size)
+    arguments = (saved[0], logits, targets, *saved[1:], token_weight, row_weight, offset, options, 0, vocab_size)
     if inplace:
         ops.compiled.loss_backward_(*arguments)
         assert logits.any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import pickle
 
@@ -13,8 +12,8 @@ import torch.nn.functional as F
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import ops
-from pdl_ext.modulation import DFT, AntiFocal, Focal, Modulation
-from pdl_ext.options import REDUCTIONS, LossOptions
+from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe, Modulation
+from pdl_ext.options import LossOptions
 
 MODULATIONS = [
     None,
@@ -26,71 +25,9 @@ MODULATIONS = [
     AntiFocal(),
     AntiFocal(2.0, 0.5),
     DFT(),
+    MiLe(),
+    MiLe(0.5, normalize=False),
 ]
-# Each value of an option meets each of the others.
-PRODUCT = {
-    "label_smoothing": (0.0, 0.2),
-    "z_loss": (0.0, 0.01),
-    "transform": ({}, {"softcap": 5.0, "logit_scale": 0.7}),
-    "offset": (False, True),
-    "row_weight": (False, True),
-    "shift": (False, True),
-    "normalizer": (None, 2.5),
-    "way": ("two calls", "in place", "linear"),
-}
-
-
-def run(function, logits, targets, options):
-    """Loss, statistics, and the gradients of logits and row weights."""
-    generator = torch.Generator().manual_seed(5)
-    leaf = logits.clone().requires_grad_()
-    row_weight = None
-    if options.pop("row_weight"):
-        row_weight = (0.3 + torch.rand(targets.shape, generator=generator)).to(logits).requires_grad_()
-    token_weight = 0.2 + torch.rand(logits.shape[-1], generator=generator)
-    loss, stats = function(leaf, targets, token_weight, row_weight=row_weight, return_stats=True, **options)
-    loss.backward((0.1 + torch.rand(loss.shape, generator=generator)).to(loss))
-    return [loss.detach(), leaf.grad, *([] if row_weight is None else [row_weight.grad]), *stats]
-
-
-def over_logits(logits, *arguments, **options):
-    return functional.pdl_loss(logits * 1, *arguments, inplace_backward=True, **options)
-
-
-def over_slabs(logits, *arguments, **options):
-    classifier = torch.eye(logits.shape[-1], dtype=logits.dtype)
-    return functional.linear_pdl_loss(logits, classifier, *arguments, **options)
-
-
-WAYS = {"two calls": functional.pdl_loss, "in place": over_logits, "linear": over_slabs}
-
-
-@pytest.mark.slow
-@pytest.mark.devices("cpu")
-@pytest.mark.parametrize("modulation", [m for m in MODULATIONS if m not in (None, Focal(0.0), AntiFocal())], ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_every_combination_matches_reference(device, reduction, modulation):
-    generator = torch.Generator().manual_seed(3)
-    logits = 3 * torch.randn(3, 4, 23, generator=generator, dtype=torch.float64)
-    targets = torch.randint(23, (3, 4), generator=generator)
-    logits[1, 2, targets[1, 2]] += 9
-    targets[0, 1] = -100
-    offset = torch.randn(23, generator=generator)
-    # A quarter of all combinations, in which any five options meet in every way.
-    product = itertools.product(*(range(len(values)) for values in PRODUCT.values()))
-    for places in (places for places in product if sum(places) % 4 == REDUCTIONS[reduction]):
-        options = {name: PRODUCT[name][place] for name, place in zip(PRODUCT, places, strict=True)}
-        if options["normalizer"] is not None and reduction in ("sum", "none"):
-            continue
-        way = options.pop("way")
-        options |= options.pop("transform")
-        options |= {"logit_offset": offset if options.pop("offset") else None, "reduction": reduction}
-        options["modulation"] = modulation
-        expected = run(reference.pdl_loss, logits, targets, dict(options))
-        for got, value in zip(run(WAYS[way], logits, targets, dict(options)), expected, strict=True):
-            torch.testing.assert_close(got, value, rtol=1e-9, atol=1e-12, msg=f"{way}, {options}")
-
-
 # Published codes, written again.
 
 
@@ -129,13 +66,91 @@ def test_dft_as_published(make_case):
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("modulation", [Focal(2.0, detach=True), AntiFocal(1.5, 0.3), DFT()], ids=str)
+def test_mile_as_published(make_case):
+    # The trainer: probabilities of at least 1e-8 in the entropy, detached, and the reciprocal of the mean factor.
+    logits, targets = rows(make_case)
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    functional.pdl_loss(leaf, targets, modulation=MiLe(1.5)).backward()
+    p = torch.softmax(other.detach(), -1)
+    factor = (1 - (p * p.clamp(min=1e-8).log()).sum(-1)) ** 1.5
+    published = 1 / factor.mean() * factor * F.cross_entropy(other, targets, reduction="none")
+    published.mean().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_mile_as_published_where_rows_are_ignored(make_case):
+    # There both means run over all rows, of which the ignored ones have a loss of 0.
+    logits, targets = rows(make_case)
+    leaf, other = (logits.clone().requires_grad_() for _ in range(2))
+    targets[::3] = -100
+    entropy = torch.distributions.Categorical(logits=other.detach()).entropy()
+    factor = 1 + entropy
+    ours = functional.pdl_loss(leaf, targets, modulation=MiLe(normalize=False), normalizer=factor.sum())
+    published = (1 / factor.mean() * factor * F.cross_entropy(other, targets, reduction="none")).mean()
+    torch.testing.assert_close(ours.double(), published, rtol=1e-6, atol=0)
+    ours.backward()
+    published.backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_normalized_modulation_has_the_mean_of_its_call(make_case, reduction):
+    """Of the rows that count, whatever they weigh; the z-loss has no part in it."""
+    case = make_case((9,), 31, torch.float64, row_weight=True)
+    case.row_weight[1] = 0
+
+    def losses(z_loss):
+        given = {"row_weight": case.row_weight, "z_loss": z_loss, "reduction": reduction}
+        return [
+            functional.pdl_loss(case.leaf, case.targets, case.token_weight, modulation=m, **given)
+            for m in (MiLe(2.0), MiLe(2.0, normalize=False))
+        ]
+
+    stats = functional.pdl_loss(case.leaf, case.targets, return_stats=True)[1]
+    mean = ((1 + stats.entropy) ** 2)[case.targets != -100].mean()
+    normalized, plain = losses(0.0)
+    torch.testing.assert_close(normalized, plain / mean, rtol=1e-10, atol=0)
+    with_z, plain_with_z = losses(0.5)
+    torch.testing.assert_close(with_z - normalized, plain_with_z - plain, rtol=1e-9, atol=1e-12)
+
+
+def test_entropy_of_one_finite_logit(device):
+    """A row of one finite logit has none, and -inf adds nothing."""
+    logits = torch.tensor([[-math.inf, 2.0, -math.inf], [0.0, 0.0, -math.inf], [-300.0, 0.0, -300.0]], device=device)
+    targets = torch.tensor([1, 0, 1], device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        entropy = functional.pdl_loss(logits.to(dtype), targets, return_stats=True)[1].entropy
+        torch.testing.assert_close(entropy.float(), torch.tensor([0.0, math.log(2), 0.0], device=device))
+    loss = functional.pdl_loss(logits[:1], targets[:1], modulation=MiLe())
+    assert loss == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocab_size", [1, 2, 31, 33, 4097, 9000])
+def test_entropy_of_masked_vocabularies(device, dtype, vocab_size):
+    """In whole blocks, in what is left over of them, and in tiles of nothing but -inf."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(5, vocab_size, generator=generator)).to(dtype)
+    targets = torch.zeros(5, dtype=torch.int64)
+    logits[1, 1:] = logits[2, vocab_size // 2 + 1 :] = -math.inf
+    logits[3, 1 : vocab_size // 2 + 1] = logits[4, 1::2] = -math.inf
+    entropy = functional.pdl_loss(logits.to(device), targets.to(device), return_stats=True)[1].entropy
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-6
+    torch.testing.assert_close(entropy.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    assert entropy[1] == 0
+
+
+@pytest.mark.parametrize(
+    "modulation", [Focal(2.0, detach=True), AntiFocal(1.5, 0.3), DFT(), MiLe(1.5, normalize=False)], ids=str
+)
 def test_two_passes_find_the_same(make_case, modulation):
     """What it took before: statistics first, then a row weight made of them."""
     case = make_case((12,), 257, torch.float64)
     stats = functional.pdl_loss(case.leaf, case.targets, case.token_weight, return_stats=True)[1]
     p = (-stats.nll).exp()
-    factor = {Focal: (1 - p) ** 2, AntiFocal: (1 + 0.3 * p) ** 1.5, DFT: p}[type(modulation)]
+    of_entropy = (1 + stats.entropy) ** 1.5
+    factor = {Focal: (1 - p) ** 2, AntiFocal: (1 + 0.3 * p) ** 1.5, DFT: p, MiLe: of_entropy}[type(modulation)]
     expected = functional.pdl_loss(
         case.leaf, case.targets, case.token_weight, row_weight=factor, normalizer=stats.weight.sum()
     )
@@ -166,9 +181,13 @@ def test_a_masked_target(device, modulation, inplace):
         assert not leaf.grad[0].any()
     else:
         assert loss == math.inf
-        # As with a weight of 1, whatever the modulation: what is not predicted at all is not modulated.
+        # As with a weight of 1: what is not predicted at all is not modulated by its probability.
         expected = torch.softmax(logits[0], -1) - torch.tensor([0.0, 1.0, 0.0], device=device)
-        torch.testing.assert_close(leaf.grad[0], expected)
+        if modulation.of_entropy:
+            p = torch.softmax(logits.double(), -1)
+            factor = modulation.factor(p, -(p * p.clamp(min=1e-300).log()).sum(-1), 3)
+            expected = expected * factor[0] / (factor.mean() if modulation.is_normalized else 1)
+        torch.testing.assert_close(leaf.grad[0], expected.float())
     assert leaf.grad[1].any()
 
 
@@ -208,7 +227,7 @@ def test_each_digit_of_a_small_nll_counts(device, dtype):
     """Rows that were merged over ranks may have any nll, also one that rounding has left below 0."""
     nll = torch.tensor([-1e-8, 0.0, 1e-6, 1e-4, 0.3, 20.0, math.inf], dtype=torch.float64)
     saved_rows = nll.to(device, dtype).expand(len(ops.SavedRows._fields), -1).clone()
-    ops.compiled.complete_rows_(saved_rows, LossOptions(modulation=Focal(1.5)).packed)
+    ops.compiled.complete_rows_(saved_rows, LossOptions(modulation=Focal(1.5)).packed, 101)
     expected = (-torch.expm1(-nll.clamp(min=0))) ** 1.5
     got = ops.SavedRows.of(saved_rows).modulation.double().cpu()
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
@@ -219,7 +238,7 @@ def test_each_digit_of_a_small_nll_counts(device, dtype):
 
 @pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("modulation", [Focal(1.5), AntiFocal(), DFT()], ids=str)
+@pytest.mark.parametrize("modulation", [Focal(1.5), AntiFocal(), DFT(), MiLe()], ids=str)
 def test_compiles(make_case, modulation):
     case = make_case((6,), 101, row_weight=True)
     torch._dynamo.reset()
@@ -237,7 +256,7 @@ def test_of_a_loss(make_case):
     assert "modulation=Focal(gamma=2.0, detach=False)" in repr(loss_fn)
     assert "logit_adjustment" not in repr(loss_fn)
     weights = functional.token_weights(counts, loss_fn.weighting)
-    for modulation in (Focal(), DFT(), None):
+    for modulation in (Focal(), DFT(), MiLe(), None):
         loss_fn.modulation = modulation
         expected = functional.pdl_loss(case.leaf, case.targets, weights, modulation=modulation)
         assert torch.equal(loss_fn(case.leaf, case.targets), expected)
@@ -258,6 +277,8 @@ def test_of_a_loss(make_case):
         (lambda: Focal("2"), TypeError, "gamma: got '2' of type str, expected a finite number >= 0"),
         (lambda: Focal(detach=1), TypeError, "detach: got 1, expected True or False"),
         (lambda: AntiFocal(gamma=-0.5), ValueError, "gamma: got -0.5, expected a finite number >= 0"),
+        (lambda: MiLe(gamma=-0.5), ValueError, "gamma: got -0.5, expected a finite number >= 0"),
+        (lambda: MiLe(normalize=1), TypeError, "normalize: got 1, expected True or False"),
         (lambda: AntiFocal(scale=-1), ValueError, "scale: got -1, expected a finite number >= 0"),
         (lambda: PDLLoss(modulation="focal"), TypeError, "modulation: got str, expected None or one of"),
         (lambda: PDLLoss(modulation=Modulation()), TypeError, "modulation: got Modulation, expected None or one of"),

@@ -13,7 +13,7 @@ from pdl_ext import PDLLoss, functional
 from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.engine import linear, ops
 from pdl_ext.engine.vocabulary import VocabularyShard
-from pdl_ext.modulation import DFT, AntiFocal, Focal
+from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import DEFAULTS, OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions, OptionsAsAttributes
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
@@ -70,7 +70,7 @@ def test_inputs_have_one_order_everywhere():
     for name, first in (("loss_forward", 1), ("loss_and_gradient_", 2)):
         arguments = [argument.name for argument in getattr(compiled, name).default._schema.arguments]
         assert arguments[first:-2] == list(ops.LossInputs._fields)
-        assert arguments[-2:] == ["options", "predict"]
+        assert arguments[-2:] == ["options", "stats"]
 
 
 def test_options_of_a_build_with_fewer_are_packed_anew():
@@ -88,7 +88,7 @@ def test_options_survive_packing():
     for reduction in REDUCTIONS:
         options = LossOptions(reduction=reduction, ignore_index=-(2**31), softcap=1e-300)
         assert LossOptions.unpacked(options.packed) == options
-    for modulation in (Focal(0.5, detach=True), AntiFocal(2.0, 0.3), DFT()):
+    for modulation in (Focal(0.5, detach=True), AntiFocal(2.0, 0.3), DFT(), MiLe(0.5), MiLe(2.0, normalize=False)):
         options = LossOptions(modulation=modulation)
         assert LossOptions.unpacked(options.packed) == options
 
@@ -99,13 +99,13 @@ def test_another_number_of_options_is_refused(op_inputs, numbers):
         compiled.loss_forward(*op_inputs(), numbers, False)
 
 
-@pytest.mark.parametrize("predict", [False, True])
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
-def test_opcheck_loss_forward(op_inputs, optional, reduction, predict):
+def test_opcheck_loss_forward(op_inputs, optional, reduction, stats):
     inputs = op_inputs(optional=optional)
     options = dataclasses.replace(EVERY if optional else BARE, reduction=reduction)
-    torch.library.opcheck(compiled.loss_forward.default, (*inputs, options.packed, predict))
+    torch.library.opcheck(compiled.loss_forward.default, (*inputs, options.packed, stats))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -136,7 +136,7 @@ def test_opcheck_loss_backward(op_inputs, name, reduction):
         logits, targets, token_weight, row_weight, offset, normalizer, options, False
     )
     upstream = torch.rand_like(loss)
-    arguments = (upstream, logits, targets, saved_rows, factors, row_weight, offset, options, 0, 9)
+    arguments = (upstream, logits, targets, saved_rows, factors, token_weight, row_weight, offset, options, 0, 9)
     torch.library.opcheck(getattr(compiled, name).default, arguments)
 
 
@@ -148,7 +148,7 @@ def test_gradient_of_columns_lies_as_they_do(op_inputs, device, dtype, width):
     wide[:, :9] = logits
     columns = wide[:, :9]
     loss, saved_rows, factors, _ = compiled.loss_forward(columns, targets, None, None, None, None, BARE.packed, False)
-    arguments = (torch.ones_like(loss), columns, targets, saved_rows, factors, None, None, BARE.packed, 0, 9)
+    arguments = (torch.ones_like(loss), columns, targets, saved_rows, factors, None, None, None, BARE.packed, 0, 9)
     gradient = compiled.loss_backward(*arguments)
     if device.type == "cpu":
         assert gradient.is_contiguous()
@@ -173,13 +173,13 @@ def test_opcheck_reduce_rows(op_inputs, optional, reduction):
 
 def test_opcheck_complete_rows(op_inputs):
     saved_rows = compiled.loss_forward(*op_inputs(), EVERY.packed, False)[1]
-    torch.library.opcheck(compiled.complete_rows_.default, (saved_rows, EVERY.packed))
+    torch.library.opcheck(compiled.complete_rows_.default, (saved_rows, EVERY.packed, 9))
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (6, 4, 1)])
 def test_what_are_no_saved_rows_is_not_completed(device, shape):
     with pytest.raises(RuntimeError, match="saved_rows must have the shape of what loss_forward returns"):
-        compiled.complete_rows_(torch.zeros(shape, device=device), BARE.packed)
+        compiled.complete_rows_(torch.zeros(shape, device=device), BARE.packed, 9)
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])

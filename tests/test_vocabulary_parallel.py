@@ -14,7 +14,7 @@ import uninitialized
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import linear, ops
-from pdl_ext.modulation import AntiFocal, Focal
+from pdl_ext.modulation import AntiFocal, Focal, MiLe
 from pdl_ext.options import REDUCTIONS, LossOptions
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
@@ -32,6 +32,13 @@ OPTIONS = {
         "offset": True,
         "modulation": Focal(),
     },
+    "by_class": {
+        "label_smoothing": 0.2,
+        "label_smoothing_weight": "class",
+        "modulation": MiLe(2.0),
+        "logit_scale": 0.7,
+    },
+    "unweighted": {"label_smoothing": 0.2, "label_smoothing_weight": "none", "modulation": MiLe(), "z_loss": 0.01},
     "anti_focal": {"modulation": AntiFocal(2.0, 0.5), "label_smoothing": 0.1},
     # A shared offset of the logits must cancel nothing.
     "large_offset": {"label_smoothing": 0.1, "offset": 1000.0},
@@ -40,19 +47,33 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("options", ["plain", "everything", "by class"])
 @pytest.mark.parametrize("vocab_size", [101, 40_000])  # a share a row, and several for few rows
 def test_gradient_of_a_shard_is_a_shard_of_the_gradient(make_case, vocab_size, options, overwrite):
     case = make_case((3,), vocab_size, row_weight=True)
-    offset = torch.linspace(-1, 1, vocab_size, device=case.leaf.device) if options == "everything" else None
+    offset = torch.linspace(-1, 1, vocab_size, device=case.leaf.device) if options != "plain" else None
     everything = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_scale": 0.7, "softcap": 15.0}
-    packed = LossOptions(**everything if options == "everything" else {}).packed
+    asked = LossOptions(**everything if options != "plain" else {})
+    class_weight = None
+    if options == "by class":
+        asked, class_weight = dataclasses.replace(asked, label_smoothing_weight="class"), case.token_weight
+    packed = asked.packed
     loss, saved_rows, factors, _ = ops.compiled.loss_forward(
         case.leaf, case.targets, case.token_weight, case.row_weight, offset, None, packed, False
     )
     upstream = torch.full_like(loss, 1.5)
     whole = ops.compiled.loss_backward(
-        upstream, case.leaf, case.targets, saved_rows, factors, case.row_weight, offset, packed, 0, vocab_size
+        upstream,
+        case.leaf,
+        case.targets,
+        saved_rows,
+        factors,
+        class_weight,
+        case.row_weight,
+        offset,
+        packed,
+        0,
+        vocab_size,
     )
     assert whole[0].all()
     # Each target is the first or last column of a shard, or in another one.
@@ -61,8 +82,9 @@ def test_gradient_of_a_shard_is_a_shard_of_the_gradient(make_case, vocab_size, o
     )
     for first, last in itertools.pairwise(cuts):
         shard = case.leaf[:, first:last].clone()
-        given = (upstream, shard, case.targets, saved_rows, factors, case.row_weight)
-        given += (None if offset is None else offset[first:last], packed, first, vocab_size)
+        of_columns = [None if table is None else table[first:last].clone() for table in (class_weight, offset)]
+        given = (upstream, shard, case.targets, saved_rows, factors, of_columns[0], case.row_weight, of_columns[1])
+        given += (packed, first, vocab_size)
         if overwrite:
             ops.compiled.loss_backward_(*given)
         else:
@@ -83,7 +105,7 @@ def test_target_outside_the_whole_vocabulary_makes_its_row_nan(make_case, device
         # What forward writes of such a row.
         saved_rows[:, 1] = torch.nan
     gradient = ops.compiled.loss_backward(
-        loss, case.leaf[:, first:].clone(), case.targets, saved_rows, factors, None, None, packed, first, 101
+        loss, case.leaf[:, first:].clone(), case.targets, saved_rows, factors, None, None, None, packed, first, 101
     )
     assert gradient[1].isnan().all()
     assert gradient[[0, 2]].isfinite().all()
@@ -104,26 +126,37 @@ def test_rows_alone_reduce_to_the_loss(make_case, rows, reduction, normalizer):
     assert torch.equal(got[0], loss)
     assert torch.equal(got[1], factors)
     if normalizer is not None and reduction in ("mean", "token_mean"):
-        torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0], device=factors.device))
+        torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0, 1.0], device=factors.device))
     assert rows == 0 or loss.any()
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"label_smoothing": 0.1},
+        {"label_smoothing": 0.1, "label_smoothing_weight": "none"},
+        {"label_smoothing": 0.1, "label_smoothing_weight": "class"},
+    ],
+    ids=["plain", "target", "none", "class"],
+)
+@pytest.mark.parametrize("modulation", [Focal(1.5), MiLe(1.5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [0, 5, 300])
-def test_rows_whose_statistics_were_merged_are_completed(make_case, rows, dtype, smoothing):
+def test_rows_whose_statistics_were_merged_are_completed(make_case, rows, dtype, modulation, options):
     case = make_case((rows,), 9, dtype, ignored=False)
-    options = LossOptions(label_smoothing=smoothing, modulation=Focal(1.5))
+    options = LossOptions(**options, modulation=modulation)
 
     def saved_rows(options):
-        given = (case.leaf, case.targets, case.token_weight, None, None, None, options.packed, False)
+        given = (case.leaf, case.targets, case.token_weight, None, None, None, options.packed, True)
         return ops.compiled.loss_forward(*given)[1]
 
     expected = saved_rows(options)
-    # With a smoothing of 1, ce is the mean of lse - z.
-    merged = saved_rows(dataclasses.replace(options, label_smoothing=1.0))
-    merged[-1] = torch.nan
-    ops.compiled.complete_rows_(merged, options.packed)
+    # With a smoothing of 1, ce is the mean of lse - z, each times the weight of its class.
+    of_class = "class" if options.smooths_by_class else "none"
+    merged = saved_rows(dataclasses.replace(options, label_smoothing=1.0, label_smoothing_weight=of_class))
+    ops.SavedRows.of(merged).modulation.fill_(torch.nan)
+    ops.compiled.complete_rows_(merged, options.packed, 9)
     torch.testing.assert_close(merged, expected, rtol=1e-6, atol=0)
 
 

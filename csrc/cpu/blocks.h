@@ -5,6 +5,7 @@
 // subnormals as 0.
 #pragma once
 
+#include "../row_loss.h"
 #include "capability.h"
 #include "float16.h"
 
@@ -99,24 +100,36 @@ __attribute__((target(PDL_TARGET_AVX512))) inline float exp_of_one_avx512(float 
   return _mm512_cvtss_f32(exp_avx512(_mm512_set1_ps(x), steps));
 }
 
-// sum_of_exp_blocks, which the compiler would leave in memory.
-template <bool kKeep, typename T>
-__attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const T* x, int64_t n, float steps,
-                                                                          float* kept, int64_t ahead) {
-  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  for (int64_t j = 0; j < n; j += kBlock) {
-    __builtin_prefetch(x + j + ahead, kKeep);
-    for (int half = 0; half < 2; ++half) {
-      const __m512 e = exp_avx512(widen_half_avx512(x + j, half), steps);
-      if (kKeep) _mm512_storeu_ps(kept + j + 16 * half, e);
-      sums[half] = _mm512_add_ps(sums[half], e);
-    }
-  }
+__attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_lanes_avx512(__m512 x) {
   alignas(64) float of_lanes[16];
-  _mm512_store_ps(of_lanes, _mm512_add_ps(sums[0], sums[1]));
+  _mm512_store_ps(of_lanes, x);
   float sum = 0;
   for (const float of_lane : of_lanes) sum += of_lane;
   return sum;
+}
+
+// sum_of_exp_blocks, which the compiler would leave in memory.
+template <bool kKeep, bool kEntropy, typename T>
+__attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const T* x, int64_t n, float steps, float max,
+                                                                          float* kept, int64_t ahead, float* scaled) {
+  const __m512 largest = _mm512_set1_ps(max), least = _mm512_set1_ps(finite_log_ratio(-infinity<float>()));
+  __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  __m512 scaled_sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  for (int64_t j = 0; j < n; j += kBlock) {
+    __builtin_prefetch(x + j + ahead, kKeep);
+    for (int half = 0; half < 2; ++half) {
+      const __m512 wide = widen_half_avx512(x + j, half), e = exp_avx512(wide, steps);
+      if (kKeep) _mm512_storeu_ps(kept + j + 16 * half, e);
+      sums[half] = _mm512_add_ps(sums[half], e);
+      if (kEntropy) {
+        // Of NaN the smaller operand's place decides, and e is NaN then.
+        const __m512 below = _mm512_maskz_max_ps(0xffff, _mm512_sub_ps(wide, largest), least);
+        scaled_sums[half] = _mm512_fmadd_ps(e, below, scaled_sums[half]);
+      }
+    }
+  }
+  if (kEntropy) *scaled = sum_of_lanes_avx512(_mm512_add_ps(scaled_sums[0], scaled_sums[1]));
+  return sum_of_lanes_avx512(_mm512_add_ps(sums[0], sums[1]));
 }
 
 __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(const float* x, BFloat16* y) {
@@ -172,20 +185,20 @@ struct ExpOrigin {
   PDL_INLINE bool in_blocks() const { return kCapability < Capability::avx512 || (max > -1024 && max < 1024); }
 };
 
-// The sum of exp(x - origin) of whole blocks, if origin.in_blocks(); with kKeep also each of them in `kept`. Meanwhile
-// what lies `ahead` is fetched, with kKeep to be overwritten soon: the processor's own prefetchers see no loads of it.
-// Past the logits' end it does no harm.
-template <bool kKeep, Capability kCapability, typename T>
+// The sum of exp(x - origin) of whole blocks, if origin.in_blocks(). With kKeep also each of them in `kept`, with
+// kEntropy the sum of exp(x - origin) (x - origin.max) in `scaled`. Meanwhile what lies `ahead` is fetched, with kKeep
+// to be overwritten soon: the processor's own prefetchers see no loads of it. Past the logits' end it does no harm.
+template <bool kKeep, bool kEntropy, Capability kCapability, typename T>
 PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const T* x, int64_t n,
-                                   const ExpOrigin<kCapability>& origin, float* kept, int64_t ahead) {
+                                   const ExpOrigin<kCapability>& origin, float* kept, int64_t ahead, float* scaled) {
 #ifdef PDL_SIMD_TARGETS
   if constexpr (kCapability >= Capability::avx512) {
-    return detail::sum_of_exp_avx512<kKeep>(x, n, origin.steps, kept, ahead);
+    return detail::sum_of_exp_avx512<kKeep, kEntropy>(x, n, origin.steps, origin.max, kept, ahead, scaled);
   }
 #endif
   // With more of them, AVX2 has too few registers.
   constexpr int kSums = kBlock / 2;
-  alignas(64) float sums[kSums] = {};
+  alignas(64) float sums[kSums] = {}, scaled_sums[kSums] = {};
   for (int64_t j = 0; j < n; j += kBlock) {
     __builtin_prefetch(x + j + ahead, kKeep);
     alignas(64) float wide[kBlock], block[kBlock];
@@ -196,11 +209,21 @@ PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const
     for (int part = 0; part < kBlock; part += kSums) {
 #pragma omp simd
       for (int k = 0; k < kSums; ++k) sums[k] += e[part + k];
+      if constexpr (kEntropy) {
+#pragma omp simd
+        for (int k = 0; k < kSums; ++k) {
+          scaled_sums[k] += e[part + k] * finite_log_ratio(wide[part + k] - origin.max);
+        }
+      }
     }
   }
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int k = 0; k < kSums; ++k) sum += sums[k];
+  float sum = 0, sum_of_scaled = 0;
+#pragma omp simd reduction(+ : sum, sum_of_scaled)
+  for (int k = 0; k < kSums; ++k) {
+    sum += sums[k];
+    sum_of_scaled += scaled_sums[k];
+  }
+  if (kEntropy) *scaled = sum_of_scaled;
   return sum;
 }
 

@@ -118,59 +118,80 @@ PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTrans
   }
 }
 
-// The sum of exp(z - max), where max is the largest z. With kKeep also each exp(z - *origin) in `kept`.
-template <bool kKeep, Capability kCapability, typename T, typename A>
-PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A max, A* kept,
-                              A* origin) {
+// The sum of exp(z - max), where max is the largest z; with kEntropy also that of exp(z - max) (z - max) in `scaled`.
+// With kKeep also each exp(z - *origin) in `kept`.
+template <bool kKeep, bool kEntropy, Capability kCapability, typename T, typename A>
+PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A max, A* kept, A* origin,
+                              A* scaled) {
   const A shift = exp_shift(max);
   int64_t j = 0;
-  A sum = 0, at_max = 1;
+  A sum = 0, sum_of_scaled = 0, at_max = 1;
   if (kKeep) *origin = shift;
   if constexpr (sizeof(T) == 2) {
     const ExpOrigin<kCapability> block_origin(shift);
     if (block_origin.in_blocks()) {
       j = n / kBlock * kBlock;
       at_max = block_origin.at_max;
-      sum = sum_of_exp_blocks<kKeep>(instructions, z, j, block_origin, kept, kTile<true, T>) / at_max;
+      sum = sum_of_exp_blocks<kKeep, kEntropy>(instructions, z, j, block_origin, kept, kTile<true, T>, &sum_of_scaled) /
+            at_max;
+      sum_of_scaled /= at_max;
       if (kKeep) *origin = block_origin.value;
     }
   }
-#pragma omp simd reduction(+ : sum)
+#pragma omp simd reduction(+ : sum, sum_of_scaled)
   for (int64_t k = j; k < n; ++k) {
-    const A e = exp_nonpositive(widen(z[k]) - shift);
+    const A below = widen(z[k]) - shift;
+    const A e = exp_nonpositive(below);
     if (kKeep) kept[k] = e * at_max;
     sum += e;
+    if (kEntropy) sum_of_scaled += e * finite_log_ratio(below);
   }
+  if (kEntropy) *scaled = sum_of_scaled;
   return sum;
 }
 
 // Of columns [begin, end). With kKeep also exp(z - its tile's origin) of each element in `kept`, and those origins in
 // `tile_origin`; `kept` may be x.
-template <bool kPlain, bool kKeep, Capability kCapability, typename T, typename A>
-PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
-                                           int64_t end, const LogitTransform<A>& transform, A centre, bool predict,
-                                           A* kept = nullptr, A* tile_origin = nullptr) {
-  alignas(64) A buffer[kTile<kPlain, T>];
-  RowStatistics<A> row;
-  for (int64_t first = begin; first < end; first += kTile<kPlain, T>) {
-    const int64_t n = std::min(kTile<kPlain, T>, end - first);
+template <Loop kLoop, bool kKeep, Capability kCapability, typename T, typename A>
+PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
+                                                 int64_t end, const LogitTransform<A>& transform,
+                                                 const ClassWeights<A>& weights, A centre, bool predict,
+                                                 A* kept = nullptr, A* tile_origin = nullptr) {
+  constexpr int64_t kWidth = kTile<kIsPlain<kLoop>, T>;
+  constexpr bool kEntropy = kLoop != Loop::plain;
+  alignas(64) A buffer[kWidth];
+  StatisticsOf<kLoop, A> row;
+  for (int64_t first = begin; first < end; first += kWidth) {
+    const int64_t n = std::min(kWidth, end - first);
     A max;
-    const auto* z = load_tile<kPlain>(x, first, n, transform, buffer, &max);
-    RowStatistics<A> tile;
+    const auto* z = load_tile<kIsPlain<kLoop>>(x, first, n, transform, buffer, &max);
+    StatisticsOf<kLoop, A> tile;
     tile.max = max;
-    if (predict && max > row.max) {
+    if (kLoop != Loop::plain && predict && max > row.max) {
       int64_t j = 0;
       while (widen(z[j]) != max) ++j;
       tile.argmax = int32_t(first + j);
     }
-    if constexpr (!kPlain) {
-      A centred = 0;
+    A scaled = 0;
+    tile.sum = sum_exponentials<kKeep, kEntropy>(instructions, z, n, max, kKeep ? kept + first : nullptr,
+                                                 kKeep ? tile_origin + first / kWidth : nullptr, &scaled);
+    if constexpr (kEntropy) tile.scaled = scaled;
+    if constexpr (!kIsPlain<kLoop>) {
+      A centred = 0, class_weight = 0;
+      if (weights.of_class != nullptr) {
+#pragma omp simd reduction(+ : centred, class_weight)
+        for (int64_t j = 0; j < n; ++j) {
+          const A weight = weights.at(first + j);
+          centred += ClassWeights<A>::times(weight, z[j] - centre);
+          class_weight += weight;
+        }
+      } else {
 #pragma omp simd reduction(+ : centred)
-      for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
+        for (int64_t j = 0; j < n; ++j) centred += z[j] - centre;
+      }
       tile.centred = centred;
+      tile.class_weight = class_weight;
     }
-    tile.sum = sum_exponentials<kKeep>(instructions, z, n, max, kKeep ? kept + first : nullptr,
-                                       kKeep ? tile_origin + first / kTile<kPlain, T> : nullptr);
     row = merge(row, tile);
   }
   return row;
@@ -180,7 +201,7 @@ PDL_INLINE RowStatistics<A> row_statistics(Instructions<kCapability> instruction
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x, T* gradient, int64_t begin,
                              int64_t end, int64_t target, const LogitTransform<A>& transform,
-                             const GradientRow<A>& row) {
+                             const ClassWeights<A>& weights, const GradientRow<A>& row) {
   const bool has_target = target >= begin && target < end;
   // Read before the loop, which may be writing over x.
   const A x_target = has_target ? A(widen(x[target])) : A(0);
@@ -190,8 +211,11 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
     const auto* z = load_tile<kPlain>(x, first, n, transform, buffer);
     const auto log_ratio = [&](A z) { return row.log_ratio(z); };
     map_exp<kPlain>(instructions, z, gradient + first, n, log_ratio, [&](A ratio, int64_t j) {
-      const A g = row.off_target_of(ratio);
-      return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+      if constexpr (kPlain) {
+        return row.off_target_of(ratio);
+      } else {
+        return row.off_target_of(ratio, weights.at(first + j)) * transform.derivative(widen(x[first + j]));
+      }
     });
   }
   if (!has_target) return;
@@ -203,13 +227,17 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, const T* x, const A* kept,
                                      const A* tile_origin, T* gradient, int64_t vocab_size,
-                                     const LogitTransform<A>& transform, const GradientRow<A>& row) {
+                                     const LogitTransform<A>& transform, const ClassWeights<A>& weights,
+                                     const GradientRow<A>& row) {
   for (int64_t first = 0; first < vocab_size; first += kTile<kPlain, T>) {
     const int64_t n = std::min(kTile<kPlain, T>, vocab_size - first);
     const GradientRow<A> of_tile = row.relative_to(tile_origin[first / kTile<kPlain, T>]);
     map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
-      const A g = of_tile.off_target_of(e);
-      return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+      if constexpr (kPlain) {
+        return of_tile.off_target_of(e);
+      } else {
+        return of_tile.off_target_of(e, weights.at(first + j)) * transform.derivative(widen(x[first + j]));
+      }
     });
   }
 }
@@ -221,20 +249,25 @@ void reduce(const A* saved_rows, int64_t n, const LossInputs& inputs, A* factors
   const A* row_weight = data_or_null<A>(inputs.row_weight);
   const LossOptions& options = inputs.options;
   const auto row_options = RowOptions<A>::of(options, 0);
+  const auto weight_of = [&](int64_t i) { return row_weight != nullptr ? row_weight[i] : A(1); };
   RowSums sums;
   for (int64_t i = 0; i < n; ++i) {
-    const bool counts = targets[i] != options.ignore_index;
+    if (targets[i] == options.ignore_index) continue;
     const auto row = SavedRow<A>::load(saved_rows, n, i);
-    const A weight = row_weight != nullptr ? row_weight[i] : A(1);
-    if (options.reduction == Reduction::none) {
-      loss[i] = counts ? row_term(row.token_weight * weight, row.modulated_ce(), row.lse(), row_options) : A(0);
-    } else if (counts) {
-      sums.add(double(row.token_weight) * weight, row.modulated_ce(), row.lse());
-    }
+    sums.add(row.token_weight, weight_of(i), row.modulated_ce(), row.lse(), row.modulation);
   }
-  const auto found = factors_of(options.reduction, sums, data_or_null<A>(inputs.normalizer));
+  const auto found =
+      factors_of(options.reduction, sums, data_or_null<A>(inputs.normalizer), options.modulation_normalize);
   found.template as<A>().store(factors);
-  if (options.reduction != Reduction::none) *loss = A(reduced_loss(sums, found, options.z_loss));
+  if (options.reduction != Reduction::none) {
+    *loss = A(reduced_loss(sums, found, options.z_loss));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const auto row = SavedRow<A>::load(saved_rows, n, i);
+    const A term = row_term(weight_of(i) * A(found.weighted), row.modulated_ce(), row.lse(), row_options);
+    loss[i] = targets[i] != options.ignore_index ? term : A(0);
+  }
 }
 
 // What both ways of a forward pass need of their arguments.
@@ -246,45 +279,47 @@ struct Forward {
   Logits<T> logits;
   Targets targets;
   int64_t ignore_index;
-  const float* token_weight;
+  TokenWeights<A> token_weights;
   const A* row_weight;
   RowOptions<A> options;
   LogitTransform<A> transform;
+  ClassWeights<A> class_weights;
   A* saved_rows;
   int64_t* predicted;
   A* factors;
   A* loss;
 
-  Forward(const Tensor& logits_tensor, const LossInputs& inputs, bool predict, const LossOutputs& outputs)
+  Forward(const Tensor& logits_tensor, const LossInputs& inputs, bool stats, const LossOutputs& outputs)
       : inputs(inputs),
         logits(logits_tensor),
         targets(inputs.ids()),
         ignore_index(inputs.options.ignore_index),
-        token_weight(data_or_null<float>(inputs.token_weight)),
+        token_weights(inputs.token_weights<A>()),
         row_weight(data_or_null<A>(inputs.row_weight)),
         options(RowOptions<A>::of(inputs.options, logits.vocab_size)),
         transform(inputs.transform<A>()),
+        class_weights(inputs.class_weights<A>()),
         saved_rows(static_cast<A*>(outputs.saved_rows.mutable_data_ptr())),
-        predicted(predict ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr),
+        predicted(stats ? static_cast<int64_t*>(outputs.predicted.mutable_data_ptr()) : nullptr),
         factors(static_cast<A*>(outputs.factors.mutable_data_ptr())),
         loss(static_cast<A*>(outputs.loss.mutable_data_ptr())) {}
 
   PDL_INLINE A row_weight_at(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
-  PDL_INLINE A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
 
   // The factors of the gradient, which need no logits.
   Factors<A> factors_ahead() const {
     RowSums sums;
     for (int64_t i = 0; i < logits.rows; ++i) {
-      if (targets[i] != ignore_index) sums.add(double(weight_of(targets[i])) * row_weight_at(i), 0.0, 0.0);
+      if (targets[i] != ignore_index) sums.add_weight(token_weights.at(i, targets[i]), row_weight_at(i));
     }
-    return factors_of(inputs.options.reduction, sums, data_or_null<A>(inputs.normalizer)).template as<A>();
+    return factors_of(inputs.options.reduction, sums, data_or_null<A>(inputs.normalizer), false).template as<A>();
   }
 
   PDL_INLINE A z_of(const T* x, int64_t j) const { return transform.apply(widen(x[j]), j); }
 
-  PDL_INLINE SavedRow<A> finish_row(int64_t i, const RowStatistics<A>& statistics, A z_target) const {
-    const auto row = row_loss(statistics, z_target, weight_of(targets[i]), options);
+  template <typename Statistics>
+  PDL_INLINE SavedRow<A> finish_row(int64_t i, const Statistics& statistics, A z_target) const {
+    const auto row = row_loss(statistics, z_target, token_weights.at(i, targets[i]), options);
     row.store(saved_rows, logits.rows, i);
     if (predicted != nullptr) predicted[i] = statistics.argmax;
     return row;
@@ -298,11 +333,11 @@ struct Forward {
   void finish() const { reduce(saved_rows, logits.rows, inputs, factors, loss); }
 };
 
-template <bool kPlain, typename T>
+template <Loop kLoop, typename T>
 void forward(const Forward<T>& call) {
   using A = Accumulator<T>;
   const Shares shares(call.logits.rows, call.logits.vocab_size);
-  std::vector<RowStatistics<A>> of_share(shares.of_row > 1 ? shares.count() : 0);
+  std::vector<StatisticsOf<kLoop, A>> of_share(shares.of_row > 1 ? shares.count() : 0);
   simd_parallel_for(shares.count(), shares.size, [&](int64_t begin, int64_t end, auto instructions) {
     for (int64_t s = begin; s < end; ++s) {
       const int64_t i = shares.row(s), target = call.targets[i];
@@ -313,8 +348,8 @@ void forward(const Forward<T>& call) {
       const T* x = call.logits.row(i);
       const A z_target = call.z_of(x, target);
       const auto statistics =
-          row_statistics<kPlain, false>(instructions, x, shares.first(s), shares.last(s), call.transform,
-                                        smoothing_centre(z_target), call.predicted != nullptr);
+          row_statistics<kLoop, false>(instructions, x, shares.first(s), shares.last(s), call.transform,
+                                       call.class_weights, smoothing_centre(z_target), call.predicted != nullptr);
       if (shares.of_row == 1) {
         call.finish_row(i, statistics, z_target);
       } else {
@@ -328,7 +363,7 @@ void forward(const Forward<T>& call) {
         call.ignore_row(i);
         continue;
       }
-      RowStatistics<A> row;
+      StatisticsOf<kLoop, A> row;
       for (int64_t s = i * shares.of_row; s < (i + 1) * shares.of_row; ++s) row = merge(row, of_share[s]);
       call.finish_row(i, row, call.z_of(call.logits.row(i), call.targets[i]));
     }
@@ -336,9 +371,10 @@ void forward(const Forward<T>& call) {
   call.finish();
 }
 
-template <bool kPlain, typename T>
+template <Loop kLoop, typename T>
 void forward_with_gradient(const Forward<T>& call, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
+  constexpr bool kPlain = kIsPlain<kLoop>;
   // The transform's derivative needs the logits once more, so they must not be overwritten yet.
   constexpr bool kKeepInGradient = kPlain && std::is_same_v<T, A>;
   const int64_t vocab_size = call.logits.vocab_size;
@@ -364,12 +400,12 @@ void forward_with_gradient(const Forward<T>& call, T* gradients, int64_t gradien
         kept = buffer.get();
       }
       const auto statistics =
-          row_statistics<kPlain, true>(instructions, x, 0, vocab_size, call.transform, smoothing_centre(z_target),
-                                       call.predicted != nullptr, kept, tile_origin.data());
+          row_statistics<kLoop, true>(instructions, x, 0, vocab_size, call.transform, call.class_weights,
+                                      smoothing_centre(z_target), call.predicted != nullptr, kept, tile_origin.data());
       const auto saved = call.finish_row(i, statistics, z_target);
       const auto row = gradient_row(saved, call.row_weight_at(i), A(1) / statistics.sum, A(1), factors, call.options);
       row_gradient_of_kept<kPlain>(instructions, x, kept, tile_origin.data(), gradient, vocab_size, call.transform,
-                                   row);
+                                   call.class_weights, row);
       gradient[target] = narrow<T>(row.at_target(z_target) * (kPlain ? A(1) : call.transform.derivative(x_target)));
     }
   });
@@ -385,6 +421,7 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
   const Logits<T> logits(logits_tensor);
   const Targets targets = inputs.ids();
   const auto transform = inputs.transform<A>();
+  const auto class_weights = inputs.class_weights<A>();
   const auto options = RowOptions<A>::of(inputs.options, shard.vocab_size);
   const bool of_rows = inputs.options.reduction == Reduction::none && logits.rows > 0;
   const A* upstream = data_or_null<A>(grad_loss);
@@ -409,7 +446,8 @@ void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, cons
       const A weight = row_weight != nullptr ? row_weight[i] : A(1);
       const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
       const auto row = gradient_row(saved, weight, A(exp(-saved.log_sum)), grad, factors, options);
-      row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - shard.first_id, transform, row);
+      row_gradient<kPlain>(instructions, logits.row(i), gradient, first, last, target - shard.first_id, transform,
+                           class_weights, row);
     }
   });
 }
@@ -427,7 +465,7 @@ void backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, std::vector<double> options,
-                                                        bool predict) {
+                                                        bool stats) {
   const LossInputs inputs{.targets = targets,
                           .token_weight = token_weight,
                           .row_weight = row_weight,
@@ -435,11 +473,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                           .normalizer = normalizer,
                           .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
-  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
-    const Forward<T> call(logits, inputs, predict, outputs);
+    const Forward<T> call(logits, inputs, stats, outputs);
     check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, call.ignore_index);
-    inputs.is_plain() ? forward<true>(call) : forward<false>(call);
+    dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() { forward<kLoop>(call); });
   });
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
@@ -447,7 +485,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
-                                                              std::vector<double> options, bool predict) {
+                                                              std::vector<double> options, bool stats) {
   const LossInputs inputs{.targets = targets,
                           .token_weight = token_weight,
                           .row_weight = row_weight,
@@ -456,20 +494,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
                           .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
-  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<BFloat16, Float16>(logits, [&]<typename T>(T) {
-    const Forward<T> call(logits, inputs, predict, outputs);
+    const Forward<T> call(logits, inputs, stats, outputs);
     check_ids("targets", call.targets, call.logits.rows, call.logits.vocab_size, call.ignore_index);
-    const bool plain = inputs.is_plain();
-    if (Shares(call.logits.rows, call.logits.vocab_size).of_row > 1) {
-      plain ? forward<true>(call) : forward<false>(call);
+    // What a modulation is divided by is known once all rows are.
+    if (Shares(call.logits.rows, call.logits.vocab_size).of_row > 1 || inputs.options.modulation_normalize) {
+      dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() { forward<kLoop>(call); });
       backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, call.logits.vocab_size},
                     gradient);
       return;
     }
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
-    plain ? forward_with_gradient<true>(call, gradients, gradient.stride(0))
-          : forward_with_gradient<false>(call, gradients, gradient.stride(0));
+    dispatch_loop(inputs.loop(stats),
+                  [&]<Loop kLoop>() { forward_with_gradient<kLoop>(call, gradients, gradient.stride(0)); });
   });
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
@@ -494,9 +532,10 @@ void scale_(Tensor gradient, Tensor factor) {
 }
 
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
-                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
-                     int64_t first_id, int64_t vocab_size) {
+                     OptionalTensor token_weight, OptionalTensor row_weight, OptionalTensor logit_offset,
+                     std::vector<double> options, int64_t first_id, int64_t vocab_size) {
   const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
                           .row_weight = row_weight,
                           .logit_offset = logit_offset,
                           .options = LossOptions::unpack(options)};
@@ -507,9 +546,10 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor sav
 }
 
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
-                    OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
-                    int64_t first_id, int64_t vocab_size) {
+                    OptionalTensor token_weight, OptionalTensor row_weight, OptionalTensor logit_offset,
+                    std::vector<double> options, int64_t first_id, int64_t vocab_size) {
   const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
                           .row_weight = row_weight,
                           .logit_offset = logit_offset,
                           .options = LossOptions::unpack(options)};
@@ -517,7 +557,7 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor save
   backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
-void complete_rows_(Tensor saved_rows, std::vector<double> numbers) {
+void complete_rows_(Tensor saved_rows, std::vector<double> numbers, int64_t vocab_size) {
   const LossOptions options = LossOptions::unpack(numbers);
   check_complete_arguments(saved_rows);
   const auto run = [&]<typename A>(A) {
@@ -525,7 +565,7 @@ void complete_rows_(Tensor saved_rows, std::vector<double> numbers) {
     const int64_t n = saved_rows.size(1);
     for (int64_t i = 0; i < n; ++i) {
       auto row = SavedRow<A>::load(rows, n, i);
-      complete_row(row, RowOptions<A>::of(options, 0));
+      complete_row(row, RowOptions<A>::of(options, vocab_size));
       row.store(rows, n, i);
     }
   };

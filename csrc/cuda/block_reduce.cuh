@@ -22,9 +22,16 @@ __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>&
   return shifted;
 }
 
+template <typename A>
+__device__ __forceinline__ WideStatistics<A> shifted_down(const WideStatistics<A>& row, int distance) {
+  return {shifted_down(static_cast<const RowStatistics<A>&>(row), distance), shuffle_down(row.scaled, distance),
+          shuffle_down(row.class_weight, distance)};
+}
+
 __device__ __forceinline__ RowSums shifted_down(const RowSums& sums, int distance) {
   return {shuffle_down(sums.weighted_ce, distance), shuffle_down(sums.weight, distance),
-          shuffle_down(sums.lse_squares, distance), shuffle_down(sums.rows, distance)};
+          shuffle_down(sums.lse_squares, distance), shuffle_down(sums.rows, distance),
+          shuffle_down(sums.modulation, distance)};
 }
 
 __device__ __forceinline__ CountSums shifted_down(const CountSums& sums, int distance) {

@@ -22,9 +22,9 @@ constexpr int kFinishThreads = 128;
 
 // Each block of a row takes its share, blockIdx.y. What they find, if there are several, goes to `of_shares`
 // [count, gridDim.y].
-template <typename T, bool kPlain>
+template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
-    statistics_kernel(Rows<T> rows, RowStatistics<Accumulator<T>>* of_shares) {
+    statistics_kernel(Rows<T> rows, StatisticsOf<kLoop, Accumulator<T>>* of_shares) {
   using A = Accumulator<T>;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
@@ -36,22 +36,22 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
-    const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
+    const A z_target = rows.template z<kIsPlain<kLoop>>(widen(x[target]), int(target));
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
-    const auto row = merged_over_block(statistics_of_share<kPlain>(rows, x, range, smoothing_centre(z_target)));
+    const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, smoothing_centre(z_target)));
     if (threadIdx.x == 0) {
       if (of_shares != nullptr) {
         of_shares[i * gridDim.y + blockIdx.y] = row;
       } else {
-        write_row(rows, i, rows.loss_of(row, z_target, target), row.argmax);
+        write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
       }
     }
   }
 }
 
 // A warp a row.
-template <typename T, bool kPlain>
-__global__ void finish_rows_kernel(Rows<T> rows, const RowStatistics<Accumulator<T>>* of_shares, int shares) {
+template <typename T, Loop kLoop>
+__global__ void finish_rows_kernel(Rows<T> rows, const StatisticsOf<kLoop, Accumulator<T>>* of_shares, int shares) {
   using A = Accumulator<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t i = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
@@ -59,12 +59,12 @@ __global__ void finish_rows_kernel(Rows<T> rows, const RowStatistics<Accumulator
   const int64_t target = rows.targets[i];
   // Such a row is written already.
   if (target == rows.ignore_index || !rows.in_vocabulary(target)) return;
-  RowStatistics<A> row;
+  StatisticsOf<kLoop, A> row;
   for (int share = lane; share < shares; share += kWarp) row = merge(row, of_shares[i * shares + share]);
   row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
   if (lane == 0) {
-    const A z_target = rows.template z<kPlain>(widen(rows.logits[i * rows.stride + target]), int(target));
-    write_row(rows, i, rows.loss_of(row, z_target, target), row.argmax);
+    const A z_target = rows.template z<kIsPlain<kLoop>>(widen(rows.logits[i * rows.stride + target]), int(target));
+    write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
   }
 }
 
@@ -106,7 +106,7 @@ __global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, in
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
                                                         OptionalTensor row_weight, OptionalTensor logit_offset,
                                                         OptionalTensor normalizer, std::vector<double> options,
-                                                        bool predict) {
+                                                        bool stats) {
   const LossInputs inputs{.targets = targets,
                           .token_weight = token_weight,
                           .row_weight = row_weight,
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                           .normalizer = normalizer,
                           .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
-  const LossOutputs outputs = loss_forward_outputs(logits, inputs, predict);
+  const LossOutputs outputs = loss_forward_outputs(logits, inputs, stats);
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
@@ -134,9 +134,10 @@ Tensor allocate_gradient(const Tensor& logits) {
 }
 
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
-                     OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
-                     int64_t first_id, int64_t vocab_size) {
+                     OptionalTensor token_weight, OptionalTensor row_weight, OptionalTensor logit_offset,
+                     std::vector<double> options, int64_t first_id, int64_t vocab_size) {
   const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
                           .row_weight = row_weight,
                           .logit_offset = logit_offset,
                           .options = LossOptions::unpack(options)};
@@ -146,9 +147,10 @@ Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor sav
 }
 
 void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
-                    OptionalTensor row_weight, OptionalTensor logit_offset, std::vector<double> options,
-                    int64_t first_id, int64_t vocab_size) {
+                    OptionalTensor token_weight, OptionalTensor row_weight, OptionalTensor logit_offset,
+                    std::vector<double> options, int64_t first_id, int64_t vocab_size) {
   const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
                           .row_weight = row_weight,
                           .logit_offset = logit_offset,
                           .options = LossOptions::unpack(options)};
@@ -156,7 +158,7 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor save
   loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
 }
 
-void complete_rows_(Tensor saved_rows, std::vector<double> numbers) {
+void complete_rows_(Tensor saved_rows, std::vector<double> numbers, int64_t vocab_size) {
   const LossOptions options = LossOptions::unpack(numbers);
   check_complete_arguments(saved_rows);
   const Launcher launch(saved_rows);
@@ -164,7 +166,7 @@ void complete_rows_(Tensor saved_rows, std::vector<double> numbers) {
   const Grid grid{(count + kFinishThreads - 1) / kFinishThreads, kFinishThreads};
   const auto run = [&]<typename A>(A) {
     launch(complete_rows_kernel<A>, grid, static_cast<A*>(saved_rows.mutable_data_ptr()), count,
-           RowOptions<A>::of(options, 0));
+           RowOptions<A>::of(options, vocab_size));
   };
   saved_rows.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
@@ -195,29 +197,30 @@ std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, Option
 
 }  // namespace
 
-LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool predict) {
+LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool stats) {
   const Launcher launch(logits);
-  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
     Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
-    if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
-    const bool plain = inputs.is_plain();
-    const auto statistics = plain ? statistics_kernel<T, true> : statistics_kernel<T, false>;
-    const int shares = shares_of_row(launch, logits);
-    Grid grid{grid_for(rows.count), threads_for(rows.vocab_size)};
-    if (shares == 1) {
-      launch(statistics, grid, rows, nullptr);
-    } else {
-      constexpr int64_t kSize = sizeof(RowStatistics<A>) / sizeof(A);
+    if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
+    dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
+      const int shares = shares_of_row(launch, logits);
+      Grid grid{grid_for(rows.count), threads_for(rows.vocab_size)};
+      if (shares == 1) {
+        launch(statistics_kernel<T, kLoop>, grid, rows, nullptr);
+        return;
+      }
+      using Statistics = StatisticsOf<kLoop, A>;
+      constexpr int64_t kSize = sizeof(Statistics) / sizeof(A);
       const Tensor scratch = allocate(logits, {rows.count * shares * kSize}, accumulator_dtype(logits.scalar_type()));
-      auto* of_shares = static_cast<RowStatistics<A>*>(scratch.mutable_data_ptr());
+      auto* of_shares = static_cast<Statistics*>(scratch.mutable_data_ptr());
       grid.shares = shares;
-      launch(statistics, grid, rows, of_shares);
+      launch(statistics_kernel<T, kLoop>, grid, rows, of_shares);
       constexpr int64_t kRowsOfBlock = kFinishThreads / kWarp;
-      launch(plain ? finish_rows_kernel<T, true> : finish_rows_kernel<T, false>,
-             Grid{(rows.count + kRowsOfBlock - 1) / kRowsOfBlock, kFinishThreads}, rows, of_shares, shares);
-    }
+      launch(finish_rows_kernel<T, kLoop>, Grid{(rows.count + kRowsOfBlock - 1) / kRowsOfBlock, kFinishThreads}, rows,
+             of_shares, shares);
+    });
     launch(reduce_kernel<T>, Grid{1, kReduceThreads}, rows, inputs.options.reduction,
            data_or_null<A>(inputs.normalizer), static_cast<A*>(outputs.factors.mutable_data_ptr()),
            static_cast<A*>(outputs.loss.mutable_data_ptr()));

@@ -17,7 +17,7 @@ inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   return int(std::min(wanted, possible));
 }
 
-LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool predict);
+LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool stats);
 
 // Without grad_loss that of a scalar reduction is 1.
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const LossInputs& inputs,

@@ -25,20 +25,19 @@ namespace {
 constexpr int kScaleThreads = 256;
 constexpr int kMaxCluster = 16;
 
-template <bool kPlain, int kCount, typename T, typename A>
-__device__ __forceinline__ void add_kept(RowStatistics<A>& row, const Rows<T>& rows, const Pack<T>* kept,
+template <Loop kLoop, int kCount, typename T, typename A>
+__device__ __forceinline__ void add_kept(StatisticsOf<kLoop, A>& row, const Rows<T>& rows, const Pack<T>* kept,
                                          int first_pack, int begin, A centre) {
   Pack<T> packs[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) packs[i] = kept[first_pack + i * int(blockDim.x)];
-  add_packs<kPlain>(row, packs, begin + first_pack * kVector<T>, int(blockDim.x) * kVector<T>,
-                    rows.predicted != nullptr, rows.transform, centre);
+  add_packs<kLoop>(row, rows, packs, begin + first_pack * kVector<T>, int(blockDim.x) * kVector<T>, centre);
 }
 
 // The thread's share of the range, which is on its way into `kept` meanwhile: pack p of the range lies at kept[p].
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T>& rows, const T* x, const PackRange<T>& range,
-                                                            Pack<T>* kept, A centre) {
+template <Loop kLoop, typename T, typename A>
+__device__ __forceinline__ StatisticsOf<kLoop, A> keep_and_gather(const Rows<T>& rows, const T* x,
+                                                                  const PackRange<T>& range, Pack<T>* kept, A centre) {
   const int packs = (range.end - range.begin) / kVector<T>;
   const int stride = int(blockDim.x);
   int groups = 0;
@@ -46,16 +45,15 @@ __device__ __forceinline__ RowStatistics<A> keep_and_gather(const Rows<T>& rows,
     for (int i = 0; i < kPacks && p < packs; ++i, p += stride) copy_async(kept + p, x + range.begin + p * kVector<T>);
     end_group_of_copies();
   }
-  RowStatistics<A> row;
-  const auto add = [&](int j) { add_element<kPlain>(row, rows.template z<kPlain>(widen(x[j]), j), j, centre); };
-  range.for_each_outside(rows.vocab_size, add);
+  StatisticsOf<kLoop, A> row;
+  range.for_each_outside(rows.vocab_size, [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
   for (int p = threadIdx.x; p < packs;) {
     wait_for_copies(--groups);
     if (p + (kPacks - 1) * stride < packs) {
-      add_kept<kPlain, kPacks>(row, rows, kept, p, range.begin, centre);
+      add_kept<kLoop, kPacks>(row, rows, kept, p, range.begin, centre);
       p += kPacks * stride;
     } else {
-      for (; p < packs; p += stride) add_kept<kPlain, 1>(row, rows, kept, p, range.begin, centre);
+      for (; p < packs; p += stride) add_kept<kLoop, 1>(row, rows, kept, p, range.begin, centre);
     }
   }
   return row;
@@ -73,7 +71,7 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
     Pack<T> pack = kept[p];
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
-      pack.value[k] = gradient_of<kPlain>(pack.value[k], first + k, target, rows.transform, row);
+      pack.value[k] = gradient_of<kPlain>(rows, pack.value[k], first + k, target, row);
     }
     if (aligned) {
       store_pack(gradient + first, pack);
@@ -82,7 +80,7 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
     }
   }
   range.for_each_outside(rows.vocab_size,
-                         [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, rows.transform, row); });
+                         [&](int j) { gradient[j] = gradient_of<kPlain>(rows, x[j], j, target, row); });
 }
 
 // For an upstream gradient of 1.
@@ -93,13 +91,14 @@ __device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, i
 }
 
 // A cluster a row; `shared_bytes` of the launch hold a block's share of it.
-template <typename T, bool kPlain>
+template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients,
                    int64_t gradient_stride) {
   using A = Accumulator<T>;
+  constexpr bool kPlain = kIsPlain<kLoop>;
   Pack<T>* kept = dynamic_shared_memory<Pack<T>>();
-  __shared__ RowStatistics<A> of_block, of_row;
+  __shared__ StatisticsOf<kLoop, A> of_block, of_row;
   const int rank = cluster.rank();
   const int64_t clusters = gridDim.x / cluster.blocks;
   for (int64_t i = blockIdx.x / cluster.blocks; i < rows.count; i += clusters) {
@@ -116,14 +115,14 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     const T* x = rows.logits + i * rows.stride;
     const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
     const PackRange<T> range(x, rows.vocab_size, rank, cluster.blocks);
-    RowStatistics<A> row = merged_over_block(keep_and_gather<kPlain>(rows, x, range, kept, smoothing_centre(z_target)));
+    auto row = merged_over_block(keep_and_gather<kLoop>(rows, x, range, kept, smoothing_centre(z_target)));
     if (threadIdx.x == 0) of_block = row;
     // Also so that no block writes its gradient over a target's logit that another has yet to read.
     cluster.arrive();
     cluster.wait();
     if (threadIdx.x < kWarp) {
       if (cluster.blocks > 1) {
-        row = int(threadIdx.x) < cluster.blocks ? *cluster.of_rank(&of_block, threadIdx.x) : RowStatistics<A>();
+        row = int(threadIdx.x) < cluster.blocks ? *cluster.of_rank(&of_block, threadIdx.x) : StatisticsOf<kLoop, A>();
         row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
       }
       if (threadIdx.x == 0) of_row = row;
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     row = of_row;
     // The other blocks' of_block are read; what is waited for below is that they have read this one's.
     cluster.arrive_after_reads();
-    const SavedRow<A> saved = rows.loss_of(row, z_target, target);
+    const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
     if (rank == 0 && threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
                                    gradient_row_of(rows, i, saved, row.sum, factors));
@@ -140,11 +139,12 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
   }
 }
 
-template <typename T, bool kPlain>
+template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, 2)
     cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
-  __shared__ RowStatistics<A> of_row;
+  constexpr bool kPlain = kIsPlain<kLoop>;
+  __shared__ StatisticsOf<kLoop, A> of_row;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t target = rows.targets[i];
@@ -158,11 +158,11 @@ __global__ void __launch_bounds__(kLongRowThreads, 2)
     const T* x = rows.logits + i * rows.stride;
     const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
     const PackRange<T> range(x, rows.vocab_size);
-    RowStatistics<A> row = merged_over_block(statistics_of_share<kPlain>(rows, x, range, smoothing_centre(z_target)));
+    auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, smoothing_centre(z_target)));
     if (threadIdx.x == 0) of_row = row;
     __syncthreads();
     row = of_row;
-    const SavedRow<A> saved = rows.loss_of(row, z_target, target);
+    const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
     if (threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
     write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row_of(rows, i, saved, row.sum, factors));
   }
@@ -218,7 +218,7 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
                                                               OptionalTensor token_weight, OptionalTensor row_weight,
                                                               OptionalTensor logit_offset, OptionalTensor normalizer,
-                                                              std::vector<double> options, bool predict) {
+                                                              std::vector<double> options, bool stats) {
   const LossInputs inputs{.targets = targets,
                           .token_weight = token_weight,
                           .row_weight = row_weight,
@@ -228,29 +228,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
   const Launcher launch(logits);
-  if (shares_of_row(launch, logits) > 1) {
-    const LossOutputs outputs = loss_forward_outputs(logits, inputs, predict);
+  // What a modulation is divided by is known once all rows are.
+  if (shares_of_row(launch, logits) > 1 || inputs.options.modulation_normalize) {
+    const LossOutputs outputs = loss_forward_outputs(logits, inputs, stats);
     loss_backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, logits.size(1)},
                        gradient);
     return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
   }
-  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, predict);
+  const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
     Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
-    if (predict) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
+    if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
     A* factors = static_cast<A*>(outputs.factors.mutable_data_ptr());
     const A* divisor = data_or_null<A>(normalizer);
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
     const Grid one_block{1, kReduceThreads};
     launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors);
-    const bool plain = inputs.is_plain();
-    const auto on_chip = plain ? on_chip_kernel<T, true> : on_chip_kernel<T, false>;
-    const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
-    if (grid.blocks > 0) {
-      launch(on_chip, grid, rows, Cluster{grid.cluster}, factors, gradients, gradient.stride(0));
-    } else {
-      const auto cached = plain ? cached_kernel<T, true> : cached_kernel<T, false>;
+    dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
+      const auto on_chip = on_chip_kernel<T, kLoop>;
+      const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
+      if (grid.blocks > 0) {
+        launch(on_chip, grid, rows, Cluster{grid.cluster}, factors, gradients, gradient.stride(0));
+        return;
+      }
+      const auto cached = cached_kernel<T, kLoop>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
       Grid in_cache{1, kLongRowThreads};
       // At least a row for each multiprocessor, and no more than run at once.
@@ -258,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
       in_cache.blocks = std::min({rows.count, in_cache.blocks, launch.resident_blocks(cached, in_cache)});
       launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
-    }
+    });
     launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });

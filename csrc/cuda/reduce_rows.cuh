@@ -33,29 +33,38 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   using A = Accumulator<T>;
   struct Row {
     bool counted;
-    A token_weight, row_weight, ce, lse;
+    A token_weight, row_weight, ce, lse, modulation;
   };
+  const auto load = [&](int64_t i) -> Row {
+    const SavedRow<A> saved = rows.saved(i);
+    return {rows.targets[i] != rows.ignore_index,
+            saved.token_weight,
+            rows.row_weight_at(i),
+            saved.modulated_ce(),
+            saved.lse(),
+            saved.modulation};
+  };
+  const bool normalize = rows.options.modulation_normalize;
+  __shared__ A of_term;
   RowSums sums;
-  for_each_row<kRowsAtOnce<A>>(
-      rows.count,
-      [&](int64_t i) -> Row {
-        const SavedRow<A> saved = rows.saved(i);
-        return {rows.targets[i] != rows.ignore_index, saved.token_weight, rows.row_weight_at(i), saved.modulated_ce(),
-                saved.lse()};
-      },
-      [&](int64_t i, const Row& row) {
-        if (reduction == Reduction::none) {
-          loss[i] = row.counted ? row_term(row.token_weight * row.row_weight, row.ce, row.lse, rows.options) : A(0);
-        } else if (row.counted) {
-          sums.add(double(row.token_weight) * double(row.row_weight), row.ce, row.lse);
-        }
-      });
-  if (reduction != Reduction::none) sums = block_sum(sums);
+  if (reduction != Reduction::none || normalize) {
+    for_each_row<kRowsAtOnce<A>>(rows.count, load, [&](int64_t, const Row& row) {
+      if (row.counted) sums.add(row.token_weight, row.row_weight, row.ce, row.lse, row.modulation);
+    });
+    sums = block_sum(sums);
+  }
   if (threadIdx.x == 0) {
-    const Factors<double> found = factors_of(reduction, sums, normalizer);
+    const Factors<double> found = factors_of(reduction, sums, normalizer, normalize);
     found.as<A>().store(factors);
     if (reduction != Reduction::none) *loss = A(reduced_loss(sums, found, double(rows.options.z_loss)));
+    of_term = A(found.weighted);
   }
+  if (reduction != Reduction::none) return;
+  __syncthreads();
+  const A weighted = of_term;
+  for_each_row<kRowsAtOnce<A>>(rows.count, load, [&](int64_t i, const Row& row) {
+    loss[i] = row.counted ? row_term(row.row_weight * weighted, row.ce, row.lse, rows.options) : A(0);
+  });
 }
 
 // The factors before any row has been read: they depend on targets and weights alone, a sum's and given ones on none.
@@ -73,15 +82,15 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
         rows.count,
         [&](int64_t i) -> Row {
           const int64_t target = rows.targets[i];
-          const A weight = rows.in_vocabulary(target) ? rows.weight_of(target) : not_a_number<A>();
+          const A weight = rows.in_vocabulary(target) ? rows.token_weights.at(i, target) : not_a_number<A>();
           return {target != rows.ignore_index, weight, rows.row_weight_at(i)};
         },
         [&](int64_t, const Row& row) {
-          if (row.counted) sums.add(double(row.token_weight) * double(row.row_weight), 0.0, 0.0);
+          if (row.counted) sums.add_weight(row.token_weight, row.row_weight);
         });
     sums = block_sum(sums);
   }
-  if (threadIdx.x == 0) factors_of(reduction, sums, normalizer).template as<A>().store(factors);
+  if (threadIdx.x == 0) factors_of(reduction, sums, normalizer, false).template as<A>().store(factors);
 }
 
 }  // namespace pdl::cuda

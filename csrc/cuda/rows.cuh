@@ -33,23 +33,24 @@ struct Rows {
   int vocab_size;  // of these logits, which may be a shard's
   Targets targets;
   int64_t ignore_index;
-  const float* token_weight;
+  TokenWeights<A> token_weights;
   const A* row_weight;
   LogitTransform<A> transform;
+  ClassWeights<A> class_weights;
   RowOptions<A> options;
   A* saved_rows;       // [SavedRow::kNumbers, count]
   int64_t* predicted;  // or nullptr
 
   __device__ bool in_vocabulary(int64_t target) const { return target >= 0 && target < vocab_size; }
   __device__ A row_weight_at(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
-  __device__ A weight_of(int64_t target) const { return token_weight != nullptr ? A(token_weight[target]) : A(1); }
   __device__ SavedRow<A> saved(int64_t i) const { return SavedRow<A>::load(saved_rows, count, i); }
   template <bool kPlain>
   __device__ A z(A x, int j) const {
     return kPlain ? x : transform.apply(x, j);
   }
-  __device__ SavedRow<A> loss_of(const RowStatistics<A>& statistics, A z_target, int64_t target) const {
-    return row_loss(statistics, z_target, weight_of(target), options);
+  template <typename Statistics>
+  __device__ SavedRow<A> loss_of(const Statistics& statistics, A z_target, int64_t i, int64_t target) const {
+    return row_loss(statistics, z_target, token_weights.at(i, target), options);
   }
 };
 
@@ -62,24 +63,34 @@ Rows<T> rows_of(const Tensor& logits, const LossInputs& inputs, const Tensor& sa
           .vocab_size = int(logits.size(1)),
           .targets = inputs.ids(),
           .ignore_index = inputs.options.ignore_index,
-          .token_weight = data_or_null<float>(inputs.token_weight),
+          .token_weights = inputs.token_weights<A>(),
           .row_weight = data_or_null<A>(inputs.row_weight),
           .transform = inputs.transform<A>(),
+          .class_weights = inputs.class_weights<A>(),
           .options = RowOptions<A>::of(inputs.options, vocab_size),
           .saved_rows = static_cast<A*>(saved_rows.mutable_data_ptr()),
           .predicted = nullptr};
 }
 
-template <bool kPlain, typename A>
-__device__ __forceinline__ void add_element(RowStatistics<A>& row, A z, int j, A centre) {
+// Of one element at `x`, of column j.
+template <Loop kLoop, typename T, typename A>
+__device__ __forceinline__ void add_element(StatisticsOf<kLoop, A>& row, const Rows<T>& rows, const T* x, int j,
+                                            A centre) {
+  const A z = rows.template z<kIsPlain<kLoop>>(widen(x[j]), j);
   // exp(z - z): not so for infinity, whose row has no loss. The 1 of -inf vanishes beside anything finite.
   const A sum = z == infinity<A>() ? not_a_number<A>() : A(1);
-  row = merge(row, RowStatistics<A>{z, sum, kPlain ? A(0) : z - centre, j});
+  StatisticsOf<kLoop, A> element{RowStatistics<A>{z, sum, A(0), j}};
+  if constexpr (!kIsPlain<kLoop>) {
+    element.class_weight = rows.class_weights.at(j);
+    element.centred = ClassWeights<A>::times(element.class_weight, z - centre);
+  }
+  row = merge(row, element);
 }
 
-template <bool kPlain, typename T, int kPacks, typename A>
-__device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (&packs)[kPacks], int first, int step,
-                                          bool predict, const LogitTransform<A>& transform, A centre) {
+template <Loop kLoop, typename T, int kPacks, typename A>
+__device__ __forceinline__ void add_packs(StatisticsOf<kLoop, A>& row, const Rows<T>& rows,
+                                          const Pack<T> (&packs)[kPacks], int first, int step, A centre) {
+  constexpr bool kPlain = kIsPlain<kLoop>;
   A z[kPacks][kVector<T>];
   A max = row.max;
 #pragma unroll
@@ -87,11 +98,11 @@ __device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
       const A x = widen(packs[i].value[k]);
-      z[i][k] = kPlain ? x : transform.apply(x, first + i * step + k);
+      z[i][k] = rows.template z<kPlain>(x, first + i * step + k);
       max = larger(z[i][k], max);
     }
   }
-  if (predict && max > row.max) {
+  if (kLoop != Loop::plain && rows.predicted != nullptr && max > row.max) {
     // Backwards, so that the first of equals is the last to be found.
 #pragma unroll
     for (int i = kPacks - 1; i >= 0; --i) {
@@ -102,13 +113,32 @@ __device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (
     }
   }
   const A shift = exp_shift(max);
+  if constexpr (kLoop != Loop::plain) row.scaled = scaled_relative_to(row, shift);
   A sums[kPacks] = {};
+  const bool of_class = !kPlain && rows.class_weights.of_class != nullptr;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
-      sums[i] += exp_nonpositive(z[i][k] - shift);
-      if (!kPlain) row.centred += z[i][k] - centre;
+      const A below = z[i][k] - shift, e = exp_nonpositive(below);
+      sums[i] += e;
+      if constexpr (kLoop != Loop::plain) row.scaled += e * finite_log_ratio(below);
+      if constexpr (!kPlain) {
+        if (!of_class) row.centred += z[i][k] - centre;
+      }
+    }
+  }
+  if constexpr (!kPlain) {
+    if (of_class) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+        for (int k = 0; k < kVector<T>; ++k) {
+          const A weight = rows.class_weights.at(first + i * step + k);
+          row.centred += ClassWeights<A>::times(weight, z[i][k] - centre);
+          row.class_weight += weight;
+        }
+      }
     }
   }
   row.sum *= row.max == max ? A(1) : exp_nonpositive(row.max - shift);
@@ -117,22 +147,20 @@ __device__ __forceinline__ void add_packs(RowStatistics<A>& row, const Pack<T> (
   row.max = max;
 }
 
-template <typename A>
-__device__ __forceinline__ RowStatistics<A> merged_over_block(const RowStatistics<A>& row) {
-  return block_reduce(row, RowStatistics<A>(), [](const auto& a, const auto& b) { return merge(a, b); });
+template <typename Statistics>
+__device__ __forceinline__ Statistics merged_over_block(const Statistics& row) {
+  return block_reduce(row, Statistics(), [](const auto& a, const auto& b) { return merge(a, b); });
 }
 
 // Of the thread's share of a range of a row, read from memory.
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ RowStatistics<A> statistics_of_share(const Rows<T>& rows, const T* x,
-                                                                const PackRange<T>& range, A centre) {
-  RowStatistics<A> row;
+template <Loop kLoop, typename T, typename A>
+__device__ __forceinline__ StatisticsOf<kLoop, A> statistics_of_share(const Rows<T>& rows, const T* x,
+                                                                      const PackRange<T>& range, A centre) {
+  StatisticsOf<kLoop, A> row;
   for_each_pack<kPacks>(
       x, rows.vocab_size, range,
-      [&](const auto& packs, int first, int step) {
-        add_packs<kPlain>(row, packs, first, step, rows.predicted != nullptr, rows.transform, centre);
-      },
-      [&](int j) { add_element<kPlain>(row, rows.template z<kPlain>(widen(x[j]), j), j, centre); });
+      [&](const auto& packs, int first, int step) { add_packs<kLoop>(row, rows, packs, first, step, centre); },
+      [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
   return row;
 }
 
@@ -160,12 +188,15 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, const Pack
 }
 
 template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ T gradient_of(T logit, int j, int target, const LogitTransform<A>& transform,
-                                         const GradientRow<A>& row) {
+__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, int target, const GradientRow<A>& row) {
   const A x = widen(logit);
-  const A z = kPlain ? x : transform.apply(x, j);
-  const A g = j == target ? row.at_target(z) : row.off_target(z);
-  return narrow<T>(kPlain ? g : g * transform.derivative(x));
+  if constexpr (kPlain) {
+    return narrow<T>(j == target ? row.at_target(x) : row.off_target(x));
+  } else {
+    const A z = rows.transform.apply(x, j);
+    const A g = j == target ? row.at_target(z) : row.off_target(z, rows.class_weights.at(j));
+    return narrow<T>(g * rows.transform.derivative(x));
+  }
 }
 
 // The block's share of a row's gradient, from logits in memory. It may lie where they are: each thread reads an element
@@ -173,7 +204,7 @@ __device__ __forceinline__ T gradient_of(T logit, int j, int target, const Logit
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, T* gradient, const PackRange<T>& range,
                                                int target, const GradientRow<A>& row) {
-  const auto element = [&](int j) { gradient[j] = gradient_of<kPlain>(x[j], j, target, rows.transform, row); };
+  const auto element = [&](int j) { gradient[j] = gradient_of<kPlain>(rows, x[j], j, target, row); };
   if (equally_aligned<T>(x, gradient)) {
     for_each_pack<kPacks>(
         x, rows.vocab_size, range,
@@ -184,7 +215,7 @@ __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, 
 #pragma unroll
             for (int k = 0; k < kVector<T>; ++k) {
               T& value = packs[i].value[k];
-              value = gradient_of<kPlain>(value, begin + k, target, rows.transform, row);
+              value = gradient_of<kPlain>(rows, value, begin + k, target, row);
             }
             store_pack(gradient + begin, packs[i]);
           }

@@ -65,10 +65,10 @@ def gradients_of(
 
 
 def row_weight_gradient(grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> Tensor:
-    # token_weight * (m ce - mean, if the row weights are in the denominator) / denominator
+    # m ce less the token weight's share of the mean, if the row weights are in the denominator, by the denominator.
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
     modulated = torch.where(rows.modulation == 0, 0.0, rows.modulation * rows.ce)
-    return grad_loss * rows.token_weight * (modulated - by.correction) * by.weighted
+    return grad_loss * (modulated - rows.token_weight * by.correction) * by.weighted
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _overlap(rows: Tensor) -> bool:
 class Loss(torch.autograd.Function):
     """loss_forward of logits [..., V] and its gradient, by loss_backward or, with `inplace_backward`, over the logits.
 
-    Returns the loss, and with `predict` also the saved rows and predictions.
+    Returns the loss, and with `stats` also the saved rows and predictions.
     """
 
     @staticmethod
@@ -97,19 +97,21 @@ class Loss(torch.autograd.Function):
         logits: Tensor,
         row_weight: Tensor | None,
         inputs: LossInputs,
+        class_weight: Tensor | None,
         options: list[float],
-        predict: bool,
+        stats: bool,
         inplace_backward: bool,
         shard: VocabularyShard,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        loss, saved_rows, factors, predicted = loss_forward(_as_rows(logits), inputs, options, predict, shard)
+        loss, saved_rows, factors, predicted = loss_forward(_as_rows(logits), inputs, options, stats, shard)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors)
+        saved = (logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors, class_weight)
+        ctx.save_for_backward(*saved)
         ctx.options = options
         ctx.shard = shard
         ctx.inplace_backward = inplace_backward
         ctx.is_normalized = inputs.normalizer is not None
-        if not predict:
+        if not stats:
             return loss
         ctx.mark_non_differentiable(saved_rows, predicted)
         return loss, saved_rows, predicted
@@ -122,7 +124,7 @@ class Loss(torch.autograd.Function):
 def _loss_gradients_with_graph(
     ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    logits, row_weight, targets, logit_offset, saved_rows, factors = saved
+    logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight = saved
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
     # Of a target out of range, which CUDA has, the weight is NaN.
     vocab_size, options = logits.shape[-1], LossOptions.unpacked(ctx.options)
@@ -135,6 +137,7 @@ def _loss_gradients_with_graph(
         logit_offset,
         1 / by.rows if ctx.is_normalized else None,
         options,
+        class_weight,
     ).loss
     leaves = [leaf for leaf, needed in zip((logits, row_weight), ctx.needs_input_grad, strict=False) if needed]
     gradients = iter(torch.autograd.grad(loss, leaves, grad_loss.reshape(loss.shape), create_graph=True))
@@ -145,13 +148,14 @@ def _loss_gradients_with_graph(
 def _loss_gradients(
     ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    logits, row_weight, targets, logit_offset, saved_rows, factors = saved
+    logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight = saved
     of_logits, of_row_weight = ctx.needs_input_grad[:2]
     grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
     if not of_logits:
         return None, grad_row_weight
     rows_of_logits = _as_rows(logits)
-    given = (grad_loss, rows_of_logits, targets, saved_rows, factors, row_weight, logit_offset)
+    class_weight = ctx.shard.columns_of(class_weight)
+    given = (grad_loss, rows_of_logits, targets, saved_rows, factors, class_weight, row_weight, logit_offset)
     how = (ctx.options, ctx.shard.first_id, ctx.shard.vocab_size)
     if ctx.inplace_backward and once and not _overlap(rows_of_logits):
         ops.compiled.loss_backward_(*given, *how)
@@ -177,12 +181,12 @@ class LossOverLogits(torch.autograd.Function):
         row_weight: Tensor | None,
         inputs: LossInputs,
         options: list[float],
-        predict: bool,
+        stats: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         rows_of_logits = _as_rows(logits)
         gradient = rows_of_logits.new_empty(logits.shape) if _overlap(rows_of_logits) else rows_of_logits
         loss, saved_rows, factors, predicted = ops.compiled.loss_and_gradient_(
-            rows_of_logits, _as_rows(gradient), *inputs, options, predict
+            rows_of_logits, _as_rows(gradient), *inputs, options, stats
         )
         overwritten = gradient.data_ptr() == logits.data_ptr()
         if overwritten:
@@ -191,7 +195,7 @@ class LossOverLogits(torch.autograd.Function):
         ctx.shape = logits.shape
         # Saved, so that PyTorch refuses a backward after the gradient was written to, and a second one.
         ctx.save_for_backward(logits if overwritten else gradient, row_weight, saved_rows, factors)
-        if not predict:
+        if not stats:
             return loss
         ctx.mark_non_differentiable(saved_rows, predicted)
         return loss, saved_rows, predicted
@@ -216,17 +220,17 @@ def weighted_loss(
     logits: Tensor,
     inputs: LossInputs,
     options: LossOptions,
-    predict: bool,
+    stats: bool,
     inplace_backward: bool,
     shard: VocabularyShard,
 ) -> Results:
-    """The loss of logits [..., V], with its gradient where one is needed; with `predict` saved rows and predictions."""
+    """The loss of logits [..., V], with its gradient where one is needed; with `stats` saved rows and predictions."""
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
         logits.requires_grad or (row_weight is not None and row_weight.requires_grad)
     ):
-        loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options.packed, predict, shard)
-        return (loss, saved_rows, predicted) if predict else (loss, None, None)
+        loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options.packed, stats, shard)
+        return (loss, saved_rows, predicted) if stats else (loss, None, None)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     if (
         inplace_backward
@@ -235,7 +239,9 @@ def weighted_loss(
         and options.reduction != "none"
         and logits.dtype != torch.float16
     ):
-        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, predict)
+        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, stats)
     else:
-        result = Loss.apply(logits, row_weight, inputs, options.packed, predict, inplace_backward, shard)
-    return result if predict else (result, None, None)
+        class_weight = inputs.token_weight if options.smooths_by_class else None
+        how = (options.packed, stats, inplace_backward, shard)
+        result = Loss.apply(logits, row_weight, inputs, class_weight, *how)
+    return result if stats else (result, None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -36,16 +37,22 @@ TARGET_DTYPES = (torch.int64, torch.int32)
 class RowStats(NamedTuple):
     """What the loss knows of each row, detached and shaped like the targets; 0 at ignored rows.
 
-    nll: unweighted negative log-likelihood in nats; weight: token weight times row weight; lse: log-sum-exp of the
-    transformed logits; predicted: int64 index of the largest one, -1 at ignored rows and where
-    none is above -inf. With shift=True they line up
-    with `targets`, like row_weight and reduction "none". float32, or float64 for float64 logits.
+    With shift=True they line up with `targets`, like row_weight and reduction "none". float32, or float64 for float64
+    logits.
+
+    Attributes:
+        nll: unweighted negative log-likelihood in nats.
+        weight: token weight times row weight.
+        lse: log-sum-exp of the transformed logits.
+        predicted: int64 index of the largest of these, -1 at ignored rows and where none is above -inf.
+        entropy: that of their softmax, in nats.
     """
 
     nll: Tensor
     weight: Tensor
     lse: Tensor
     predicted: Tensor
+    entropy: Tensor
 
 
 class _Call:
@@ -65,6 +72,8 @@ class _Call:
     ) -> None:
         self.targets = targets
         self.row_weight = row_weight
+        # Of each row, in the place of a table.
+        self.token_weight_of_rows: Tensor | None = None
         self.normalizer = normalizer
         self.options = options
         self.return_stats = return_stats
@@ -92,16 +101,15 @@ class _Call:
             if table is not None:
                 _check_table(name, table, self.shard.vocab_size, self.targets.device)
 
-    def weigh_rows(self, token_weight: Tensor, weight_drop: float) -> None:
-        """Makes row weights of token weights; each of these is 1 with a probability of `weight_drop` instead."""
+    def drop_weights(self, token_weight: Tensor, weight_drop: float) -> None:
+        """Takes token weights from a table [V]; each of them is 1 with a probability of `weight_drop` instead."""
         drawn = torch.rand(self.targets.shape, dtype=torch.float32, device=self.targets.device)
         if self.shard.group:
             # The ranks of a vocabulary have the same rows, and generators of their own.
             drawn = sum_over_ranks(drawn if self.shard.first_id == 0 else torch.zeros_like(drawn), self.shard.group)
         # Of an ignored row or a target out of range it says nothing.
         weight = token_weight[self.targets.long().clamp(0, self.shard.vocab_size - 1)]
-        weight = torch.where(drawn < weight_drop, 1.0, weight)
-        self.row_weight = weight if self.row_weight is None else self.row_weight * weight
+        self.token_weight_of_rows = torch.where(drawn < weight_drop, 1.0, weight)
 
     def _out_of_range(self, targets: Tensor) -> Tensor:
         wrong = (targets < 0) | (targets >= self.shard.vocab_size)
@@ -118,9 +126,15 @@ class _Call:
     def _shifts(self) -> bool:
         return self.options.shift and self.targets.shape[-1] > 0
 
+    def _choose_options(self, token_weight: Tensor | None) -> None:
+        # Without a table each class weighs 1, as the target does.
+        if self.options.smooths_by_class and token_weight is None:
+            self.options = dataclasses.replace(self.options, label_smoothing_weight="target")
+
     def _inputs(self, token_weight: Tensor | None, logit_offset: Tensor | None, dtype: torch.dtype) -> LossInputs:
         """What the ops take, for an accumulator's dtype; of tables that were checked."""
         targets, row_weight, normalizer = self.targets, self.row_weight, self.normalizer
+        of_rows = self.token_weight_of_rows
         if row_weight is not None:
             row_weight = row_weight.to(dtype)
         if isinstance(normalizer, Tensor):
@@ -131,7 +145,9 @@ class _Call:
             normalizer = torch.full((2,), number, dtype=torch.float64, device=targets.device).to(dtype)
         if self._shifts:
             targets = F.pad(targets[..., 1:], (0, 1), value=self.options.ignore_index)
-            row_weight = None if row_weight is None else F.pad(row_weight[..., 1:], (0, 1))
+            row_weight, of_rows = (None if x is None else F.pad(x[..., 1:], (0, 1)) for x in (row_weight, of_rows))
+        if of_rows is not None:
+            token_weight = of_rows.reshape(-1, 1)
         return LossInputs(
             targets=targets.contiguous(),
             token_weight=None if token_weight is None else token_weight.contiguous(),
@@ -158,6 +174,7 @@ class _Call:
             weight=self._like_targets(weight),
             lse=self._like_targets(rows.max + rows.log_sum),
             predicted=self._like_targets(predicted, fill=-1),
+            entropy=self._like_targets(rows.entropy),
         )
         return loss, stats
 
@@ -205,6 +222,7 @@ class LossCall(_Call):
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
         """The result of pdl_loss; of tables that were checked. Raises IndexError for a target outside [0, V)."""
+        self._choose_options(token_weight)
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.logits.dtype))
         if self.shard.group:
             self._check_ids()
@@ -220,13 +238,13 @@ class LossCall(_Call):
         self._check_ids()
         out_of_range = self._out_of_range(inputs.targets)
         targets = torch.where(out_of_range, 0, inputs.targets)
-        weight = torch.where(out_of_range, torch.nan, 1.0).to(torch.float32)
-        if inputs.token_weight is not None:
-            weight = weight * inputs.token_weight[torch.where(targets == self.options.ignore_index, 0, targets)]
+        of_rows = inputs.weights_of_rows((inputs.targets != self.options.ignore_index) & ~out_of_range)
+        weight = torch.where(out_of_range, torch.nan, of_rows.view(targets.shape))
+        class_weight = inputs.token_weight if self.options.smooths_by_class else None
         row_weight = None if inputs.row_weight is None else inputs.row_weight.view(targets.shape)
         normalizer = None if inputs.normalizer is None else inputs.normalizer[0]
         loss = defined_loss(
-            self.logits, targets, weight, row_weight, inputs.logit_offset, normalizer, self.options
+            self.logits, targets, weight, row_weight, inputs.logit_offset, normalizer, self.options, class_weight
         ).loss
         saved_rows = predicted = None
         if self.return_stats:
@@ -304,6 +322,7 @@ class LinearLossCall(_Call):
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
         """The result of linear_pdl_loss; of tables that were checked. Raises IndexError as LossCall does."""
+        self._choose_options(token_weight)
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.settings.dtype))
         # Before the first product, and not when a slab comes to it.
         self._check_ids()

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdl_ext.modulation import AntiFocal, Focal, Modulation
+from pdl_ext.modulation import Modulation
 from pdl_ext.options import LossOptions
 
-__all__ = ["Defined", "defined_loss"]
+__all__ = ["Defined", "defined_loss", "entropy_of"]
 
 
 class Defined(NamedTuple):
@@ -35,10 +35,12 @@ def defined_loss(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: LossOptions,
+    class_weight: Tensor | None,
 ) -> Defined:
     """The loss of logits [..., V] and targets [...].
 
-    token_weight: the weight of each row's target, [...]; normalizer: what "mean" and "token_mean" divide both terms by.
+    token_weight: the weight of each row's target, [...]; normalizer: what "mean" and "token_mean" divide both terms by;
+    class_weight: [V], where label smoothing goes by class.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     counted = targets != options.ignore_index
@@ -52,20 +54,25 @@ def defined_loss(
     safe = torch.where(counted, targets, 0).long()
     lse = torch.logsumexp(z, -1)
     nll = lse - z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-    ce = nll
-    if options.label_smoothing:
-        uniform = (lse.unsqueeze(-1) - z).sum(-1) / z.shape[-1]
-        ce = (1 - options.label_smoothing) * nll + options.label_smoothing * uniform
     zero = torch.zeros((), dtype=dtype, device=logits.device)
+    one = torch.ones_like(nll)
+    weight = one if token_weight is None else token_weight.to(dtype)
+    of_row = one if row_weight is None else row_weight.to(dtype)
+    ce, of_ce = nll, weight * of_row
+    if options.label_smoothing:
+        of_classes = lse.unsqueeze(-1) - z
+        if class_weight is not None:
+            of_classes = torch.where(class_weight == 0, zero, class_weight.to(dtype) * of_classes)
+        smoothed = of_classes.sum(-1) / z.shape[-1]
+        if options.label_smoothing_weight != "target":
+            ce, of_ce = weight * nll, of_row
+        ce = (1 - options.label_smoothing) * ce + options.label_smoothing * smoothed
     if options.modulation is not None:
-        m = _factor(nll, options.modulation)
+        m = _factor(nll, lse, z, counted, options.modulation)
         ce = m * torch.where((m == 0) & ce.isinf(), zero, ce)
-    weight = torch.ones_like(nll) if token_weight is None else token_weight.to(dtype)
-    if row_weight is not None:
-        weight = weight * row_weight.to(dtype)
 
-    weight = torch.where(counted, weight, zero)
-    weighted = torch.where(counted, weight * torch.where(counted, ce, zero), zero)
+    weight = torch.where(counted, weight * of_row, zero)
+    weighted = torch.where(counted, of_ce * torch.where(counted, ce, zero), zero)
     z_term = options.z_loss * torch.where(counted, lse, zero) ** 2 if options.z_loss else torch.zeros_like(weighted)
     if options.reduction == "none":
         loss = weighted + z_term
@@ -82,17 +89,18 @@ def defined_loss(
     return Defined(loss, nll, weight, lse, z)
 
 
-def _factor(nll: Tensor, modulation: Modulation) -> Tensor:
-    p = torch.exp(-nll)
-    if isinstance(modulation, Focal):
-        # The derivative at infinity is 0, and not infinity times 0.
-        masked = nll.isinf()
-        q = torch.where(masked, 1.0, -torch.expm1(-torch.where(masked, 0.0, nll).clamp(min=0)))
-        q = q.detach() if modulation.detach else q
-        if modulation.gamma in (0, 1):
-            return q**modulation.gamma
-        # Of 0 the derivative may be infinite, and counts as 0.
-        return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** modulation.gamma)
-    if isinstance(modulation, AntiFocal):
-        return (1 + modulation.scale * p.detach()) ** modulation.gamma
-    return p.detach()
+def entropy_of(z: Tensor, lse: Tensor) -> Tensor:
+    """The entropy of softmax(z) in nats, [...]; it takes no gradient."""
+    log_p = (z - lse.unsqueeze(-1)).detach()
+    p = log_p.exp()
+    return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+
+
+def _factor(nll: Tensor, lse: Tensor, z: Tensor, counted: Tensor, modulation: Modulation) -> Tensor:
+    entropy = entropy_of(z, lse) if modulation.of_entropy else nll.detach()
+    m = modulation.factor(nll, entropy, z.shape[-1])
+    if not modulation.is_normalized:
+        return m
+    rows = counted.sum()
+    mean = torch.where(counted, m, 0.0).sum() / rows
+    return m / torch.where(rows == 0, 1.0, mean)

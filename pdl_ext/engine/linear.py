@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pdl_ext.engine import ops
 from pdl_ext.engine.autograd import Results, gradients_of, row_weight_gradient
-from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
+from pdl_ext.engine.ops import Factors, LossInputs, SavedRows, accumulator_dtype, loss_outputs
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward, sum_over_ranks
 from pdl_ext.options import LossOptions
 
@@ -95,19 +95,17 @@ class _Problem:
         settings: Settings,
         shard: VocabularyShard,
     ) -> None:
-        targets, row_weight = inputs.targets, inputs.row_weight
-        self.n = targets.shape[0]
+        self.n = inputs.targets.shape[0]
         self.kept = None
         if settings.drop_ignored:
-            self.kept = _kept_rows(targets, options.ignore_index, hidden.shape[1] * shard.vocab_size)
+            self.kept = _kept_rows(inputs.targets, options.ignore_index, hidden.shape[1] * shard.vocab_size)
         self.all_hidden = hidden
         if self.kept is not None:
-            hidden, targets = hidden[self.kept], targets[self.kept]
-            row_weight = None if row_weight is None else row_weight[self.kept]
+            hidden, inputs = hidden[self.kept], inputs.of_rows(self.kept)
         self.hidden = _without_gaps(hidden.to(settings.dtype))
         self.weight = _without_gaps(weight.to(settings.dtype))
         self.bias = None if bias is None else bias.to(settings.dtype)
-        self.inputs = inputs._replace(targets=targets, row_weight=row_weight)
+        self.inputs = inputs
         self.options = options
         self.settings = settings
         self.shard = shard
@@ -115,7 +113,7 @@ class _Problem:
         if limit is None:
             limit = _MAX_CHUNK_BYTES.get(hidden.device.type, _MAX_CHUNK_BYTES["cuda"])
         elements = limit // settings.dtype.itemsize
-        n = targets.shape[0]
+        n = inputs.targets.shape[0]
         # The same on every rank, since each chunk is reduced over them.
         self.chunks = _ranges(n, min(_MOST_ROWS, elements // _row_stride(shard.largest_width)), _LEAST_ROWS)
         # The slabs of columns, and the rows of each: all of them, if that leaves columns enough.
@@ -159,10 +157,7 @@ class _Problem:
 
     def inputs_of(self, begin: int, end: int) -> LossInputs:
         """The inputs of a chunk of rows."""
-        row_weight = self.inputs.row_weight
-        return self.inputs._replace(
-            targets=self.inputs.targets[begin:end], row_weight=None if row_weight is None else row_weight[begin:end]
-        )
+        return self.inputs.of_rows(slice(begin, end))
 
     def logits_into(self, slab: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> None:
         hidden, weight = self.hidden[slice(*rows)], self.weight[slice(*columns)].t()
@@ -191,14 +186,17 @@ class _Problem:
         begin, end = chunk
         inputs = self.inputs_of(begin, end)
         offset = inputs.logit_offset
+        class_weight = self.shard.columns_of(inputs.token_weight) if self.options.smooths_by_class else None
+        columns = slice(first, first + slab.shape[1])
         ops.compiled.loss_backward_(
             grad_loss[begin:end] if grad_loss.dim() else grad_loss,
             slab,
             inputs.targets,
             saved_rows[:, begin:end].contiguous(),
             factors,
+            None if class_weight is None else class_weight[columns],
             inputs.row_weight,
-            None if offset is None else offset[first : first + slab.shape[1]],
+            None if offset is None else offset[columns],
             self.options.packed,
             self.shard.first_id + first,
             self.shard.vocab_size,
@@ -307,7 +305,7 @@ def linear_loss_forward(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
     dtype: torch.dtype,
     max_chunk_bytes: int | None,
     accumulate_float32: bool,
@@ -318,27 +316,31 @@ def linear_loss_forward(
     largest_width: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for, upstream being 1."""
+    """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for.
+
+    The upstream gradient is 1, or what a modulation is divided by: that is known once all chunks are.
+    """
     inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
-    problem = _Problem(hidden, weight, bias, inputs, LossOptions.unpacked(options), settings, shard)
+    of_chunk = LossOptions.unpacked(options).of_chunk
+    problem = _Problem(hidden, weight, bias, inputs, of_chunk, settings, shard)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
     wide = accumulator_dtype(dtype)
     n = problem.inputs.targets.shape[0]
     saved_rows = hidden.new_empty((len(SavedRows._fields), n), dtype=wide)
-    predicted = targets.new_empty((n if predict else 0,), dtype=torch.int64)
+    predicted = targets.new_empty((n if stats else 0,), dtype=torch.int64)
     divisors = _divisors(problem, wide)
     one = hidden.new_ones((), dtype=wide)
     factors = None
     for begin, end, slab in problem.slabs_of_chunks():
-        of_chunk = problem.inputs_of(begin, end)._replace(normalizer=divisors)
+        given = problem.inputs_of(begin, end)._replace(normalizer=divisors)
         if any(needs) and not group:
-            _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *of_chunk, options, predict)
+            _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *given, of_chunk.packed, stats)
         else:
-            _, found, factors, chosen = loss_forward(slab, of_chunk, options, predict, shard)
+            _, found, factors, chosen = loss_forward(slab, given, of_chunk.packed, stats, shard)
         saved_rows[:, begin:end] = found
-        if predict:
+        if stats:
             predicted[begin:end] = chosen
         if any(needs):
             if group:
@@ -348,7 +350,7 @@ def linear_loss_forward(
         gradients.add_tiles(one, saved_rows, factors)
     saved_rows = problem.restore(saved_rows)
     loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
-    return loss, saved_rows, factors, problem.restore(predicted, -1) if predict else predicted, *gradients.finish(bias)
+    return loss, saved_rows, factors, problem.restore(predicted, -1) if stats else predicted, *gradients.finish(bias)
 
 
 @linear_loss_forward.register_fake
@@ -363,12 +365,12 @@ def _(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
     dtype: torch.dtype,
     *_: Any,
 ) -> tuple[Tensor, ...]:
     logits = hidden.new_empty((targets.shape[0], weight.shape[0]), dtype=dtype)
-    return (*loss_outputs(logits, options, predict), *_fake_gradients(hidden, weight, bias, needs))
+    return (*loss_outputs(logits, options, stats), *_fake_gradients(hidden, weight, bias, needs))
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]) -> tuple[Tensor, ...]:
@@ -381,22 +383,15 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 def _divisors(problem: _Problem, wide: torch.dtype) -> Tensor | None:
     """The denominators of the whole batch, which each chunk's gradient needs before the others are seen."""
     inputs, reduction = problem.inputs, problem.options.reduction
-    targets, token_weight, row_weight, normalizer = (
-        inputs.targets,
-        inputs.token_weight,
-        inputs.row_weight,
-        inputs.normalizer,
-    )
-    if normalizer is not None or reduction in ("none", "sum"):
-        return normalizer
+    targets, row_weight = inputs.targets, inputs.row_weight
+    if inputs.normalizer is not None or reduction in ("none", "sum"):
+        return inputs.normalizer
     counted = targets != problem.options.ignore_index
     count = counted.sum(dtype=torch.float64)
     if reduction == "token_mean":
         return torch.stack((count, count)).to(wide)
     valid = counted & (targets >= 0) & (targets < problem.shard.vocab_size)
-    weights = torch.where(valid, 1.0, torch.nan).to(wide)
-    if token_weight is not None:
-        weights = weights * token_weight[torch.where(valid, targets, 0)]
+    weights = torch.where(valid, inputs.weights_of_rows(valid), torch.nan).to(wide)
     if row_weight is not None:
         weights = weights.to(wide) * row_weight
     return torch.stack((torch.where(counted, weights, 0.0).sum(dtype=torch.float64), count)).to(wide)
@@ -412,6 +407,7 @@ def linear_loss_backward(
     targets: Tensor,
     saved_rows: Tensor,
     factors: Tensor,
+    class_weight: Tensor | None,
     row_weight: Tensor | None,
     logit_offset: Tensor | None,
     options: list[float],
@@ -426,7 +422,7 @@ def linear_loss_backward(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
-    inputs = LossInputs(targets, row_weight=row_weight, logit_offset=logit_offset)
+    inputs = LossInputs(targets, token_weight=class_weight, row_weight=row_weight, logit_offset=logit_offset)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
     problem = _Problem(hidden, weight, bias, inputs, LossOptions.unpacked(options), settings, shard)
@@ -451,7 +447,7 @@ def _(
 class LinearLoss(torch.autograd.Function):
     """The ops' gradients: computed in forward for a scalar reduction, else in backward.
 
-    Returns the loss, and with `predict` also the saved rows and predictions.
+    Returns the loss, and with `stats` also the saved rows and predictions.
     """
 
     @staticmethod
@@ -462,23 +458,26 @@ class LinearLoss(torch.autograd.Function):
         bias: Tensor | None,
         row_weight: Tensor | None,
         inputs: LossInputs,
+        class_weight: Tensor | None,
         options: list[float],
-        predict: bool,
+        stats: bool,
         settings: Settings,
         shard: VocabularyShard,
         at_once: bool,
+        is_normalized: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         *needs, _of_row_weight = ctx.needs_input_grad[:4]
         ctx.at_once = at_once
         computed = needs if at_once else _NO_GRADIENTS
         loss, saved_rows, factors, predicted, *gradients = torch.ops.pdl_ext.linear_loss_forward(
-            hidden, weight, bias, computed, *inputs, options, predict, *settings, *shard
+            hidden, weight, bias, computed, *inputs, options, stats, *settings, *shard
         )
         ctx.set_materialize_grads(False)
         ctx.options, ctx.settings, ctx.shard = options, settings, shard
-        saved = gradients if at_once else (inputs.targets, inputs.logit_offset)
+        ctx.is_normalized = is_normalized
+        saved = gradients if at_once else (inputs.targets, class_weight, inputs.logit_offset)
         ctx.save_for_backward(hidden, weight, bias, row_weight, saved_rows, factors, *saved)
-        if not predict:
+        if not stats:
             return loss
         ctx.mark_non_differentiable(saved_rows, predicted)
         return loss, saved_rows, predicted
@@ -500,11 +499,13 @@ def _linear_gradients(
     if not any(needs):
         return None, None, None, grad_row_weight
     if ctx.at_once:
+        if ctx.is_normalized:
+            grad_loss = grad_loss / Factors.of(factors).modulation
         gradients = [
             _scaled(gradient, grad_loss) if need else None for gradient, need in zip(saved, needs, strict=True)
         ]
         return *gradients, grad_row_weight
-    targets, logit_offset = saved
+    targets, class_weight, logit_offset = saved
     computed = torch.ops.pdl_ext.linear_loss_backward(
         grad_loss,
         hidden,
@@ -514,6 +515,7 @@ def _linear_gradients(
         targets,
         saved_rows,
         factors,
+        class_weight,
         row_weight,
         logit_offset,
         ctx.options,
@@ -542,26 +544,29 @@ def linear_weighted_loss(
     bias: Tensor | None,
     inputs: LossInputs,
     options: LossOptions,
-    predict: bool,
+    stats: bool,
     settings: Settings,
     shard: VocabularyShard,
 ) -> Results:
     """The loss of hidden [N, H] under weight [V, H] and bias, with its gradients.
 
-    With `predict` also saved rows and predictions.
+    With `stats` also saved rows and predictions.
     """
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not any(
         x is not None and x.requires_grad for x in (hidden, weight, bias, row_weight)
     ):
         loss, saved_rows, _factors, predicted, *_ = torch.ops.pdl_ext.linear_loss_forward(
-            hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, predict, *settings, *shard
+            hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, stats, *settings, *shard
         )
-        return (loss, saved_rows, predicted) if predict else (loss, None, None)
+        return (loss, saved_rows, predicted) if stats else (loss, None, None)
     # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
     wanted = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
-    at_once = options.reduction != "none" and not half
-    packed = options.packed
-    result = LinearLoss.apply(hidden, weight, bias, row_weight, inputs, packed, predict, settings, shard, at_once)
-    return result if predict else (result, None, None)
+    # What a modulation is divided by is known when a chunk's gradient is a sum with that of the z-loss.
+    is_normalized = options.of_chunk is not options
+    at_once = options.reduction != "none" and not half and not (is_normalized and options.z_loss > 0)
+    class_weight = inputs.token_weight if options.smooths_by_class else None
+    how = (options.packed, stats, settings, shard, at_once, is_normalized)
+    result = LinearLoss.apply(hidden, weight, bias, row_weight, inputs, class_weight, *how)
+    return result if stats else (result, None, None)

@@ -26,8 +26,8 @@ compiled = torch.ops.pdl_ext
 class LossInputs(NamedTuple):
     """What an op takes beside the logits, in its order.
 
-    targets: [N]; token_weight, logit_offset: float32 [V]; row_weight: [N], normalizer: [2], both in the accumulator's
-    dtype.
+    targets: [N]; token_weight: float32, the table [V] or that of each row [N, 1]; logit_offset: float32 [V].
+    row_weight: [N] and normalizer: [2], both in the accumulator's dtype.
     """
 
     targets: Tensor
@@ -35,6 +35,23 @@ class LossInputs(NamedTuple):
     row_weight: Tensor | None = None
     logit_offset: Tensor | None = None
     normalizer: Tensor | None = None
+
+    def of_rows(self, rows: slice | Tensor) -> LossInputs:
+        """Those of some of the rows."""
+        token_weight, row_weight = self.token_weight, self.row_weight
+        return self._replace(
+            targets=self.targets[rows],
+            token_weight=token_weight[rows] if token_weight is not None and token_weight.dim() == 2 else token_weight,
+            row_weight=None if row_weight is None else row_weight[rows],
+        )
+
+    def weights_of_rows(self, valid: Tensor) -> Tensor:
+        """The token weight of each row with a valid target, and any number of the others: float32 [N]."""
+        if self.token_weight is None:
+            return torch.ones_like(valid, dtype=torch.float32)
+        if self.token_weight.dim() == 2:
+            return self.token_weight.squeeze(1)
+        return self.token_weight[torch.where(valid, self.targets, 0)]
 
 
 class SavedRows(NamedTuple):
@@ -46,6 +63,8 @@ class SavedRows(NamedTuple):
     ce: Tensor
     token_weight: Tensor
     modulation: Tensor
+    entropy: Tensor
+    smoothing_weight: Tensor
 
     @classmethod
     def of(cls, saved_rows: Tensor) -> SavedRows:
@@ -59,6 +78,7 @@ class Factors(NamedTuple):
     weighted: Tensor
     rows: Tensor
     correction: Tensor
+    modulation: Tensor
 
     @classmethod
     def of(cls, factors: Tensor) -> Factors:
@@ -75,7 +95,7 @@ def _loss_shape(rows: int | torch.SymInt, options: list[float]) -> tuple[int | t
     return (rows,) if LossOptions.unpacked(options).reduction == "none" else ()
 
 
-def loss_outputs(logits: Tensor, options: list[float], predict: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def loss_outputs(logits: Tensor, options: list[float], stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What loss_forward returns for logits [N, V]: uninitialised."""
     n = logits.shape[0]
     dtype = accumulator_dtype(logits.dtype)
@@ -83,7 +103,7 @@ def loss_outputs(logits: Tensor, options: list[float], predict: bool) -> tuple[T
         logits.new_empty(_loss_shape(n, options), dtype=dtype),
         logits.new_empty((len(SavedRows._fields), n), dtype=dtype),
         logits.new_empty((len(Factors._fields),), dtype=dtype),
-        logits.new_empty((n if predict else 0,), dtype=torch.int64),
+        logits.new_empty((n if stats else 0,), dtype=torch.int64),
     )
 
 
@@ -96,9 +116,9 @@ def _(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return loss_outputs(logits, options, predict)
+    return loss_outputs(logits, options, stats)
 
 
 @torch.library.register_fake("pdl_ext::loss_and_gradient_")
@@ -111,9 +131,9 @@ def _(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return loss_outputs(logits, options, predict)
+    return loss_outputs(logits, options, stats)
 
 
 @torch.library.register_fake("pdl_ext::loss_backward")

@@ -79,7 +79,7 @@ def loss_forward_of_shard(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
     first_id: int,
     vocab_size: int,
     group: str,
@@ -91,15 +91,24 @@ def loss_forward_of_shard(
     counted = targets != asked.ignore_index
     valid = counted & (targets >= 0) & (targets < vocab_size)
     mine = valid & (targets >= first_id) & (targets < first_id + width)
-    # With a smoothing of 1, ce is the mean over the shard of lse - z.
+    # With a smoothing of 1, ce is the mean over the shard of lse - z, each times the weight of its class.
     smoothed = 1.0 if asked.label_smoothing else 0.0
+    of_class = asked.smooths_by_class
     local = dataclasses.replace(
-        asked, reduction="none", ignore_index=-100, label_smoothing=smoothed, z_loss=0.0, modulation=None
+        asked,
+        reduction="none",
+        ignore_index=-100,
+        label_smoothing=smoothed,
+        label_smoothing_weight="class" if of_class else "target",
+        z_loss=0.0,
+        modulation=None,
     )
+    of_entropy = stats or (asked.modulation is not None and asked.modulation.of_entropy)
     # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
     stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
-    inputs = LossInputs(stand_in, logit_offset=logit_offset)
-    _, found, _, predicted = ops.compiled.loss_forward(logits, *inputs, local.packed, predict)
+    columns = token_weight[first_id : first_id + width] if of_class and token_weight is not None else None
+    inputs = LossInputs(stand_in, token_weight=columns, logit_offset=logit_offset)
+    _, found, _, predicted = ops.compiled.loss_forward(logits, *inputs, local.packed, of_entropy)
     of_shard = SavedRows.of(found)
 
     largest = torch.where(counted, of_shard.max, -torch.inf)
@@ -110,25 +119,42 @@ def loss_forward_of_shard(
     # Nothing in the shard is above -inf.
     nothing = of_shard.max == -torch.inf
     target = torch.where(nothing, -torch.inf, above + (of_shard.log_sum - of_shard.nll))
-    terms = [torch.exp(above + of_shard.log_sum), torch.where(mine, target, 0.0)]
+    sum_of_exp = torch.exp(above + of_shard.log_sum)
+    terms = {"sum_of_exp": sum_of_exp, "z_target": torch.where(mine, target, 0.0)}
     if asked.label_smoothing:
-        mean = torch.where(nothing, torch.inf, of_shard.ce - of_shard.log_sum - above)
-        terms.append(torch.where(counted, width / vocab_size * mean, 0.0))
-    sums = torch.stack(terms)
+        of_classes = of_shard.smoothing_weight if of_class else torch.ones_like(above)
+        mean = of_shard.ce - of_classes * (of_shard.log_sum + above)
+        mean = torch.where(nothing & (of_classes != 0), torch.inf, mean)
+        terms["smoothed"] = torch.where(counted, width / vocab_size * mean, 0.0)
+        terms["class_weight"] = torch.where(counted, width / vocab_size * of_classes, 0.0)
+    if of_entropy:
+        # The sum of exp(z - shift) (z - shift).
+        scaled = sum_of_exp * (above + of_shard.log_sum - of_shard.entropy)
+        terms["scaled"] = torch.where(nothing | ~counted, 0.0, scaled)
+    sums = torch.stack(list(terms.values()))
     dist.all_reduce(sums, group=ranks)
-    sum_of_exp, z_target, *uniform = sums.unbind()
+    total = dict(zip(terms, sums.unbind(), strict=True))
 
-    log_sum = torch.log(sum_of_exp)
-    nll = log_sum - z_target
+    log_sum = torch.log(total["sum_of_exp"])
+    nll = log_sum - total["z_target"]
     ones = torch.ones_like(nll)
-    weight = ones if token_weight is None else token_weight[torch.where(valid, targets, 0)].to(nll.dtype)
-    of_uniform = log_sum + uniform[0] if uniform else nll
-    rows = SavedRows(largest, log_sum, nll, ce=of_uniform, token_weight=weight, modulation=ones)
+    weight = LossInputs(targets, token_weight).weights_of_rows(valid).to(nll.dtype)
+    class_weight = total.get("class_weight", ones)
+    rows = SavedRows(
+        largest,
+        log_sum,
+        nll,
+        ce=class_weight * log_sum + total["smoothed"] if "smoothed" in total else nll,
+        token_weight=weight,
+        modulation=ones,
+        entropy=(log_sum - total["scaled"] / total["sum_of_exp"]).clamp(min=0) if of_entropy else torch.zeros_like(nll),
+        smoothing_weight=class_weight,
+    )
     saved_rows = torch.stack(rows)
-    ops.compiled.complete_rows_(saved_rows, options)
+    ops.compiled.complete_rows_(saved_rows, options, vocab_size)
     saved_rows = torch.where(valid, saved_rows, torch.where(counted, torch.nan, 0.0))
     loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
-    if predict:
+    if stats:
         # The first of equals, as on one rank.
         here = valid & (of_shard.max == largest) & (predicted >= 0)
         predicted = torch.where(here, predicted + first_id, vocab_size)
@@ -146,21 +172,21 @@ def _(
     logit_offset: Tensor | None,
     normalizer: Tensor | None,
     options: list[float],
-    predict: bool,
+    stats: bool,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return loss_outputs(logits, options, predict)
+    return loss_outputs(logits, options, stats)
 
 
 def loss_forward(
-    logits: Tensor, inputs: LossInputs, options: list[float], predict: bool, shard: VocabularyShard
+    logits: Tensor, inputs: LossInputs, options: list[float], stats: bool, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The op loss_forward; of a shard of the logits the same results on every rank, by two small all-reduces.
 
     inputs: with the shard's logit_offset.
     """
     if not shard.group:
-        return ops.compiled.loss_forward(logits, *inputs, options, predict)
+        return ops.compiled.loss_forward(logits, *inputs, options, stats)
     return torch.ops.pdl_ext.loss_forward_of_shard(
-        logits, *inputs, options, predict, shard.first_id, shard.vocab_size, shard.group
+        logits, *inputs, options, stats, shard.first_id, shard.vocab_size, shard.group
     )

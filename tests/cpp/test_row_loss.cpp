@@ -32,8 +32,9 @@ RowOptions<A> smoothed(A label_smoothing, int64_t vocab_size) {
 
 // What a kernel gathers from z[begin, end).
 template <typename A>
-RowStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A centre) {
-  RowStatistics<A> share;
+WideStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A centre,
+                         const ClassWeights<A>& weights = {}) {
+  WideStatistics<A> share;
   for (int64_t j = begin; j < end; ++j) {
     if (z[j] > share.max) {
       share.max = z[j];
@@ -41,23 +42,28 @@ RowStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A c
     }
   }
   for (int64_t j = begin; j < end; ++j) {
-    share.sum += exp_nonpositive(z[j] - exp_shift(share.max));
-    share.centred += z[j] - centre;
+    const A below = z[j] - exp_shift(share.max), e = exp_nonpositive(below);
+    share.sum += e;
+    share.scaled += e * finite_log_ratio(below);
+    share.centred += ClassWeights<A>::times(weights.at(j), z[j] - centre);
+    share.class_weight += weights.at(j);
   }
   return share;
 }
 
 template <typename A>
-RowStatistics<A> gather(const std::vector<A>& z, A centre = 0) {
-  return gather(z, 0, int64_t(z.size()), centre);
+WideStatistics<A> gather(const std::vector<A>& z, A centre = 0, const ClassWeights<A>& weights = {}) {
+  return gather(z, 0, int64_t(z.size()), centre, weights);
 }
 
 template <typename A>
-void expect_same(const RowStatistics<A>& got, const RowStatistics<A>& expected) {
+void expect_same(const WideStatistics<A>& got, const WideStatistics<A>& expected) {
   const A tolerance = 64 * std::numeric_limits<A>::epsilon();
   EXPECT_EQ(got.max, expected.max);
   EXPECT_EQ(got.argmax, expected.argmax);
   EXPECT_NEAR(got.sum, expected.sum, tolerance * expected.sum);
+  EXPECT_NEAR(got.scaled, expected.scaled, tolerance * (1 + std::abs(expected.scaled)));
+  EXPECT_EQ(got.class_weight, expected.class_weight);
   if (std::isfinite(expected.centred)) {
     EXPECT_NEAR(got.centred, expected.centred, tolerance * (1 + std::abs(expected.centred)));
   } else {
@@ -68,6 +74,8 @@ void expect_same(const RowStatistics<A>& got, const RowStatistics<A>& expected) 
 // The definitions of design section 2, for one row.
 struct Definition {
   Wide label_smoothing = 0, z_loss = 0, scale = 1, softcap = 0;
+  SmoothingWeight smoothing_weight = SmoothingWeight::target;
+  std::vector<float> class_weight;
   std::vector<float> offset;
 
   Wide transform(Wide x, size_t j) const {
@@ -80,12 +88,17 @@ struct Definition {
     for (const Wide value : z) sum += std::exp(value - max);
     return max + std::log(sum);
   }
-  Wide ce(const std::vector<Wide>& z, size_t target) const {
+  Wide ce(const std::vector<Wide>& z, size_t target, Wide w = 1) const {
     const Wide total = lse(z);
     Wide uniform = 0;
-    for (const Wide value : z) uniform += (total - value) / Wide(z.size());
-    return label_smoothing == 0 ? total - z[target]
-                                : (1 - label_smoothing) * (total - z[target]) + label_smoothing * uniform;
+    for (size_t j = 0; j < z.size(); ++j) {
+      const Wide u = smoothing_weight == SmoothingWeight::target ? w
+                     : smoothing_weight == SmoothingWeight::none ? Wide(1)
+                                                                 : Wide(class_weight[j]);
+      uniform += u * (total - z[j]) / Wide(z.size());
+    }
+    return label_smoothing == 0 ? w * (total - z[target])
+                                : (1 - label_smoothing) * w * (total - z[target]) + label_smoothing * uniform;
   }
   std::vector<Wide> transform(const std::vector<Wide>& x) const {
     std::vector<Wide> z(x.size());
@@ -120,7 +133,7 @@ TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOneShare) {
         std::vector<int64_t> cuts{0, int64_t(row.size())};
         for (int cut = 0; cut < trial % 17; ++cut) cuts.push_back(int64_t(generator() % row.size()));
         std::sort(cuts.begin(), cuts.end());
-        std::vector<RowStatistics<A>> shares;
+        std::vector<WideStatistics<A>> shares;
         for (size_t k = 0; k + 1 < cuts.size(); ++k) shares.push_back(gather(row, cuts[k], cuts[k + 1], centre));
         while (shares.size() > 1) {
           std::shuffle(shares.begin(), shares.end(), generator);
@@ -137,18 +150,35 @@ TYPED_TEST(RowLossOf, MergingAnySplitInAnyOrderEqualsOneShare) {
 TYPED_TEST(RowLossOf, StatisticsAgreeWithTheDefinition) {
   using A = TypeParam;
   const auto z = random_logits<A>(100, 3.0, 0.0, 3);
-  RowStatistics<A> row;
+  WideStatistics<A> row;
   for (int64_t j = 0; j < 100; ++j) row = merge(row, gather(z, j, j + 1, z[7]));
-  Wide sum = 0, centred = 0;
+  Wide sum = 0, centred = 0, entropy = 0;
   const auto largest = std::max_element(z.begin(), z.end());
   for (const Wide value : z) {
     sum += std::exp(value - Wide(*largest));
     centred += value - Wide(z[7]);
   }
+  for (const Wide value : z) {
+    const Wide log_p = value - Wide(*largest) - std::log(sum);
+    entropy -= std::exp(log_p) * log_p;
+  }
   EXPECT_EQ(row.max, *largest);
   EXPECT_EQ(row.argmax, largest - z.begin());
   EXPECT_NEAR(row.sum, sum, 64 * std::numeric_limits<A>::epsilon() * sum);
   EXPECT_NEAR(row.centred, centred, 64 * std::numeric_limits<A>::epsilon() * std::abs(centred));
+  EXPECT_NEAR(entropy_of(row, A(std::log(sum))), entropy, 64 * std::numeric_limits<A>::epsilon() * entropy);
+  EXPECT_EQ(entropy_of(static_cast<const RowStatistics<A>&>(row), A(std::log(sum))), A(0));
+}
+
+TYPED_TEST(RowLossOf, EntropyOfOneFiniteLogitIsZero) {
+  using A = TypeParam;
+  std::vector<A> z(9, -infinity<A>());
+  z[4] = A(3);
+  EXPECT_EQ(entropy_of(gather(z), A(0)), A(0));
+  // Rounding may leave the difference below 0.
+  WideStatistics<A> row = gather(z);
+  row.scaled = A(1e-3);
+  EXPECT_EQ(entropy_of(row, A(0)), A(0));
 }
 
 TYPED_TEST(RowLossOf, MergingSurvivesSharesOfMinusInfinity) {
@@ -156,17 +186,19 @@ TYPED_TEST(RowLossOf, MergingSurvivesSharesOfMinusInfinity) {
   const std::vector<A> masked(8, -infinity<A>());
   const auto z = random_logits<A>(8, 2.0, -4.0, 4);
   const auto dead = gather(masked), live = gather(z);
-  const auto expect_live = [&](const RowStatistics<A>& got) {
+  const auto expect_live = [&](const WideStatistics<A>& got) {
     EXPECT_EQ(got.max, live.max);
     EXPECT_EQ(got.sum, live.sum);
+    EXPECT_EQ(got.scaled, live.scaled);
     EXPECT_EQ(got.argmax, live.argmax);
   };
   expect_live(merge(dead, live));
   expect_live(merge(live, dead));
-  expect_live(merge(RowStatistics<A>{}, merge(dead, merge(live, dead))));
+  expect_live(merge(WideStatistics<A>{}, merge(dead, merge(live, dead))));
   const auto both = merge(dead, dead);
   EXPECT_EQ(both.max, -infinity<A>());
   EXPECT_EQ(both.sum, A(0));
+  EXPECT_EQ(both.scaled, A(0));
 }
 
 TYPED_TEST(RowLossOf, TiesTakeTheLowestIndex) {
@@ -245,7 +277,7 @@ TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
     const A s = A(0.1);
     const auto options = RowOptions<A>::of({.label_smoothing = s, .z_loss = A(0.002)}, 997);
     const auto saved = row_loss(gather(z, z[target]), z[target], A(0.6), options);
-    const auto row = gradient_row(saved, A(0.5), A(std::exp(-saved.log_sum)), A(1), Factors<A>{1, 1, 0}, options);
+    const auto row = gradient_row(saved, A(0.5), A(std::exp(-saved.log_sum)), A(1), Factors<A>{1, 1, 0, 1}, options);
     const Wide b = 0.3, a = b + 2 * Wide(options.z_loss) * lse;
     for (int64_t j = 0; j < 997; ++j) {
       const Wide p = std::exp(wide[j] - lse), uniform = Wide(s) / 997;
@@ -263,6 +295,7 @@ TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
 struct Options {
   double label_smoothing, z_loss, scale, softcap;
   bool offset;
+  SmoothingWeight smoothing_weight = SmoothingWeight::target;
 };
 
 class RowGradient : public testing::TestWithParam<Options> {};
@@ -273,9 +306,20 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
   const Options options = GetParam();
   constexpr int64_t kRows = 3, kVocab = 11;
   const int64_t targets[kRows] = {4, 0, 10};
-  const double token_weight[kRows] = {0.25, 3.0, 1.5}, row_weight[kRows] = {1.0, 0.5, 2.0};
+  double token_weight[kRows] = {0.25, 3.0, 1.5};
+  const double row_weight[kRows] = {1.0, 0.5, 2.0};
   const double upstream = -1.7, normalizer[] = {6.5, 4.5};
-  Definition definition{options.label_smoothing, options.z_loss, options.scale, options.softcap, {}};
+  Definition definition{.label_smoothing = options.label_smoothing,
+                        .z_loss = options.z_loss,
+                        .scale = options.scale,
+                        .softcap = options.softcap,
+                        .smoothing_weight = options.smoothing_weight};
+  ClassWeights<double> class_weights;
+  if (options.smoothing_weight == SmoothingWeight::of_class) {
+    definition.class_weight = random_logits<float>(kVocab, 0.3, 2.0, 12);
+    class_weights.of_class = definition.class_weight.data();
+    for (int64_t i = 0; i < kRows; ++i) token_weight[i] = definition.class_weight[targets[i]];
+  }
   if (options.offset) definition.offset = random_logits<float>(kVocab, 1.0, 0.0, 8);
   const LogitTransform<double> transform{options.scale, options.softcap,
                                          options.offset ? definition.offset.data() : nullptr};
@@ -291,7 +335,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
         for (int64_t i = 0; i < kRows; ++i) {
           const auto z = definition.transform(x[i]);
           const Wide w = token_weight[i] * weights[i];
-          weighted += w * definition.ce(z, targets[i]);
+          weighted += weights[i] * definition.ce(z, targets[i], token_weight[i]);
           weight_sum += w;
           squares += definition.z_loss * Definition::lse(z) * Definition::lse(z);
         }
@@ -300,22 +344,23 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
         return weighted / (reduction == Reduction::mean ? weight_sum : kRows) + squares / kRows;
       };
 
-      std::vector<RowStatistics<double>> statistics;
+      std::vector<WideStatistics<double>> statistics;
       std::vector<SavedRow<double>> saved;
-      const auto row_options =
-          RowOptions<double>::of({.label_smoothing = options.label_smoothing, .z_loss = options.z_loss}, kVocab);
+      const auto row_options = RowOptions<double>::of({.label_smoothing = options.label_smoothing,
+                                                       .label_smoothing_weight = options.smoothing_weight,
+                                                       .z_loss = options.z_loss},
+                                                      kVocab);
       RowSums sums;
       double terms = 0;
       for (int64_t i = 0; i < kRows; ++i) {
         std::vector<double> z(kVocab);
         for (int64_t j = 0; j < kVocab; ++j) z[j] = transform.apply(double(logits[i][j]), j);
-        statistics.push_back(gather(z, smoothing_centre(z[targets[i]])));
+        statistics.push_back(gather(z, smoothing_centre(z[targets[i]]), class_weights));
         saved.push_back(row_loss(statistics[i], z[targets[i]], token_weight[i], row_options));
-        const double weight = token_weight[i] * row_weight[i];
-        sums.add(weight, saved[i].ce, saved[i].lse());
-        terms += row_term(weight, saved[i].ce, saved[i].lse(), row_options);
+        sums.add(token_weight[i], row_weight[i], saved[i].ce, saved[i].lse(), 1.0);
+        terms += row_term(row_weight[i], saved[i].ce, saved[i].lse(), row_options);
       }
-      const auto factors = factors_of(reduction, sums, divisor);
+      const auto factors = factors_of(reduction, sums, divisor, false);
       const std::vector<Wide> weights(row_weight, row_weight + kRows);
       if (reduction == Reduction::sum) {
         EXPECT_NEAR(terms, batch_loss(logits, weights), 1e-13 * std::abs(terms));
@@ -335,7 +380,8 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
             gradient_row(saved[i], row_weight[i], std::exp(-saved[i].log_sum), upstream, factors, row_options);
         for (int64_t j = 0; j < kVocab; ++j) {
           const double x = double(logits[i][j]), z = transform.apply(x, j);
-          const double got = (j == targets[i] ? row.at_target(z) : row.off_target(z)) * transform.derivative(x);
+          const double got =
+              (j == targets[i] ? row.at_target(z) : row.off_target(z, class_weights.at(j))) * transform.derivative(x);
           const Wide expected = difference(logits[i][j]);
           EXPECT_NEAR(got, expected, 1e-8L * (0.01L + std::abs(expected))) << "row " << i << ", element " << j;
           EXPECT_NE(got, 0.0);
@@ -350,7 +396,7 @@ TEST_P(RowGradient, AgreesWithFiniteDifferences) {
         varied[i] = weights[i] - step;
         const Wide slope = upstream * (above - batch_loss(logits, varied)) / (2 * step);
         varied[i] = weights[i];
-        EXPECT_NEAR(upstream * token_weight[i] * (saved[i].ce - factors.correction) * factors.weighted, slope,
+        EXPECT_NEAR(upstream * (saved[i].ce - token_weight[i] * factors.correction) * factors.weighted, slope,
                     1e-8L * (0.01L + std::abs(slope)));
       }
     }
@@ -361,7 +407,9 @@ INSTANTIATE_TEST_SUITE_P(Combinations, RowGradient,
                          testing::Values(Options{0, 0, 1, 0, false}, Options{0.1, 0, 1, 0, false},
                                          Options{0, 0.02, 1, 0, false}, Options{0, 0, 0.6, 0, false},
                                          Options{0, 0, 1, 4, false}, Options{0, 0, 1, 0, true},
-                                         Options{0.2, 0.01, 1.3, 5, true}));
+                                         Options{0.2, 0.01, 1.3, 5, true},
+                                         Options{0.2, 0.01, 1.3, 5, true, SmoothingWeight::none},
+                                         Options{0.2, 0.01, 1.3, 5, true, SmoothingWeight::of_class}));
 
 TYPED_TEST(RowLossOf, TransformScalesCapsAndOffsets) {
   using A = TypeParam;
@@ -379,47 +427,60 @@ void expect_factors(const Factors<double>& got, double weighted, double rows, do
 }
 
 constexpr const double* kNoNormalizer = nullptr;
-// weighted_ce, weight, lse_squares, rows
-constexpr RowSums kSums{12.0, 8.0, 0.0, 5.0}, kNothing{};
+// weighted_ce, weight, lse_squares, rows, modulation
+constexpr RowSums kSums{12.0, 8.0, 0.0, 5.0, 20.0}, kNothing{};
 
 TEST(FactorsOf, EachReduction) {
-  expect_factors(factors_of(Reduction::none, kSums, kNoNormalizer), 1, 1, 0);
-  expect_factors(factors_of(Reduction::sum, kSums, kNoNormalizer), 1, 1, 0);
-  expect_factors(factors_of(Reduction::mean, kSums, kNoNormalizer), 1.0 / 8, 1.0 / 5, 12.0 / 8);
-  expect_factors(factors_of(Reduction::token_mean, kSums, kNoNormalizer), 1.0 / 5, 1.0 / 5, 0);
+  expect_factors(factors_of(Reduction::none, kSums, kNoNormalizer, false), 1, 1, 0);
+  expect_factors(factors_of(Reduction::sum, kSums, kNoNormalizer, false), 1, 1, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, kNoNormalizer, false), 1.0 / 8, 1.0 / 5, 12.0 / 8);
+  expect_factors(factors_of(Reduction::token_mean, kSums, kNoNormalizer, false), 1.0 / 5, 1.0 / 5, 0);
 }
 
 TEST(FactorsOf, NormalizerReplacesTheDenominatorOfMeans) {
   const double normalizer[] = {4.0, 10.0};
-  expect_factors(factors_of(Reduction::mean, kSums, normalizer), 0.25, 0.1, 0);
-  expect_factors(factors_of(Reduction::token_mean, kSums, normalizer), 0.25, 0.1, 0);
-  expect_factors(factors_of(Reduction::sum, kSums, normalizer), 1, 1, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, normalizer, false), 0.25, 0.1, 0);
+  expect_factors(factors_of(Reduction::token_mean, kSums, normalizer, false), 0.25, 0.1, 0);
+  expect_factors(factors_of(Reduction::sum, kSums, normalizer, false), 1, 1, 0);
 }
 
 TEST(FactorsOf, NothingLeftToCountGivesZeroNotNaN) {
   const double zero[2] = {};
-  expect_factors(factors_of(Reduction::mean, kNothing, kNoNormalizer), 0, 0, 0);
-  expect_factors(factors_of(Reduction::token_mean, kNothing, kNoNormalizer), 0, 0, 0);
-  expect_factors(factors_of(Reduction::mean, kSums, zero), 0, 0, 0);
+  expect_factors(factors_of(Reduction::mean, kNothing, kNoNormalizer, false), 0, 0, 0);
+  expect_factors(factors_of(Reduction::token_mean, kNothing, kNoNormalizer, false), 0, 0, 0);
+  expect_factors(factors_of(Reduction::mean, kSums, zero, false), 0, 0, 0);
   // Rows that all weigh nothing still count for the z-loss.
-  expect_factors(factors_of(Reduction::mean, RowSums{0.0, 0.0, 0.0, 5.0}, kNoNormalizer), 0, 1.0 / 5, 0);
+  expect_factors(factors_of(Reduction::mean, RowSums{0.0, 0.0, 0.0, 5.0}, kNoNormalizer, false), 0, 1.0 / 5, 0);
+}
+
+TEST(FactorsOf, ModulationsAreDividedByTheirMean) {
+  for (const Reduction reduction : {Reduction::none, Reduction::sum, Reduction::mean, Reduction::token_mean}) {
+    const auto plain = factors_of(reduction, kSums, kNoNormalizer, false);
+    const auto normalized = factors_of(reduction, kSums, kNoNormalizer, true);
+    expect_factors(normalized, plain.weighted / 4, plain.rows, plain.correction);
+    EXPECT_EQ(plain.modulation, 1.0);
+    EXPECT_EQ(normalized.modulation, 4.0);
+    EXPECT_EQ(factors_of(reduction, kNothing, kNoNormalizer, true).modulation, 1.0);
+  }
 }
 
 TEST(SavedRow, StoresWhatItLoads) {
   std::vector<float> rows(SavedRow<float>::kNumbers * 3, 0.0f);
-  SavedRow<float>{1, 2, 3, 4, 5, 6}.store(rows.data(), 3, 1);
+  SavedRow<float>{1, 2, 3, 4, 5, 6, 7, 8}.store(rows.data(), 3, 1);
   const auto row = SavedRow<float>::load(rows.data(), 3, 1);
-  EXPECT_EQ((std::vector<float>{row.max, row.log_sum, row.nll, row.ce, row.token_weight, row.modulation}),
-            (std::vector<float>{1, 2, 3, 4, 5, 6}));
-  EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), 0.0f), 21.0f);
+  EXPECT_EQ((std::vector<float>{row.max, row.log_sum, row.nll, row.ce, row.token_weight, row.modulation, row.entropy,
+                                row.smoothing_weight}),
+            (std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8}));
+  EXPECT_EQ(std::accumulate(rows.begin(), rows.end(), 0.0f), 36.0f);
 }
 
 TEST(Modulation, SlopeIsTheDerivativeUnlessItIsDetached) {
   for (const double gamma : {0.0, 0.5, 1.0, 2.5}) {
     const auto at = [&](double nll, Modulation kind, bool detach) {
       return modulation_of(
-          nll, RowOptions<double>::of(
-                   {.modulation = kind, .gamma = gamma, .modulation_scale = 0.5, .modulation_detach = detach}, 7));
+          nll, 0.5,
+          RowOptions<double>::of(
+              {.modulation = kind, .gamma = gamma, .modulation_scale = 0.5, .modulation_detach = detach}, 7));
     };
     for (const double nll : {1e-3, 0.5, 3.0, 20.0}) {
       const double p = std::exp(-nll), step = 1e-6 * nll;
@@ -431,6 +492,8 @@ TEST(Modulation, SlopeIsTheDerivativeUnlessItIsDetached) {
       EXPECT_EQ(at(nll, Modulation::focal, true).slope, 0.0);
       EXPECT_NEAR(at(nll, Modulation::anti_focal, true).value, std::pow(1 + 0.5 * p, gamma), 1e-12);
       EXPECT_NEAR(at(nll, Modulation::dft, true).value, p, 1e-15);
+      EXPECT_NEAR(at(nll, Modulation::mile, true).value, std::pow(1.5, gamma), 1e-15);
+      EXPECT_EQ(at(nll, Modulation::mile, true).slope, 0.0);
       EXPECT_EQ(at(nll, Modulation::none, false).value, 1.0);
     }
     // The limits at the ends: p = 1, also a little past it by rounding, and p = 0.
@@ -446,10 +509,11 @@ TEST(Modulation, SlopeIsTheDerivativeUnlessItIsDetached) {
 }
 
 TEST(LossOptions, AreUnpackedInTheOrderOfTheirNames) {
-  const LossOptions options = LossOptions::unpack({3, -100, 0.25, 0.5, 0.75, 1.25, 2, 1.5, 3.5, 1});
+  const LossOptions options = LossOptions::unpack({3, -100, 0.25, 2, 0.5, 0.75, 1.25, 2, 1.5, 3.5, 1, 1});
   EXPECT_EQ(LossOptions::names(),
-            "reduction ignore_index label_smoothing z_loss softcap logit_scale modulation gamma "
-            "modulation_scale modulation_detach ");
+            "reduction ignore_index label_smoothing label_smoothing_weight z_loss softcap logit_scale modulation gamma "
+            "modulation_scale modulation_detach modulation_normalize ");
+  EXPECT_EQ(options.label_smoothing_weight, SmoothingWeight::of_class);
   EXPECT_EQ(options.reduction, Reduction::token_mean);
   EXPECT_EQ(options.ignore_index, -100);
   EXPECT_EQ(options.label_smoothing, 0.25);
