@@ -6,11 +6,11 @@
 
 namespace pdl {
 
-enum class Modulation : int64_t { none = 0, focal = 1, anti_focal = 2, dft = 3, mile = 4 };
+enum class Modulation : int64_t { none = 0, focal = 1, anti_focal = 2, dft = 3, mile = 4, eaft = 5 };
 
 // Whether it follows from the entropy of the row, which costs its loop an instruction or three an element.
 PDL_INLINE bool needs_entropy(Modulation modulation) {
-  return modulation == Modulation::mile;
+  return modulation == Modulation::mile || modulation == Modulation::eaft;
 }
 
 // m and its derivative by nll, which is 0 where m is taken as a constant.
@@ -25,6 +25,11 @@ template <typename A, typename Options>
 PDL_INLINE ModulationOfRow<A> modulation_of(A nll, A entropy, const Options& options) {
   if (options.modulation == Modulation::none) return {};
   if (options.modulation == Modulation::mile) return {A(pow(A(1) + entropy, options.gamma)), A(0)};
+  if (options.modulation == Modulation::eaft) {
+    // Of one class alone the entropy is 0, and so is the largest one that it might have.
+    const A share = entropy == A(0) ? A(0) : entropy / A(log(A(options.vocab_size)));
+    return {A(pow(share, options.gamma)), A(0)};
+  }
   const A least = nll < A(0) ? A(0) : nll;
   const A p = A(exp(-least));
   if (options.modulation == Modulation::dft) return {p, A(0)};

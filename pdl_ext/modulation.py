@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pdl_ext._checks import MAX, check_flag, check_number
 
-__all__ = ["DFT", "AntiFocal", "Focal", "MiLe", "Modulation"]
+__all__ = ["DFT", "EAFT", "AntiFocal", "Focal", "MiLe", "Modulation"]
 
 _EXPECTED = "a finite number >= 0"
 
@@ -166,3 +167,24 @@ class MiLe(Modulation):
 
     def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
         return (1 + entropy) ** self.gamma
+
+
+@dataclass(frozen=True)
+class EAFT(Modulation):
+    """(H / log V) ** power, detached, H the entropy of the row: less weight where the model is sure.
+
+    Raises TypeError or ValueError that names the option.
+    Source: arXiv 2601.02151, entropy-adaptive finetuning, where H is that of the 20 largest logits, and V is 20.
+    """
+
+    power: float = 1.0
+
+    number: ClassVar[int] = 5
+    packs = ("power", 0.0, 1.0, 0.0)
+    of_entropy = True
+
+    def __post_init__(self) -> None:
+        self._set_number("power")
+
+    def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
+        return (entropy / math.log(vocab_size) if vocab_size > 1 else entropy) ** self.power

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import linear
-from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe
+from pdl_ext.modulation import DFT, EAFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import REDUCTIONS
 from pdl_ext.weighting import PowerLaw, Uniform
 
@@ -28,6 +28,7 @@ PRODUCT = {
         {"modulation": DFT()},
         {"modulation": MiLe()},
         {"modulation": MiLe(0.5, normalize=False)},
+        {"modulation": EAFT(1.5)},
     ),
     "reduction": tuple({"reduction": reduction} for reduction in REDUCTIONS),
     "smoothing": (

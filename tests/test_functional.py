@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pdl_ext import TokenFrequency, functional, reference
-from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe
+from pdl_ext.modulation import DFT, EAFT, AntiFocal, Focal, MiLe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["mean", "token_mean", "sum", "none"]
@@ -32,6 +32,7 @@ OPTIONS = {
     "dft": {"modulation": DFT()},
     "mile": {"modulation": MiLe()},
     "mile_of_rows": {"modulation": MiLe(2.0, normalize=False)},
+    "eaft": {"modulation": EAFT(1.5)},
     "everything": {
         "label_smoothing": 0.05,
         "z_loss": 1e-3,
@@ -42,7 +43,7 @@ OPTIONS = {
     },
 }
 # Whose derivative is not that of the value.
-DETACHED = {"focal_detached", "anti_focal", "dft", "mile", "mile_of_rows"}
+DETACHED = {"focal_detached", "anti_focal", "dft", "mile", "mile_of_rows", "eaft"}
 
 
 def options_of(name, case):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import ops
-from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe, Modulation
+from pdl_ext.modulation import DFT, EAFT, AntiFocal, Focal, MiLe, Modulation
 from pdl_ext.options import LossOptions
 
 MODULATIONS = [
@@ -27,6 +27,7 @@ MODULATIONS = [
     DFT(),
     MiLe(),
     MiLe(0.5, normalize=False),
+    EAFT(),
 ]
 # Published codes, written again.
 
@@ -93,6 +94,25 @@ def test_mile_as_published_where_rows_are_ignored(make_case):
     torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-6, atol=1e-12)
 
 
+def test_eaft_as_published_where_20_classes_are_all(make_case):
+    # The trainer: the entropy of the 20 largest logits, renormalised, over 3 for log 20, detached.
+    case = make_case((40,), 20, torch.float64, ignored=False)
+    leaf, other = ((case.leaf * 4).requires_grad_() for _ in range(2))
+    functional.pdl_loss(leaf, case.targets, modulation=EAFT()).backward()
+    entropy = torch.distributions.Categorical(logits=other.detach().topk(20).values).entropy()
+    (entropy / math.log(20) * F.cross_entropy(other, case.targets, reduction="none")).mean().backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_eaft_of_a_vocabulary_of_one(device, power):
+    leaf = torch.tensor([[3.0], [-2.0]], device=device, requires_grad=True)
+    targets = torch.zeros(2, dtype=torch.int64, device=device)
+    for function in (functional.pdl_loss, reference.pdl_loss):
+        loss = function(leaf, targets, modulation=EAFT(power), z_loss=0.1)
+        torch.testing.assert_close(loss.float(), torch.tensor(0.65, device=device))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_normalized_modulation_has_the_mean_of_its_call(make_case, reduction):
     """Of the rows that count, whatever they weigh; the z-loss has no part in it."""
@@ -142,15 +162,20 @@ def test_entropy_of_masked_vocabularies(device, dtype, vocab_size):
 
 
 @pytest.mark.parametrize(
-    "modulation", [Focal(2.0, detach=True), AntiFocal(1.5, 0.3), DFT(), MiLe(1.5, normalize=False)], ids=str
+    "modulation", [Focal(2.0, detach=True), AntiFocal(1.5, 0.3), DFT(), MiLe(1.5, normalize=False), EAFT(0.5)], ids=str
 )
 def test_two_passes_find_the_same(make_case, modulation):
     """What it took before: statistics first, then a row weight made of them."""
     case = make_case((12,), 257, torch.float64)
     stats = functional.pdl_loss(case.leaf, case.targets, case.token_weight, return_stats=True)[1]
     p = (-stats.nll).exp()
-    of_entropy = (1 + stats.entropy) ** 1.5
-    factor = {Focal: (1 - p) ** 2, AntiFocal: (1 + 0.3 * p) ** 1.5, DFT: p, MiLe: of_entropy}[type(modulation)]
+    factor = {
+        Focal: (1 - p) ** 2,
+        AntiFocal: (1 + 0.3 * p) ** 1.5,
+        DFT: p,
+        MiLe: (1 + stats.entropy) ** 1.5,
+        EAFT: (stats.entropy / math.log(257)) ** 0.5,
+    }[type(modulation)]
     expected = functional.pdl_loss(
         case.leaf, case.targets, case.token_weight, row_weight=factor, normalizer=stats.weight.sum()
     )
@@ -238,7 +263,7 @@ def test_each_digit_of_a_small_nll_counts(device, dtype):
 
 @pytest.mark.slow
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize("modulation", [Focal(1.5), AntiFocal(), DFT(), MiLe()], ids=str)
+@pytest.mark.parametrize("modulation", [Focal(1.5), AntiFocal(), DFT(), MiLe(), EAFT()], ids=str)
 def test_compiles(make_case, modulation):
     case = make_case((6,), 101, row_weight=True)
     torch._dynamo.reset()
@@ -256,7 +281,7 @@ def test_of_a_loss(make_case):
     assert "modulation=Focal(gamma=2.0, detach=False)" in repr(loss_fn)
     assert "logit_adjustment" not in repr(loss_fn)
     weights = functional.token_weights(counts, loss_fn.weighting)
-    for modulation in (Focal(), DFT(), MiLe(), None):
+    for modulation in (Focal(), DFT(), MiLe(), EAFT(), None):
         loss_fn.modulation = modulation
         expected = functional.pdl_loss(case.leaf, case.targets, weights, modulation=modulation)
         assert torch.equal(loss_fn(case.leaf, case.targets), expected)
@@ -278,6 +303,7 @@ def test_of_a_loss(make_case):
         (lambda: Focal(detach=1), TypeError, "detach: got 1, expected True or False"),
         (lambda: AntiFocal(gamma=-0.5), ValueError, "gamma: got -0.5, expected a finite number >= 0"),
         (lambda: MiLe(gamma=-0.5), ValueError, "gamma: got -0.5, expected a finite number >= 0"),
+        (lambda: EAFT(power=-1), ValueError, "power: got -1, expected a finite number >= 0"),
         (lambda: MiLe(normalize=1), TypeError, "normalize: got 1, expected True or False"),
         (lambda: AntiFocal(scale=-1), ValueError, "scale: got -1, expected a finite number >= 0"),
         (lambda: PDLLoss(modulation="focal"), TypeError, "modulation: got str, expected None or one of"),

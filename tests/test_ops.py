@@ -13,7 +13,7 @@ from pdl_ext import PDLLoss, functional
 from pdl_ext.counts import TOKEN_DTYPES
 from pdl_ext.engine import linear, ops
 from pdl_ext.engine.vocabulary import VocabularyShard
-from pdl_ext.modulation import DFT, AntiFocal, Focal, MiLe
+from pdl_ext.modulation import DFT, EAFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import DEFAULTS, OP_OPTIONS, REDUCTIONS, LossKeywords, LossOptions, OptionsAsAttributes
 
 # torch.compile and opcheck need the fake kernels of the compiled ops, which the emulated ones lack.
@@ -88,7 +88,14 @@ def test_options_survive_packing():
     for reduction in REDUCTIONS:
         options = LossOptions(reduction=reduction, ignore_index=-(2**31), softcap=1e-300)
         assert LossOptions.unpacked(options.packed) == options
-    for modulation in (Focal(0.5, detach=True), AntiFocal(2.0, 0.3), DFT(), MiLe(0.5), MiLe(2.0, normalize=False)):
+    for modulation in (
+        Focal(0.5, detach=True),
+        AntiFocal(2.0, 0.3),
+        DFT(),
+        MiLe(0.5),
+        MiLe(2.0, normalize=False),
+        EAFT(0.5),
+    ):
         options = LossOptions(modulation=modulation)
         assert LossOptions.unpacked(options.packed) == options
 

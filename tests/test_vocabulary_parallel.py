@@ -14,7 +14,7 @@ import uninitialized
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import linear, ops
-from pdl_ext.modulation import AntiFocal, Focal, MiLe
+from pdl_ext.modulation import EAFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import REDUCTIONS, LossOptions
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
@@ -38,7 +38,7 @@ OPTIONS = {
         "modulation": MiLe(2.0),
         "logit_scale": 0.7,
     },
-    "unweighted": {"label_smoothing": 0.2, "label_smoothing_weight": "none", "modulation": MiLe(), "z_loss": 0.01},
+    "unweighted": {"label_smoothing": 0.2, "label_smoothing_weight": "none", "modulation": EAFT(), "z_loss": 0.01},
     "anti_focal": {"modulation": AntiFocal(2.0, 0.5), "label_smoothing": 0.1},
     # A shared offset of the logits must cancel nothing.
     "large_offset": {"label_smoothing": 0.1, "offset": 1000.0},

@@ -494,6 +494,7 @@ TEST(Modulation, SlopeIsTheDerivativeUnlessItIsDetached) {
       EXPECT_NEAR(at(nll, Modulation::dft, true).value, p, 1e-15);
       EXPECT_NEAR(at(nll, Modulation::mile, true).value, std::pow(1.5, gamma), 1e-15);
       EXPECT_EQ(at(nll, Modulation::mile, true).slope, 0.0);
+      EXPECT_NEAR(at(nll, Modulation::eaft, true).value, std::pow(0.5 / std::log(7), gamma), 1e-15);
       EXPECT_EQ(at(nll, Modulation::none, false).value, 1.0);
     }
     // The limits at the ends: p = 1, also a little past it by rounding, and p = 0.
