@@ -39,6 +39,23 @@ def test_snippets_of_the_family_run():
         exec(compile(snippet, "family.md", "exec"), namespace)
     scores = namespace["RareTokens"](namespace["frequency"], 0.5)(None, namespace["logits"])
     assert (scores - namespace["logits"])[0].diff().gt(0).all()
+    assert_double_backward(**{name: namespace[name] for name in LEARNED_WEIGHTS})
+
+
+LEARNED_WEIGHTS = ("weight_model", "theta", "read", "labels", "asked", "answers", "learning_rate")
+
+
+def assert_double_backward(weight_model, theta, read, labels, asked, answers, learning_rate):
+    import torch
+    import torch.nn.functional as F
+
+    loss = (weight_model(read).squeeze(1) * F.cross_entropy(read @ theta, labels, reduction="none")).mean()
+    (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+    outer = F.cross_entropy(asked @ (theta - learning_rate * gradient), answers)
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(outer, list(weight_model.parameters()))])
+    got = torch.cat([parameter.grad.flatten() for parameter in weight_model.parameters()])
+    # Together, since the small ones are small by cancellation.
+    assert (got - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_documented_commands_exist():
