@@ -22,6 +22,7 @@ from typing import Any
 import harness
 import numpy as np
 import torch
+from family import family_group, family_linear_group
 from harness import Clock, Group, Provider, Row, Workload
 from linear import linear_group
 from torch import Tensor
@@ -177,6 +178,11 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         growth_group(clock, "growth with N", [(rows, sizes.growth_vocab_size) for rows in sizes.growth_rows]),
         growth_group(clock, "growth with V", [(sizes.growth_fixed_rows, size) for size in sizes.growth_vocab_sizes]),
         *(linear_group(clock, "linear", [sizes.linear], dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *(
+            family_group(clock, sizes.elements, sizes.vocab_sizes[0], dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        family_linear_group(clock, sizes.linear, torch.float32),
         *(
             linear_group(clock, "linear, growth with N", sizes.growth_linear, dtype, peers=False)
             for dtype in (torch.float32, torch.bfloat16)

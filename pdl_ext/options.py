@@ -107,8 +107,8 @@ class LossOptions:
         return self.label_smoothing_weight == "class" and self.label_smoothing > 0
 
     @property
-    def of_chunk(self) -> LossOptions:
-        """The options of a part of the rows, whose modulation is not divided by a mean of its own."""
+    def unnormalized(self) -> LossOptions:
+        """The options with which a modulation is not divided by its mean: that may be known too late."""
         if self.modulation is None or not self.modulation.is_normalized:
             return self
         return dataclasses.replace(self, modulation=self.modulation.of_row)

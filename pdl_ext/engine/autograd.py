@@ -14,7 +14,7 @@ from pdl_ext.engine.ops import Factors, LossInputs, SavedRows
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward
 from pdl_ext.options import LossOptions
 
-__all__ = ["gradients_of", "row_weight_gradient", "weighted_loss"]
+__all__ = ["divided_by_mean", "gradients_of", "row_weight_gradient", "weighted_loss"]
 
 _NO_SECOND_DERIVATIVE = (
     "pdl_ext: the fused loss has no second derivative in place, in slabs, or of a shard; without inplace_backward "
@@ -69,6 +69,11 @@ def row_weight_gradient(grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) 
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
     modulated = torch.where(rows.modulation == 0, 0.0, rows.modulation * rows.ce)
     return grad_loss * (modulated - rows.token_weight * by.correction) * by.weighted
+
+
+def divided_by_mean(grad_loss: Tensor, factors: Tensor) -> Tensor:
+    """The upstream gradient of what was computed before the mean was known that divides a modulation."""
+    return grad_loss / Factors.of(factors).modulation
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -171,6 +176,7 @@ class LossOverLogits(torch.autograd.Function):
     """loss_and_gradient_ of a scalar reduction: forward leaves the gradient where the logits were (or in their copy, if
     they had to be copied), for an upstream gradient of 1; backward multiplies it by another one, read on the device.
 
+    `unnormalized`: the options without the division by a mean, which backward does then; or None.
     Returns what Loss does.
     """
 
@@ -181,13 +187,18 @@ class LossOverLogits(torch.autograd.Function):
         row_weight: Tensor | None,
         inputs: LossInputs,
         options: list[float],
+        unnormalized: list[float] | None,
         stats: bool,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         rows_of_logits = _as_rows(logits)
         gradient = rows_of_logits.new_empty(logits.shape) if _overlap(rows_of_logits) else rows_of_logits
         loss, saved_rows, factors, predicted = ops.compiled.loss_and_gradient_(
-            rows_of_logits, _as_rows(gradient), *inputs, options, stats
+            rows_of_logits, _as_rows(gradient), *inputs, unnormalized or options, stats
         )
+        if unnormalized is not None:
+            given = (inputs.targets.view(-1), inputs.row_weight, inputs.normalizer)
+            loss, factors = ops.compiled.reduce_rows(saved_rows, *given, options)
+        ctx.is_divided_late = unnormalized is not None
         overwritten = gradient.data_ptr() == logits.data_ptr()
         if overwritten:
             torch.autograd.graph.increment_version(logits)
@@ -211,7 +222,8 @@ def _scaled_gradients(
     gradient, _row_weight, saved_rows, factors = saved
     _of_logits, of_row_weight = ctx.needs_input_grad[:2]
     grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
-    ops.compiled.scale_(_as_rows(gradient), grad_loss)
+    factor = divided_by_mean(grad_loss, factors) if ctx.is_divided_late else grad_loss
+    ops.compiled.scale_(_as_rows(gradient), factor)
     torch.autograd.graph.increment_version(gradient)
     return gradient.detach().view(ctx.shape), grad_row_weight
 
@@ -239,7 +251,10 @@ def weighted_loss(
         and options.reduction != "none"
         and logits.dtype != torch.float16
     ):
-        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, stats)
+        # The z-loss is not divided: with one the mean has to come first.
+        late = options.unnormalized is not options and options.z_loss == 0
+        unnormalized = options.unnormalized.packed if late else None
+        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, unnormalized, stats)
     else:
         class_weight = inputs.token_weight if options.smooths_by_class else None
         how = (options.packed, stats, inplace_backward, shard)

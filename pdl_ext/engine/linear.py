@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pdl_ext.engine import ops
-from pdl_ext.engine.autograd import Results, gradients_of, row_weight_gradient
-from pdl_ext.engine.ops import Factors, LossInputs, SavedRows, accumulator_dtype, loss_outputs
+from pdl_ext.engine.autograd import Results, divided_by_mean, gradients_of, row_weight_gradient
+from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward, sum_over_ranks
 from pdl_ext.options import LossOptions
 
@@ -323,8 +323,8 @@ def linear_loss_forward(
     inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
-    of_chunk = LossOptions.unpacked(options).of_chunk
-    problem = _Problem(hidden, weight, bias, inputs, of_chunk, settings, shard)
+    unnormalized = LossOptions.unpacked(options).unnormalized
+    problem = _Problem(hidden, weight, bias, inputs, unnormalized, settings, shard)
     gradients = _Gradients(problem, hidden, weight, bias, needs)
     wide = accumulator_dtype(dtype)
     n = problem.inputs.targets.shape[0]
@@ -336,9 +336,9 @@ def linear_loss_forward(
     for begin, end, slab in problem.slabs_of_chunks():
         given = problem.inputs_of(begin, end)._replace(normalizer=divisors)
         if any(needs) and not group:
-            _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *given, of_chunk.packed, stats)
+            _, found, factors, chosen = ops.compiled.loss_and_gradient_(slab, slab, *given, unnormalized.packed, stats)
         else:
-            _, found, factors, chosen = loss_forward(slab, given, of_chunk.packed, stats, shard)
+            _, found, factors, chosen = loss_forward(slab, given, unnormalized.packed, stats, shard)
         saved_rows[:, begin:end] = found
         if stats:
             predicted[begin:end] = chosen
@@ -500,7 +500,7 @@ def _linear_gradients(
         return None, None, None, grad_row_weight
     if ctx.at_once:
         if ctx.is_normalized:
-            grad_loss = grad_loss / Factors.of(factors).modulation
+            grad_loss = divided_by_mean(grad_loss, factors)
         gradients = [
             _scaled(gradient, grad_loss) if need else None for gradient, need in zip(saved, needs, strict=True)
         ]
@@ -564,7 +564,7 @@ def linear_weighted_loss(
     wanted = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
     # What a modulation is divided by is known when a chunk's gradient is a sum with that of the z-loss.
-    is_normalized = options.of_chunk is not options
+    is_normalized = options.unnormalized is not options
     at_once = options.reduction != "none" and not half and not (is_normalized and options.z_loss > 0)
     class_weight = inputs.token_weight if options.smooths_by_class else None
     how = (options.packed, stats, settings, shard, at_once, is_normalized)
