@@ -79,7 +79,7 @@ class LossOptions:
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
         if self.modulation is not None and (
-            not isinstance(self.modulation, Modulation) or type(self.modulation) is Modulation
+            not isinstance(self.modulation, Modulation) or not hasattr(self.modulation, "number")
         ):
             raise TypeError(
                 f"modulation: got {type(self.modulation).__name__}, expected None or one of pdl_ext.modulation"

@@ -294,6 +294,10 @@ def test_of_a_loss(make_case):
     torch.testing.assert_close(compiled(case.leaf, case.targets), loss_fn(case.leaf, case.targets), rtol=1e-6, atol=0)
 
 
+class Own(Modulation):
+    """The compiled ops know nothing of it."""
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -307,6 +311,7 @@ def test_of_a_loss(make_case):
         (lambda: MiLe(normalize=1), TypeError, "normalize: got 1, expected True or False"),
         (lambda: AntiFocal(scale=-1), ValueError, "scale: got -1, expected a finite number >= 0"),
         (lambda: PDLLoss(modulation="focal"), TypeError, "modulation: got str, expected None or one of"),
+        (lambda: PDLLoss(modulation=Own()), TypeError, "modulation: got Own, expected None or one of"),
         (lambda: PDLLoss(modulation=Modulation()), TypeError, "modulation: got Modulation, expected None or one of"),
         (lambda: PDLLoss(modulation=Focal), TypeError, "modulation: got type, expected None or one of"),
     ],

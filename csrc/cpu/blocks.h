@@ -122,7 +122,7 @@ __attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const 
       if (kKeep) _mm512_storeu_ps(kept + j + 16 * half, e);
       sums[half] = _mm512_add_ps(sums[half], e);
       if (kEntropy) {
-        // Of NaN the smaller operand's place decides, and e is NaN then.
+        // Of NaN it is `least`, and e is NaN.
         const __m512 below = _mm512_maskz_max_ps(0xffff, _mm512_sub_ps(wide, largest), least);
         scaled_sums[half] = _mm512_fmadd_ps(e, below, scaled_sums[half]);
       }

@@ -252,11 +252,11 @@ def weighted_loss(
         and logits.dtype != torch.float16
     ):
         # The z-loss is not divided: with one the mean has to come first.
-        late = options.unnormalized is not options and options.z_loss == 0
-        unnormalized = options.unnormalized.packed if late else None
-        result = LossOverLogits.apply(logits, row_weight, inputs, options.packed, unnormalized, stats)
+        unnormalized = options.unnormalized
+        late = unnormalized is not options and options.z_loss == 0
+        how = (options.packed, unnormalized.packed if late else None, stats)
+        result = LossOverLogits.apply(logits, row_weight, inputs, *how)
     else:
         class_weight = inputs.token_weight if options.smooths_by_class else None
-        how = (options.packed, stats, inplace_backward, shard)
-        result = Loss.apply(logits, row_weight, inputs, class_weight, *how)
+        result = Loss.apply(logits, row_weight, inputs, class_weight, options.packed, stats, inplace_backward, shard)
     return result if stats else (result, None, None)
