@@ -177,6 +177,7 @@ def test_position_of_a_shifted_target_is_the_callers():
             function(logits, targets)
 
 
+@pytest.mark.slow
 def test_target_out_of_range_under_compile():
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")

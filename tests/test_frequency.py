@@ -219,6 +219,7 @@ except MemoryError:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs to know how much memory a process has")
+@pytest.mark.slow
 def test_too_little_memory_changes_nothing():
     run = fresh_python.run("-c", IN_LITTLE_MEMORY)
     assert run.stdout == "unchanged\n", run.stderr
@@ -638,6 +639,7 @@ class TestFile:
         with pytest.raises(ValueError, match=r"path: .* 'pdl_ext.TokenFrequency/3', expected .*/2'"):
             TokenFrequency.load(path)
 
+    @pytest.mark.slow
     def test_any_flipped_bit_is_an_error(self, tmp_path):
         path = tmp_path / "counts"
         frequency = TokenFrequency.from_counts(torch.arange(8))

@@ -310,6 +310,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_loss_imports_no_compiler():
     assert fresh_python.run("-c", NO_COMPILER, check=True).stdout == "False\n"
 

@@ -71,8 +71,8 @@ def test_offset_matches_reference(make_case, assert_in_place_matches):
         (UNCUT, 24576),  # CUDA: a block's share of 48 KiB, which with the kernel's own variables has to be asked for
         (UNCUT, 32000),  # CUDA: a row of one block, or of a cluster of 2 (float32) or 4 (float64)
         (UNCUT, 40009),  # CUDA: clusters of 2, 4 and 8, of whose blocks the last one has less
-        (UNCUT, 50257),  # CUDA: misaligned rows, clusters of 2, 4 and 8
-        (UNCUT, 128256),  # CUDA: clusters of 4, 8 and 16
+        pytest.param(UNCUT, 50257, marks=pytest.mark.slow),  # CUDA: misaligned rows, clusters of 2, 4 and 8
+        pytest.param(UNCUT, 128256, marks=pytest.mark.slow),  # CUDA: clusters of 4, 8 and 16
     ],
 )
 def test_sizes_match_reference(make_case, assert_in_place_matches, uncut, rows, vocab_size, dtype):

@@ -222,6 +222,7 @@ def test_compiled_function_with_dynamic_shapes(make_case, reduction):
                 torch.testing.assert_close(got[name], eager[name], rtol=4e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_compiled_shift(make_case):
     case = make_case((2, 6), 101, row_weight=True)
     # What Inductor makes of it is tested without shift.
@@ -312,6 +313,7 @@ def test_every_cpu_capability_matches_reference(capability):
         assert chosen == "DEFAULT"
 
 
+@pytest.mark.slow
 def test_unknown_cpu_capability_is_refused():
     code = "import torch, pdl_ext; pdl_ext.functional.pdl_loss(torch.zeros(1, 2), torch.tensor([0]))"
     done = run_python("-c", code, capability="sse9")

@@ -432,6 +432,7 @@ def test_training_calls_are_counted(monkeypatch):
     assert len(totals) == 3
 
 
+@pytest.mark.slow
 def test_compiled_loss_leaves_the_graph(monkeypatch):
     totals = []
     monkeypatch.setattr(TokenFrequency, "sync", lambda frequency: totals.append(frequency.total))

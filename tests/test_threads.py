@@ -120,6 +120,7 @@ def test_threads_add_up(way, vocab_size, tracked):
 
 @pytest.mark.serial
 @pytest.mark.parametrize("tracked", [False, True], ids=["", "tracked"])
+@pytest.mark.slow
 def test_threads_with_graphs_add_up(tracked):
     tokens = torch.arange(400_000) % 2
     counted = TokenFrequency(60_000)
@@ -296,6 +297,7 @@ torch.from_numpy(tokens)
 """
 
 
+@pytest.mark.slow
 def test_arrays_that_cannot_be_written_to_give_no_warning():
     done = fresh_python.run("-c", READ_ONLY, check=True)
     # PyTorch's own of the last line shows that it could have been.

@@ -83,6 +83,7 @@ def test_padding_handed_to_a_product_is_zero(device, operands, chunk_bytes, accu
 @pytest.mark.parametrize("vocab_size", [50257, 65, 32001])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @WITH_AMX
+@pytest.mark.slow
 def test_no_gradient_is_nan(device, vocab_size, reduction):
     hidden, weight, targets = problem(128, vocab_size, 64)
     hidden.requires_grad_()

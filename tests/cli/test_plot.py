@@ -21,6 +21,7 @@ def counts(tmp_path):
     return tmp_path / "in" / "counts"
 
 
+@pytest.mark.slow
 def test_png(counts, tmp_path, capsys):
     assert main(["plot", str(counts), "-o", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -36,6 +37,7 @@ def test_a_single_type_is_seen(tmp_path):
     assert ((blue - red > 0.4) & (green < 0.7)).any()
 
 
+@pytest.mark.slow
 def test_svg_is_small_and_the_same_each_time(counts, tmp_path):
     pictures = []
     for name in ("a.svg", "b.SVG"):

@@ -79,6 +79,7 @@ FIXED = settings(
 @pytest.mark.parametrize("name", LISTINGS)
 @FIXED
 @given(data=st.data())
+@pytest.mark.slow
 def test_listings(tmp_path, name, data):
     if name.startswith("hf"):
         pytest.importorskip("pyarrow")
@@ -93,6 +94,7 @@ def test_listings(tmp_path, name, data):
 
 @FIXED
 @given(data=st.data())
+@pytest.mark.slow
 def test_tokenizers(tmp_path, data):
     path = save_tokenizer(tmp_path / "tokenizer.json", special_tokens=True)
     content = json.loads(path.read_text())

@@ -635,6 +635,7 @@ def test_unreadable_files_are_told_of(name, tmp_path):
 @pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "fairseq", "datatrove", "litdata"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.slow
 def test_damaged_files_give_values_errors_or_counts(name, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     FORMATS[name][0](folder, [np.arange(n, dtype="uint16") for n in (3, 0, 5)])
@@ -732,6 +733,7 @@ print(max(tasks) - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs to know how many threads a process has")
+@pytest.mark.slow
 def test_each_thread_counts_by_itself(tmp_path):
     tokens = np.arange(2**22, dtype=np.uint16)
     tokens[tokens >= 50257] = 7

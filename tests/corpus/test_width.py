@@ -203,6 +203,7 @@ def test_genuine_data_are_not_in_doubt(name, dtype):
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
+@pytest.mark.slow
 def test_no_ids_drawn_independently_are_in_doubt(data):
     dtype = data.draw(st.sampled_from(DTYPES))
     vocab_size = data.draw(st.sampled_from([2, 3, 10, 256, 1000, 50_257, 65_536, 128_256]))
