@@ -97,6 +97,20 @@ PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
   }
 }
 
+// The first place of what is among n numbers; blocks of them are looked through at once.
+template <typename T>
+PDL_INLINE int64_t place_of(const T* x, int64_t n, Accumulator<T> sought) {
+  constexpr int64_t kAtOnce = 64;
+  int64_t j = 0;
+  for (int found = 0; j + kAtOnce <= n; j += kAtOnce) {
+#pragma omp simd reduction(| : found)
+    for (int64_t k = 0; k < kAtOnce; ++k) found |= widen(x[j + k]) == sought;
+    if (found) break;
+  }
+  while (widen(x[j]) != sought) ++j;
+  return j;
+}
+
 // z of [first, first + n) as numbers to be widened: in `buffer`, unless it is what lies in memory. The largest of them
 // where asked for.
 template <bool kPlain, typename T, typename A>
@@ -167,11 +181,7 @@ PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instr
     const auto* z = load_tile<kIsPlain<kLoop>>(x, first, n, transform, buffer, &max);
     StatisticsOf<kLoop, A> tile;
     tile.max = max;
-    if (kLoop != Loop::plain && predict && max > row.max) {
-      int64_t j = 0;
-      while (widen(z[j]) != max) ++j;
-      tile.argmax = int32_t(first + j);
-    }
+    if (kLoop != Loop::plain && predict && max > row.max) tile.argmax = int32_t(first + place_of(z, n, max));
     A scaled = 0;
     tile.sum = sum_exponentials<kKeep, kEntropy>(instructions, z, n, max, kKeep ? kept + first : nullptr,
                                                  kKeep ? tile_origin + first / kWidth : nullptr, &scaled);
