@@ -7,7 +7,6 @@ price. Two passes: statistics first, then a row weight made of them, as every mo
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import harness
@@ -29,12 +28,8 @@ IN_PYTORCH: Sequence[Modulation] = (DFT(), EAFT(), MiLe())
 
 def _factor_of(modulation: Modulation, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
     """The factor of each row, detached; every row counts."""
-    if isinstance(modulation, DFT):
-        return torch.exp(-nll)
-    if isinstance(modulation, EAFT):
-        return entropy / math.log(vocab_size)
-    factor = 1 + entropy
-    return factor / factor.mean()
+    factor = modulation.factor(nll, entropy, vocab_size)
+    return factor / factor.mean() if modulation.is_normalized else factor
 
 
 def _by_two_passes(modulation: Modulation, statistics: Callable, loss: Callable, vocab_size: int) -> Tensor:

@@ -32,6 +32,7 @@ PDL_INLINE ModulationOfRow<A> modulation_of(A nll, A entropy, const Options& opt
   }
   const A least = nll < A(0) ? A(0) : nll;
   const A p = A(exp(-least));
+  if (options.modulation > Modulation::eaft) return {not_a_number<A>(), A(0)};
   if (options.modulation == Modulation::dft) return {p, A(0)};
   if (options.modulation == Modulation::anti_focal) {
     return {A(pow(A(1) + options.modulation_scale * p, options.gamma)), A(0)};

@@ -55,9 +55,13 @@ struct LogitTransform {
   }
 
   PDL_INLINE A apply(A x, int64_t j) const {
-    A z = scale * x;
-    if (softcap != A(0)) z = softcap * hyperbolic_tangent(z / softcap);
+    const A z = without_offset(x);
     return offset != nullptr ? z + A(offset[j]) : z;
+  }
+
+  PDL_INLINE A without_offset(A x) const {
+    const A z = scale * x;
+    return softcap != A(0) ? softcap * hyperbolic_tangent(z / softcap) : z;
   }
 
   PDL_INLINE A derivative(A x) const {
@@ -79,8 +83,8 @@ struct ClassWeights {
   PDL_INLINE static A times(A weight, A difference) { return weight == A(0) ? A(0) : weight * difference; }
 };
 
-// The loops over a row. Plain rows need neither the entropy, the sum of z nor a transform; `entropy` gathers the first,
-// `general` all of them.
+// The loops over a row. `plain` gathers its maximum and sum of exp, `entropy` also the entropy and the argmax.
+// `general` has the sum of z and the transform besides.
 enum class Loop { plain, entropy, general };
 
 template <Loop kLoop>

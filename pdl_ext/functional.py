@@ -61,7 +61,8 @@ def pdl_loss(
             backward, since the loss scale has to come first). Do not read them afterwards; another gradient that needs
             them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf and a view of one
             are refused. An upstream gradient other than 1 costs one more pass, and one more rounding: prefer
-            `normalizer` to dividing the loss. Ignored under torch.compile, where the compiler plans memory.
+            `normalizer` to dividing the loss. So does a normalized modulation. Ignored under torch.compile, where the
+            compiler plans memory.
         return_stats: also return RowStats.
         process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
             V, targets, tables and results are those of the whole vocabulary, the same on every rank. How many columns
@@ -123,7 +124,7 @@ def linear_pdl_loss(
         The others: as in pdl_loss.
 
     Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are
-    needed; float16 and reduction "none" compute the logits again in backward.
+    needed. float16, reduction "none", and a normalized modulation with a z-loss compute the logits again in backward.
     Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
     Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
     """

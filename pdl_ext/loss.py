@@ -42,7 +42,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             The frequency is the loss's own, kept whatever the weighting. 1 is balanced softmax (arXiv 2007.07314).
         weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead (arXiv 2010.04380). Each call in
             training mode draws them anew, by PyTorch's generator on the targets' device. It does not go with
-            label_smoothing_weight="class".
+            label_smoothing_weight="class": set later, that raises at the next training call.
         vocab_size: V of an online loss; without it V is that of the first logits.
         sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
             counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
@@ -457,7 +457,6 @@ def _check_vocabulary(name: str, call: LossCall | LinearLossCall, counts: Tensor
         raise ValueError(f"{name}: got device {device}, expected {counts.device}, where the frequency is: {remedy}")
 
 
-# At module level, so that the loss can be pickled.
 def _no_drop_by_class(weight_drop: float) -> ValueError:
     return ValueError(
         f'weight_drop: got {weight_drop} with label_smoothing_weight="class", expected 0: a target cannot weigh 1 '
@@ -465,6 +464,7 @@ def _no_drop_by_class(weight_drop: float) -> ValueError:
     )
 
 
+# At module level, so that the loss can be pickled.
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
     # Whenever ranks load, they go on in step.
     loss._calls_since_sync = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdl_ext._checks import MAX, check_flag, check_number
 
-__all__ = ["DFT", "EAFT", "AntiFocal", "Focal", "MiLe", "Modulation"]
+__all__ = ["DFT", "EAFT", "MODULATIONS", "AntiFocal", "Focal", "MiLe", "Modulation"]
 
 _EXPECTED = "a finite number >= 0"
 
@@ -58,7 +58,7 @@ class Modulation:
         """The modulation with a number, of which the others are packed; None for 0."""
         if number == 0:
             return None
-        kind = next(kind for kind in Modulation.__subclasses__() if kind.number == number)
+        kind = next(kind for kind in MODULATIONS if kind.number == number)
         flags = {field.name for field in dataclasses.fields(kind) if isinstance(field.default, bool)}
         named = {name: value for name, value in zip(kind.packs, packed, strict=True) if isinstance(name, str)}
         return kind(**{name: bool(value) if name in flags else value for name, value in named.items()})
@@ -140,7 +140,8 @@ class MiLe(Modulation):
     """(1 + H) ** gamma, detached, H the entropy of the row in nats: more weight where the model is unsure.
 
     With `normalize` it is divided by its mean over the rows of a call that are not ignored. That is the mean of this
-    rank and of this micro-batch. For another one give `normalize=False` and a `normalizer`.
+    rank and of this micro-batch. For another one give `normalize=False` and a `normalizer`. A gamma beyond some 30
+    leaves float32.
 
     Raises TypeError or ValueError that names the option.
     Source: Su et al. 2024 (arXiv 2310.19531), MiLe loss.
@@ -188,3 +189,7 @@ class EAFT(Modulation):
 
     def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
         return (entropy / math.log(vocab_size) if vocab_size > 1 else entropy) ** self.power
+
+
+# What the compiled ops know.
+MODULATIONS: tuple[type[Modulation], ...] = (Focal, AntiFocal, DFT, MiLe, EAFT)

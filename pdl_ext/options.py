@@ -12,7 +12,7 @@ from typing import Any, Generic, TypedDict, TypeVar
 import torch
 
 from pdl_ext._checks import MAX, check_choice, check_flag, check_ignore_index, check_number
-from pdl_ext.modulation import Modulation
+from pdl_ext.modulation import MODULATIONS, Modulation
 
 __all__ = [
     "DEFAULTS",
@@ -78,9 +78,7 @@ class LossOptions:
         self._set("logit_scale", check_number("logit_scale", self.logit_scale, -MAX, MAX, expected))
         if self.logit_scale == 0:
             raise ValueError(f"logit_scale: got {self.logit_scale!r}, expected {expected}")
-        if self.modulation is not None and (
-            not isinstance(self.modulation, Modulation) or not hasattr(self.modulation, "number")
-        ):
+        if self.modulation is not None and type(self.modulation) not in MODULATIONS:
             raise TypeError(
                 f"modulation: got {type(self.modulation).__name__}, expected None or one of pdl_ext.modulation"
             )

@@ -120,14 +120,14 @@ PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTrans
     if (max != nullptr) *max = largest(x + first, n);
     return x + first;
   } else {
-    A largest = -infinity<A>();
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) {
-      const A z = transform.apply(widen(x[first + j]), first + j);
-      buffer[j] = z;
-      largest = z > largest ? z : largest;
+    // A loop that asks each time whether there is an offset is no vector code.
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) buffer[j] = transform.without_offset(widen(x[first + j]));
+    if (transform.offset != nullptr) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) buffer[j] += A(transform.offset[first + j]);
     }
-    if (max != nullptr) *max = largest;
+    if (max != nullptr) *max = largest(buffer, n);
     return static_cast<const A*>(buffer);
   }
 }
@@ -207,6 +207,15 @@ PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instr
   return row;
 }
 
+// run(f), where f(j) is the weight of class j: of 1 for all it makes a loop of its own.
+template <bool kPlain, typename A, typename Run>
+PDL_INLINE void for_classes(const ClassWeights<A>& weights, Run run) {
+  if constexpr (!kPlain) {
+    if (weights.of_class != nullptr) return run([&](int64_t j) { return A(weights.of_class[j]); });
+  }
+  run([](int64_t) { return A(1); });
+}
+
 // Of columns [begin, end).
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x, T* gradient, int64_t begin,
@@ -220,12 +229,11 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
     const int64_t n = std::min(kTile<kPlain, T>, end - first);
     const auto* z = load_tile<kPlain>(x, first, n, transform, buffer);
     const auto log_ratio = [&](A z) { return row.log_ratio(z); };
-    map_exp<kPlain>(instructions, z, gradient + first, n, log_ratio, [&](A ratio, int64_t j) {
-      if constexpr (kPlain) {
-        return row.off_target_of(ratio);
-      } else {
-        return row.off_target_of(ratio, weights.at(first + j)) * transform.derivative(widen(x[first + j]));
-      }
+    for_classes<kPlain>(weights, [&](auto class_weight) {
+      map_exp<kPlain>(instructions, z, gradient + first, n, log_ratio, [&](A ratio, int64_t j) {
+        const A g = row.off_target_of(ratio, class_weight(first + j));
+        return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+      });
     });
   }
   if (!has_target) return;
@@ -242,12 +250,11 @@ PDL_INLINE void row_gradient_of_kept(Instructions<kCapability> instructions, con
   for (int64_t first = 0; first < vocab_size; first += kTile<kPlain, T>) {
     const int64_t n = std::min(kTile<kPlain, T>, vocab_size - first);
     const GradientRow<A> of_tile = row.relative_to(tile_origin[first / kTile<kPlain, T>]);
-    map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
-      if constexpr (kPlain) {
-        return of_tile.off_target_of(e);
-      } else {
-        return of_tile.off_target_of(e, weights.at(first + j)) * transform.derivative(widen(x[first + j]));
-      }
+    for_classes<kPlain>(weights, [&](auto class_weight) {
+      map<kPlain>(instructions, kept + first, gradient + first, n, [&](A e, int64_t j) {
+        const A g = of_tile.off_target_of(e, class_weight(first + j));
+        return kPlain ? g : g * transform.derivative(widen(x[first + j]));
+      });
     });
   }
 }

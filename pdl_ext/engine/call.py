@@ -398,6 +398,9 @@ def _has_tangent(*values: Tensor | float | None) -> bool:
     # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
     if getattr(forward_ad, "_current_level", -1) < 0:
         return False
+    if torch.compiler.is_compiling():
+        # A compiler's stand-ins have none.
+        return True
     tensors = (value for value in values if isinstance(value, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 

@@ -97,7 +97,8 @@ def entropy_of(z: Tensor, lse: Tensor) -> Tensor:
 
 
 def _factor(nll: Tensor, lse: Tensor, z: Tensor, counted: Tensor, modulation: Modulation) -> Tensor:
-    entropy = entropy_of(z, lse) if modulation.of_entropy else nll.detach()
+    # What no modulation of nll looks at is not computed.
+    entropy = entropy_of(z, lse) if modulation.of_entropy else torch.zeros_like(nll)
     m = modulation.factor(nll, entropy, z.shape[-1])
     if not modulation.is_normalized:
         return m

@@ -74,9 +74,12 @@ class Weighting:
         """The weight of every vocabulary entry.
 
         Returns float32 [V] on the device of the frequency's counts.
-        Raises ValueError if `fixed` names a token outside the vocabulary.
+        Raises TypeError for what is no TokenFrequency, ValueError if `fixed` names a token outside the vocabulary.
         """
-        return weights_of_counts(frequency.counts, self)
+        counts = getattr(frequency, "counts", None)
+        if not isinstance(counts, Tensor):
+            raise TypeError(f"frequency: got {type(frequency).__name__}, expected a TokenFrequency")
+        return weights_of_counts(counts, self)
 
     def table(self, counts: Tensor, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
         """weights_of_counts for a caller that keeps the blend and the table of fixed weights on the counts' device."""
