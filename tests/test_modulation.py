@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import ops
 from pdl_ext.modulation import DFT, EAFT, AntiFocal, Focal, MiLe, Modulation
-from pdl_ext.options import LossOptions
+from pdl_ext.options import REDUCTIONS, LossOptions
 
 MODULATIONS = [
     None,
@@ -132,6 +132,15 @@ def test_a_normalized_modulation_has_the_mean_of_its_call(make_case, reduction):
     torch.testing.assert_close(normalized, plain / mean, rtol=1e-10, atol=0)
     with_z, plain_with_z = losses(0.5)
     torch.testing.assert_close(with_z - normalized, plain_with_z - plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_normalized_modulation_of_nothing(make_case, reduction):
+    """Where no row counts there is no mean to divide by."""
+    case = make_case((4,), 31, row_weight=True)
+    case.targets.fill_(-100)
+    for value in case.run(functional.pdl_loss, reduction=reduction, modulation=MiLe()).values():
+        assert not value.any()
 
 
 def test_entropy_of_one_finite_logit(device):

@@ -10,10 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Those of kernels, the quick and the telling first.
 FILES = [
+    "modulation",
+    "label_smoothing",
     "memory",
     "edges",
+    "combinations",
     "loss_and_gradient",
-    "modulation",
     "layouts",
     "weighting",
     "numbers",
