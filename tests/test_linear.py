@@ -97,6 +97,18 @@ def test_matches_reference(make_linear, small_slabs, assert_accurate, dtype, red
     assert_all_accurate(assert_accurate, got, plain, truth)
 
 
+@pytest.mark.parametrize("slab_rows", [None, 4], ids=["one_slab", "slabs"])
+@pytest.mark.parametrize("options", ["focal", "anti_focal", "dft", "mile", "eaft", "smoothing_unweighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_family_matches_reference(make_linear, small_slabs, assert_accurate, dtype, options, slab_rows):
+    tensors = make_linear(dtype=dtype)
+    limit = None if slab_rows is None else slab_rows * 320 * dtype.itemsize
+    got = run(functional.linear_pdl_loss, tensors, max_chunk_bytes=limit, **OPTIONS[options])
+    plain = run(reference.linear_pdl_loss, tensors, **OPTIONS[options])
+    truth = run(reference.linear_pdl_loss, tensors, torch.float64, **OPTIONS[options])
+    assert_all_accurate(assert_accurate, got, plain, truth)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_match_the_unfused_loss(make_linear, small_slabs, options):
     tensors = make_linear(dtype=torch.float64)

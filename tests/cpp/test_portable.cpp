@@ -54,10 +54,14 @@ float kept_exp(float x, float max) {
   constexpr auto kCapability = cpu::Capability::avx512;
   const cpu::ExpOrigin<kCapability> origin(max);
   std::vector<cpu::BFloat16> z(cpu::kBlock, cpu::narrow<cpu::BFloat16>(x));
-  float kept[cpu::kBlock];
-  const float sum =
-      sum_of_exp_blocks<true>(cpu::Instructions<kCapability>(), z.data(), cpu::kBlock, origin, kept, cpu::kBlock);
-  if (sum == sum) EXPECT_FLOAT_EQ(sum, cpu::kBlock * kept[0]);
+  float kept[cpu::kBlock], scaled;
+  const float sum = sum_of_exp_blocks<true, true>(cpu::Instructions<kCapability>(), z.data(), cpu::kBlock, origin, kept,
+                                                  cpu::kBlock, &scaled);
+  if (sum == sum) {
+    EXPECT_FLOAT_EQ(sum, cpu::kBlock * kept[0]);
+    const float expected = sum * finite_log_ratio(widen(z[0]) - max);
+    EXPECT_NEAR(scaled, expected, 2e-6f * std::abs(expected));
+  }
   return kept[cpu::kBlock - 1] / origin.at_max;
 }
 
