@@ -60,10 +60,15 @@ class _Truth:
     def __init__(self, logits_of: Callable[[Tensor], Tensor], targets: Tensor, weight: Tensor, vocab_size: int) -> None:
         self.logits_of, self.targets, self.weight = logits_of, targets, weight
         self.parts = torch.arange(len(targets)).split(max(1, 2**24 // vocab_size))
+        self._found: dict[Modulation | None, tuple[Tensor, float]] = {}
 
-    @functools.cache  # noqa: B019
     def of(self, modulation: Modulation | None) -> tuple[Tensor, float]:
         """The loss, and by what its sum was divided."""
+        if modulation not in self._found:
+            self._found[modulation] = self._compute(modulation)
+        return self._found[modulation]
+
+    def _compute(self, modulation: Modulation | None) -> tuple[Tensor, float]:
         of_row = None if modulation is None else modulation.of_row
         total, factors = torch.zeros((), dtype=torch.float64), 0.0
         for part in self.parts:
