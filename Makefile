@@ -21,7 +21,7 @@ BENCH ?=
 PYTEST ?= -n 2 --dist worksteal
 # OpenMP's threads would spin while they wait, on the core that the other process computes on.
 RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
-# Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90a".
+# Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90".
 CUDA_COMPILE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
 RESULTS ?=

@@ -48,6 +48,21 @@ def find_toolkit() -> None:
             os.environ["CUDA_HOME"] = os.path.realpath(top[1])
 
 
+def choose_architectures(cuda_home, known) -> None:
+    """Names what the kernels are built for where no card is seen: PyTorch would take that of the cards that it sees."""
+    import torch
+
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native") or torch.cuda.device_count() > 0:
+        return
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    chosen = [capability for capability in known if f"compute_{capability.replace('.', '')}" in listed]
+    if not chosen:
+        sys.exit(f"pdl_ext: {nvcc} knows none of the architectures {' '.join(known)}; set TORCH_CUDA_ARCH_LIST")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
+    print(f"pdl_ext: no card is seen: built for {' '.join(chosen)} and later (TORCH_CUDA_ARCH_LIST chooses others)")
+
+
 def extension_arguments() -> dict:
     find_toolkit()
     import torch
@@ -67,6 +82,7 @@ def extension_arguments() -> dict:
     if with_cuda:
         make = cpp_extension.CUDAExtension
         sources += glob.glob("csrc/cuda/*.cu")
+        choose_architectures(cpp_extension.CUDA_HOME, flags["architectures"])
     extension = make(
         "pdl_ext._C",
         sorted(sources),

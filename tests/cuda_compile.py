@@ -1,6 +1,6 @@
 """Compiles every CUDA source for every architecture, without a GPU, and refuses kernels that spill registers.
 
-python tests/cuda_compile.py [--arch 80,90a,100a] [FILE.cu ...]
+python tests/cuda_compile.py [--arch 80,90,100] [FILE.cu ...]
 
 What was compiled once is remembered in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch
 or the compiler changes.
@@ -26,10 +26,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-# Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
-ARCHITECTURES = ("75", "80", "86", "89", "90a", "100a", "120a")
-WITH_HOST_CODE = "80"
 BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
+# Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
+ARCHITECTURES = tuple(capability.replace(".", "") for capability in BUILD_FLAGS["architectures"])
+WITH_HOST_CODE = "80"
 FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["nvcc"], *BUILD_FLAGS["with_cuda"]]
 
 

@@ -85,6 +85,41 @@ def test_a_wish_for_cuda_that_cannot_be_met_is_refused(wish, said):
     assert said in result.stderr
 
 
+ARCHITECTURES = BUILD_FLAGS["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("wish", "cards", "known", "chosen"),
+    [
+        (None, 0, ARCHITECTURES, f"{';'.join(ARCHITECTURES)}+PTX"),
+        ("", 0, ARCHITECTURES, f"{';'.join(ARCHITECTURES)}+PTX"),
+        ("native", 0, ["5.0", "8.0", "9.0"], "8.0;9.0+PTX"),  # an older compiler
+        ("8.6", 0, ARCHITECTURES, "8.6"),
+        (None, 1, ARCHITECTURES, ""),  # PyTorch asks the cards
+    ],
+)
+def test_architectures_are_named_where_no_card_is_seen(tmp_path, wish, cards, known, chosen):
+    pytest.importorskip("setuptools", reason="the build is setuptools'")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho " + " ".join(f"compute_{each.replace('.', '')}" for each in known))
+    nvcc.chmod(0o755)
+    # Before its last line, which builds, setup.py only defines.
+    code = f"""import os, torch
+from torch.utils.cpp_extension import _get_cuda_arch_flags
+torch.cuda.device_count = lambda: {cards}
+exec(open("setup.py").read().rpartition("\\nsetup(")[0])
+choose_architectures({str(tmp_path)!r}, {ARCHITECTURES})
+print(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+if not {cards}: _get_cuda_arch_flags()"""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    if wish is not None:
+        environment["TORCH_CUDA_ARCH_LIST"] = wish
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == chosen
+
+
 @pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
 def test_a_build_without_pytorch_is_refused(hook, tmp_path):
     pytest.importorskip("setuptools", reason="the build backend is setuptools'")
@@ -98,7 +133,7 @@ def test_a_build_without_pytorch_is_refused(hook, tmp_path):
 
 
 def test_flags_and_macros_stand_in_one_file():
-    flags = [flag for some in BUILD_FLAGS.values() for flag in some]
+    flags = [flag for name, some in BUILD_FLAGS.items() for flag in some if name != "architectures"]
     assert len(set(flags)) == len(flags)
     # Of a macro its name, however it is passed on.
     names = [re.sub(r"^-D|=0x.*", "", flag) for flag in flags]
