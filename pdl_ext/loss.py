@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from typing import Any, cast
@@ -18,7 +19,14 @@ from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext.counts import check_count_values, log_probabilities
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.options import DEFAULTS, LossKeywords, LossOptions, OptionsAsAttributes, spells_out_options
+from pdl_ext.options import (
+    DEFAULTS,
+    LossKeywords,
+    LossOptions,
+    OptionsAsAttributes,
+    check_keywords,
+    spells_out_options,
+)
 from pdl_ext.weighting import PowerLaw, Weighting
 from pdl_ext.weighting.base import check_blend, check_fixed, check_weighting
 
@@ -181,6 +189,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             if self.logit_adjustment != 0:
                 self._weights.offset(frequency.counts, self.logit_adjustment)
 
+    @spells_out_options
     def forward(
         self,
         logits: Tensor,
@@ -191,8 +200,12 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         logit_offset: Tensor | None = None,
         return_stats: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[LossKeywords],
     ) -> Tensor | tuple[Tensor, RowStats]:
-        """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`."""
+        """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`.
+
+        options: of this call, instead of the loss's own, which stay; all but `ignore_index`, by which it counts.
+        """
         self._check_state(process_group)
         # Everything that can be refused is refused before an online loss counts its targets.
         call = LossCall(
@@ -200,13 +213,14 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             targets,
             row_weight=row_weight,
             normalizer=normalizer,
-            options=self._options,
+            options=self._options_of_call(options),
             return_stats=return_stats,
             process_group=process_group,
             inplace_backward=self.inplace_backward,
         )
         return self._loss("logits", call, logit_offset)
 
+    @spells_out_options
     def linear(
         self,
         hidden: Tensor,
@@ -221,10 +235,12 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         max_chunk_bytes: int | None = None,
         accumulate: str = "float32",
         process_group: dist.ProcessGroup | None = None,
+        **options: Unpack[LossKeywords],
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of hidden states [..., H] under a classifier [V, H], without their logits [..., V] in memory.
 
         Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
+        options: as in forward.
         """
         self._check_state(process_group)
         call = LinearLossCall(
@@ -234,7 +250,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             targets,
             row_weight=row_weight,
             normalizer=normalizer,
-            options=self._options,
+            options=self._options_of_call(options),
             return_stats=return_stats,
             max_chunk_bytes=max_chunk_bytes,
             accumulate=accumulate,
@@ -258,18 +274,26 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
                 told += f", {name}={value}"
         return told
 
+    def _options_of_call(self, given: LossKeywords) -> LossOptions:
+        if not given:
+            return self._options
+        check_keywords("PDLLoss", given)
+        if "ignore_index" in given:
+            raise TypeError("ignore_index: got one in a call, expected none: it is the loss's own, by which it counts")
+        return dataclasses.replace(self._options, **given)
+
     def _loss(
         self, name: str, call: LossCall | LinearLossCall, logit_offset: Tensor | None
     ) -> Tensor | tuple[Tensor, RowStats]:
         # Before an online loss counts.
         call.check_tables(None, logit_offset)
-        if self.training and self._weight_drop > 0 and self._options.smooths_by_class:
+        if self.training and self._weight_drop > 0 and call.options.smooths_by_class:
             raise _no_drop_by_class(self._weight_drop)
         weights = self._current_weights(name, call)
         if weights is not None and self.training and self._weight_drop > 0:
             call.drop_weights(weights, self._weight_drop)
             weights = None
-        elif weights is not None and self._options.smooths_by_class and not self.online:
+        elif weights is not None and call.options.smooths_by_class and not self.online:
             # Backward needs them, and the kept ones may be written to before.
             weights = weights.clone()
         if self._logit_adjustment != 0:

@@ -24,6 +24,7 @@ LAYERS = (
     (
         ("pdl_ext.loss", "pdl_ext._token_weights", "pdl_ext._outside_graphs"),
         ("pdl_ext.corpus.*",),
+        ("pdl_ext.labels",),
         ("pdl_ext.statistics",),
         ("pdl_ext.reference",),
     ),
@@ -63,7 +64,7 @@ OTHERS_NAMES = {
     "_current_level",
 }
 # Modules without a public name for some of what the library needs of them.
-OTHERS_MODULES = ("torch._C", "torch.distributed.distributed_c10d")
+OTHERS_MODULES = ("torch._C", "torch.distributed.distributed_c10d", "torch.Tensor._make_wrapper_subclass")
 
 
 class Import(NamedTuple):

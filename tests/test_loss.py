@@ -296,9 +296,36 @@ def test_what_pickles_and_tools_ask_for_is_public():
             saved.seek(0)
             loaded = torch.load(saved, weights_only=True)
         assert type(loaded) is kind
-    for function in (functional.pdl_loss, functional.linear_pdl_loss, reference.pdl_loss, PDLLoss.__init__):
+    calls = (PDLLoss.forward, PDLLoss.linear)
+    for function in (functional.pdl_loss, functional.linear_pdl_loss, reference.pdl_loss, PDLLoss.__init__, *calls):
         assert typing.get_type_hints(function)["options"]
         assert set(DEFAULTS) <= set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_options_of_a_call_are_those_of_a_loss_that_has_them(is_linear):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 7, 8), torch.randn(50, 8)
+    targets = torch.randint(0, 50, (3, 7))
+    given = {"shift": True, "softcap": 2.0, "logit_scale": 0.5, "label_smoothing": 0.1, "reduction": "none"}
+
+    def loss_of(loss_fn, **options):
+        if is_linear:
+            return loss_fn.linear(hidden, weight, targets, **options)
+        return loss_fn(hidden @ weight.T, targets, **options)
+
+    loss_fn, expected = PDLLoss(alpha=0.5), PDLLoss(alpha=0.5, **given)
+    assert torch.equal(loss_of(loss_fn, **given), loss_of(expected))
+    # They are of that call alone, by which it counts as well.
+    assert (loss_fn.shift, loss_fn.softcap, loss_fn.reduction) == (False, None, "mean")
+    assert torch.equal(loss_fn.frequency.counts, expected.frequency.counts)
+    with pytest.raises(ValueError, match="softcap: got -1"):
+        loss_of(loss_fn, softcap=-1.0)
+    with pytest.raises(TypeError, match="ignore_index: got one in a call, expected none"):
+        loss_of(loss_fn, ignore_index=0)
+    with pytest.raises(TypeError, match=r"PDLLoss\(\) got an unexpected keyword argument 'softcup'"):
+        loss_of(loss_fn, softcup=1.0)
+    assert loss_fn.frequency.total == expected.frequency.total
 
 
 @pytest.mark.parametrize("call", [PDLLoss, functional.pdl_loss, functional.linear_pdl_loss, reference.pdl_loss])

@@ -11,6 +11,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_snippets_run(tmp_path, monkeypatch):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    snippets = [snippet for snippet in snippets if "Trainer" not in snippet]
     assert len(snippets) >= 5
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -29,6 +30,32 @@ def test_snippets_of_corpora_run(tmp_path, monkeypatch):
     namespace = {}
     exec(compile(snippet, "corpora.md", "exec"), namespace)
     assert namespace["loss_fn"].frequency.counts[:8].tolist() == [0, 0, 0, 0, 0, 0, 0, 2]
+
+
+def test_snippets_of_a_trainer_run(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="needs pdl_ext[transformers]")
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    page = README.read_text() + (README.parent / "docs" / "frameworks.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = torch.arange(1, 9)
+    arguments = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    namespace = {
+        "Trainer": transformers.Trainer,
+        "args": transformers.TrainingArguments(output_dir=str(tmp_path), **arguments),
+        "dataset": [{"input_ids": ids, "labels": ids}],
+    }
+    trained = [snippet for snippet in snippets if "trainer" in snippet]
+    assert len(trained) == 3
+    for snippet in trained:
+        if "apply_pdl_loss" in snippet:
+            config = transformers.LlamaConfig(vocab_size=101, pad_token_id=0, **sizes)
+            namespace["model"] = transformers.LlamaForCausalLM(config)
+        exec(compile(snippet, "frameworks.md", "exec"), namespace)
+    assert namespace["loss_fn"].frequency.counts[2:9].tolist() == [1] * 7
+    assert namespace["frequency"].counts[2:9].tolist() == [1] * 7
 
 
 def test_snippets_of_the_family_run():

@@ -1,0 +1,254 @@
+"""Logits that nobody has made yet: what a language model does to them is recorded, and a loss reads the record.
+
+A head that is `recording()` returns LazyLogits. A scale, a softcap, a cast and a slice of the vocabulary are kept as
+steps. Every other operation on them makes the real logits, differentiably, and goes on with these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+__all__ = ["Head", "LazyLogits", "Transform", "record", "recording", "stop_recording"]
+
+
+class _Thread(threading.local):
+    wanted = False
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def recording(wanted: bool = True) -> Iterator[None]:
+    """Whether heads that `record` has prepared return LazyLogits, on this thread."""
+    before = _thread.wanted
+    _thread.wanted = wanted
+    try:
+        yield
+    finally:
+        _thread.wanted = before
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the logits are the product of: hidden [..., H], weight [V, H], bias [V] or None, and their module."""
+
+    hidden: Tensor
+    module: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Transform:
+    """z = softcap tanh(logit_scale x / softcap), or without a softcap z = logit_scale x.
+
+    width: how many logits are kept, the first ones.
+    """
+
+    logit_scale: float
+    softcap: float | None
+    width: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One operation on the logits, and its factor where it is a multiplication."""
+
+    apply: Callable[[Tensor], Tensor]
+    factor: float | None = None
+    is_tanh: bool = False
+
+
+class LazyLogits(Tensor):
+    """Logits [..., V] of a head, in the dtype that it would return, without memory of their own."""
+
+    head: Head
+    steps: tuple[_Step, ...]
+    made: Tensor | None
+    # By operation: the first that a record was not understood for.
+    unknown: str | None
+
+    @staticmethod
+    def __new__(cls, head: Head, dtype: torch.dtype, width: int, steps: tuple[_Step, ...] = ()) -> LazyLogits:
+        shape = (*head.hidden.shape[:-1], width)
+        lazy: LazyLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=head.hidden.device)
+        lazy.head, lazy.steps, lazy.made, lazy.unknown = head, steps, None, None
+        return lazy
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyLogits({tuple(self.shape)})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dense().__deepcopy__(memo)
+
+    def dense(self) -> Tensor:
+        """The logits as the model would have made them, attached to its graph."""
+        if self.made is None:
+            head = self.head
+            made = nn.functional.linear(head.hidden, head.weight, head.bias)
+            for step in self.steps:
+                made = step.apply(made)
+            self.made = made
+        return self.made
+
+    def transform(self) -> Transform | None:
+        """The steps as a loss takes them; None where they are no scale with a softcap, or the logits were made."""
+        if self.made is not None:
+            return None
+        scale, softcap, after_tanh = 1.0, None, False
+        for step in self.steps:
+            if step.is_tanh:
+                if after_tanh:
+                    return None
+                softcap, after_tanh = 1.0, True
+            elif step.factor is not None and after_tanh:
+                if softcap != 1.0 or step.factor <= 0:
+                    return None
+                softcap = step.factor
+            elif step.factor is not None:
+                scale *= step.factor
+        if scale == 0:
+            return None
+        # tanh(scale x) is softcap tanh(logit_scale x / softcap) over softcap.
+        return Transform(scale if softcap is None else scale * softcap, softcap, self.shape[-1])
+
+    def _then(self, step: _Step, dtype: torch.dtype | None = None, width: int | None = None) -> LazyLogits:
+        return LazyLogits(self.head, dtype or self.dtype, width or self.shape[-1], (*self.steps, step))
+
+    def _recorded(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """The result of what is understood, or None."""
+        if function in (torch.tanh, Tensor.tanh) and not arguments:
+            return self._then(_Step(torch.tanh, is_tanh=True))
+        if function is Tensor.contiguous and not arguments:
+            return self
+        if function is Tensor.float and not arguments:
+            return self._then(_Step(Tensor.float), torch.float32)
+        if function is Tensor.detach and not arguments:
+            head = self.head
+            bias = None if head.bias is None else head.bias.detach()
+            detached = Head(head.hidden.detach(), head.module, head.weight.detach(), bias)
+            return LazyLogits(detached, self.dtype, self.shape[-1], self.steps)
+        if len(arguments) != 1:
+            return None
+        value = arguments[0]
+        if function in _MULTIPLICATIONS | _DIVISIONS and type(value) in (int, float):
+            factor = float(value) if function in _MULTIPLICATIONS else 1.0 / value if value else None
+            return None if factor is None else self._then(_Step(lambda made: function(made, value), factor))
+        if function is Tensor.to and isinstance(value, torch.dtype):
+            return self._then(_Step(lambda made: made.to(value)), value)
+        if function is Tensor.to and value == self.device:
+            return self
+        if function is Tensor.__getitem__:
+            width = _first_columns(value, self.shape[-1])
+            return None if width is None else self._then(_Step(lambda made: made[..., :width]), width=width)
+        return None
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _OF_SHAPE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if args and isinstance(args[0], LazyLogits) and args[0].made is None and not kwargs:
+            result = args[0]._recorded(function, tuple(args[1:]))
+            if result is not None:
+                return result
+        name = getattr(function, "__name__", str(function))
+        args, kwargs = tree_map_only(LazyLogits, functools.partial(_dense_for, name), (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Of what never came through __torch_function__, as a backend's own calls.
+        name = str(function)
+        args, kwargs = tree_map_only(LazyLogits, lambda lazy: _dense_for(name, lazy).detach(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _dense_for(name: str, lazy: LazyLogits) -> Tensor:
+    lazy.unknown = lazy.unknown or name
+    return lazy.dense()
+
+
+def _first_columns(index: Any, width: int) -> int | None:
+    """How many columns [..., :k] leaves, or None for another index."""
+    if not (isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis and isinstance(index[1], slice)):
+        return None
+    columns = index[1]
+    if columns.start not in (None, 0) or columns.step not in (None, 1) or type(columns.stop) is not int:
+        return None
+    return columns.stop if 0 < columns.stop <= width else None
+
+
+_MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
+_DIVISIONS = {torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide}
+_DIVISIONS |= {Tensor.__truediv__}
+# What needs no number of the logits.
+_ATTRIBUTES: tuple[str, ...] = (
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "layout",
+    "grad_fn",
+    "requires_grad",
+    "is_leaf",
+    "is_cuda",
+    "is_meta",
+)
+_ATTRIBUTES += ("is_cpu", "is_sparse", "is_nested", "is_quantized", "is_mps", "is_xpu")
+_METHODS = ("dim", "size", "numel", "ndimension", "is_floating_point", "is_complex", "element_size", "__len__")
+_OF_SHAPE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(Tensor, name) for name in _METHODS}
+_OF_SHAPE |= {torch.is_floating_point, torch.is_complex, torch.numel}
+
+
+def record(module: nn.Module) -> None:
+    """Lets a linear head return LazyLogits while `recording()`; before and after it is what it was."""
+    forward = module.forward.__func__  # type: ignore[attr-defined]
+
+    @functools.wraps(forward)
+    def lazy_forward(self: Any, hidden: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if not _thread.wanted or not _is_understood(self, hidden):
+            return forward(self, hidden)
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        return LazyLogits(Head(hidden, self, weight, bias), dtype, weight.shape[0])
+
+    module.forward = types.MethodType(lazy_forward, module)
+
+
+def stop_recording(module: nn.Module) -> None:
+    """Undoes `record`."""
+    module.__dict__.pop("forward", None)
+
+
+def _is_understood(module: Any, hidden: Tensor) -> bool:
+    # A compiler cannot make a tensor of a class of ours. When the head has returned, ZeRO-3 takes the weight away, as
+    # FSDP2 does where the head is a unit of its own.
+    weight: Any = module.weight
+    if torch.compiler.is_compiling() or hasattr(weight, "ds_id") or hasattr(module, "unshard"):
+        return False
+    # Neither a DTensor nor quantised.
+    plain = (Tensor, nn.Parameter)
+    return type(hidden) in plain and type(weight) in plain and weight.is_floating_point()

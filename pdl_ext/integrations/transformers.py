@@ -1,0 +1,426 @@
+"""Hugging Face transformers: PDL as the loss of a model and of a Trainer, from the hidden states.
+
+`apply_pdl_loss(model, loss)` sets the model's loss. `PDLCallback(loss)` keeps counts in checkpoints and logs what
+weighting does. It refuses to train where the loss is not called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import pdl_ext
+from pdl_ext._checks import check_choice, check_flag
+from pdl_ext._optional import require
+from pdl_ext.integrations import lazy_logits
+from pdl_ext.integrations.lazy_logits import LazyLogits
+
+__all__ = ["PDLCallback", "apply_pdl_loss", "remove_pdl_loss"]
+
+_transformers: Any = require("transformers", "transformers")
+_losses: Any = require("transformers.loss.loss_utils", "transformers")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+EVALUATION_LOSSES = ("nll", "pdl")
+_FILE = "pdl_loss.pt"
+
+
+class _Forward(threading.local):
+    """Of this thread's innermost model with a PDLLoss in its forward."""
+
+    is_training: bool | None = None
+
+
+_forward = _Forward()
+
+
+def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, eval_loss: str = "nll") -> Model:
+    """Makes a language model compute its loss by a PDLLoss, in place; returns the model.
+
+    Args:
+        model: a PreTrainedModel with a language-modelling head, or a PeftModel of one, before or after fully_shard.
+        loss: a PDLLoss of reduction "mean" or "token_mean". Whether targets are shifted, the softcap and the scale of
+            the logits are the model's, so its own must not be set. It is no part of the model, and counts in training
+            only. A `num_items_in_batch`, as a Trainer gives it, is the normalizer.
+        fused: whether the loss is taken from the hidden states, so that no logits are made. They are made where
+            somebody reads them, under torch.compile, and for a quantised or adapted head. So they are where the model
+            does to them what is not understood, of which a warning tells once. With ZeRO-3, and with a head that is a
+            unit of FSDP2 of its own, they are always made.
+        eval_loss: "nll", the plain negative log-likelihood of a model in eval mode, or "pdl", the loss itself.
+
+    Raises TypeError for another model or loss, ValueError for a model without a head or that has a PDLLoss. ValueError,
+    too, for options that are not the loss's to set, and for counts of another vocabulary.
+    Source: arXiv 2505.16900.
+    """
+    base = _base_model(model)
+    check_flag("fused", fused)
+    check_choice("eval_loss", eval_loss, EVALUATION_LOSSES)
+    _check_loss(loss)
+    if _model_loss(base) is not None:
+        raise ValueError("model: got one with a PDLLoss, expected one without: call remove_pdl_loss(model) first")
+    head = _head(base)
+    if loss.frequency is not None and loss.frequency.vocab_size != _rows(base, head):
+        raise ValueError(
+            f"loss: got counts of {loss.frequency.vocab_size} tokens, expected {_rows(base, head)}, the logits of "
+            f"{type(base).__name__}"
+        )
+    if loss.frequency is not None and base.device.type != "meta":
+        loss.to(base.device)
+    base.loss_function = _ModelLoss(loss, _shifts(base), eval_loss)
+    if fused and isinstance(head, nn.Linear):
+        lazy_logits.record(head)
+    _mark_forward(base)
+    return model
+
+
+def remove_pdl_loss(model: Model) -> Model:
+    """Gives a model its own loss back, in place; returns the model. Raises ValueError for one without a PDLLoss."""
+    base = _base_model(model)
+    if _model_loss(base) is None:
+        raise ValueError("model: got one without a PDLLoss, expected one that apply_pdl_loss was called with")
+    del base.__dict__["_loss_function"]
+    base.__dict__.pop("forward", None)
+    if "accepts_loss_kwargs" in base.__dict__:
+        del base.accepts_loss_kwargs
+    lazy_logits.stop_recording(_head(base))
+    return model
+
+
+class _ModelLoss:
+    """A model's `loss_function`, and what was seen since somebody last asked."""
+
+    # Some compiled forwards of others read it.
+    __name__ = "pdl_loss"
+
+    def __init__(self, loss: pdl_ext.PDLLoss, shift: bool, eval_loss: str) -> None:
+        self.loss = loss
+        self.shift = shift
+        self.eval_loss = eval_loss
+        self.was_called = False
+        self.seen: _Seen | None = None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        loss = self.loss
+        if ignore_index != loss.ignore_index:
+            raise ValueError(f"ignore_index: got {ignore_index}, expected {loss.ignore_index}, that of the PDLLoss")
+        self.was_called = True
+        is_training = loss.training if _forward.is_training is None else _forward.is_training
+        if loss.training != is_training:
+            loss.train(is_training)
+        frequency = None if torch.compiler.is_compiling() else loss.frequency
+        if frequency is not None and frequency.counts.device != logits.device:
+            loss.to(logits.device)
+        targets = (labels if shift_labels is None else shift_labels).to(logits.device)
+        seen = self.seen if is_training else None
+        options: dict[str, Any] = {
+            "shift": self.shift and shift_labels is None,
+            "normalizer": _normalizer(num_items_in_batch, logits.device),
+            "return_stats": seen is not None,
+        }
+        of_logits: Any = loss
+        of_hidden: Any = loss.linear
+        if not is_training and self.eval_loss == "nll":
+            options |= {"ignore_index": loss.ignore_index, "reduction": "token_mean"}
+            of_logits, of_hidden = pdl_ext.functional.pdl_loss, pdl_ext.functional.linear_pdl_loss
+        result = self._from_hidden_states(of_hidden, logits, targets, options)
+        if result is None:
+            made = logits.dense() if isinstance(logits, LazyLogits) else logits
+            result = of_logits(made, targets, **options)
+        if seen is None:
+            return result
+        value, stats = result
+        seen.add(stats, targets, options["shift"], loss.ignore_index)
+        return value
+
+    @staticmethod
+    def _from_hidden_states(of_hidden: Any, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
+        """The loss of logits that were not made; None of others."""
+        if not isinstance(logits, LazyLogits):
+            return None
+        transform = logits.transform()
+        if transform is None:
+            _tell_once(logits.unknown or "a series of operations that is no scale with a softcap")
+            return None
+        head, width = logits.head, transform.width
+        weight, bias = head.weight, head.bias
+        if width != weight.shape[0]:
+            weight, bias = weight[:width], None if bias is None else bias[:width]
+        of_model = {"softcap": transform.softcap, "logit_scale": transform.logit_scale}
+        return of_hidden(head.hidden, weight, targets, bias=bias, **of_model, **options)
+
+
+class _Seen:
+    """Sums of a loss's row statistics over the calls since the last reading, on the device.
+
+    buckets: int64 [V], the frequency bucket of each token, or None where nothing is counted.
+    """
+
+    def __init__(self, buckets: Tensor | None) -> None:
+        self.buckets = buckets
+        self.sums: Tensor | None = None
+
+    def add(self, stats: pdl_ext.RowStats, targets: Tensor, shift: bool, ignore_index: int) -> None:
+        counted = targets != ignore_index
+        if shift:
+            counted = counted.clone()
+            counted[..., 0] = False
+        nll, weight = (torch.where(counted, of_row, 0.0).double() for of_row in (stats.nll, stats.weight))
+        sums = [counted.sum().double(), nll.sum(), weight.sum(), (weight * weight).sum()]
+        if self.buckets is not None:
+            bucket = self.buckets.to(targets.device)[torch.where(counted, targets, 0).long()]
+            for number in range(3):
+                here = counted & (bucket == number)
+                sums += [here.sum().double(), torch.where(here, nll, 0.0).sum()]
+        added = torch.stack(sums)
+        self.sums = added if self.sums is None else self.sums + added
+
+    def read(self) -> dict[str, float]:
+        """What the rows since the last reading say; nothing where there were none."""
+        if self.sums is None:
+            return {}
+        rows, nll, weight, squares, *buckets = self.sums.tolist()
+        self.sums = None
+        if not rows:
+            return {}
+        logs = {"pdl/nll": nll / rows, "pdl/effective_sample": weight**2 / squares / rows if squares else 0.0}
+        names = ("frequent", "medium", "rare")
+        for name, count, of_bucket in zip(names, buckets[::2], buckets[1::2], strict=False):
+            if count:
+                logs[f"pdl/nll_{name}"] = of_bucket / count
+        return logs
+
+
+class PDLCallback(_transformers.TrainerCallback):
+    """What a Trainer needs beside `apply_pdl_loss(model, loss)`: give it as one of its `callbacks`.
+
+    - A training step that ends without a call of the loss raises RuntimeError: something else was trained.
+    - Each checkpoint holds the loss's counts and blend, and a resumed run goes on from them.
+    - The Trainer's logs get numbers of this rank's training targets. `pdl/nll` is their plain negative log-likelihood
+      in nats, `pdl/effective_sample` is (sum w)^2 / (n sum w^2). `pdl/nll_frequent`, `pdl/nll_medium` and
+      `pdl/nll_rare` are those of the buckets of `TokenFrequency.buckets`. What reports of a Trainer's own `report_to`
+      comes before any callback, so it gets none of them; they are in `state.log_history`.
+
+    loss: the PDLLoss of the model. Raises TypeError for another one. At the beginning of the training it raises
+    ValueError for a model without it, and for a Trainer's label_smoothing_factor. FileNotFoundError is that of a
+    checkpoint without counts.
+    """
+
+    def __init__(self, loss: pdl_ext.PDLLoss) -> None:
+        if not isinstance(loss, pdl_ext.PDLLoss):
+            raise TypeError(f"loss: got {type(loss).__name__}, expected a PDLLoss")
+        self._loss = loss
+        self._of_model: _ModelLoss | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        of_model = _model_loss(_base_model(model))
+        if of_model is None or of_model.loss is not self._loss:
+            raise ValueError(
+                "model: got one without this PDLLoss, expected apply_pdl_loss(model, loss) before the training"
+            )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0, with which the Trainer calls "
+                "the model's loss: give PDLLoss(label_smoothing=) instead"
+            )
+        self._of_model = of_model
+        of_model.was_called = False
+        if state.global_step > 0:
+            self._restore(args, state.global_step)
+        of_model.seen = _Seen(self._buckets())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._of_model is not None and not self._of_model.was_called:
+            raise RuntimeError(
+                "PDLLoss: got no call in a training step, expected one for each batch. Something else computes the "
+                "loss: the Trainer's compute_loss_func, Liger's fused loss, or a head of TRL's own"
+            )
+        if self._of_model is not None:
+            self._of_model.was_called = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        loss = self._loss
+        if loss.online and loss.sync_every is not None and loss.frequency is not None:
+            loss.frequency.sync()
+        if state.is_world_process_zero and (loss.frequency is not None or not loss.online):
+            path = _checkpoint(args, state.global_step) / _FILE
+            partial = path.with_suffix(f".{os.getpid()}")
+            torch.save(loss.state_dict(), partial)
+            partial.replace(path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self._of_model is None or self._of_model.seen is None or logs is None or "loss" not in logs:
+            return
+        told = self._of_model.seen.read()
+        logs.update(told)
+        if state.log_history:
+            state.log_history[-1].update(told)
+        if self._loss.online:
+            self._of_model.seen.buckets = self._buckets()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._of_model is not None:
+            self._of_model.seen = None
+        self._of_model = None
+
+    def _buckets(self) -> Tensor | None:
+        frequency = self._loss.frequency
+        return None if frequency is None or not frequency.total else frequency.buckets()
+
+    def _restore(self, args: Any, step: int) -> None:
+        given = args.resume_from_checkpoint
+        path = (Path(given) if isinstance(given, str) else _checkpoint(args, step)) / _FILE
+        if path.exists():
+            self._loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        elif self._loss.online:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint: {path} is missing, so that the counts would begin anew. It is written where "
+                "PDLCallback was there before; set TrainingArguments(resume_from_checkpoint=) for a checkpoint that "
+                "lies elsewhere"
+            )
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def _base_model(model: Any) -> Any:
+    """The PreTrainedModel of what a user holds: itself, of a PeftModel, or of what a Trainer has wrapped."""
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, _transformers.PreTrainedModel):
+        # PeftModel, or DistributedDataParallel.
+        get_base: Any = getattr(inner, "get_base_model", None)
+        wrapped = getattr(inner, "module", None) if get_base is None else get_base()
+        if wrapped is None or wrapped is inner:
+            break
+        inner = wrapped
+    if not isinstance(inner, _transformers.PreTrainedModel):
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a transformers PreTrainedModel or a PeftModel of one"
+        )
+    return inner
+
+
+def _model_loss(base: Any) -> _ModelLoss | None:
+    loss = base.__dict__.get("_loss_function")
+    return loss if isinstance(loss, _ModelLoss) else None
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, pdl_ext.PDLLoss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected a PDLLoss")
+    if loss.reduction not in ("mean", "token_mean"):
+        raise ValueError(f"loss: got reduction {loss.reduction!r}, expected 'mean' or 'token_mean'")
+    for name, default in (("shift", False), ("softcap", None), ("logit_scale", 1.0)):
+        if getattr(loss, name) != default:
+            raise ValueError(f"loss: got {name}={getattr(loss, name)}, expected {default}: the model decides it")
+
+
+def _head(base: Any) -> nn.Module:
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model: got {type(base).__name__}, expected a model with a language-modelling head")
+    if hasattr(head, "modules_to_save"):
+        # PEFT trains a copy.
+        head = head.modules_to_save[head.active_adapters[0]]
+    elif hasattr(head, "get_base_layer"):
+        head = head.get_base_layer()
+    return head
+
+
+def _rows(base: Any, head: Any) -> int:
+    # A sharded weight has the rows of one rank only.
+    return int(getattr(head, "out_features", None) or base.config.get_text_config().vocab_size)
+
+
+def _shifts(base: Any) -> bool:
+    """Whether position t predicts label t + 1, by the Trainer's own rule."""
+    if getattr(base.config, "is_encoder_decoder", False):
+        return False
+    mapping = _losses.LOSS_MAPPING
+    return mapping.get(base.loss_type, _losses.ForCausalLMLoss) is _losses.ForCausalLMLoss
+
+
+def _mark_forward(base: Any) -> None:
+    """Lets a model's forward with labels tell its head and its loss of itself."""
+    forward = type(base).forward
+    code = inspect.unwrap(forward).__code__
+    calls_loss_function = "loss_function" in code.co_names
+    names = list(inspect.signature(forward).parameters)[1:]
+    if not calls_loss_function:
+        # It divides by num_items_in_batch then, where its own loss would not.
+        base.accepts_loss_kwargs = True
+
+    @functools.wraps(forward)
+    def forward_with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
+            return forward(self, **kwargs)
+        with lazy_logits.recording(), _training(self.training):
+            return forward(self, **kwargs) if calls_loss_function else _loss_beside(self, forward, kwargs)
+
+    base.forward = types.MethodType(forward_with_loss, base)
+
+
+def _loss_beside(base: Any, forward: Any, kwargs: dict[str, Any]) -> Any:
+    """The outputs of a model whose forward has a loss of its own inside, with ours in its place."""
+    labels = kwargs.pop("labels")
+    items = kwargs.pop("num_items_in_batch", None)
+    as_dict = kwargs.pop("return_dict", None)
+    if as_dict is None:
+        as_dict = base.config.return_dict
+    given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    # Which its own forward makes of labels.
+    if not given and hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        kwargs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    outputs = forward(base, return_dict=True, **kwargs)
+    loss = base.loss_function(outputs.logits, labels, num_items_in_batch=items)
+    outputs = type(outputs)(**{**outputs, "loss": loss})
+    return outputs if as_dict else outputs.to_tuple()
+
+
+@contextlib.contextmanager
+def _training(is_training: bool) -> Iterator[None]:
+    before = _forward.is_training
+    _forward.is_training = is_training
+    try:
+        yield
+    finally:
+        _forward.is_training = before
+
+
+def _normalizer(items: Any, device: torch.device) -> Any:
+    if items is None:
+        return None
+    if isinstance(items, Tensor):
+        return items.to(device).reshape(-1)[0].clamp(min=1)
+    return max(items, 1)
+
+
+@functools.cache
+def _tell_once(operation: str) -> None:
+    warnings.warn(
+        f"apply_pdl_loss: the logits are made, since the model does to them what is not recorded: {operation}. "
+        "The loss is right, its memory that of logits",
+        stacklevel=3,
+    )
