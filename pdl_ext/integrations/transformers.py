@@ -26,7 +26,7 @@ from pdl_ext._optional import require
 from pdl_ext.integrations import lazy_logits
 from pdl_ext.integrations.lazy_logits import LazyLogits
 
-__all__ = ["PDLCallback", "apply_pdl_loss", "remove_pdl_loss"]
+__all__ = ["ModelLoss", "PDLCallback", "apply_pdl_loss", "base_model", "remove_pdl_loss"]
 
 _transformers: Any = require("transformers", "transformers")
 _losses: Any = require("transformers.loss.loss_utils", "transformers")
@@ -64,7 +64,7 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
     too, for options that are not the loss's to set, and for counts of another vocabulary.
     Source: arXiv 2505.16900.
     """
-    base = _base_model(model)
+    base = base_model(model)
     check_flag("fused", fused)
     check_choice("eval_loss", eval_loss, EVALUATION_LOSSES)
     _check_loss(loss)
@@ -78,7 +78,7 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
         )
     if loss.frequency is not None and base.device.type != "meta":
         loss.to(base.device)
-    base.loss_function = _ModelLoss(loss, _shifts(base), eval_loss)
+    base.loss_function = ModelLoss(loss, _shifts(base), eval_loss)
     if fused and isinstance(head, nn.Linear):
         lazy_logits.record(head)
     _mark_forward(base)
@@ -87,19 +87,25 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
 
 def remove_pdl_loss(model: Model) -> Model:
     """Gives a model its own loss back, in place; returns the model. Raises ValueError for one without a PDLLoss."""
-    base = _base_model(model)
-    if _model_loss(base) is None:
+    base = base_model(model)
+    of_model = _model_loss(base)
+    if of_model is None:
         raise ValueError("model: got one without a PDLLoss, expected one that apply_pdl_loss was called with")
     del base.__dict__["_loss_function"]
-    base.__dict__.pop("forward", None)
+    del base.__dict__["forward"]
+    if of_model.forward_before is not None:
+        base.forward = of_model.forward_before
     if "accepts_loss_kwargs" in base.__dict__:
         del base.accepts_loss_kwargs
     lazy_logits.stop_recording(_head(base))
     return model
 
 
-class _ModelLoss:
-    """A model's `loss_function`, and what was seen since somebody last asked."""
+class ModelLoss:
+    """A model's `loss_function`; for this package.
+
+    Observers are told of each training call: its value, row statistics, targets, and which of these count.
+    """
 
     # Some compiled forwards of others read it.
     __name__ = "pdl_loss"
@@ -109,7 +115,18 @@ class _ModelLoss:
         self.shift = shift
         self.eval_loss = eval_loss
         self.was_called = False
-        self.seen: _Seen | None = None
+        self.observers: list[Any] = []
+        # What the model had on itself, as others set it.
+        self.forward_before: Any = None
+
+    @contextlib.contextmanager
+    def observed_by(self, observer: Any) -> Iterator[None]:
+        """Tells an observer of the calls in a block, by its `add`."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
 
     def __call__(
         self,
@@ -132,11 +149,11 @@ class _ModelLoss:
         if frequency is not None and frequency.counts.device != logits.device:
             loss.to(logits.device)
         targets = (labels if shift_labels is None else shift_labels).to(logits.device)
-        seen = self.seen if is_training else None
+        is_observed = is_training and bool(self.observers)
         options: dict[str, Any] = {
             "shift": self.shift and shift_labels is None,
             "normalizer": _normalizer(num_items_in_batch, logits.device),
-            "return_stats": seen is not None,
+            "return_stats": is_observed,
         }
         of_logits: Any = loss
         of_hidden: Any = loss.linear
@@ -147,10 +164,14 @@ class _ModelLoss:
         if result is None:
             made = logits.dense() if isinstance(logits, LazyLogits) else logits
             result = of_logits(made, targets, **options)
-        if seen is None:
+        if not is_observed:
             return result
         value, stats = result
-        seen.add(stats, targets, options["shift"], loss.ignore_index)
+        counted = targets != loss.ignore_index
+        if options["shift"]:
+            counted[..., 0] = False
+        for observer in self.observers:
+            observer.add(value, stats, targets, counted)
         return value
 
     @staticmethod
@@ -180,11 +201,7 @@ class _Seen:
         self.buckets = buckets
         self.sums: Tensor | None = None
 
-    def add(self, stats: pdl_ext.RowStats, targets: Tensor, shift: bool, ignore_index: int) -> None:
-        counted = targets != ignore_index
-        if shift:
-            counted = counted.clone()
-            counted[..., 0] = False
+    def add(self, value: Tensor, stats: pdl_ext.RowStats, targets: Tensor, counted: Tensor) -> None:
         nll, weight = (torch.where(counted, of_row, 0.0).double() for of_row in (stats.nll, stats.weight))
         sums = [counted.sum().double(), nll.sum(), weight.sum(), (weight * weight).sum()]
         if self.buckets is not None:
@@ -230,10 +247,11 @@ class PDLCallback(_transformers.TrainerCallback):
         if not isinstance(loss, pdl_ext.PDLLoss):
             raise TypeError(f"loss: got {type(loss).__name__}, expected a PDLLoss")
         self._loss = loss
-        self._of_model: _ModelLoss | None = None
+        self._of_model: ModelLoss | None = None
+        self._seen: _Seen | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        of_model = _model_loss(_base_model(model))
+        of_model = _model_loss(base_model(model))
         if of_model is None or of_model.loss is not self._loss:
             raise ValueError(
                 "model: got one without this PDLLoss, expected apply_pdl_loss(model, loss) before the training"
@@ -247,7 +265,8 @@ class PDLCallback(_transformers.TrainerCallback):
         of_model.was_called = False
         if state.global_step > 0:
             self._restore(args, state.global_step)
-        of_model.seen = _Seen(self._buckets())
+        self._seen = _Seen(self._buckets())
+        of_model.observers = [self._seen]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._of_model is not None and not self._of_model.was_called:
@@ -269,19 +288,19 @@ class PDLCallback(_transformers.TrainerCallback):
             partial.replace(path)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if self._of_model is None or self._of_model.seen is None or logs is None or "loss" not in logs:
+        if self._seen is None or logs is None or "loss" not in logs:
             return
-        told = self._of_model.seen.read()
+        told = self._seen.read()
         logs.update(told)
         if state.log_history:
             state.log_history[-1].update(told)
         if self._loss.online:
-            self._of_model.seen.buckets = self._buckets()
+            self._seen.buckets = self._buckets()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._of_model is not None:
-            self._of_model.seen = None
-        self._of_model = None
+            self._of_model.observers = []
+        self._of_model = self._seen = None
 
     def _buckets(self) -> Tensor | None:
         frequency = self._loss.frequency
@@ -304,7 +323,7 @@ def _checkpoint(args: Any, step: int) -> Path:
     return Path(args.output_dir) / f"checkpoint-{step}"
 
 
-def _base_model(model: Any) -> Any:
+def base_model(model: Any) -> Any:
     """The PreTrainedModel of what a user holds: itself, of a PeftModel, or of what a Trainer has wrapped."""
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, _transformers.PreTrainedModel):
@@ -321,9 +340,9 @@ def _base_model(model: Any) -> Any:
     return inner
 
 
-def _model_loss(base: Any) -> _ModelLoss | None:
+def _model_loss(base: Any) -> ModelLoss | None:
     loss = base.__dict__.get("_loss_function")
-    return loss if isinstance(loss, _ModelLoss) else None
+    return loss if isinstance(loss, ModelLoss) else None
 
 
 def _check_loss(loss: Any) -> None:
@@ -363,7 +382,9 @@ def _shifts(base: Any) -> bool:
 
 def _mark_forward(base: Any) -> None:
     """Lets a model's forward with labels tell its head and its loss of itself."""
-    forward = type(base).forward
+    # Somebody may have set another one on this very model.
+    before = base.__dict__.get("forward")
+    forward = type(base).forward if before is None else before.__func__
     code = inspect.unwrap(forward).__code__
     calls_loss_function = "loss_function" in code.co_names
     names = list(inspect.signature(forward).parameters)[1:]
@@ -379,6 +400,7 @@ def _mark_forward(base: Any) -> None:
         with lazy_logits.recording(), _training(self.training):
             return forward(self, **kwargs) if calls_loss_function else _loss_beside(self, forward, kwargs)
 
+    base.loss_function.forward_before = before
     base.forward = types.MethodType(forward_with_loss, base)
 
 
