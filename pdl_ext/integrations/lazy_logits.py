@@ -7,6 +7,7 @@ steps. Every other operation on them makes the real logits, differentiably, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 import types
@@ -40,13 +41,52 @@ def recording(wanted: bool = True) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Modes:
+    """What PyTorch was told of the computation around a forward; autocast is its dtype, or None."""
+
+    autocast: torch.dtype | None
+    inference: bool
+    grad: bool
+
+    @classmethod
+    def now(cls, device_type: str) -> Modes:
+        is_autocast = torch.is_autocast_enabled(device_type)
+        autocast = torch.get_autocast_dtype(device_type) if is_autocast else None
+        return cls(autocast, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+
+    @contextlib.contextmanager
+    def restored(self, device_type: str) -> Iterator[None]:
+        autocast = torch.autocast(device_type, dtype=self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
+            yield
+
+
+@dataclass(frozen=True)
 class Head:
-    """What the logits are the product of: hidden [..., H], weight [V, H], bias [V] or None, and their module."""
+    """What the logits are the product of: hidden [..., H], weight [V, H], bias [V] or None."""
 
     hidden: Tensor
-    module: nn.Module
     weight: Tensor
     bias: Tensor | None
+    versions: tuple[int | None, ...]
+    modes: Modes
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
+        return cls(hidden, weight, bias, _versions(weight, bias), Modes.now(hidden.device.type))
+
+    def product(self) -> Tensor:
+        """The logits as the head would have made them. Raises RuntimeError if its weight has changed since."""
+        if _versions(self.weight, self.bias) != self.versions:
+            raise RuntimeError(
+                "logits: got a head that was changed since the forward, as by an optimizer's step, expected the one of "
+                "the forward: read the logits before, or apply_pdl_loss(fused=False)"
+            )
+        return nn.functional.linear(self.hidden, self.weight, self.bias)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
+    return tuple(None if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -101,10 +141,11 @@ class LazyLogits(Tensor):
     def dense(self) -> Tensor:
         """The logits as the model would have made them, attached to its graph."""
         if self.made is None:
-            head = self.head
-            made = nn.functional.linear(head.hidden, head.weight, head.bias)
-            for step in self.steps:
-                made = step.apply(made)
+            # As it was in the forward, whoever reads them, and where.
+            with self.head.modes.restored(self.device.type):
+                made = self.head.product()
+                for step in self.steps:
+                    made = step.apply(made)
             self.made = made
         return self.made
 
@@ -132,19 +173,31 @@ class LazyLogits(Tensor):
     def _then(self, step: _Step, dtype: torch.dtype | None = None, width: int | None = None) -> LazyLogits:
         return LazyLogits(self.head, dtype or self.dtype, width or self.shape[-1], (*self.steps, step))
 
+    def _as(self, dtype: torch.dtype) -> LazyLogits:
+        # Itself where nothing is cast, as PyTorch does, so that a write is seen.
+        return self if dtype == self.dtype else self._then(_Step(lambda made: made.to(dtype)), dtype)
+
+    def _detached(self) -> LazyLogits:
+        head = self.head
+        bias = None if head.bias is None else head.bias.detach()
+        modes = dataclasses.replace(head.modes, grad=False)
+        # The versions of detached tensors are those of the tensors.
+        detached = Head(head.hidden.detach(), head.weight.detach(), bias, head.versions, modes)
+        return LazyLogits(detached, self.dtype, self.shape[-1], self.steps)
+
     def _recorded(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """The result of what is understood, or None."""
         if function in (torch.tanh, Tensor.tanh) and not arguments:
             return self._then(_Step(torch.tanh, is_tanh=True))
         if function is Tensor.contiguous and not arguments:
             return self
+        # DistributedDataParallel clones what a forward returns.
+        if function in (torch.clone, Tensor.clone) and not arguments:
+            return LazyLogits(self.head, self.dtype, self.shape[-1], self.steps)
         if function is Tensor.float and not arguments:
-            return self._then(_Step(Tensor.float), torch.float32)
+            return self._as(torch.float32)
         if function is Tensor.detach and not arguments:
-            head = self.head
-            bias = None if head.bias is None else head.bias.detach()
-            detached = Head(head.hidden.detach(), head.module, head.weight.detach(), bias)
-            return LazyLogits(detached, self.dtype, self.shape[-1], self.steps)
+            return self._detached()
         if len(arguments) != 1:
             return None
         value = arguments[0]
@@ -152,7 +205,7 @@ class LazyLogits(Tensor):
             factor = float(value) if function in _MULTIPLICATIONS else 1.0 / value if value else None
             return None if factor is None else self._then(_Step(lambda made: function(made, value), factor))
         if function is Tensor.to and isinstance(value, torch.dtype):
-            return self._then(_Step(lambda made: made.to(value)), value)
+            return self._as(value)
         if function is Tensor.to and value == self.device:
             return self
         if function is Tensor.__getitem__:
@@ -221,26 +274,30 @@ _OF_SHAPE = {getattr(Tensor, name).__get__ for name in _ATTRIBUTES} | {getattr(T
 _OF_SHAPE |= {torch.is_floating_point, torch.is_complex, torch.numel}
 
 
-def record(module: nn.Module) -> None:
-    """Lets a linear head return LazyLogits while `recording()`; before and after it is what it was."""
-    forward = module.forward.__func__  # type: ignore[attr-defined]
+def record(module: nn.Module) -> bool:
+    """Lets a linear head return LazyLogits while `recording()`; False for a head with a forward of its own."""
+    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
+        return False
 
-    @functools.wraps(forward)
-    def lazy_forward(self: Any, hidden: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+    @functools.wraps(nn.Linear.forward)
+    def forward(self: Any, hidden: Tensor) -> Tensor:
         if not _thread.wanted or not _is_understood(self, hidden):
-            return forward(self, hidden)
+            return nn.Linear.forward(self, hidden)
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(hidden.device.type)
-        return LazyLogits(Head(hidden, self, weight, bias), dtype, weight.shape[0])
+        return LazyLogits(Head.of(hidden, self.weight, self.bias), dtype, self.weight.shape[0])
 
-    module.forward = types.MethodType(lazy_forward, module)
+    forward.records = True  # type: ignore[attr-defined]
+    module.forward = types.MethodType(forward, module)
+    return True
 
 
 def stop_recording(module: nn.Module) -> None:
-    """Undoes `record`."""
-    module.__dict__.pop("forward", None)
+    """Undoes `record` in a module and all that is inside, also of what was copied since."""
+    for inner in module.modules():
+        if hasattr(inner.__dict__.get("forward"), "records"):
+            del inner.__dict__["forward"]
 
 
 def _is_understood(module: Any, hidden: Tensor) -> bool:

@@ -71,6 +71,8 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
     if _model_loss(base) is not None:
         raise ValueError("model: got one with a PDLLoss, expected one without: call remove_pdl_loss(model) first")
     head = _head(base)
+    forward, calls_loss_function = _forward_of(base)
+    shift = _shifts(base, calls_loss_function)
     if loss.frequency is not None and loss.frequency.vocab_size != _rows(base, head):
         raise ValueError(
             f"loss: got counts of {loss.frequency.vocab_size} tokens, expected {_rows(base, head)}, the logits of "
@@ -78,10 +80,10 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
         )
     if loss.frequency is not None and base.device.type != "meta":
         loss.to(base.device)
-    base.loss_function = ModelLoss(loss, _shifts(base), eval_loss)
-    if fused and isinstance(head, nn.Linear):
+    base.loss_function = ModelLoss(loss, shift, eval_loss, fused)
+    if fused:
         lazy_logits.record(head)
-    _mark_forward(base)
+    _mark_forward(base, forward, calls_loss_function)
     return model
 
 
@@ -97,7 +99,7 @@ def remove_pdl_loss(model: Model) -> Model:
         base.forward = of_model.forward_before
     if "accepts_loss_kwargs" in base.__dict__:
         del base.accepts_loss_kwargs
-    lazy_logits.stop_recording(_head(base))
+    lazy_logits.stop_recording(base)
     return model
 
 
@@ -110,10 +112,11 @@ class ModelLoss:
     # Some compiled forwards of others read it.
     __name__ = "pdl_loss"
 
-    def __init__(self, loss: pdl_ext.PDLLoss, shift: bool, eval_loss: str) -> None:
+    def __init__(self, loss: pdl_ext.PDLLoss, shift: bool, eval_loss: str, fused: bool) -> None:
         self.loss = loss
         self.shift = shift
         self.eval_loss = eval_loss
+        self.fused = fused
         self.was_called = False
         self.observers: list[Any] = []
         # What the model had on itself, as others set it.
@@ -174,14 +177,16 @@ class ModelLoss:
             observer.add(value, stats, targets, counted)
         return value
 
-    @staticmethod
-    def _from_hidden_states(of_hidden: Any, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
+    def _from_hidden_states(self, of_hidden: Any, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
         """The loss of logits that were not made; None of others."""
         if not isinstance(logits, LazyLogits):
+            if self.fused and not torch.compiler.is_compiling():
+                _tell_once("the head is no plain linear layer, or its weight is not at hand behind it")
             return None
         transform = logits.transform()
         if transform is None:
-            _tell_once(logits.unknown or "a series of operations that is no scale with a softcap")
+            operation = logits.unknown or "a series of operations that is no scale with a softcap"
+            _tell_once(f"the model does to them what is not recorded: {operation}")
             return None
         head, width = logits.head, transform.width
         weight, bias = head.weight, head.bias
@@ -311,7 +316,11 @@ class PDLCallback(_transformers.TrainerCallback):
         path = (Path(given) if isinstance(given, str) else _checkpoint(args, step)) / _FILE
         if path.exists():
             self._loss.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        elif self._loss.online:
+        elif not self._loss.online:
+            warnings.warn(
+                f"resume_from_checkpoint: {path} is missing, so that blend stays {self._loss.blend}", stacklevel=2
+            )
+        else:
             raise FileNotFoundError(
                 f"resume_from_checkpoint: {path} is missing, so that the counts would begin anew. It is written where "
                 "PDLCallback was there before; set TrainingArguments(resume_from_checkpoint=) for a checkpoint that "
@@ -372,21 +381,31 @@ def _rows(base: Any, head: Any) -> int:
     return int(getattr(head, "out_features", None) or base.config.get_text_config().vocab_size)
 
 
-def _shifts(base: Any) -> bool:
+def _shifts(base: Any, calls_loss_function: bool) -> bool:
     """Whether position t predicts label t + 1, by the Trainer's own rule."""
     if getattr(base.config, "is_encoder_decoder", False):
         return False
     mapping = _losses.LOSS_MAPPING
-    return mapping.get(base.loss_type, _losses.ForCausalLMLoss) is _losses.ForCausalLMLoss
+    shifts: bool = mapping.get(base.loss_type, _losses.ForCausalLMLoss) is _losses.ForCausalLMLoss
+    if shifts and not calls_loss_function:
+        # Bart's decoder does not, Blip's does.
+        raise ValueError(
+            f"model: got {type(base).__name__}, whose forward does not call loss_function, so that it is not known "
+            "whether it shifts labels: expected another; call loss_fn(model(...).logits, labels, shift=...) instead"
+        )
+    return shifts
 
 
-def _mark_forward(base: Any) -> None:
-    """Lets a model's forward with labels tell its head and its loss of itself."""
+def _forward_of(base: Any) -> tuple[Any, bool]:
+    """A model's forward as a function, and whether it calls the model's loss_function."""
     # Somebody may have set another one on this very model.
-    before = base.__dict__.get("forward")
-    forward = type(base).forward if before is None else before.__func__
-    code = inspect.unwrap(forward).__code__
-    calls_loss_function = "loss_function" in code.co_names
+    own = base.__dict__.get("forward")
+    forward = type(base).forward if own is None else own.__func__
+    return forward, "loss_function" in inspect.unwrap(forward).__code__.co_names
+
+
+def _mark_forward(base: Any, forward: Any, calls_loss_function: bool) -> None:
+    """Lets a model's forward with labels tell its head and its loss of itself."""
     names = list(inspect.signature(forward).parameters)[1:]
     if not calls_loss_function:
         # It divides by num_items_in_batch then, where its own loss would not.
@@ -400,7 +419,7 @@ def _mark_forward(base: Any) -> None:
         with lazy_logits.recording(), _training(self.training):
             return forward(self, **kwargs) if calls_loss_function else _loss_beside(self, forward, kwargs)
 
-    base.loss_function.forward_before = before
+    base.loss_function.forward_before = base.__dict__.get("forward")
     base.forward = types.MethodType(forward_with_loss, base)
 
 
@@ -440,9 +459,8 @@ def _normalizer(items: Any, device: torch.device) -> Any:
 
 
 @functools.cache
-def _tell_once(operation: str) -> None:
+def _tell_once(reason: str) -> None:
     warnings.warn(
-        f"apply_pdl_loss: the logits are made, since the model does to them what is not recorded: {operation}. "
-        "The loss is right, its memory that of logits",
+        f"apply_pdl_loss: the logits are made, since {reason}. The loss is right, its memory that of logits",
         stacklevel=3,
     )

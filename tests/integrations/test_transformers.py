@@ -414,6 +414,44 @@ class TestLazyLogits:
             (of_real,) = torch.autograd.grad(expected, lazy.head.hidden, scores)
             assert torch.equal(of_lazy, of_real)
 
+    def test_a_head_with_a_forward_of_its_own_is_left_alone(self):
+        class Scaled(nn.Linear):
+            def forward(self, hidden):
+                return super().forward(hidden) * 3
+
+        assert not lazy_logits.record(Scaled(H, V))
+        hooked = nn.Linear(H, V)
+        hooked.forward = lambda hidden: hidden
+        assert not lazy_logits.record(hooked)
+        lazy_logits.stop_recording(hooked)
+        assert "forward" in vars(hooked)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_a_late_read_gives_what_the_forward_would_have_made(self, mode, autocast):
+        head = nn.Linear(H, V)
+        lazy_logits.record(head)
+        hidden = torch.randn(3, H)
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            real = head(hidden)
+            with lazy_logits.recording():
+                lazy, tanh = head(hidden), torch.tanh(head(hidden))
+        assert lazy.dtype == real.dtype
+        assert type(lazy.clone()) is LazyLogits
+        late = lazy.clone()[:]
+        assert torch.equal(late, real)
+        assert (late.dtype, late.requires_grad) == (real.dtype, real.requires_grad)
+        assert torch.equal(tanh.dense(), real.tanh())
+
+    def test_a_read_after_the_weight_has_changed_is_an_error(self):
+        lazy, _ = self.head()
+        detached = lazy.detach()
+        with torch.no_grad():
+            lazy.head.bias.add_(1.0)
+        for late in (lazy, detached):
+            with pytest.raises(RuntimeError, match="logits: got a head that was changed since the forward"):
+                late.argmax(-1)
+
     def test_a_write_is_seen_by_the_loss(self):
         lazy, real = self.head(bias=False)
         lazy[:, 5] = -1.0
@@ -430,7 +468,8 @@ class TestLazyLogits:
         assert torch.equal(loaded, real)
 
     def test_outside_of_a_labelled_call_the_head_is_itself(self):
-        head = self.head()[0].head.module
+        head = nn.Linear(H, V)
+        assert lazy_logits.record(head)
         assert type(head(torch.randn(3, H))) is torch.Tensor
         lazy_logits.stop_recording(head)
         assert "forward" not in vars(head)
@@ -462,6 +501,10 @@ def test_wrong_arguments_change_nothing(arguments, error, said):
 
 
 def test_other_wrong_models_are_refused():
+    # Its decoder's loss has labels that are not shifted, and does not say so.
+    decoder = tr.BartForCausalLM(tr.BartConfig(**BART))
+    with pytest.raises(ValueError, match="model: got BartForCausalLM, whose forward does not call loss_function"):
+        apply_pdl_loss(decoder, PDLLoss())
     config = tr.LlamaConfig(**GROUPED)
     with pytest.raises(ValueError, match="model: got LlamaModel, expected a model with a language-modelling head"):
         apply_pdl_loss(tr.LlamaModel(config), PDLLoss())

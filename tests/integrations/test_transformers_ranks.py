@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import uninitialized
+from torch import nn
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +37,8 @@ UNITS = {
 
 
 TRAINED = ("given", "online")
+# transformers' Trainer takes the second.
+REPLICATED = {"plain": {}, "unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
 
 
 def model_and_batch(name, rows=8):
@@ -67,6 +70,20 @@ def sharded_step(rank, case):
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 
+def replicated_step(rank, options):
+    """Gradients where the logits are a part of what is trained, and whether anybody made them before."""
+    model, inputs, loss_fn = model_and_batch("llama")
+    apply_pdl_loss(model, loss_fn)
+    if dist.is_initialized():
+        model = nn.parallel.DistributedDataParallel(model, **options)
+        inputs = {name: value[rank * 4 : rank * 4 + 4] for name, value in inputs.items()}
+    outputs = model(**inputs, num_items_in_batch=30 if dist.is_initialized() else 60)
+    is_made = outputs.logits.made is not None
+    (outputs.loss + 10 * outputs.logits.square().mean()).backward()
+    gradients = {name.removeprefix("module."): value.grad for name, value in model.named_parameters()}
+    return gradients, is_made
+
+
 def trained(case, folder, size):
     from test_transformers import trainer_of
 
@@ -94,6 +111,7 @@ def worker(rank, port, folder):
     dist.init_process_group("gloo")
     try:
         results = {case: sharded_step(rank, case) for case in UNITS}
+        results |= {case: replicated_step(rank, options) for case, options in REPLICATED.items()}
         results |= {case: trained(case, f"{folder}/trainer", 4) for case in TRAINED}
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
@@ -127,6 +145,15 @@ def test_fully_sharded_gradients_are_those_of_one_process(case, ranks):
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     for rank in ranks:
         check_same(rank[case], expected, 2e-5)
+
+
+@pytest.mark.parametrize("case", REPLICATED)
+def test_replicas_make_no_logits_that_nobody_reads(case, ranks):
+    expected, _ = replicated_step(0, {})
+    for rank in ranks:
+        gradients, is_made = rank[case]
+        assert not is_made
+        check_same(gradients, expected, 2e-5)
 
 
 @pytest.mark.parametrize("case", TRAINED)
