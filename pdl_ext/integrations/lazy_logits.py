@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Head", "LazyLogits", "Transform", "record", "recording", "stop_recording"]
+__all__ = ["Head", "LazyLogits", "Modes", "Transform", "record", "recording", "stop_recording"]
 
 
 class _Thread(threading.local):
@@ -30,10 +30,10 @@ _thread = _Thread()
 
 
 @contextlib.contextmanager
-def recording(wanted: bool = True) -> Iterator[None]:
-    """Whether heads that `record` has prepared return LazyLogits, on this thread."""
+def recording() -> Iterator[None]:
+    """Heads that `record` has prepared return LazyLogits in this block, on this thread."""
     before = _thread.wanted
-    _thread.wanted = wanted
+    _thread.wanted = True
     try:
         yield
     finally:
