@@ -26,6 +26,7 @@ __all__ = [
     "check_path",
     "check_vocab_size",
     "default_device",
+    "is_dtensor",
     "is_traced",
     "names_of",
     "not_scriptable",
@@ -120,8 +121,16 @@ def default_device() -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether it is one of torch.distributed's DTensors, without an import of these."""
+    # A compiler does not see all of a DTensor's attributes.
+    return type(value) is not Tensor and hasattr(value, "device_mesh")
+
+
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a tensor that is sparse, or nested."""
+    """Raises TypeError for a tensor that is sparse, nested, or a DTensor."""
+    if is_dtensor(tensor):
+        raise TypeError(f"{name}: got a DTensor, expected a plain tensor, as full_tensor() gives")
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: got {kind}, expected a dense tensor, as to_dense() or to_padded_tensor() give")

@@ -38,7 +38,8 @@ def pdl_loss(
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
     Args:
-        logits: [..., V], float32, bfloat16, float16 or float64. The last dimension may be a slice of a padded one.
+        logits: [..., V], float32, bfloat16, float16 or float64. The last dimension may be a slice of a padded one. A
+            DTensor whose one-dimensional mesh cuts it over the vocabulary is taken as with `process_group`.
         targets: [...] token ids, int64 or int32; rows whose target is `ignore_index` count for nothing.
         token_weight: float32 [V], or None for ones. It takes no gradient.
         row_weight: [...] extra factor of each row, any floating dtype; it takes a gradient.
@@ -66,8 +67,8 @@ def pdl_loss(
         return_stats: also return RowStats.
         process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
             V, targets, tables and results are those of the whole vocabulary, the same on every rank. How many columns
-            each has is exchanged at every call, which waits for the device. An error that only one rank finds leaves
-            the others waiting for it.
+            each has is exchanged at every call, which waits for the device; other targets on another rank are a
+            ValueError there. An error that only one rank finds leaves the others waiting for it.
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
@@ -113,7 +114,8 @@ def linear_pdl_loss(
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64; under autocast the products are in its dtype.
-        weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden.
+        weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden. DTensors whose one-dimensional
+            mesh cuts them over the vocabulary are taken as with `process_group`; hidden may be a DTensor of that mesh.
         max_chunk_bytes: the largest slab of logits, but for at least 128 rows; 512 MB on CUDA and 64 MB on the CPU if
             None.
         accumulate: how the classifier's gradient is summed over chunks. "float32": on the CPU from three chunks on;

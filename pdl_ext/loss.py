@@ -206,7 +206,6 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
         options: of this call, instead of the loss's own, which stay; all but `ignore_index`, by which it counts.
         """
-        self._check_state(process_group)
         # Everything that can be refused is refused before an online loss counts its targets.
         call = LossCall(
             logits,
@@ -242,7 +241,6 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
         options: as in forward.
         """
-        self._check_state(process_group)
         call = LinearLossCall(
             hidden,
             weight,
@@ -285,6 +283,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
     def _loss(
         self, name: str, call: LossCall | LinearLossCall, logit_offset: Tensor | None
     ) -> Tensor | tuple[Tensor, RowStats]:
+        self._check_state(call.process_group)
         # Before an online loss counts.
         call.check_tables(None, logit_offset)
         if self.training and self._weight_drop > 0 and call.options.smooths_by_class:
@@ -433,7 +432,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
                     f"PDLLoss: learns the frequencies online on {ranks} ranks, each from its own targets, so that they "
                     "weigh differently. Pass sync_every=k for counts of all ranks, or count ahead and pass the "
                     "frequency; if each rank is to learn for itself, there is nothing to do",
-                    stacklevel=6,
+                    stacklevel=7,
                 )
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:

@@ -8,7 +8,6 @@ import sys
 import fresh_python
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from test_functional import DTYPES, OPTIONS, REDUCTIONS
 from torch import nn
@@ -457,18 +456,6 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, message):
 def test_frequency_of_another_vocabulary():
     with pytest.raises(ValueError, match="weight: got a vocabulary of 5, expected 7, the frequency's"):
         PDLLoss(vocab_size=7).linear(HIDDEN_STATES, WEIGHT, TARGETS)
-
-
-def test_sharded_classifier_is_refused(tmp_path):
-    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    try:
-        weight = distribute_tensor(WEIGHT, init_device_mesh("cpu", (1,)), [Replicate()])
-        with pytest.raises(TypeError, match=r"weight: got a DTensor, expected a plain tensor\. With FSDP2"):
-            functional.linear_pdl_loss(HIDDEN_STATES, weight, TARGETS)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.devices("cpu", "cuda")

@@ -501,13 +501,17 @@ def test_sync_every_of_a_given_frequency():
         PDLLoss(torch.ones(3, dtype=torch.int64), sync_every=2)
 
 
-def test_vocabulary_parallel():
+def test_vocabulary_parallel(tmp_path):
     loss_fn = PDLLoss(vocab_size=5, sync_every=1)
     hidden, head, targets = torch.randn(4, 2), torch.randn(5, 2), torch.tensor([0, 1, 1, 4])
-    for call in (
-        lambda group: loss_fn(hidden @ head.T, targets, process_group=group),
-        lambda group: loss_fn.linear(hidden, head, targets, process_group=group),
-    ):
-        with pytest.raises(ValueError, match="process_group: got one with sync_every, expected either"):
-            call(object())
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for call in (
+            lambda group: loss_fn(hidden @ head.T, targets, process_group=group),
+            lambda group: loss_fn.linear(hidden, head, targets, process_group=group),
+        ):
+            with pytest.raises(ValueError, match="process_group: got one with sync_every, expected either"):
+                call(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
     assert loss_fn.frequency.tokens_seen == 0

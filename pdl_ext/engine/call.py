@@ -17,12 +17,14 @@ from pdl_ext._checks import (
     check_dense,
     check_integer,
     check_number,
+    is_dtensor,
     is_traced,
     names_of,
     refuse_transforms,
 )
 from pdl_ext.engine.autograd import Results, weighted_loss
 from pdl_ext.engine.definition import defined_loss
+from pdl_ext.engine.dtensor import replicated, vocabulary_part
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype
 from pdl_ext.engine.vocabulary import VocabularyShard, sum_over_ranks
@@ -202,6 +204,10 @@ class LossCall(_Call):
         process_group: dist.ProcessGroup | None,
         inplace_backward: bool,
     ) -> None:
+        is_cut = is_dtensor(logits)
+        if is_cut:
+            targets = replicated("targets", targets, logits)
+            logits, process_group = vocabulary_part("logits", logits, logits.dim() - 1, process_group)
         _check_scores("logits", logits)
         _check_targets_dtype(targets)
         if logits.dim() == 0 or not 1 <= logits.shape[-1] <= 2**30:
@@ -216,9 +222,10 @@ class LossCall(_Call):
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
         if self.in_place and logits.requires_grad and torch.is_grad_enabled():
             _refuse_leaf(logits)
-        shard = VocabularyShard.for_rank(logits.shape[-1], logits.device, process_group)
+        shard = VocabularyShard.for_rank(logits.shape[-1], targets, process_group, is_cut)
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.logits = logits
+        self.process_group = process_group
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
         """The result of pdl_loss; of tables that were checked. Raises IndexError for a target outside [0, V)."""
@@ -276,6 +283,12 @@ class LinearLossCall(_Call):
         accumulate: str,
         process_group: dist.ProcessGroup | None,
     ) -> None:
+        is_cut = is_dtensor(weight)
+        if is_cut:
+            hidden, targets = replicated("hidden", hidden, weight), replicated("targets", targets, weight)
+            if is_dtensor(bias):
+                bias, _ = vocabulary_part("bias", bias, 0, process_group)
+            weight, process_group = vocabulary_part("weight", weight, 0, process_group)
         _check_scores("hidden", hidden)
         _check_scores("weight", weight)
         _check_targets_dtype(targets)
@@ -316,9 +329,10 @@ class LinearLossCall(_Call):
         # A compiled graph may be captured, which knows no wait for a count.
         drop_ignored = not torch.compiler.is_compiling()
         self.settings = Settings(dtype, max_chunk_bytes, accumulate == "float32", drop_ignored)
-        shard = VocabularyShard.for_rank(weight.shape[0], hidden.device, process_group)
+        shard = VocabularyShard.for_rank(weight.shape[0], targets, process_group, is_cut)
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.process_group = process_group
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
         """The result of linear_pdl_loss; of tables that were checked. Raises IndexError as LossCall does."""
@@ -337,14 +351,6 @@ class LinearLossCall(_Call):
 def _check_scores(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-    if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
-        raise TypeError(
-            f"{name}: got a DTensor, expected a plain tensor. With FSDP2 call the loss in the model's forward, where "
-            "the classifier is gathered. Of one that is a fully_shard unit of its own give lm_head.weight after "
-            'lm_head.unshard(), or full_tensor(grad_placements=[Partial("avg")]), since the gradient of a mere '
-            "full_tensor() is wrong. With tensor parallelism give to_local() of what is cut over the vocabulary, and "
-            "its process_group"
-        )
     check_dense(name, tensor)
     if tensor.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(LOGITS_DTYPES)}")
@@ -448,6 +454,7 @@ def _check_normalizer(normalizer: float | Tensor, targets: Tensor, reduction: st
     if reduction in ("none", "sum"):
         raise ValueError(f'normalizer: got one with reduction={reduction!r}, expected reduction "mean" or "token_mean"')
     if isinstance(normalizer, Tensor):
+        check_dense("normalizer", normalizer)
         if normalizer.dim() != 0 or normalizer.device != targets.device or normalizer.requires_grad:
             raise ValueError(
                 f"normalizer: got shape {list(normalizer.shape)} on {normalizer.device}"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdl_ext.engine import ops
+from pdl_ext.engine.dtensor import GATHERED_BY_FSDP
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
 from pdl_ext.options import LossOptions
 
@@ -29,30 +30,52 @@ class VocabularyShard(NamedTuple):
     group: str
 
     @classmethod
-    def for_rank(cls, width: int, device: torch.device, group: dist.ProcessGroup | None) -> VocabularyShard:
+    def for_rank(
+        cls, width: int, targets: Tensor, group: dist.ProcessGroup | None, of_dtensor: bool = False
+    ) -> VocabularyShard:
         """The shard of a rank that has `width` columns; ranks follow each other in the order of the group.
 
-        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30.
+        targets: of all rows, the same on every rank; of_dtensor: the shard is a part of one, which FSDP2 may have cut.
+        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30 and for other targets on
+        another rank: on every rank alike.
         """
         if group is None:
             return cls(0, width, width, width, "")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"process_group: got {type(group).__name__}, expected a ProcessGroup or None")
         rank = dist.get_rank(group)
-        widths = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-        widths[rank] = width
-        dist.all_reduce(widths, group=group)
-        of_ranks: list[int] = widths.tolist()
-        vocab_size, before = sum(of_ranks), sum(of_ranks[:rank])
+        table = torch.zeros((dist.get_world_size(group), 3), dtype=torch.int64, device=targets.device)
+        table[rank, 0], table[rank, 1], table[rank, 2] = width, targets.numel(), _fingerprint(targets)
+        dist.all_reduce(table, group=group)
+        of_ranks: list[list[int]] = table.tolist()
+        if any(of_rank[1:] != of_ranks[0][1:] for of_rank in of_ranks):
+            raise _other_targets(of_dtensor)
+        widths = [of_rank[0] for of_rank in of_ranks]
+        vocab_size, before = sum(widths), sum(widths[:rank])
         if vocab_size > 2**30:
             raise ValueError(f"process_group: got a vocabulary of {vocab_size} over its ranks, expected at most 2^30")
-        return cls(before, width, vocab_size, max(of_ranks), group.group_name)
+        return cls(before, width, vocab_size, max(widths), group.group_name)
 
     def columns_of(self, table: Tensor | None) -> Tensor | None:
         """This rank's columns of a table over the whole vocabulary."""
         if table is None or not self.group:
             return table
         return table[self.first_id : self.first_id + self.width]
+
+
+def _fingerprint(targets: Tensor) -> Tensor:
+    """A number that targets which differ share by chance only."""
+    ids = targets.reshape(-1).long()
+    # Odd multiples modulo 2^64 keep every bit of an id.
+    return ((ids + 1) * (torch.arange(ids.numel(), device=ids.device) * 0x1E3779B97F4A7C16 + 1)).sum()
+
+
+def _other_targets(of_dtensor: bool) -> Exception:
+    told = "other targets than another rank's, expected the same on every rank of"
+    if of_dtensor:
+        # What tensor parallelism and FSDP2 cut looks the same.
+        return ValueError(f"targets: got {told} a DTensor's mesh, as tensor parallelism has them. {GATHERED_BY_FSDP}")
+    return ValueError(f"targets: got {told} process_group, over which the vocabulary is cut and not the rows")
 
 
 def _group_of(name: str) -> dist.ProcessGroup:
