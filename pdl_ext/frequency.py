@@ -213,10 +213,12 @@ class TokenFrequency(nn.Module):
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
         It sums all that the counts hold, also what was loaded, and joins the ranks' provenances. `sync` may follow, and
-        goes on from the sum.
+        goes on from the sum. Without a process group it changes nothing, as `sync`.
         Raises TypeError for what is no process group, ValueError on every rank, with nothing changed, if their
         vocabularies or ignored ids differ, or as `merge` does for their provenances (`allow_overlap` is its).
         """
+        if _is_alone(group):
+            return
         self._check_ranks(group)
         provenance = self._provenance_of_ranks(group, allow_overlap)
         self._replace_by_sum(self.table.packed(), group)
@@ -252,7 +254,7 @@ class TokenFrequency(nn.Module):
         Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
         ignored ids differ.
         """
-        if group is None and not (dist.is_available() and dist.is_initialized()):
+        if _is_alone(group):
             return
         name = "" if group is None else check_group(group).group_name
         if self._checked_group != name:
@@ -443,3 +445,8 @@ def _countable(tokens: Tensor) -> Tensor:
     if tokens.dtype in (torch.int8, torch.int16):
         return tokens.to(torch.int32)
     return tokens.view(torch.int64) if tokens.dtype == torch.uint64 else tokens
+
+
+def _is_alone(group: dist.ProcessGroup | None) -> bool:
+    """Whether no group is meant, and there is none."""
+    return group is None and not (dist.is_available() and dist.is_initialized())

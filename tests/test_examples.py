@@ -236,3 +236,87 @@ def test_a_short_run_lowers_the_held_out_outer_loss(capsys):
     assert differences["learned"] < -2 * errors["learned"]
     assert losses["learned"] < losses["learned, shuffled"]
     assert printed.count("est weights: ") == 2
+
+
+def text_of(folder):
+    """Sentences whose words a model of two layers learns at once."""
+    path = folder / "text.txt"
+    path.write_text("".join(f"The {'cat' if n % 3 else 'ocelot'} number {n % 7} sat on a mat.\n" for n in range(80)))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_trainer_example(tmp_path):
+    pytest.importorskip("transformers", reason='needs: pip install "pdl_ext[transformers]"')
+    import transformers_trainer
+
+    arguments = [text_of(tmp_path), "--epochs", "3", "--accumulate", "2", "--output", str(tmp_path / "output")]
+    logs = transformers_trainer.main(arguments)
+    nll = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    assert len(nll) == 3
+    assert nll[-1] < nll[0] - 0.2
+    assert all(0 < log["pdl/effective_sample"] < 1 for log in logs if "loss" in log)
+    (saved,) = (tmp_path / "output").glob("checkpoint-*")
+    assert (saved / "pdl_loss.pt").exists()
+
+    # What it wrote is a pretrained model to the next one, whose own checkpoints are older in number.
+    again = transformers_trainer.main([*arguments, "--model", str(saved), "--alpha", "0", "--epochs", "1"])
+    assert again[0]["loss"] < nll[-1] + 0.2
+    assert {log["pdl/effective_sample"] for log in again if "loss" in log} == {1.0}
+
+
+@pytest.mark.slow
+def test_the_chat_example(tmp_path):
+    pytest.importorskip("trl", reason='needs: pip install "pdl_ext[trl]"')
+    import json
+
+    import trl_chat
+
+    turns = [("user", "How many legs has it?"), ("assistant", "Four."), ("user", "Sure?"), ("assistant", "Yes, four.")]
+    chat = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (tmp_path / "chats.jsonl").write_text((chat + "\n") * 30)
+    arguments = [str(tmp_path / "chats.jsonl"), "--epochs", "4", "--output", str(tmp_path / "output")]
+    logs = trl_chat.main(arguments)
+    nll = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    assert nll[-1] < nll[0] - 0.5
+    assert all(log["pdl/nll"] > 0 for log in logs if "loss" in log)
+
+
+@pytest.mark.slow
+def test_the_example_of_fsdp2_trains_the_same_on_two_ranks_as_on_one(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason='needs: pip install "pdl_ext[transformers]"')
+    import os
+    import socket
+    import subprocess
+
+    import fsdp2
+
+    arguments = [text_of(tmp_path), "--output", str(tmp_path / "output")]
+    two_ranks = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            fsdp2.__file__,
+            *arguments,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    fsdp2.main(arguments[:1])
+    printed = [capsys.readouterr().out, two_ranks.communicate(timeout=300)[0]]
+    assert two_ranks.returncode == 0, printed[1]
+    losses = [[float(loss) for loss in re.findall(r"epoch \d: loss (\S+)", text)] for text in printed]
+    assert len(losses[0]) == 3
+    assert losses[0][-1] < losses[0][0] - 0.5
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert (tmp_path / "output" / "model.safetensors").exists()

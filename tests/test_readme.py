@@ -32,55 +32,6 @@ def test_snippets_of_corpora_run(tmp_path, monkeypatch):
     assert namespace["loss_fn"].frequency.counts[:8].tolist() == [0, 0, 0, 0, 0, 0, 0, 2]
 
 
-def test_snippets_of_a_trainer_run(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers", reason="needs pdl_ext[transformers]")
-    import torch
-
-    monkeypatch.chdir(tmp_path)
-    page = README.read_text() + (README.parent / "docs" / "frameworks.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = torch.arange(1, 9)
-    arguments = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    namespace = {
-        "Trainer": transformers.Trainer,
-        "args": transformers.TrainingArguments(output_dir=str(tmp_path), **arguments),
-        "dataset": [{"input_ids": ids, "labels": ids}],
-    }
-    trained = [snippet for snippet in snippets if "trainer" in snippet and "SFT" not in snippet]
-    assert len(trained) == 3
-    for snippet in trained:
-        if "apply_pdl_loss" in snippet:
-            config = transformers.LlamaConfig(vocab_size=101, pad_token_id=0, **sizes)
-            namespace["model"] = transformers.LlamaForCausalLM(config)
-        exec(compile(snippet, "frameworks.md", "exec"), namespace)
-    assert namespace["loss_fn"].frequency.counts[2:9].tolist() == [1] * 7
-    assert namespace["frequency"].counts[2:9].tolist() == [1] * 7
-
-
-def test_the_snippet_of_trl_runs(tmp_path, monkeypatch):
-    trl = pytest.importorskip("trl", reason="needs pdl_ext[trl]")
-    import datasets
-    import transformers
-    from tokenizers import Tokenizer, models
-
-    monkeypatch.chdir(tmp_path)
-    page = (README.parent / "docs" / "frameworks.md").read_text()
-    (snippet,) = (snippet for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "SFT" in snippet)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 2}, unk_token="<pad>"))
-    arguments = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "bf16": False}
-    namespace = {
-        "model": transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=101, pad_token_id=0, **sizes)),
-        "sft_config": trl.SFTConfig(output_dir=str(tmp_path), **arguments),
-        "dataset": datasets.Dataset.from_dict({"input_ids": [list(range(1, 9))]}),
-        "tokenizer": transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>"),
-    }
-    before = namespace["model"].lm_head.weight.clone()
-    exec(compile(snippet, "frameworks.md", "exec"), namespace)
-    assert not before.equal(namespace["model"].lm_head.weight)
-
-
 def test_snippets_of_the_family_run():
     pytest.importorskip("transformers", reason="needs pdl_ext[demo]")
     page = (README.parent / "docs" / "family.md").read_text()

@@ -515,3 +515,12 @@ def test_vocabulary_parallel(tmp_path):
     finally:
         dist.destroy_process_group()
     assert loss_fn.frequency.tokens_seen == 0
+
+
+def test_all_reduce_without_a_process_group_changes_nothing():
+    frequency = TokenFrequency(3)
+    frequency.update(torch.tensor([0, 2, 2]))
+    frequency.all_reduce()
+    assert frequency.counts.tolist() == [1, 0, 2]
+    with pytest.raises(TypeError, match="group: got object, expected a ProcessGroup"):
+        frequency.all_reduce(object())

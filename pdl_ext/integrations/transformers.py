@@ -288,6 +288,9 @@ class PDLCallback(_transformers.TrainerCallback):
             loss.frequency.sync()
         if state.is_world_process_zero and (loss.frequency is not None or not loss.online):
             path = _checkpoint(args, state.global_step) / _FILE
+            if not path.parent.is_dir():
+                # save_total_limit took it away at once, for one of a former run with more steps.
+                return
             partial = path.with_suffix(f".{os.getpid()}")
             torch.save(loss.state_dict(), partial)
             partial.replace(path)

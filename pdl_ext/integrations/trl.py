@@ -41,7 +41,8 @@ class PDLSFTTrainer(_trl.SFTTrainer):
             raise ValueError(f"loss_type: got {loss_type!r}, expected 'nll': give the PDLLoss a modulation instead")
         apply_pdl_loss(self.model, pdl_loss)
         _answer_fused_calls(base_model(self.model))
-        self.add_callback(PDLCallback(pdl_loss))
+        # Before those that report what it adds to the logs.
+        self.callback_handler.callbacks.insert(0, PDLCallback(pdl_loss))
 
 
 class _LastCall:

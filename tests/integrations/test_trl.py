@@ -19,21 +19,37 @@ from pdl_ext.integrations.transformers import apply_pdl_loss  # noqa: E402
 from pdl_ext.integrations.trl import PDLSFTTrainer  # noqa: E402
 
 STEPS = 3
+# Nothing but the words of the turns.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' ' }}{% endgeneration %}
+{%- else %}{{ message['content'] + ' ' }}
+{%- endif %}
+{%- endfor %}"""
 
 
 def tokenizer():
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, V)}}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
-    return tr.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    return tr.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special)
 
 
-def rows(masked: bool):
+def rows(masked: str | None):
+    """Token ids, and a column that leaves out some of them."""
     ids = batch(3, 24)["input_ids"].tolist()
     # Of different lengths, so that there is something to pad and to pack.
     lengths = [4 + number % 9 for number in range(len(ids))]
     data = {"input_ids": [row[:length] for row, length in zip(ids, lengths, strict=True)]}
-    if masked:
-        data["completion_mask"] = [[0, 0] + [1] * (length - 2) for length in lengths]
+    if masked == "completion_mask":
+        data[masked] = [[0, 0] + [1] * (length - 2) for length in lengths]
+    if masked == "messages":
+        turns = [("user", slice(1)), ("assistant", slice(1, 2)), ("user", slice(2, 3)), ("assistant", slice(3, None))]
+        words = [[f"w{number}" for number in row] for row in data.pop("input_ids")]
+        data[masked] = [
+            [{"role": role, "content": " ".join(row[part])} for role, part in turns if row[part]] for row in words
+        ]
     return datasets.Dataset.from_dict(data)
 
 
@@ -75,12 +91,14 @@ class Recorded(PDLSFTTrainer):
 
 
 CASES = {
-    "plain": (False, {}),
-    "completions": (True, {"completion_only_loss": True}),
-    "packed": (False, {"packing": True, "packing_strategy": "wrapped"}),
-    "packed, best fit": (False, {"packing": True, "packing_strategy": "bfd"}),
-    "padding-free": (False, {"padding_free": True, "max_length": None}),
+    "plain": (None, {}),
+    "completions": ("completion_mask", {"completion_only_loss": True}),
+    "assistants": ("messages", {"assistant_only_loss": True}),
+    "packed": (None, {"packing": True, "packing_strategy": "wrapped"}),
+    "packed, best fit": (None, {"packing": True, "packing_strategy": "bfd"}),
+    "padding-free": (None, {"padding_free": True, "max_length": None}),
 }
+BEGINNINGS = {"completion_mask": [False, False, True], "messages": [False, True, False]}
 OPTIONS = {
     "given": {},
     "online": {"frequency": None},
@@ -108,7 +126,9 @@ def test_a_training_is_that_of_a_loop(case, options, tmp_path):
     trainer.train()
     assert len(trainer.batches) == STEPS
     if masked:
-        assert any((taken["labels"] == -100).sum() >= 8 for taken in trainer.batches)
+        for taken in trainer.batches:
+            learned = (taken["labels"] != -100) & (taken["input_ids"] != 0)
+            assert learned[:, :3].tolist() == [BEGINNINGS[masked]] * 4
     moved = {name: value - before[name] for name, value in weights_of(trainer.model).items()}
     # As TRL sets it: packed sequences are kept apart then.
     batches = [{**taken, "use_cache": False} for taken in trainer.batches]
@@ -135,7 +155,7 @@ def test_with_equal_weights_it_is_the_training_of_trl(family, tmp_path):
     moved = []
     for kind, options in ((trl.SFTTrainer, {}), (PDLSFTTrainer, {"pdl_loss": PDLLoss(alpha=0.0)})):
         settings = {"gradient_accumulation_steps": 2, "completion_only_loss": True}
-        trainer = trainer_of(kind, tmp_path, True, model=model_of(family), **options, **settings)
+        trainer = trainer_of(kind, tmp_path, "completion_mask", model=model_of(family), **options, **settings)
         before = weights_of(trainer.model)
         trainer.train()
         moved.append({name: value - before[name] for name, value in weights_of(trainer.model).items()})
@@ -146,7 +166,7 @@ def test_no_logits_are_made_in_training(tmp_path):
     from test_transformers import LargestTensor
 
     sizes = {"vocab_size": 50_257, "max_position_embeddings": 512}
-    trainer = trainer_of(PDLSFTTrainer, tmp_path, False, model=model_of("llama", **sizes), pdl_loss=PDLLoss())
+    trainer = trainer_of(PDLSFTTrainer, tmp_path, None, model=model_of("llama", **sizes), pdl_loss=PDLLoss())
     ids = torch.randint(3, 50_257, (4, 512))
     inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
     trainer.model.train()
@@ -157,8 +177,10 @@ def test_no_logits_are_made_in_training(tmp_path):
 
 
 def test_evaluation_is_plain(tmp_path):
-    trainer = trainer_of(PDLSFTTrainer, tmp_path, True, pdl_loss=losses("given")[0], completion_only_loss=True)
-    plain = trainer_of(trl.SFTTrainer, tmp_path, True, completion_only_loss=True)
+    trainer = trainer_of(
+        PDLSFTTrainer, tmp_path, "completion_mask", pdl_loss=losses("given")[0], completion_only_loss=True
+    )
+    plain = trainer_of(trl.SFTTrainer, tmp_path, "completion_mask", completion_only_loss=True)
     found, expected = trainer.evaluate(), plain.evaluate()
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
     assert found["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=1e-6)
@@ -167,7 +189,7 @@ def test_evaluation_is_plain(tmp_path):
 def test_adapters_are_trained(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft")
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-    trainer = trainer_of(PDLSFTTrainer, tmp_path, False, peft_config=config, pdl_loss=PDLLoss())
+    trainer = trainer_of(PDLSFTTrainer, tmp_path, None, peft_config=config, pdl_loss=PDLLoss())
     before = weights_of(trainer.model)
     trainer.train()
     moved = [name for name, value in weights_of(trainer.model).items() if not torch.equal(value, before[name])]
@@ -185,7 +207,7 @@ def test_adapters_are_trained(tmp_path):
 )
 def test_what_excludes_a_pdl_loss_is_refused(options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
-        trainer_of(PDLSFTTrainer, tmp_path, False, **{"pdl_loss": PDLLoss(), **options})
+        trainer_of(PDLSFTTrainer, tmp_path, None, **{"pdl_loss": PDLLoss(), **options})
 
 
 def test_an_sft_trainer_that_goes_around_the_loss_is_an_error(tmp_path):
@@ -193,7 +215,7 @@ def test_an_sft_trainer_that_goes_around_the_loss_is_an_error(tmp_path):
 
     model, loss_fn = model_of("llama"), PDLLoss()
     apply_pdl_loss(model, loss_fn)
-    trainer = trainer_of(trl.SFTTrainer, tmp_path, False, model=model)
+    trainer = trainer_of(trl.SFTTrainer, tmp_path, None, model=model)
     trainer.add_callback(PDLCallback(loss_fn))
     with pytest.raises(RuntimeError, match="PDLLoss: got no call in a training step"):
         trainer.train()
