@@ -8,6 +8,8 @@ TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu') tests/cuda_emulator/include/cuda/ptx
+# The oldest transformers and TRL that are served, tested beside the newest.
+OLDER_TRANSFORMERS ?= transformers==4.57.6 trl==0.24.0
 # The PyTorch versions that a build against $(TORCH) is tested under as well: the oldest that it serves and the newest.
 OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
@@ -30,7 +32,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions bench bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers bench bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -83,6 +85,17 @@ torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
 	.venv-torch-$*/bin/python -m pip install --quiet torch==$* numpy safetensors tqdm pytest hypothesis "setuptools>=77" pybind11
 	touch $@
 
+older-transformers: .venv-transformers/stamp
+	$(RUN_TESTS:$(BIN)/%=.venv-transformers/bin/%) tests/integrations/test_transformers.py tests/integrations/test_trl.py
+
+# These two and what they need, before all else that .venv has.
+.venv-transformers/stamp: $(VENV)/dev.stamp
+	$(PYTHON) -m venv .venv-transformers
+	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+	  >"$$(.venv-transformers/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+	.venv-transformers/bin/python -m pip install --quiet $(OLDER_TRANSFORMERS)
+	touch $@
+
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/cpu.py $(BENCH)
 
@@ -105,7 +118,7 @@ sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist *.egg-info pdl_ext/*.so
+	rm -rf $(VENV) .venv-torch-* .venv-transformers build dist *.egg-info pdl_ext/*.so
 
 # setuptools: PyTorch's cpp_extension, which knows the flags of nvcc, imports it.
 $(TORCH_STAMP):

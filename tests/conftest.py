@@ -13,6 +13,7 @@ import gc
 import math
 import zlib
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import cuda_emulator
 import pytest
@@ -63,6 +64,15 @@ def pytest_runtest_protocol(item):
 def pytest_collection_modifyitems(items):
     # At the end: until then no process waits for another.
     items.sort(key=lambda item: item.get_closest_marker("serial") is not None)
+
+
+def pytest_report_header():
+    """What is tested: the versions of what the integrations are of."""
+    found = []
+    for name in ("torch", "transformers", "accelerate", "trl", "peft", "lightning", "ray"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return f"packages: {', '.join(found)}"
 
 
 def missing_cuda() -> str:

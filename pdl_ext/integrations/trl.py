@@ -33,12 +33,15 @@ class PDLSFTTrainer(_trl.SFTTrainer):
 
     def __init__(self, *args: Any, pdl_loss: pdl_ext.PDLLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func: got one together with pdl_loss, expected either")
-        # Earlier releases of TRL have no other.
+        # The first releases have no other.
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", None):
-            raise ValueError(f"loss_type: got {loss_type!r}, expected 'nll': give the PDLLoss a modulation instead")
+            raise ValueError(
+                f"loss_type: got {loss_type!r}, expected SFTConfig(loss_type='nll'): what weighs tokens otherwise, as "
+                "'dft' does, is a modulation of the PDLLoss"
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func: got one together with pdl_loss, expected either")
         apply_pdl_loss(self.model, pdl_loss)
         _answer_fused_calls(base_model(self.model))
         # Before those that report what it adds to the logs.

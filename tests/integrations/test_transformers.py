@@ -15,6 +15,8 @@ from pdl_ext import PDLLoss, TokenFrequency, functional
 
 tr = pytest.importorskip("transformers", reason="needs pdl_ext[transformers]")
 
+from packaging.version import Version  # noqa: E402  a package that transformers needs
+
 from pdl_ext.integrations import lazy_logits  # noqa: E402  it needs transformers
 from pdl_ext.integrations.lazy_logits import LazyLogits  # noqa: E402
 from pdl_ext.integrations.transformers import PDLCallback, apply_pdl_loss, remove_pdl_loss  # noqa: E402
@@ -81,7 +83,11 @@ FAMILIES = {
     # It adds a vector to the logits.
     "bart": ("BartForConditionalGeneration", BART, False),
 }
-CONFIGURATIONS = {"GPT2LMHeadModel": "GPT2Config", "MambaForCausalLM": "MambaConfig"}
+IS_OLD = Version(tr.__version__) < Version("5")
+NOT_OF_OLD = {
+    "mixtral, a router's loss": "generate fails by itself",
+    "mamba": "its forward has a loss of its own inside, which is refused",
+}
 
 
 def model_of(name: str, **changes) -> nn.Module:
@@ -130,6 +136,8 @@ def check_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_has_the_loss_and_gradients_of_its_logits(name, frequency):
+    if IS_OLD and name in NOT_OF_OLD:
+        pytest.skip(f"transformers before 5: {NOT_OF_OLD[name]}")
     model, inputs = model_of(name), batch()
     is_fused = FAMILIES[name][2]
     prompt = inputs["input_ids"][:2, :4]

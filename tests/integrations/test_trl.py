@@ -13,16 +13,19 @@ datasets = pytest.importorskip("datasets", reason="needs pdl_ext[trl]")
 tokenizers = pytest.importorskip("tokenizers", reason="needs pdl_ext[trl]")
 
 import transformers as tr  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from test_transformers import V, batch, check_same, model_of, weights_of  # noqa: E402
 
 from pdl_ext.integrations.transformers import apply_pdl_loss  # noqa: E402
 from pdl_ext.integrations.trl import PDLSFTTrainer  # noqa: E402
 
 STEPS = 3
+# Which trains without logits. Earlier ones call the model's loss, and read the logits for their metrics.
+HAS_A_HEAD_OF_ITS_OWN = Version(trl.__version__) >= Version("1.16")
 # Nothing but the words of the turns.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
-{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + ' ' }}{% endgeneration %}
+{%- if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}{{ ' ' }}
 {%- else %}{{ message['content'] + ' ' }}
 {%- endif %}
 {%- endfor %}"""
@@ -144,7 +147,9 @@ def test_a_training_is_that_of_a_loop(case, options, tmp_path):
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)[counted].mean()
     correct = (logits.argmax(-1) == taken["labels"][:, 1:])[counted].float().mean()
-    assert logged["entropy"] == pytest.approx(float(entropy), rel=1e-4)
+    if HAS_A_HEAD_OF_ITS_OWN:
+        # Earlier ones take it over other rows.
+        assert logged["entropy"] == pytest.approx(float(entropy), rel=1e-4)
     assert logged["mean_token_accuracy"] == pytest.approx(float(correct), rel=1e-6)
     nll = nn.functional.cross_entropy(logits[counted], taken["labels"][:, 1:][counted])
     assert logged["pdl/nll"] == pytest.approx(float(nll), rel=1e-5)
@@ -162,6 +167,7 @@ def test_with_equal_weights_it_is_the_training_of_trl(family, tmp_path):
     check_same(moved[1], moved[0], 2e-4)
 
 
+@pytest.mark.skipif(not HAS_A_HEAD_OF_ITS_OWN, reason="TRL before 1.16 reads the logits for its metrics")
 def test_no_logits_are_made_in_training(tmp_path):
     from test_transformers import LargestTensor
 
@@ -183,7 +189,8 @@ def test_evaluation_is_plain(tmp_path):
     plain = trainer_of(trl.SFTTrainer, tmp_path, "completion_mask", completion_only_loss=True)
     found, expected = trainer.evaluate(), plain.evaluate()
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-6)
-    assert found["eval_entropy"] == pytest.approx(expected["eval_entropy"], rel=1e-6)
+    # Not of every release.
+    assert found.get("eval_entropy", 0) == pytest.approx(expected.get("eval_entropy", 0), rel=1e-6)
 
 
 def test_adapters_are_trained(tmp_path):
@@ -200,7 +207,7 @@ def test_adapters_are_trained(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"loss_type": "dft"}, "loss_type: got 'dft', expected 'nll'"),
+        ({"loss_type": "dft"}, r"loss_type: got 'dft', expected SFTConfig\(loss_type='nll'\)"),
         ({"compute_loss_func": lambda *_, **__: None}, "compute_loss_func: got one together with pdl_loss"),
         ({"pdl_loss": PDLLoss(reduction="sum")}, "loss: got reduction 'sum'"),
     ],
@@ -210,6 +217,7 @@ def test_what_excludes_a_pdl_loss_is_refused(options, said, tmp_path):
         trainer_of(PDLSFTTrainer, tmp_path, None, **{"pdl_loss": PDLLoss(), **options})
 
 
+@pytest.mark.skipif(not HAS_A_HEAD_OF_ITS_OWN, reason="TRL before 1.16 calls the model's loss")
 def test_an_sft_trainer_that_goes_around_the_loss_is_an_error(tmp_path):
     from pdl_ext.integrations.transformers import PDLCallback
 
