@@ -19,7 +19,8 @@ import pdl_ext
 # From the top down. A module imports what is in its own room or in a layer below. Rooms of one layer are apart.
 # `.*`: a package with all that is in it.
 LAYERS = (
-    (("pdl_ext.cli.*",), ("pdl_ext.integrations.*",)),
+    (("pdl_ext.cli.*",),),
+    (("pdl_ext.integrations.*",),),
     (("pdl_ext",),),
     (
         ("pdl_ext.loss", "pdl_ext._token_weights", "pdl_ext._outside_graphs"),

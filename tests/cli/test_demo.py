@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ for package in ("matplotlib", "tqdm", "transformers"):
 import pdl_ext  # noqa: E402
 from pdl_ext.cli.demo import add_parser, command, cost, data, evaluate, model, report, train  # noqa: E402
 from pdl_ext.cli.demo.data import DemoError, Encoded, Example  # noqa: E402
+from pdl_ext.integrations.transformers import apply_pdl_loss  # noqa: E402
 
 # It collects garbage before it measures memory.
 pytestmark = pytest.mark.usefixtures("little_garbage")
@@ -319,24 +321,17 @@ def test_generation_task_of_a_text_without_prompt_is_its_first_third() -> None:
     assert (second.prompt, second.reference, second.reference_tokens) == ("the fox", "a red fox", 4)
 
 
-def test_cross_entropy_is_pdl_with_alpha_zero() -> None:
-    torch.manual_seed(0)
-    logits, targets = torch.randn(3, 7, 11), torch.randint(0, 11, (3, 7))
-    targets[:, :3] = data.IGNORE_INDEX
-    frequency = pdl_ext.TokenFrequency(11)
-    frequency.update(targets)
-    loss = pdl_ext.PDLLoss(frequency, alpha=0.0, shift=True)(logits, targets)
-    torch.testing.assert_close(train.cross_entropy(logits, targets), loss)
-
-
 def toy_batches(tokenizer) -> tuple[list[list[Encoded]], pdl_ext.TokenFrequency]:
     encoded = data.encode([Example(*pair) for pair in sentences()], tokenizer)
     return [encoded[start : start + 8] for start in range(0, 48, 8)], command._count(encoded, len(tokenizer), pad_id=2)
 
 
-def pdl_paths(frequency: pdl_ext.TokenFrequency) -> dict[str, train.ModelLoss]:
-    loss = pdl_ext.PDLLoss(frequency, alpha=0.5, ignore_index=data.IGNORE_INDEX, shift=True)
-    return {"fused": train.from_hidden_states(loss), "unfused": train.from_logits(loss)}
+def pdl_ways(frequency: pdl_ext.TokenFrequency) -> dict[str, Callable[[model.CausalLM], model.CausalLM]]:
+    loss = pdl_ext.PDLLoss(frequency, alpha=0.5)
+    return {
+        "fused": lambda net: apply_pdl_loss(net, loss),
+        "unfused": lambda net: apply_pdl_loss(net, loss, fused=False),
+    }
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -346,12 +341,12 @@ def test_both_paths_train_to_the_same_losses(tied: bool) -> None:
         net, tokenizer = toy_model(tied=tied)
         batches, frequency = toy_batches(tokenizer)
 
-        def count(*_: object, path: str = name) -> None:
-            logits[path] += 1
+        def count(_: object, __: object, output: torch.Tensor, way: str = name) -> None:
+            logits[way] += type(output) is torch.Tensor
 
+        pdl_ways(frequency)[name](net)
         net.lm_head.register_forward_hook(count)
-        path = pdl_paths(frequency)[name]
-        losses[name] = train.finetune(net, batches, path, learning_rate=1e-3, pad_id=2, name=name).losses
+        losses[name] = train.finetune(net, batches, learning_rate=1e-3, pad_id=2, name=name).losses
     assert losses["fused"] == pytest.approx(losses["unfused"], rel=1e-5)
     assert losses["fused"][-1] < losses["fused"][0]
     assert logits == {"fused": 0, "unfused": len(batches)}
@@ -362,7 +357,7 @@ def test_step_costs_leave_the_model_as_it_was(batches: int) -> None:
     net, tokenizer = toy_model()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     every, frequency = toy_batches(tokenizer)
-    costs = cost.step_costs(net.eval(), every[:batches], pdl_paths(frequency), pad_id=2)
+    costs = cost.step_costs(net.eval(), every[:batches], pdl_ways(frequency), pad_id=2)
     assert list(costs) == ["fused", "unfused"]
     assert all(value.seconds > 0 for value in costs.values())
     assert not net.training
@@ -373,13 +368,14 @@ def test_step_costs_leave_the_model_as_it_was(batches: int) -> None:
 def test_step_costs_see_what_a_step_holds() -> None:
     net, tokenizer = toy_model()
     batches, frequency = toy_batches(tokenizer)
-    plain = pdl_paths(frequency)["fused"]
 
-    def greedy(net: model.CausalLM, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        torch.ones(2**24)  # 64 MiB, freed at once
-        return plain(net, ids, targets)
+    class Greedy(pdl_ext.PDLLoss):
+        def linear(self, *inputs, **options):
+            torch.ones(2**24)  # 64 MiB, freed at once
+            return super().linear(*inputs, **options)
 
-    costs = cost.step_costs(net, batches, {"plain": plain, "greedy": greedy}, pad_id=2)
+    ways = {"plain": pdl_ways(frequency)["fused"], "greedy": lambda net: apply_pdl_loss(net, Greedy(frequency))}
+    costs = cost.step_costs(net, batches, ways, pad_id=2)
     peaks = [value.peak_bytes for value in costs.values()]
     if None in peaks:
         pytest.skip("this system does not tell the peak")
@@ -399,7 +395,7 @@ def test_memory_that_the_system_does_not_tell_is_not_measured(
     monkeypatch.setattr(cost, "_PROCESS", tmp_path)
     net, tokenizer = toy_model()
     batches, frequency = toy_batches(tokenizer)
-    assert cost.step_costs(net, batches, pdl_paths(frequency), pad_id=2)["fused"].peak_bytes is None
+    assert cost.step_costs(net, batches, pdl_ways(frequency), pad_id=2)["fused"].peak_bytes is None
 
 
 def test_verdict_says_where_pdl_is_worse() -> None:
@@ -478,7 +474,9 @@ def test_unfused_trains_from_the_logits(
 ) -> None:
     calls = []
     linear = pdl_ext.PDLLoss.linear
-    monkeypatch.setattr(pdl_ext.PDLLoss, "linear", lambda *inputs: calls.append(1) or linear(*inputs))
+    monkeypatch.setattr(
+        pdl_ext.PDLLoss, "linear", lambda *inputs, **options: calls.append(1) or linear(*inputs, **options)
+    )
     flag = ["--unfused"] if unfused else []
     assert run_demo("--text", pairs_file, "--steps", "5", "--output", tmp_path / "out", *flag, *SMALL) == 0
     assert len(calls) == 1 + cost.TIMED_STEPS + (0 if unfused else 5)

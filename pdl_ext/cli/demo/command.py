@@ -43,6 +43,9 @@ def _demo(args: argparse.Namespace) -> None:
         raise DemoError(f"--output {args.output}: cannot be made a folder: {error.strerror}") from error
     examples = data.read_text(args.text) if args.text else data.verse_pairs()
     initial, tokenizer = model.load()
+    # It needs what the model has just been loaded by.
+    from pdl_ext.integrations.transformers import apply_pdl_loss
+
     pad_id = tokenizer.eos_token_id
 
     encoded = data.encode(examples, tokenizer)
@@ -83,17 +86,20 @@ def _demo(args: argparse.Namespace) -> None:
     initial.to(device).eval()
     assess(initial, BEFORE)
     pdl = f"PDL, alpha {args.alpha:g}"
-    pdl_loss = pdl_ext.PDLLoss(frequency, alpha=args.alpha, ignore_index=data.IGNORE_INDEX, shift=True).to(device)
-    paths = {FUSED: train.from_hidden_states(pdl_loss), UNFUSED: train.from_logits(pdl_loss)}
-    costs = cost.step_costs(initial, batches, paths, pad_id=pad_id)
-    runs = {CE: train.from_logits(train.cross_entropy), pdl: paths[UNFUSED if args.unfused else FUSED]}
+    pdl_loss = pdl_ext.PDLLoss(frequency, alpha=args.alpha)
+    ways = {
+        FUSED: lambda net: apply_pdl_loss(net, pdl_loss),
+        UNFUSED: lambda net: apply_pdl_loss(net, pdl_loss, fused=False),
+    }
+    costs = cost.step_costs(initial, batches, ways, pad_id=pad_id)
+    # Without a PDLLoss the model's own loss is cross-entropy.
+    runs = {CE: lambda net: net, pdl: ways[UNFUSED if args.unfused else FUSED]}
     trainings = {}
-    for name, loss_fn in runs.items():
+    for name, give_loss in runs.items():
         torch.manual_seed(args.seed)
         net = copy.deepcopy(initial)
-        trainings[name] = train.finetune(
-            net, batches, loss_fn, learning_rate=args.learning_rate, pad_id=pad_id, name=name
-        )
+        give_loss(net)
+        trainings[name] = train.finetune(net, batches, learning_rate=args.learning_rate, pad_id=pad_id, name=name)
         assess(net, name)
 
     content: dict[str, Any] = {
@@ -162,11 +168,9 @@ def _check_size(args: argparse.Namespace, kept: int, too_long: int) -> None:
 
 
 def _count(examples: Sequence[Encoded], vocab_size: int, pad_id: int) -> pdl_ext.TokenFrequency:
-    frequency = pdl_ext.TokenFrequency(vocab_size, ignore_index=data.IGNORE_INDEX)
-    for start in tqdm(range(0, len(examples), 256), desc="count targets", unit="batch"):
-        _, labels = data.collate(examples[start : start + 256], pad_id)
-        frequency.update(labels)
-    return frequency
+    starts = tqdm(range(0, len(examples), 256), desc="count targets", unit="batch")
+    batches = ({"labels": data.collate(examples[start : start + 256], pad_id)[1]} for start in starts)
+    return pdl_ext.count_labels(batches, vocab_size, shift=True)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

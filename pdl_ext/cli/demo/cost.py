@@ -9,7 +9,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pdl_ext.cli.demo.data import Encoded, collate
 from pdl_ext.cli.demo.model import CausalLM
-from pdl_ext.cli.demo.train import ModelLoss
+from pdl_ext.cli.demo.train import loss_of
 
 TIMED_STEPS = 3
 
@@ -34,30 +34,39 @@ class StepCost:
 
 
 def step_costs(
-    model: CausalLM, batches: Sequence[Sequence[Encoded]], losses: Mapping[str, ModelLoss], *, pad_id: int
+    model: CausalLM,
+    batches: Sequence[Sequence[Encoded]],
+    ways: Mapping[str, Callable[[CausalLM], object]],
+    *,
+    pad_id: int,
 ) -> dict[str, StepCost]:
-    """Return what forward and backward of ``model`` cost with each of ``losses``, in turns on the same batches.
+    """Return what forward and backward of ``model`` cost with each of ``ways``, in turns on the same batches.
 
-    The first of ``batches`` warms up, the next three count, from the beginning again if there are fewer. The gradients
-    are thrown away: the model stays as it was, and is left in eval mode.
+    A way gives the model its PDLLoss, by ``apply_pdl_loss``. The first of ``batches`` warms up, the next three count,
+    from the beginning again if there are fewer. The gradients are thrown away: the model stays as it was, and is left
+    in eval mode.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    peaks: dict[str, list[int | None]] = {name: [] for name in losses}
+    from pdl_ext.integrations.transformers import remove_pdl_loss
+
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[int | None]] = {name: [] for name in ways}
     chosen = list(itertools.islice(itertools.cycle(batches), 1 + TIMED_STEPS))
     model.train()
-    for examples in tqdm(chosen, desc=f"compare {' and '.join(losses)}", unit="batch"):
+    for examples in tqdm(chosen, desc=f"compare {' and '.join(ways)}", unit="batch"):
         ids, labels = (tensor.to(model.device) for tensor in collate(examples, pad_id))
-        for name, loss_fn in losses.items():
+        for name, give_loss in ways.items():
+            give_loss(model)
             before = _reset_peak(model.device)
             start = time.perf_counter()
-            loss_fn(model, ids, labels).backward()
+            loss_of(model, ids, labels).backward()
             _wait(model.device)
             seconds[name].append(time.perf_counter() - start)
             peak = _peak(model.device)
             peaks[name].append(None if before is None or peak is None else peak - before)
             model.zero_grad(set_to_none=True)
+            remove_pdl_loss(model)
     model.eval()
-    return {name: StepCost(statistics.median(seconds[name][1:]), _largest(peaks[name][1:])) for name in losses}
+    return {name: StepCost(statistics.median(seconds[name][1:]), _largest(peaks[name][1:])) for name in ways}
 
 
 def _largest(values: list[int | None]) -> int | None:
