@@ -118,6 +118,7 @@ def gradients(model, way):
 def refusals(mesh):
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
+    torch.manual_seed(0)
     hidden, targets = torch.randn(4, WIDTH), torch.arange(4)
     weight = torch.randn(VOCAB, WIDTH)
     cut = distribute_tensor(weight, mesh, [Shard(0)])
@@ -140,6 +141,12 @@ def refusals(mesh):
             hidden, distribute_tensor(weight[:1], mesh, [Shard(0)]), targets
         ),
         "other targets": lambda: functional.linear_pdl_loss(hidden, cut, targets + dist.get_rank()),
+        # Of the same sum, and the same sum of places times ids.
+        "moments of targets": lambda: functional.linear_pdl_loss(
+            hidden, cut, torch.tensor([[5, 7, 7, 5], [7, 5, 5, 7]][dist.get_rank()])
+        ),
+        "other hidden states": lambda: functional.linear_pdl_loss(hidden + dist.get_rank(), cut, targets),
+        "a whole bias": lambda: functional.linear_pdl_loss(hidden, cut, targets, bias=torch.zeros(VOCAB)),
         "more targets": lambda: functional.linear_pdl_loss(
             torch.zeros(dist.get_rank() + 1, WIDTH), cut, torch.zeros(dist.get_rank() + 1, dtype=torch.int64)
         ),
@@ -189,6 +196,16 @@ def gradients_of(model):
     return [(name, parameter.grad) for name, parameter in model.named_parameters()]
 
 
+def unevenly_rounded(mesh):
+    """The loss of hidden states that the ranks round differently."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, WIDTH), torch.randn(VOCAB, WIDTH)
+    rounded = hidden * (1 + 1e-2 * dist.get_rank())
+    return functional.linear_pdl_loss(rounded, distribute_tensor(weight, mesh, [Shard(0)]), torch.arange(40) % VOCAB)
+
+
 def worker(rank, init, folder):
     from torch.distributed.tensor import init_device_mesh
 
@@ -202,6 +219,7 @@ def worker(rank, init, folder):
             for way, (_, cut_sequence, bias, _) in WAYS.items()
         }
         results["refused"] = refusals(mesh)
+        assert unevenly_rounded(mesh).isfinite()
         torch.save(results, f"{folder}/{rank}.pt")
         dist.barrier()
     finally:
@@ -242,13 +260,16 @@ REFUSED = {
     "whole": r"weight: got a DTensor with placements \[Replicate\(\)\]",
     "two dimensions": r"weight: got a DTensor with placements \[Shard\(dim=0\), Replicate\(\)\]",
     "a group, too": "process_group: got one with a DTensor as weight",
-    "rows of logits": r"logits: got a DTensor with placements \[Shard\(dim=0\)\], expected .*\[Shard\(1\)\]",
+    "rows of logits": r"logits: got a DTensor with placements \[Shard\(dim=0\)\], .*\[Shard\(1\)\]\. redistribute",
     "hidden alone": r"hidden: got a DTensor, expected a plain tensor, as full_tensor\(\) gives",
     "row_weight": "row_weight: got a DTensor, expected a plain tensor",
     "nothing on a rank": "weight: got a vocabulary of 1 over 2 ranks",
-    "other targets": r"targets: got other targets than another rank's, .* a DTensor's mesh.*With FSDP2",
-    "more targets": "targets: got other targets than another rank's",
-    "other targets of a group": "targets: got other targets than another rank's, .* process_group",
+    "other targets": r"targets: got others than another rank has, .* a DTensor's mesh.*With FSDP2",
+    "moments of targets": "targets: got others than another rank has",
+    "other hidden states": r"hidden: got others than another rank has, .* a DTensor's mesh.*With FSDP2",
+    "a whole bias": r"bias: got shape \[37\], expected \[(19|18)\], this rank's rows of the classifier, or a DTensor",
+    "more targets": "targets: got others than another rank has",
+    "other targets of a group": "targets: got others than another rank has, .* process group",
     "synced": "process_group: got one with sync_every",
 }
 

@@ -5,6 +5,8 @@ Each way that the error for a DTensor names gives the gradients of all parameter
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -88,9 +90,13 @@ def worker(rank, init, folder):
         torch.distributed.fsdp.fully_shard(model.lm_head)
         torch.distributed.fsdp.fully_shard(model)
         # The classifier looks like one of tensor parallelism, whose ranks have the same rows.
-        with pytest.raises(ValueError, match="targets: got other targets") as error:
-            model(*(rows[rank * ROWS // RANKS :][: ROWS // RANKS] for rows in batch()))
-        results["refused"] = str(error.value)
+        inputs, targets = batch()
+        others = inputs.flip(0) if rank else inputs
+        half = slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
+        for case, rows in {"targets": (inputs[half], targets[half]), "hidden": (others, targets)}.items():
+            with pytest.raises(ValueError, match=f"{case}: got others than another rank has") as error:
+                model(*rows)
+            results[case] = str(error.value)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -115,7 +121,6 @@ def test_gradients_are_those_of_one_process(ranks, way):
 
 
 def test_a_sharded_classifier_is_refused_with_what_to_do(ranks):
-    for rank in ranks:
-        assert "targets: got other targets than another rank's" in rank["refused"]
+    for rank, case in itertools.product(ranks, ("targets", "hidden")):
         for way in ("lm_head.unshard()", 'full_tensor(grad_placements=[Partial("avg")])', "in the model's forward"):
-            assert way in rank["refused"]
+            assert way in rank[case]

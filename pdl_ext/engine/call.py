@@ -204,8 +204,7 @@ class LossCall(_Call):
         process_group: dist.ProcessGroup | None,
         inplace_backward: bool,
     ) -> None:
-        is_cut = is_dtensor(logits)
-        if is_cut:
+        if is_dtensor(logits):
             targets = replicated("targets", targets, logits)
             logits, process_group = vocabulary_part("logits", logits, logits.dim() - 1, process_group)
         _check_scores("logits", logits)
@@ -222,7 +221,7 @@ class LossCall(_Call):
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
         if self.in_place and logits.requires_grad and torch.is_grad_enabled():
             _refuse_leaf(logits)
-        shard = VocabularyShard.for_rank(logits.shape[-1], targets, process_group, is_cut)
+        shard = VocabularyShard.for_rank(logits.shape[-1], targets, process_group)
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.logits = logits
         self.process_group = process_group
@@ -304,9 +303,8 @@ class LinearLossCall(_Call):
         if bias is not None:
             _check_scores("bias", bias)
             if bias.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], the classifier's rows"
-                )
+                rows = "this rank's rows of the classifier, or a DTensor" if is_cut else "the classifier's rows"
+                raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}], {rows}")
         for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is None:
                 continue
@@ -329,7 +327,7 @@ class LinearLossCall(_Call):
         # A compiled graph may be captured, which knows no wait for a count.
         drop_ignored = not torch.compiler.is_compiling()
         self.settings = Settings(dtype, max_chunk_bytes, accumulate == "float32", drop_ignored)
-        shard = VocabularyShard.for_rank(weight.shape[0], targets, process_group, is_cut)
+        shard = VocabularyShard.for_rank(weight.shape[0], targets, process_group, hidden if is_cut else None)
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.process_group = process_group

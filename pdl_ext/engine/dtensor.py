@@ -31,9 +31,10 @@ def vocabulary_part(
     mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     # A subclass of Shard has its rows in another order.
     if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim != dim:
+        way = f"redistribute(placements=[Shard({dim})]) makes it one" if name == "logits" else GATHERED_BY_FSDP
         raise TypeError(
             f"{name}: got a DTensor with placements {list(placements)}, expected a plain tensor, or a DTensor that a "
-            f"one-dimensional mesh cuts over the vocabulary, [Shard({dim})]. {GATHERED_BY_FSDP}"
+            f"one-dimensional mesh cuts over the vocabulary, [Shard({dim})]. {way}"
         )
     if process_group is not None:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,26 +32,33 @@ class VocabularyShard(NamedTuple):
 
     @classmethod
     def for_rank(
-        cls, width: int, targets: Tensor, group: dist.ProcessGroup | None, of_dtensor: bool = False
+        cls, width: int, targets: Tensor, group: dist.ProcessGroup | None, hidden: Tensor | None = None
     ) -> VocabularyShard:
         """The shard of a rank that has `width` columns; ranks follow each other in the order of the group.
 
-        targets: of all rows, the same on every rank; of_dtensor: the shard is a part of one, which FSDP2 may have cut.
-        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30 and for other targets on
-        another rank: on every rank alike.
+        targets: of all rows, the same on every rank; hidden: likewise, of a classifier that FSDP2 may have cut.
+        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30. ValueError, too, for
+        other targets or hidden states on another rank. Every rank finds the same.
         """
         if group is None:
             return cls(0, width, width, width, "")
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"process_group: got {type(group).__name__}, expected a ProcessGroup or None")
         rank = dist.get_rank(group)
-        table = torch.zeros((dist.get_world_size(group), 3), dtype=torch.int64, device=targets.device)
+        sampled = 0 if hidden is None else _SAMPLED
+        # Integers below 2^53 are exact in it.
+        table = torch.zeros((dist.get_world_size(group), 3 + sampled), dtype=torch.float64, device=targets.device)
         table[rank, 0], table[rank, 1], table[rank, 2] = width, targets.numel(), _fingerprint(targets)
+        if hidden is not None:
+            sample = _sample(hidden)
+            table[rank, 3 : 3 + sample.numel()] = sample
         dist.all_reduce(table, group=group)
-        of_ranks: list[list[int]] = table.tolist()
-        if any(of_rank[1:] != of_ranks[0][1:] for of_rank in of_ranks):
-            raise _other_targets(of_dtensor)
-        widths = [of_rank[0] for of_rank in of_ranks]
+        of_ranks: list[list[float]] = table.tolist()
+        if any(of_rank[1:3] != of_ranks[0][1:3] for of_rank in of_ranks):
+            raise _not_the_same("targets", hidden is not None)
+        if any(math.dist(of_rank[3:], of_ranks[0][3:]) > _SAME * math.hypot(*of_rank[3:]) for of_rank in of_ranks):
+            raise _not_the_same("hidden", True)
+        widths = [int(of_rank[0]) for of_rank in of_ranks]
         vocab_size, before = sum(widths), sum(widths[:rank])
         if vocab_size > 2**30:
             raise ValueError(f"process_group: got a vocabulary of {vocab_size} over its ranks, expected at most 2^30")
@@ -63,19 +71,32 @@ class VocabularyShard(NamedTuple):
         return table[self.first_id : self.first_id + self.width]
 
 
+# Of hidden states: how many of them are compared, and up to which share of their norm they may differ. Ranks may round
+# differently; rows of other data differ by more than their norm.
+_SAMPLED, _SAME = 64, 0.1
+
+
+def _sample(hidden: Tensor) -> Tensor:
+    flat = hidden.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].double()
+
+
 def _fingerprint(targets: Tensor) -> Tensor:
-    """A number that targets which differ share by chance only."""
+    """A number below 2^52 that targets which differ share by chance only."""
     ids = targets.reshape(-1).long()
-    # Odd multiples modulo 2^64 keep every bit of an id.
-    return ((ids + 1) * (torch.arange(ids.numel(), device=ids.device) * 0x1E3779B97F4A7C16 + 1)).sum()
+    # Each pair of place and id is mixed before the sum, as by the finaliser of a hash.
+    mixed = ids * 0x1E3779B97F4A7C15 + torch.arange(ids.numel(), device=ids.device) * 0x3F58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 31)) * 0x14D049BB133111EB
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F51AFD7ED558CCD
+    return (mixed ^ (mixed >> 32)).sum() & (2**52 - 1)
 
 
-def _other_targets(of_dtensor: bool) -> Exception:
-    told = "other targets than another rank's, expected the same on every rank of"
+def _not_the_same(name: str, of_dtensor: bool) -> ValueError:
+    told = f"{name}: got others than another rank has, expected the same on every rank of"
     if of_dtensor:
         # What tensor parallelism and FSDP2 cut looks the same.
-        return ValueError(f"targets: got {told} a DTensor's mesh, as tensor parallelism has them. {GATHERED_BY_FSDP}")
-    return ValueError(f"targets: got {told} process_group, over which the vocabulary is cut and not the rows")
+        return ValueError(f"{told} a DTensor's mesh, as tensor parallelism has them. {GATHERED_BY_FSDP}")
+    return ValueError(f"{told} the vocabulary's process group: it cuts columns, and not rows")
 
 
 def _group_of(name: str) -> dist.ProcessGroup:
