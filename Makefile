@@ -32,7 +32,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers bench bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers frameworks bench bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -88,12 +88,25 @@ torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
 older-transformers: .venv-transformers/stamp
 	$(RUN_TESTS:$(BIN)/%=.venv-transformers/bin/%) tests/integrations/test_transformers.py tests/integrations/test_trl.py
 
-# These two and what they need, before all else that .venv has.
+frameworks: .venv-frameworks/stamp
+	$(RUN_TESTS:$(BIN)/%=.venv-frameworks/bin/%) tests/integrations/test_frameworks.py
+
+# Some packages and what they need, before all else that .venv has.
+define OVER_VENV
+$(PYTHON) -m venv $(@D)
+$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
+  >"$$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
+$(@D)/bin/python -m pip install --quiet
+endef
+
 .venv-transformers/stamp: $(VENV)/dev.stamp
-	$(PYTHON) -m venv .venv-transformers
-	$(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
-	  >"$$(.venv-transformers/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth"
-	.venv-transformers/bin/python -m pip install --quiet $(OLDER_TRANSFORMERS)
+	$(OVER_VENV) $(OLDER_TRANSFORMERS)
+	touch $@
+
+# torchtune 0.6 and axolotl bind versions of packages that others of these do without.
+.venv-frameworks/stamp: $(VENV)/dev.stamp
+	$(OVER_VENV) "$(TORCH)" deepspeed==0.19.8 torchtitan==0.3.0 omegaconf sentencepiece tiktoken blobfile kagglehub
+	$(@D)/bin/python -m pip install --quiet --no-deps torchtune==0.6.1 torchao==0.9.0 axolotl==0.19.0 addict
 	touch $@
 
 bench: $(VENV)/dev.stamp
@@ -118,7 +131,7 @@ sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .venv-transformers build dist *.egg-info pdl_ext/*.so
+	rm -rf $(VENV) .venv-torch-* .venv-transformers .venv-frameworks build dist *.egg-info pdl_ext/*.so
 
 # setuptools: PyTorch's cpp_extension, which knows the flags of nvcc, imports it.
 $(TORCH_STAMP):

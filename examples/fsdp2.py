@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.batch_size % ranks:
         parser.error(f"--batch-size: got {args.batch_size}, expected a multiple of {ranks}, the number of ranks")
 
-    lines = tiny.lines_of(args.text)
+    lines = tiny.lines_of(args.text, args.batch_size)
     model, tokenizer = tiny.model_and_tokenizer(args.model, lines)
     encoded = tokenizer([line + tokenizer.eos_token for line in lines], truncation=True, max_length=args.max_length)
     examples = [{"input_ids": ids, "labels": list(ids)} for ids in encoded["input_ids"]]

@@ -27,10 +27,15 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"""
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text that hold something."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.strip()]
+def lines_of(path: Path, least: int) -> list[str]:
+    """The lines of a text that hold something. Ends the script with a message where they are fewer than `least`."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"error: {path}: {error}") from error
+    if len(lines) < least:
+        raise SystemExit(f"error: {path}: got {len(lines)} lines, expected at least {least}, an example each")
+    return lines
 
 
 def model_and_tokenizer(

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", default="trainer-output", help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    lines = tiny.lines_of(args.text)
+    # One to learn from, and one that is held out.
+    lines = tiny.lines_of(args.text, 2)
     model, tokenizer = tiny.model_and_tokenizer(args.model, lines)
     encoded = tokenizer([line + tokenizer.eos_token for line in lines], truncation=True, max_length=args.max_length)
     examples = [{"input_ids": ids, "labels": list(ids)} for ids in encoded["input_ids"]]

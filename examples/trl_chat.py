@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", default="trl-output", help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    chats = [json.loads(line) for line in tiny.lines_of(args.chats)]
+    # One to learn from, and one that is held out.
+    chats = [json.loads(line) for line in tiny.lines_of(args.chats, 2)]
     texts = [message["content"] for chat in chats for message in chat["messages"]]
     model, tokenizer = tiny.model_and_tokenizer(args.model, texts)
     on_accelerator = torch.accelerator.is_available()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import re
 import sys
@@ -320,3 +321,15 @@ def test_the_example_of_fsdp2_trains_the_same_on_two_ranks_as_on_one(tmp_path, m
     assert losses[0][-1] < losses[0][0] - 0.5
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert (tmp_path / "output" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["transformers_trainer", "trl_chat"])
+def test_too_few_examples_are_told(name, tmp_path):
+    pytest.importorskip("trl", reason='needs: pip install "pdl_ext[trl]"')
+    path = tmp_path / "text.txt"
+    path.write_text("\n one line \n")
+    example = importlib.import_module(name)
+    with pytest.raises(SystemExit, match=r"text\.txt: got 1 lines, expected at least 2, an example each"):
+        example.main([str(path)])
+    with pytest.raises(SystemExit, match=r"missing\.txt: .*No such file"):
+        example.main([str(tmp_path / "missing.txt")])

@@ -47,16 +47,20 @@ class VocabularyShard(NamedTuple):
         rank = dist.get_rank(group)
         sampled = 0 if hidden is None else _SAMPLED
         # Integers below 2^53 are exact in it.
-        table = torch.zeros((dist.get_world_size(group), 3 + sampled), dtype=torch.float64, device=targets.device)
+        table = torch.zeros(
+            (dist.get_world_size(group), _NUMBERS + sampled), dtype=torch.float64, device=targets.device
+        )
         table[rank, 0], table[rank, 1], table[rank, 2] = width, targets.numel(), _fingerprint(targets)
         if hidden is not None:
             sample = _sample(hidden)
-            table[rank, 3 : 3 + sample.numel()] = sample
+            table[rank, _NUMBERS : _NUMBERS + sample.numel()] = sample
         dist.all_reduce(table, group=group)
         of_ranks: list[list[float]] = table.tolist()
-        if any(of_rank[1:3] != of_ranks[0][1:3] for of_rank in of_ranks):
+        first = of_ranks[0]
+        if any(of_rank[1:_NUMBERS] != first[1:_NUMBERS] for of_rank in of_ranks):
             raise _not_the_same("targets", hidden is not None)
-        if any(math.dist(of_rank[3:], of_ranks[0][3:]) > _SAME * math.hypot(*of_rank[3:]) for of_rank in of_ranks):
+        samples = [of_rank[_NUMBERS:] for of_rank in of_ranks]
+        if any(math.dist(of_rank, samples[0]) > _SAME * math.hypot(*of_rank) for of_rank in samples):
             raise _not_the_same("hidden", True)
         widths = [int(of_rank[0]) for of_rank in of_ranks]
         vocab_size, before = sum(widths), sum(widths[:rank])
@@ -71,6 +75,8 @@ class VocabularyShard(NamedTuple):
         return table[self.first_id : self.first_id + self.width]
 
 
+# What a rank tells beside its hidden states: its width, and the number of its targets and their fingerprint.
+_NUMBERS = 3
 # Of hidden states: how many of them are compared, and up to which share of their norm they may differ. Ranks may round
 # differently; rows of other data differ by more than their norm.
 _SAMPLED, _SAME = 64, 0.1

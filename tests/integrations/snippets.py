@@ -10,12 +10,12 @@ __all__ = ["run", "snippets"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def snippets(page: str, heading: str | None = None) -> list[str]:
-    """The Python of a page, or of the section of it that a heading begins."""
+def snippets(page: str, heading: str | None = None, language: str = "python") -> list[str]:
+    """What a page holds of a language, or the section of it that a heading begins."""
     text = (ROOT / page).read_text()
     if heading is not None:
         (text,) = re.findall(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    found = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    found = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
     assert found
     return found
 
