@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 import torch.nn.functional as F
@@ -286,28 +287,15 @@ def test_the_chat_example(tmp_path):
 @pytest.mark.slow
 def test_the_example_of_fsdp2_trains_the_same_on_two_ranks_as_on_one(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers", reason='needs: pip install "pdl_ext[transformers]"')
-    import os
     import socket
     import subprocess
 
     import fsdp2
 
     arguments = [text_of(tmp_path), "--output", str(tmp_path / "output")]
-    two_ranks = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            fsdp2.__file__,
-            *arguments,
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    two_ranks = fresh_python.popen(*torchrun, fsdp2.__file__, *arguments, env={"OMP_NUM_THREADS": "1"}, **outputs)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
