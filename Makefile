@@ -25,6 +25,8 @@ PYTEST ?= -n 2 --dist worksteal
 RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 # Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90".
 CUDA_COMPILE ?=
+# Options for the conformance suite: make conformance CONFORMANCE="--only pdl_ext --output docs/conformance.md".
+CONFORMANCE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
 RESULTS ?=
 # Most of what is installed is never imported.
@@ -32,7 +34,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers frameworks bench bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -111,6 +113,9 @@ endef
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/cpu.py $(BENCH)
+
+conformance: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/conformance $(CONFORMANCE)
 
 bench-plot: $(VENV)/demo.stamp
 	$(BIN)/python benchmarks/plot.py $(RESULTS) docs/speed.png

@@ -1,0 +1,213 @@
+"""The implementations, each behind the few lines that a user of it would write."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from cases import NotOffered, Task, Way
+from torch import Tensor
+
+from pdl_ext import functional
+
+__all__ = ["ways"]
+
+
+def ways(device: torch.device) -> Iterator[Way]:
+    """All that is installed here and runs on a device."""
+    yield Way("pdl_ext", True, _pdl_ext)
+    yield Way("pdl_ext, in place", True, lambda scores, task: _pdl_ext(scores, task, inplace_backward=True))
+    yield Way("F.cross_entropy", True, _cross_entropy)
+    yield Way("F.cross_entropy, compiled", True, _compiled, may_abort=True)
+    if device.type == "cuda":
+        yield from _of_logits_on_cuda()
+    yield Way("pdl_ext.linear", False, _pdl_ext_linear)
+    if hasattr(F, "linear_cross_entropy"):
+        yield Way("F.linear_cross_entropy, chunked", False, _linear_cross_entropy)
+    if importlib.util.find_spec("trl") is not None and _version("trl") >= (1, 16):
+        yield Way("TRL's head", False, _trl)
+    if device.type == "cuda":
+        yield from _of_hidden_states_on_cuda()
+
+
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+
+
+def _options(task: Task) -> dict[str, object]:
+    options: dict[str, object] = {"ignore_index": task.ignore_index, "reduction": task.reduction}
+    if task.label_smoothing:
+        options |= {"label_smoothing": task.label_smoothing, "label_smoothing_weight": "class"}
+    if task.normalizer is not None:
+        options["normalizer"] = task.normalizer
+    return options
+
+
+def _pdl_ext(scores: list[Tensor], task: Task, **more: bool) -> Tensor:
+    (logits,) = scores
+    # A leaf is refused in place, as PyTorch would.
+    logits = logits * 1.0 if more and logits.is_leaf else logits
+    return functional.pdl_loss(logits, task.targets, task.weight, **_options(task), **more)
+
+
+def _pdl_ext_linear(scores: list[Tensor], task: Task) -> Tensor:
+    hidden, classifier = scores
+    return functional.linear_pdl_loss(
+        hidden, classifier, task.targets, task.weight, max_chunk_bytes=1, **_options(task)
+    )
+
+
+def _of_pytorch(task: Task, dtype: torch.dtype) -> dict[str, object]:
+    # It wants the weights in the logits' dtype.
+    options = {
+        "weight": None if task.weight is None else task.weight.to(dtype),
+        "ignore_index": task.ignore_index,
+        "label_smoothing": task.label_smoothing,
+    }
+    return options | {"reduction": task.reduction if task.normalizer is None else "sum"}
+
+
+def _cross_entropy(scores: list[Tensor], task: Task) -> Tensor:
+    (logits,) = scores
+    loss = F.cross_entropy(logits, task.targets, **_of_pytorch(task, logits.dtype))
+    return loss if task.normalizer is None else loss / task.normalizer
+
+
+_compiled_cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
+
+
+def _compiled(scores: list[Tensor], task: Task) -> Tensor:
+    (logits,) = scores
+    loss = _compiled_cross_entropy(logits, task.targets, **_of_pytorch(task, logits.dtype))
+    return loss if task.normalizer is None else loss / task.normalizer
+
+
+def _linear_cross_entropy(scores: list[Tensor], task: Task) -> Tensor:
+    hidden, classifier = scores
+    options = torch.nn.LinearCrossEntropyOptions()
+    given = _of_pytorch(task, hidden.dtype)
+    loss = F.linear_cross_entropy(hidden, classifier, task.targets, options=options, **given)
+    return loss if task.normalizer is None else loss / task.normalizer
+
+
+def _trl(scores: list[Tensor], task: Task) -> Tensor:
+    """Its log-probabilities of the targets, weighted and reduced as a user of them does."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    if task.label_smoothing:
+        raise NotOffered
+    hidden, classifier = scores
+    counted = task.targets != task.ignore_index
+    # As its head does without Triton: all positions are scored.
+    log_probs, *_ = ChunkedLogProbFunction.apply(
+        hidden, classifier, None, task.targets.where(counted, 0), 1.0, 64, None, 1.0, ()
+    )
+    weight = torch.ones_like(log_probs) if task.weight is None else task.weight[task.targets.where(counted, 0)]
+    weight = weight.where(counted, 0.0)
+    return _reduced(-log_probs.where(counted, 0.0) * weight, weight, task)
+
+
+def _reduced(losses: Tensor, weight: Tensor, task: Task) -> Tensor:
+    if task.normalizer is not None:
+        return losses.sum() / task.normalizer
+    if task.reduction == "mean":
+        return losses.sum() / weight.sum().clamp(min=1e-12)
+    return losses.sum() if task.reduction == "sum" else losses
+
+
+def _weights_of_rows(task: Task) -> Tensor:
+    counted = task.targets != task.ignore_index
+    weight = torch.ones(task.targets.shape, device=task.targets.device)
+    if task.weight is not None:
+        weight = task.weight[task.targets.where(counted, 0)]
+    return weight.where(counted, 0.0)
+
+
+def _of_logits_on_cuda() -> Iterator[Way]:
+    if importlib.util.find_spec("liger_kernel") is not None:
+
+        def liger(scores: list[Tensor], task: Task) -> Tensor:
+            from liger_kernel.transformers import LigerCrossEntropyLoss
+
+            loss = LigerCrossEntropyLoss(
+                weight=task.weight,
+                ignore_index=task.ignore_index,
+                label_smoothing=task.label_smoothing,
+                reduction=task.reduction if task.normalizer is None else "sum",
+            )(scores[0] * 1.0, task.targets)
+            return loss if task.normalizer is None else loss / task.normalizer
+
+        yield Way("Liger-Kernel", True, liger)
+    if importlib.util.find_spec("quack") is not None:
+
+        def quack(scores: list[Tensor], task: Task) -> Tensor:
+            from quack.cross_entropy import cross_entropy
+
+            if task.label_smoothing:
+                raise NotOffered
+            losses = cross_entropy(scores[0], task.targets, reduction="none", ignore_index=task.ignore_index)
+            weight = _weights_of_rows(task)
+            return _reduced(losses * weight, weight, task)
+
+        yield Way("quack", True, quack)
+    if importlib.util.find_spec("flash_attn") is not None:
+
+        def flash(scores: list[Tensor], task: Task) -> Tensor:
+            from flash_attn.losses.cross_entropy import CrossEntropyLoss
+
+            if task.label_smoothing and task.weight is not None:
+                raise NotOffered
+            losses = CrossEntropyLoss(
+                ignore_index=task.ignore_index, reduction="none", label_smoothing=task.label_smoothing
+            )(scores[0], task.targets)
+            weight = _weights_of_rows(task)
+            return _reduced(losses * weight, weight, task)
+
+        yield Way("flash-attn", True, flash)
+    if importlib.util.find_spec("transformer_engine") is not None:
+
+        def transformer_engine(scores: list[Tensor], task: Task) -> Tensor:
+            from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+            if task.label_smoothing and task.weight is not None:
+                raise NotOffered
+            losses = parallel_cross_entropy(
+                scores[0].unsqueeze(0), task.targets.unsqueeze(0), task.label_smoothing, False, None, task.ignore_index
+            )
+            weight = _weights_of_rows(task)
+            return _reduced(losses.reshape(-1) * weight, weight, task)
+
+        yield Way("Transformer Engine", True, transformer_engine)
+
+
+def _of_hidden_states_on_cuda() -> Iterator[Way]:
+    if importlib.util.find_spec("liger_kernel") is not None:
+
+        def liger(scores: list[Tensor], task: Task) -> Tensor:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            hidden, classifier = scores
+            loss = LigerFusedLinearCrossEntropyLoss(
+                ce_weight=task.weight,
+                ignore_index=task.ignore_index,
+                label_smoothing=task.label_smoothing,
+                reduction=task.reduction if task.normalizer is None else "sum",
+            )(classifier, hidden, task.targets)
+            return loss if task.normalizer is None else loss / task.normalizer
+
+        yield Way("Liger-Kernel, fused linear", False, liger)
+    if importlib.util.find_spec("cut_cross_entropy") is not None:
+
+        def cut(scores: list[Tensor], task: Task) -> Tensor:
+            from cut_cross_entropy import linear_cross_entropy
+
+            if task.label_smoothing:
+                raise NotOffered
+            losses = linear_cross_entropy(*scores, task.targets, reduction="none", ignore_index=task.ignore_index)
+            weight = _weights_of_rows(task)
+            return _reduced(losses * weight, weight, task)
+
+        yield Way("Cut Cross-Entropy", False, cut)

@@ -1,0 +1,135 @@
+"""The conformance suite: pdl_ext is right everywhere, and every case finds some wrong implementation."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "conformance"))
+
+import cases
+import ways
+from cases import CASES, Way
+from verdicts import ABSENT, RIGHT, verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("conformance", ROOT / "benchmarks" / "conformance" / "__main__.py")
+conformance = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(conformance)
+
+OURS = [way for way in ways.ways(torch.device("cpu")) if way.name.startswith("pdl_ext")]
+
+
+@pytest.mark.parametrize("way", OURS, ids=lambda way: way.name)
+def test_pdl_ext_is_right(way):
+    found = {case.name: verdict(way, case) for case in CASES}
+    said = [said for said in found.values() if said != ABSENT]
+    assert set(said) == {RIGHT}, found
+    assert len(said) >= 30
+
+
+def without_a_gradient(scores, task):
+    return right(scores, task).detach() + 0 * sum(score.where(score.isfinite(), 0).sum() for score in scores)
+
+
+def of_one(scores, task):
+    shape = task.targets.shape if task.reduction == "none" else ()
+    return torch.ones(shape) + 0 * sum(score.where(score.isfinite(), 0).sum() for score in scores)
+
+
+def undefined(scores, task):
+    loss = right(scores, task)
+    return loss if bool((task.targets != task.ignore_index).any()) else loss * torch.nan
+
+
+class Frozen(torch.autograd.Function):
+    """Its gradient has no graph."""
+
+    @staticmethod
+    def forward(ctx, task, *scores):
+        with torch.enable_grad():
+            leaves = [score.detach().requires_grad_() for score in scores]
+            loss = right(leaves, task)
+            ctx.gradients = torch.autograd.grad(loss.sum(), leaves)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None, *(gradient * upstream.sum() for gradient in ctx.gradients)
+
+
+def frozen(scores, task):
+    return Frozen.apply(task, *scores)
+
+
+def overwriting(scores, task):
+    loss = right(scores, task)
+    scores[0].data.zero_()
+    return loss
+
+
+def noisy(scores, task):
+    return right(scores, task) * (1 + 1e-6 * torch.rand(()))
+
+
+def right(scores, task):
+    return OURS[0].loss(scores, task) if len(scores) == 1 else OURS[-1].loss(scores, task)
+
+
+WRONG = (without_a_gradient, of_one, undefined, frozen, overwriting, noisy)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_finds_a_wrong_implementation(case):
+    kinds = (True, False) if case.of_logits is None else (case.of_logits,)
+    for of_logits in kinds:
+        found = [verdict(Way(loss.__name__, of_logits, loss), case) for loss in WRONG]
+        assert any(said.startswith("**no**") for said in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("mean by weights: divided by their sum", lambda s, t: right(s, cases.Task(t.targets, t.weight, "sum")) / 24),
+        ("sum by weights", lambda s, t: right(s, cases.Task(t.targets, None, "sum"))),
+        # What was wrong in public: all rows scaled by the first upstream gradient.
+        ("each row's loss by weights, upstream gradients of its own for each", lambda s, t: FirstUpstream.apply(*s, t)),
+    ],
+)
+def test_a_common_fault_is_found(name, loss):
+    (case,) = (case for case in CASES if case.name == name)
+    assert verdict(Way("faulty", True, loss), case).startswith("**no**")
+
+
+class FirstUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, task):
+        with torch.enable_grad():
+            leaf = logits.detach().requires_grad_()
+            losses = right([leaf], task)
+            (ctx.gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.gradient * upstream[0], None
+
+
+def test_the_page_has_every_case(capsys, tmp_path):
+    page = (ROOT / "docs" / "conformance.md").read_text()
+    table = page.split(conformance.BEGIN)[1].split(conformance.END)[0]
+    names = re.findall(r"^\| (.+?) \|", table, flags=re.MULTILINE)
+    assert names[1 : len(CASES) + 1] == [case.name for case in CASES]
+    # It is written where it was.
+    copy = tmp_path / "page.md"
+    copy.write_text(page)
+    assert conformance.main(["--only", "pdl_ext.linear", "--device", "cpu", "--output", str(copy)]) == 0
+    assert "| case | pdl_ext.linear |" in copy.read_text()
+    assert copy.read_text().split(conformance.BEGIN)[0] == page.split(conformance.BEGIN)[0]
+    assert copy.read_text().split(conformance.END)[1] == page.split(conformance.END)[1]
+    assert "| case | pdl_ext.linear |" in capsys.readouterr().out
