@@ -94,7 +94,6 @@ def _linear_cross_entropy(scores: list[Tensor], task: Task) -> Tensor:
 
 
 def _trl(scores: list[Tensor], task: Task) -> Tensor:
-    """Its log-probabilities of the targets, weighted and reduced as a user of them does."""
     from trl.kernels import ChunkedLogProbFunction
 
     if task.label_smoothing:
@@ -105,25 +104,20 @@ def _trl(scores: list[Tensor], task: Task) -> Tensor:
     log_probs, *_ = ChunkedLogProbFunction.apply(
         hidden, classifier, None, task.targets.where(counted, 0), 1.0, 64, None, 1.0, ()
     )
-    weight = torch.ones_like(log_probs) if task.weight is None else task.weight[task.targets.where(counted, 0)]
+    return _weighted(-log_probs.where(counted, 0.0), task)
+
+
+def _weighted(losses: Tensor, task: Task) -> Tensor:
+    """The losses of rows, weighted and reduced as the user of a way without weights does it."""
+    counted = task.targets != task.ignore_index
+    weight = torch.ones_like(losses) if task.weight is None else task.weight[task.targets.where(counted, 0)]
     weight = weight.where(counted, 0.0)
-    return _reduced(-log_probs.where(counted, 0.0) * weight, weight, task)
-
-
-def _reduced(losses: Tensor, weight: Tensor, task: Task) -> Tensor:
+    losses = losses * weight
     if task.normalizer is not None:
         return losses.sum() / task.normalizer
     if task.reduction == "mean":
         return losses.sum() / weight.sum().clamp(min=1e-12)
     return losses.sum() if task.reduction == "sum" else losses
-
-
-def _weights_of_rows(task: Task) -> Tensor:
-    counted = task.targets != task.ignore_index
-    weight = torch.ones(task.targets.shape, device=task.targets.device)
-    if task.weight is not None:
-        weight = task.weight[task.targets.where(counted, 0)]
-    return weight.where(counted, 0.0)
 
 
 def _of_logits_on_cuda() -> Iterator[Way]:
@@ -149,8 +143,7 @@ def _of_logits_on_cuda() -> Iterator[Way]:
             if task.label_smoothing:
                 raise NotOffered
             losses = cross_entropy(scores[0], task.targets, reduction="none", ignore_index=task.ignore_index)
-            weight = _weights_of_rows(task)
-            return _reduced(losses * weight, weight, task)
+            return _weighted(losses, task)
 
         yield Way("quack", True, quack)
     if importlib.util.find_spec("flash_attn") is not None:
@@ -163,8 +156,7 @@ def _of_logits_on_cuda() -> Iterator[Way]:
             losses = CrossEntropyLoss(
                 ignore_index=task.ignore_index, reduction="none", label_smoothing=task.label_smoothing
             )(scores[0], task.targets)
-            weight = _weights_of_rows(task)
-            return _reduced(losses * weight, weight, task)
+            return _weighted(losses, task)
 
         yield Way("flash-attn", True, flash)
     if importlib.util.find_spec("transformer_engine") is not None:
@@ -177,8 +169,7 @@ def _of_logits_on_cuda() -> Iterator[Way]:
             losses = parallel_cross_entropy(
                 scores[0].unsqueeze(0), task.targets.unsqueeze(0), task.label_smoothing, False, None, task.ignore_index
             )
-            weight = _weights_of_rows(task)
-            return _reduced(losses.reshape(-1) * weight, weight, task)
+            return _weighted(losses.reshape(-1), task)
 
         yield Way("Transformer Engine", True, transformer_engine)
 
@@ -207,7 +198,6 @@ def _of_hidden_states_on_cuda() -> Iterator[Way]:
             if task.label_smoothing:
                 raise NotOffered
             losses = linear_cross_entropy(*scores, task.targets, reduction="none", ignore_index=task.ignore_index)
-            weight = _weights_of_rows(task)
-            return _reduced(losses * weight, weight, task)
+            return _weighted(losses, task)
 
         yield Way("Cut Cross-Entropy", False, cut)
