@@ -17,6 +17,14 @@ STABLE_TORCH_LIBRARY(pdl_ext, m) {
       "loss_and_gradient_(Tensor logits, Tensor(a!) gradient, Tensor targets, Tensor? token_weight, Tensor? "
       "row_weight, Tensor? logit_offset, Tensor? normalizer, float[] options, bool stats) -> (Tensor loss, "
       "Tensor saved_rows, Tensor factors, Tensor predicted)");
+  m.def(
+      "loss_and_gradient(Tensor logits, Tensor targets, Tensor? token_weight, Tensor? row_weight, Tensor? "
+      "logit_offset, Tensor? normalizer, Tensor? upstream, float[] options, bool stats) -> (Tensor loss, Tensor "
+      "saved_rows, Tensor factors, Tensor predicted, Tensor gradient)");
+  m.def(
+      "correct_gradient_(Tensor(a!) gradient, Tensor(b!)? expected, Tensor grad_loss, Tensor logits, Tensor targets, "
+      "Tensor saved_rows, Tensor factors, Tensor? token_weight, Tensor? row_weight, Tensor? logit_offset, float[] "
+      "options) -> ()");
   m.def("scale_(Tensor(a!) gradient, Tensor factor) -> ()");
   m.def(
       "loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors, Tensor? "

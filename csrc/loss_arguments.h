@@ -138,7 +138,7 @@ inline void check_saved_rows(const Tensor& saved_rows, const Tensor& targets, Sc
                   "saved_rows must be what loss_forward returned");
 }
 
-// Without grad_loss the upstream gradient of a scalar reduction is 1.
+// Without grad_loss the upstream gradient of a scalar reduction is that of the factors.
 inline void check_backward_arguments(const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows,
                                      const Tensor& factors, const OptionalTensor& grad_loss,
                                      const VocabularyShard& shard) {
@@ -191,11 +191,21 @@ inline void check_gradient(const Tensor& logits, const Tensor& gradient, Reducti
                   "gradient must be like the logits");
 }
 
-inline void check_scale_arguments(const Tensor& gradient, const Tensor& factor) {
-  check_rows_apart(gradient, "gradient");
-  STD_TORCH_CHECK(factor.numel() == 1 && factor.scalar_type() == accumulator_dtype(gradient.scalar_type()) &&
-                      factor.device() == gradient.device(),
-                  "factor must be one number of the loss's dtype, on the gradient's device");
+// One number on the device: an upstream gradient of a scalar loss, or what multiplies one.
+inline void check_scalar(const OptionalTensor& number, const char* name, const Tensor& logits) {
+  STD_TORCH_CHECK(
+      !number || (number->numel() == 1 && number->scalar_type() == accumulator_dtype(logits.scalar_type()) &&
+                  number->device() == logits.device()),
+      name, " must be one number of the loss's dtype, on the logits' device");
+}
+
+// Of correct_gradient_: `factors` tell for which upstream gradient `gradient` was computed.
+inline void check_correction_arguments(const Tensor& gradient, const OptionalTensor& expected, const Tensor& grad_loss,
+                                       const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows,
+                                       const Tensor& factors) {
+  check_backward_arguments(logits, inputs, saved_rows, factors, grad_loss, {0, logits.size(1)});
+  check_gradient(logits, gradient, inputs.options.reduction);
+  check_scalar(expected, "expected", logits);
 }
 
 struct LossOutputs {

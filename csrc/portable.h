@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define PDL_INLINE __host__ __device__ __forceinline__
@@ -32,6 +33,13 @@ using Accumulator = typename AccumulatorOf<T>::type;
 template <typename A>
 PDL_INLINE constexpr A infinity() {
   return std::numeric_limits<A>::infinity();
+}
+
+// Unlike ==, of zeros with other signs not, and of equal NaNs.
+template <typename A>
+PDL_INLINE bool same_bits(A a, A b) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  return std::bit_cast<Bits>(a) == std::bit_cast<Bits>(b);
 }
 
 template <typename A>

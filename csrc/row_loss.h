@@ -187,6 +187,7 @@ PDL_INLINE A smoothing_centre(A z_target) {
 template <typename A>
 struct SavedRow {
   A max;
+  A sum;      // of exp(z - max)
   A log_sum;  // lse - max
   A nll;
   A ce;  // nll with its token weight and label smoothing
@@ -195,7 +196,7 @@ struct SavedRow {
   A entropy;
   A smoothing_weight;  // the mean of u_j
 
-  static constexpr int kNumbers = 8;
+  static constexpr int kNumbers = 9;
 
   PDL_INLINE A lse() const { return max + log_sum; }
   // Where the modulation is 0 the loss is, also of a target that has no probability.
@@ -203,25 +204,26 @@ struct SavedRow {
 
   PDL_INLINE static SavedRow load(const A* saved_rows, int64_t rows, int64_t i) {
     const A* row = saved_rows + i;
-    return {row[0],        row[rows],     row[2 * rows], row[3 * rows],
-            row[4 * rows], row[5 * rows], row[6 * rows], row[7 * rows]};
+    return {row[0],        row[rows],     row[2 * rows], row[3 * rows], row[4 * rows],
+            row[5 * rows], row[6 * rows], row[7 * rows], row[8 * rows]};
   }
   PDL_INLINE void store(A* saved_rows, int64_t rows, int64_t i) const {
     A* row = saved_rows + i;
     row[0] = max;
-    row[rows] = log_sum;
-    row[2 * rows] = nll;
-    row[3 * rows] = ce;
-    row[4 * rows] = token_weight;
-    row[5 * rows] = modulation;
-    row[6 * rows] = entropy;
-    row[7 * rows] = smoothing_weight;
+    row[rows] = sum;
+    row[2 * rows] = log_sum;
+    row[3 * rows] = nll;
+    row[4 * rows] = ce;
+    row[5 * rows] = token_weight;
+    row[6 * rows] = modulation;
+    row[7 * rows] = entropy;
+    row[8 * rows] = smoothing_weight;
   }
   // Of a row without a target in the vocabulary.
-  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value, value, value}; }
+  PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value, value, value, value}; }
 };
 
-// A row of which max, log_sum, nll, token_weight and entropy are known. Its ce is the mean over the vocabulary of
+// A row of which max, sum, log_sum, nll, token_weight and entropy are known. Its ce is the mean over the vocabulary of
 // u_j (lse - z_j), and its smoothing_weight that of u_j. A u_j that is the target's token weight counts as 1 in both.
 template <typename A>
 PDL_INLINE void complete_row(SavedRow<A>& row, const RowOptions<A>& options) {
@@ -240,6 +242,7 @@ template <typename Statistics, typename A>
 PDL_INLINE SavedRow<A> row_loss(const Statistics& row, A z_target, A token_weight, const RowOptions<A>& options) {
   SavedRow<A> saved;
   saved.max = row.max;
+  saved.sum = row.sum;
   saved.log_sum = log(row.sum);
   saved.nll = saved.log_sum - (z_target - row.max);
   saved.entropy = entropy_of(row, saved.log_sum);
@@ -261,27 +264,31 @@ PDL_INLINE A row_term(A weight, A ce, A lse, const RowOptions<A>& options) {
 
 // Factors of the weighted term and of the z-loss term, and `correction`. That is the weighted mean where the
 // denominator depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is (m ce - token_weight *
-// correction) * weighted. `modulation` is the mean of m by which it is divided, in `weighted` already, or 1. In memory:
-// the op's `factors` [kNumbers].
+// correction) * weighted. `modulation` is the mean of m by which it is divided, in `weighted` already, or 1. `upstream`
+// is the gradient of the loss for which a gradient was computed at once. In memory: the op's `factors` [kNumbers].
 template <typename A>
 struct Factors {
   A weighted;
   A rows;
   A correction;
   A modulation;
+  A upstream = 1;
 
-  static constexpr int kNumbers = 4;
+  static constexpr int kNumbers = 5;
 
-  PDL_INLINE static Factors load(const A* factors) { return {factors[0], factors[1], factors[2], factors[3]}; }
+  PDL_INLINE static Factors load(const A* factors) {
+    return {factors[0], factors[1], factors[2], factors[3], factors[4]};
+  }
   PDL_INLINE void store(A* factors) const {
     factors[0] = weighted;
     factors[1] = rows;
     factors[2] = correction;
     factors[3] = modulation;
+    factors[4] = upstream;
   }
   template <typename B>
   PDL_INLINE Factors<B> as() const {
-    return {B(weighted), B(rows), B(correction), B(modulation)};
+    return {B(weighted), B(rows), B(correction), B(modulation), B(upstream)};
   }
 };
 
@@ -349,22 +356,29 @@ struct GradientRow {
   A max;
   A a_largest;   // A max_j p_j
   A b_smoothed;  // B_j off the target, of u_j = 1 where each class has its own
-  A b_target;    // B_j at it
+  A sum;
+  A b_target;  // B_j at it
+  A rest;      // A less that
 
   PDL_INLINE A log_ratio(A z) const { return z - max; }
   // Of a row with a NaN, which is in a_largest, any number will do.
   PDL_INLINE A ratio(A z) const { return exp_compensated(log_ratio(z)); }
   PDL_INLINE A off_target_of(A ratio) const { return a_largest * ratio - b_smoothed; }
   PDL_INLINE A off_target_of(A ratio, A class_weight) const { return a_largest * ratio - b_smoothed * class_weight; }
-  // The same row for ratios to exp(origin - max).
+  // The same row for ratios to exp(origin - max). Only where all that is relative to it is -inf may it be above max.
   PDL_INLINE GradientRow relative_to(A origin) const {
     GradientRow row = *this;
-    row.a_largest *= exp_nonpositive(origin - max);
+    row.a_largest *= exp_nonpositive(origin > max ? A(0) : origin - max);
     return row;
   }
   PDL_INLINE A off_target(A z) const { return off_target_of(ratio(z)); }
   PDL_INLINE A off_target(A z, A class_weight) const { return off_target_of(ratio(z), class_weight); }
-  PDL_INLINE A at_target(A z) const { return a_largest * ratio(z) - b_target; }
+  // A p_y - B_y as B_y (p_y - 1) + (A - B_y) p_y. Where p_y is near 1 the difference of e to the sum is exact, and else
+  // that of p_y to 1 rounds less.
+  PDL_INLINE A at_target(A z) const {
+    const A e = ratio(z), p = e / sum;
+    return b_target * (e > A(0.5) * sum ? (e - sum) / sum : p - A(1)) + rest * p;
+  }
 };
 
 // NaN as narrow_number keeps it, whatever the user's weights had.
@@ -373,10 +387,10 @@ PDL_INLINE A canonical(A x) {
   return x == x ? x : not_a_number<A>();
 }
 
-// largest: the probability of the largest logit, 1 / sum or exp(-log_sum). Where all are -inf it has none.
+// The largest logit's probability is 1 / sum. Where all are -inf it has none.
 template <typename A>
-PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A largest, A upstream,
-                                       const Factors<A>& factors, const RowOptions<A>& options) {
+PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A upstream, const Factors<A>& factors,
+                                       const RowOptions<A>& options) {
   const A weighted = upstream * row_weight * factors.weighted;
   A m = 1, of_modulation = 0;
   if (options.modulation != Modulation::none) {
@@ -387,21 +401,33 @@ PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A l
   }
   const A s = options.label_smoothing, uniform = s / A(options.vocab_size), w = row.token_weight;
   // What A and B have in common is one number, or the rounding of two would be left of them.
-  A of_lse, of_class, of_target;
+  A of_lse, of_class, of_target, rest;
   if (options.label_smoothing_weight == SmoothingWeight::target) {
     of_lse = upstream * (w * row_weight) * factors.weighted * m;
     of_class = of_lse * uniform;
     of_target = of_lse * (A(1) - s + uniform);
+    rest = of_lse * (s - uniform);
   } else {
     const A of_nll = weighted * m * ((A(1) - s) * w);
-    of_lse = of_nll + weighted * m * (s * row.smoothing_weight);
+    const A smoothed = weighted * m * (s * row.smoothing_weight);
+    of_lse = of_nll + smoothed;
     of_class = weighted * m * uniform;
-    of_target = of_nll + (options.label_smoothing_weight == SmoothingWeight::none ? of_class : of_class * w);
+    const A smoothed_target = options.label_smoothing_weight == SmoothingWeight::none ? of_class : of_class * w;
+    of_target = of_nll + smoothed_target;
+    rest = smoothed - smoothed_target;
   }
   of_lse += of_modulation;
-  if (options.z_loss != A(0)) of_lse += A(2) * upstream * options.z_loss * row.lse() * factors.rows;
-  return {row.max, row.max == -infinity<A>() ? not_a_number<A>() : canonical(of_lse) * largest, canonical(of_class),
-          canonical(of_target + of_modulation)};
+  if (options.z_loss != A(0)) {
+    const A penalty = A(2) * upstream * options.z_loss * row.lse() * factors.rows;
+    of_lse += penalty;
+    rest += penalty;
+  }
+  return {row.max,
+          row.max == -infinity<A>() ? not_a_number<A>() : canonical(of_lse) / row.sum,
+          canonical(of_class),
+          row.sum,
+          canonical(of_target + of_modulation),
+          canonical(rest)};
 }
 
 }  // namespace pdl

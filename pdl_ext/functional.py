@@ -37,6 +37,12 @@ def pdl_loss(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
+    Where logits require grad and the reduction is a scalar, this call computes their gradient, too, in one pass and for
+    an upstream gradient of 1. For another one backward computes it from the logits, in the same bits: one pass more. A
+    loss that nobody differentiates then costs a gradient's time, and its memory for as long as it lives: use no_grad.
+    float16, whose loss scale comes later, "none", a normalized modulation, `process_group` and torch.compile leave the
+    gradient to backward.
+
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. The last dimension may be a slice of a padded one. A
             DTensor whose one-dimensional mesh cuts it over the vocabulary is taken as with `process_group`.
@@ -57,9 +63,9 @@ def pdl_loss(
         modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll or
             its entropy. It is in no denominator, and not in the z-loss.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
-        inplace_backward: the gradient overwrites the logits, which saves their size in memory and a third of the
-            traffic: already in this call, if they require grad and the reduction is a scalar (float16 waits for
-            backward, since the loss scale has to come first). Do not read them afterwards; another gradient that needs
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory: already in this call, if
+            they require grad and the reduction is a scalar (float16 waits for backward, since the loss scale has to
+            come first). Do not read them afterwards; another gradient that needs
             them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf and a view of one
             are refused. An upstream gradient other than 1 costs one more pass, and one more rounding: prefer
             `normalizer` to dividing the loss. So does a normalized modulation. Ignored under torch.compile, where the
@@ -87,6 +93,8 @@ def pdl_loss(
         return_stats=return_stats,
         process_group=process_group,
         inplace_backward=inplace_backward,
+        at_once=True,
+        last=None,
     )
     call.check_tables(token_weight, logit_offset)
     return call.loss(token_weight, logit_offset)

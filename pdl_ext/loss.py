@@ -17,6 +17,7 @@ from pdl_ext._checks import check_exponent, check_integer, check_number, default
 from pdl_ext._lock import Exclusion
 from pdl_ext._token_weights import TokenWeights, blend_state
 from pdl_ext.counts import check_count_values, log_probabilities
+from pdl_ext.engine.autograd import LastUpstream
 from pdl_ext.engine.call import LinearLossCall, LossCall, RowStats
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.options import (
@@ -58,6 +59,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             for itself, of which the first one warns once. Without a process group it changes nothing.
         inplace_backward, and the options of a loss: as in `functional.pdl_loss`. The options are attributes, too, and
             may be set while training; a wrong value raises at once.
+
+    In training mode a call computes the gradient, too, as `functional.pdl_loss` says. It does so for the upstream
+    gradient that came last: a loss scale or a division by accumulated batches repeats itself. In eval mode backward
+    computes it.
 
     The weights of a given frequency are kept until its counts, `blend` or `weighting` change; every write that PyTorch
     sees is noticed. Call `refresh` after one that it does not see (`.data`, NumPy, a collective of gloo), and before a
@@ -114,6 +119,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         self.sync_every = sync_every
         self._calls_since_sync = 0
         self._told_of_ranks = False
+        self._last_upstream = LastUpstream()
 
         if isinstance(frequency, (str, os.PathLike)):
             frequency = TokenFrequency.load(frequency)
@@ -216,6 +222,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             return_stats=return_stats,
             process_group=process_group,
             inplace_backward=self.inplace_backward,
+            at_once=self.training,
+            last=self._last_upstream,
         )
         return self._loss("logits", call, logit_offset)
 
@@ -260,6 +268,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         # Pickles of 0.1.0's first builds have each option as an attribute.
         given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
         kept = {name: value for name, value in state.items() if name not in given}
+        kept.setdefault("_last_upstream", LastUpstream())
         if "online" in kept:
             kept |= {"_is_given": not kept.pop("online"), "_weight_drop": 0.0, "_logit_adjustment": 0.0}
         super().__setstate__({"_options": LossOptions(**given), **kept})

@@ -86,6 +86,29 @@ class TestGraphs:
             assert leaf.grad.any()
         assert torch.equal(captured.frequency.counts, eager.frequency.counts)
 
+    def test_upstream_gradients_that_change_between_replays(self, cuda):
+        # What a module expects lies on the device: each replay finds out by itself whether it guessed right.
+        loss_fn = PDLLoss(torch.ones(1009, dtype=torch.int64, device=cuda))
+        logits = torch.randn(16, 1009, device=cuda, requires_grad=True)
+        targets = torch.randint(1009, (16,), device=cuda)
+        scale = torch.ones((), device=cuda)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            (scale * loss_fn(logits, targets)).backward()
+        torch.cuda.current_stream().wait_stream(side)
+        logits.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (scale * loss_fn(logits, targets)).backward()
+        for factor in (1.0, 0.25, 0.25, 8.0, 1.0):
+            scale.fill_(factor)
+            graph.replay()
+            leaf = logits.detach().clone().requires_grad_()
+            (scale * copy.deepcopy(loss_fn)(leaf, targets)).backward()
+            assert torch.equal(logits.grad, leaf.grad)
+            assert loss_fn._last_upstream.on(logits.device, torch.float32) == factor
+
     @pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
     @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
     def test_whole_training_step(self, cuda, optimizer_name, inplace_backward):

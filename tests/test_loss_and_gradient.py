@@ -128,6 +128,16 @@ def test_masked_vocabulary(make_case, assert_in_place_matches, vocab_size):
         assert leaf.grad[[0, 1, 3, 4, 5]].isfinite().all()
 
 
+@pytest.mark.parametrize("level", [-88.6, -88.9, -500.0])
+def test_a_masked_tile_below_no_other(make_case, assert_in_place_matches, level):
+    # The origin of what is all -inf is 0, which may be far above every logit.
+    case = make_case((6,), 9001, ignored=False)
+    case.leaf += level - case.leaf.amax(-1, keepdim=True)
+    case.leaf[:, :4500] = -torch.inf
+    case.targets.fill_(9000)
+    assert_in_place_matches(from_a_model(case))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("before", [0, 1, 3], ids=["aligned", "misaligned", "misaligned_differently"])

@@ -129,6 +129,19 @@ def test_opcheck_loss_and_gradient(op_inputs, optional):
     torch.library.opcheck(compiled.loss_and_gradient_.default, arguments)
 
 
+@pytest.mark.parametrize("optional", [False, True], ids=["bare", "all_tensors"])
+def test_opcheck_loss_and_new_gradient(op_inputs, device, optional):
+    logits, *others = op_inputs(optional=optional)
+    upstream = torch.tensor(2.5, device=device) if optional else None
+    options = EVERY if optional else BARE
+    arguments = (logits, *others, upstream, options.packed, optional)
+    torch.library.opcheck(compiled.loss_and_gradient.default, arguments)
+    _, saved_rows, factors, _, gradient = compiled.loss_and_gradient(*arguments)
+    targets, token_weight, row_weight, offset, _ = others
+    rest = (logits, targets, saved_rows, factors, token_weight, row_weight, offset, options.packed)
+    torch.library.opcheck(compiled.correct_gradient_.default, (gradient, upstream, torch.ones_like(factors[0]), *rest))
+
+
 def test_opcheck_scale(device):
     gradient, factor = torch.randn(4, 9, device=device), torch.tensor(2.5, device=device)
     torch.library.opcheck(compiled.scale_.default, (gradient, factor))

@@ -37,6 +37,86 @@ __attribute__((target(PDL_TARGET_AVX2))) inline void narrow_avx2(const float* x,
   }
 }
 
+__attribute__((target(PDL_TARGET_AVX2))) inline __m256 load_avx2(const float* x) {
+  return _mm256_loadu_ps(x);
+}
+__attribute__((target(PDL_TARGET_AVX2))) inline __m256 load_avx2(const Float16* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+__attribute__((target(PDL_TARGET_AVX2))) inline __m256 load_avx2(const BFloat16* x) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+
+// The bits of 2^(i / 8), less i in the place of those that the exponent brings with it.
+alignas(32) inline constexpr int32_t kEighthsOfOctave[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                                                            0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+
+// exp_nonpositive, within 2 ulp as well, by a table that a register holds: two thirds of its instructions.
+__attribute__((target(PDL_TARGET_AVX2))) inline __m256 exp_avx2(__m256 x) {
+  const __m256 round = _mm256_set1_ps(12582912.0f);
+  const __m256 shifted = _mm256_fmadd_ps(x, _mm256_set1_ps(8 * 1.44269504088896341f), round);
+  const __m256 n = _mm256_sub_ps(shifted, round);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f / 8), x);
+  r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f / 8), r);
+  // exp(r) - 1 for |r| <= ln 2 / 16.
+  __m256 p = _mm256_fmadd_ps(r, _mm256_set1_ps(1.0f / 24), _mm256_set1_ps(1.0f / 6));
+  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+  p = _mm256_fmadd_ps(_mm256_mul_ps(p, r), r, r);
+  const __m256i bits = _mm256_castps_si256(shifted);
+  const __m256i table = _mm256_load_si256(reinterpret_cast<const __m256i*>(kEighthsOfOctave));
+  const __m256i root = _mm256_permutevar8x32_epi32(table, bits);
+  const __m256 power = _mm256_castsi256_ps(_mm256_add_epi32(root, _mm256_slli_epi32(bits, 20)));
+  const __m256 e = _mm256_fmadd_ps(power, p, power);
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-87.3365f), _CMP_LT_OQ), e);
+}
+
+__attribute__((target(PDL_TARGET_AVX2))) inline float sum_of_lanes_avx2(__m256 x) {
+  alignas(32) float of_lanes[8];
+  _mm256_store_ps(of_lanes, x);
+  float sum = 0;
+  for (const float of_lane : of_lanes) sum += of_lane;
+  return sum;
+}
+
+// sum_of_exp_blocks.
+template <bool kKeep, bool kEntropy, typename T>
+__attribute__((target(PDL_TARGET_AVX2))) inline float sum_of_exp_avx2(const T* x, int64_t n, float max, float* kept,
+                                                                      int64_t ahead, float* scaled) {
+  constexpr int kLine = 64 / sizeof(T), kSums = kBlock / 8;
+  const __m256 largest = _mm256_set1_ps(max), least = _mm256_set1_ps(finite_log_ratio(-infinity<float>()));
+  __m256 sums[kSums] = {}, scaled_sums[2] = {};
+  for (int64_t j = 0; j < n; j += kBlock) {
+    for (int k = 0; k < kBlock; k += kLine) __builtin_prefetch(x + j + k + ahead, kKeep);
+    for (int part = 0; part < kSums; ++part) {
+      const __m256 below = _mm256_sub_ps(load_avx2(x + j + 8 * part), largest);
+      const __m256 e = exp_avx2(below);
+      if (kKeep) _mm256_storeu_ps(kept + j + 8 * part, e);
+      sums[part] = _mm256_add_ps(sums[part], e);
+      if (kEntropy) {
+        // Of NaN it is `least`, and e is NaN.
+        scaled_sums[part % 2] = _mm256_fmadd_ps(e, _mm256_max_ps(below, least), scaled_sums[part % 2]);
+      }
+    }
+  }
+  if (kEntropy) *scaled = sum_of_lanes_avx2(_mm256_add_ps(scaled_sums[0], scaled_sums[1]));
+  return sum_of_lanes_avx2(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+}
+
+template <int kBytes>
+__attribute__((target(PDL_TARGET_AVX2))) inline void stream_avx2(const void* x, void* y) {
+  const auto* from = static_cast<const __m256i*>(x);
+  auto* to = static_cast<__m256i*>(y);
+  for (int k = 0; k < kBytes / 32; ++k) _mm256_stream_si256(to + k, _mm256_load_si256(from + k));
+}
+
+template <int kBytes>
+__attribute__((target(PDL_TARGET_AVX512))) inline void stream_avx512(const void* x, void* y) {
+  const auto* from = static_cast<const __m512i*>(x);
+  auto* to = static_cast<__m512i*>(y);
+  for (int k = 0; k < kBytes / 64; ++k) _mm512_stream_si512(to + k, _mm512_load_si512(from + k));
+}
+
 __attribute__((target(PDL_TARGET_AVX512))) inline __m512 widen_half_avx512(const Float16* x, int half) {
   const void* place = x + 16 * half;
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(place)));
@@ -90,10 +170,6 @@ __attribute__((target(PDL_TARGET_AVX512))) inline __m512 exp_avx512(__m512 x, fl
 template <typename T>
 __attribute__((target(PDL_TARGET_AVX512))) inline void widen_block_avx512(const T* x, float* y) {
   for (int half = 0; half < 2; ++half) _mm512_storeu_ps(y + 16 * half, widen_half_avx512(x, half));
-}
-
-__attribute__((target(PDL_TARGET_AVX512))) inline void exp_block_avx512(const float* x, float* y) {
-  for (int k = 0; k < kBlock; k += 16) _mm512_storeu_ps(y + k, exp_avx512(_mm512_loadu_ps(x + k), 0));
 }
 
 __attribute__((target(PDL_TARGET_AVX512))) inline float exp_of_one_avx512(float x, float steps) {
@@ -150,16 +226,6 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = widen(x[k]);
 }
 
-// y = exp(x), as exp_nonpositive.
-template <Capability kCapability>
-PDL_INLINE void exp_block(Instructions<kCapability>, const float* x, float* y) {
-#ifdef PDL_SIMD_TARGETS
-  if constexpr (kCapability >= Capability::avx512) return detail::exp_block_avx512(x, y);
-#endif
-#pragma omp simd
-  for (int k = 0; k < kBlock; ++k) y[k] = exp_nonpositive(x[k]);
-}
-
 // What the exponentials of a tile, whose largest number is `max`, are relative to: max, or on AVX-512 what exp_avx512
 // needs, just below it.
 template <Capability kCapability>
@@ -195,8 +261,10 @@ PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const
   if constexpr (kCapability >= Capability::avx512) {
     return detail::sum_of_exp_avx512<kKeep, kEntropy>(x, n, origin.steps, origin.max, kept, ahead, scaled);
   }
+  if constexpr (kCapability == Capability::avx2) {
+    return detail::sum_of_exp_avx2<kKeep, kEntropy>(x, n, origin.max, kept, ahead, scaled);
+  }
 #endif
-  // With more of them, AVX2 has too few registers.
   constexpr int kSums = kBlock / 2;
   alignas(64) float sums[kSums] = {}, scaled_sums[kSums] = {};
   for (int64_t j = 0; j < n; j += kBlock) {
@@ -241,52 +309,81 @@ PDL_INLINE void narrow_block(Instructions<kCapability>, const float* x, T* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = kNumber ? narrow_number<T>(x[k]) : narrow<T>(x[k]);
 }
 
-// y[j] = f(x[j], j), or with kExp f(exp(argument(x[j])), j), for j < n. y may be x.
-template <bool kNumber, bool kExp, Capability kCapability, typename X, typename T, typename Argument, typename F>
-PDL_INLINE void map_blocks(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, Argument argument,
-                           F f) {
+// y = x around the caches, of whole blocks that begin with a cache line.
+template <Capability kCapability, typename T>
+PDL_INLINE void stream_block(Instructions<kCapability>, const T* x, T* y) {
+#ifdef PDL_SIMD_TARGETS
+  constexpr int kBytes = kBlock * int(sizeof(T));
+  if constexpr (kCapability >= Capability::avx512) return detail::stream_avx512<kBytes>(x, y);
+  if constexpr (kCapability == Capability::avx2) return detail::stream_avx2<kBytes>(x, y);
+#endif
+  __builtin_memcpy(y, x, kBlock * sizeof(T));
+}
+
+// After a thread's last stream_block, so that others see what it wrote.
+inline void finish_streaming() {
+#ifdef PDL_SIMD_TARGETS
+  _mm_sfence();
+#endif
+}
+
+// y[j] = f(x[j], j) for j < n. y may be x. kNumber: as narrow_number does. Streamed: around the caches, which y must
+// not be in. Each element takes the same instructions wherever it lies.
+template <bool kNumber, Capability kCapability, typename X, typename T, typename F>
+PDL_INLINE void map(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, F f, bool streamed = false) {
   // Without instructions for it, rounding to bfloat16 costs least in one loop with the rest.
   constexpr bool kInBlocks =
       std::is_same_v<T, Float16> || (std::is_same_v<T, BFloat16> && kCapability >= Capability::avx512);
-  int64_t j = 0;
-  if constexpr (kInBlocks) {
-    for (; j + kBlock <= n; j += kBlock) {
-      alignas(64) float wide[kBlock], result[kBlock];
+  const auto element = [&](int64_t j) {
+    const auto result = f(widen(x[j]), j);
+    return kNumber ? narrow_number<T>(result) : narrow<T>(result);
+  };
+  const auto block = [&](int64_t j, int count, T* to) {
+    if constexpr (kInBlocks) {
+      alignas(64) float wide[kBlock], result[kBlock] = {};
       const float* z = wide;
       if constexpr (std::is_same_v<X, float>) {
         z = x + j;
-      } else {
+      } else if (count == kBlock) {
         widen_block(instructions, x + j, wide);
-      }
-      if constexpr (kExp) {
-#pragma omp simd
-        for (int k = 0; k < kBlock; ++k) result[k] = argument(z[k]);
-        exp_block(instructions, result, wide);
-        z = wide;
+      } else {
+        for (int k = 0; k < count; ++k) wide[k] = widen(x[j + k]);
       }
 #pragma omp simd
-      for (int k = 0; k < kBlock; ++k) result[k] = f(z[k], j + k);
-      narrow_block<kNumber>(instructions, result, y + j);
+      for (int k = 0; k < count; ++k) result[k] = f(z[k], j + k);
+      narrow_block<kNumber>(instructions, result, to);
+    } else {
+#pragma omp simd
+      for (int k = 0; k < count; ++k) to[k] = element(j + k);
     }
-  }
+  };
+  const auto part = [&](int64_t begin, int64_t end) {
+    alignas(64) T some[kBlock];
+    for (int64_t j = begin; j < end; j += kBlock) {
+      const int count = int(std::min<int64_t>(kBlock, end - j));
+      block(j, count, some);
+      std::copy_n(some, count, y + j);
+    }
+  };
+  if (streamed) {
+    constexpr int64_t kLine = 64;
+    const int64_t before = int64_t(-reinterpret_cast<uintptr_t>(y) % kLine / sizeof(T));
+    int64_t j = std::min(before, n);
+    part(0, j);
+    for (; j + kBlock <= n; j += kBlock) {
+      alignas(64) T whole[kBlock];
+      block(j, kBlock, whole);
+      stream_block(instructions, whole, y + j);
+    }
+    part(j, n);
+  } else if constexpr (kInBlocks) {
+    int64_t j = 0;
+    for (; j + kBlock <= n; j += kBlock) block(j, kBlock, y + j);
+    part(j, n);
+  } else {
 #pragma omp simd
-  for (int64_t k = j; k < n; ++k) {
-    const auto z = widen(x[k]);
-    const auto result = kExp ? f(exp_nonpositive(argument(z)), k) : f(z, k);
-    y[k] = kNumber ? narrow_number<T>(result) : narrow<T>(result);
+    for (int64_t j = 0; j < n; ++j) y[j] = element(j);
   }
-}
-
-// y[j] = f(x[j], j) for j < n. y may be x.
-template <bool kNumber, Capability kCapability, typename X, typename T, typename F>
-PDL_INLINE void map(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, F f) {
-  map_blocks<kNumber, false>(instructions, x, y, n, [](auto z) { return z; }, f);
-}
-
-// y[j] = f(exp(argument(x[j])), j) for j < n. y may be x.
-template <bool kNumber, Capability kCapability, typename X, typename T, typename Argument, typename F>
-PDL_INLINE void map_exp(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, Argument argument, F f) {
-  map_blocks<kNumber, true>(instructions, x, y, n, argument, f);
 }
 
 }  // namespace pdl::cpu

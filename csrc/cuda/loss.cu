@@ -5,11 +5,13 @@
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
-// Regimes: a row a block, 128 threads for short rows and 256 for long ones. Fewer rows than multiprocessors are cut
-// into shares, whose statistics finish_rows_kernel merges. Accesses of 16 bytes for any V and any alignment, several of
-// them under way in a thread, element by element only where gradient and logits are misaligned differently. Rows of
-// ignored targets are not read. Only pointers and scalars are passed, and nothing is read back, so a step can be
-// captured in a graph.
+// correct_gradient_kernel does the same, but only where the upstream gradient is not the one that was expected.
+//
+// Regimes: a row a block, 128 threads for short rows and 256 for long ones. Gradients of fewer rows than
+// multiprocessors are cut into shares; statistics are not, so that a row's do not depend on the number of rows.
+// Accesses of 16 bytes for any V and any alignment, several of them under way in a thread, element by element only
+// where gradient and logits are misaligned differently. Rows of ignored targets are not read. Only pointers and scalars
+// are passed, and nothing is read back, so a step can be captured in a graph.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
@@ -20,51 +22,21 @@ namespace {
 
 constexpr int kFinishThreads = 128;
 
-// Each block of a row takes its share, blockIdx.y. What they find, if there are several, goes to `of_shares`
-// [count, gridDim.y].
 template <typename T, Loop kLoop>
-__global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
-    statistics_kernel(Rows<T> rows, StatisticsOf<kLoop, Accumulator<T>>* of_shares) {
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kernel(Rows<T> rows) {
   using A = Accumulator<T>;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
     const bool counted = target != rows.ignore_index;
     if (!counted || !rows.in_vocabulary(target)) {
-      if (threadIdx.x == 0 && blockIdx.y == 0) {
-        write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
-      }
+      if (threadIdx.x == 0) write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
     const A z_target = rows.template z<kIsPlain<kLoop>>(widen(x[target]), int(target));
-    const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
+    const PackRange<T> range(x, rows.vocab_size);
     const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, smoothing_centre(z_target)));
-    if (threadIdx.x == 0) {
-      if (of_shares != nullptr) {
-        of_shares[i * gridDim.y + blockIdx.y] = row;
-      } else {
-        write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
-      }
-    }
-  }
-}
-
-// A warp a row.
-template <typename T, Loop kLoop>
-__global__ void finish_rows_kernel(Rows<T> rows, const StatisticsOf<kLoop, Accumulator<T>>* of_shares, int shares) {
-  using A = Accumulator<T>;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t i = int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (i >= rows.count) return;
-  const int64_t target = rows.targets[i];
-  // Such a row is written already.
-  if (target == rows.ignore_index || !rows.in_vocabulary(target)) return;
-  StatisticsOf<kLoop, A> row;
-  for (int share = lane; share < shares; share += kWarp) row = merge(row, of_shares[i * shares + share]);
-  row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
-  if (lane == 0) {
-    const A z_target = rows.template z<kIsPlain<kLoop>>(widen(rows.logits[i * rows.stride + target]), int(target));
-    write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
+    if (threadIdx.x == 0) write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
   }
 }
 
@@ -78,12 +50,10 @@ __global__ void complete_rows_kernel(A* saved_rows, int64_t count, RowOptions<A>
   row.store(saved_rows, count, i);
 }
 
-template <typename T, bool kPlain>
-__global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, int64_t upstream_stride,
-                                const Accumulator<T>* saved_factors, int64_t first_id, T* gradients,
-                                int64_t gradient_stride) {
-  using A = Accumulator<T>;
-  const auto factors = Factors<A>::load(saved_factors);
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ void write_gradients(const Rows<T>& rows, const A* upstream, int64_t upstream_stride,
+                                                const Factors<A>& factors, int64_t first_id, T* gradients,
+                                                int64_t gradient_stride) {
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t id = rows.targets[i];
@@ -92,15 +62,33 @@ __global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, in
                narrow<T>(A(0)));
       continue;
     }
-    const SavedRow<A> saved = rows.saved(i);
-    const A grad = upstream != nullptr ? upstream[i * upstream_stride] : A(1);
-    const auto row = gradient_row(saved, rows.row_weight_at(i), A(exp(-saved.log_sum)), grad, factors, rows.options);
+    const A grad = upstream != nullptr ? upstream[i * upstream_stride] : factors.upstream;
+    const auto row = gradient_row(rows.saved(i), rows.row_weight_at(i), grad, factors, rows.options);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
     // In another shard an id is that of no column. Out of range it may be cut to one: then the row's statistics are
     // NaN, and so is all of its gradient.
     write_gradient<kPlain>(rows, x, gradient, range, int(id - first_id), row);
   }
+}
+
+template <typename T, bool kPlain>
+__global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, int64_t upstream_stride,
+                                const Accumulator<T>* factors, int64_t first_id, T* gradients,
+                                int64_t gradient_stride) {
+  write_gradients<kPlain>(rows, upstream, upstream_stride, Factors<Accumulator<T>>::load(factors), first_id, gradients,
+                          gradient_stride);
+}
+
+// `expected`, or nullptr: where the upstream gradient is kept, for the next one to be expected.
+template <typename T, bool kPlain>
+__global__ void correct_gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream,
+                                        const Accumulator<T>* saved_factors, Accumulator<T>* expected, T* gradients,
+                                        int64_t gradient_stride) {
+  if (expected != nullptr && threadIdx.x == 0 && blockIdx.x == 0 && blockIdx.y == 0) *expected = *upstream;
+  const auto factors = Factors<Accumulator<T>>::load(saved_factors);
+  if (same_bits(factors.upstream, *upstream)) return;
+  write_gradients<kPlain>(rows, upstream, 0, factors, 0, gradients, gradient_stride);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor targets, OptionalTensor token_weight,
@@ -114,23 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_forward(Tensor logits, Tensor ta
                           .normalizer = normalizer,
                           .options = LossOptions::unpack(options)};
   check_loss_arguments(logits, inputs);
-  const LossOutputs outputs = loss_forward_outputs(logits, inputs, stats);
+  const LossOutputs outputs = loss_forward_outputs(logits, inputs, std::nullopt, stats);
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
-}
-
-// Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
-// would be read and written element by element. What lies between is zero, since a product may read it. The twin of the
-// fake kernel in pdl_ext/engine/ops.py.
-Tensor allocate_gradient(const Tensor& logits) {
-  const int64_t rows = logits.size(0), vocab_size = logits.size(1), bytes = logits.element_size();
-  const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % (16 / bytes);
-  const int64_t stride = vocab_size + between;
-  const Tensor gradient = allocate_strided(logits, logits.sizes(), {stride, 1}, logits.scalar_type());
-  if (between > 0 && rows > 1) {
-    Launcher(logits).zero(static_cast<char*>(gradient.mutable_data_ptr()) + vocab_size * bytes, stride * bytes,
-                          between * bytes, rows - 1);
-  }
-  return gradient;
 }
 
 Tensor loss_backward(Tensor grad_loss, Tensor logits, Tensor targets, Tensor saved_rows, Tensor factors,
@@ -156,6 +129,31 @@ void loss_backward_(Tensor grad_loss, Tensor logits, Tensor targets, Tensor save
                           .options = LossOptions::unpack(options)};
   check_rows_apart(logits, "logits");
   loss_backward_into(grad_loss, logits, inputs, saved_rows, factors, {first_id, vocab_size}, logits);
+}
+
+void correct_gradient_(Tensor gradient, OptionalTensor expected, Tensor grad_loss, Tensor logits, Tensor targets,
+                       Tensor saved_rows, Tensor factors, OptionalTensor token_weight, OptionalTensor row_weight,
+                       OptionalTensor logit_offset, std::vector<double> options) {
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .options = LossOptions::unpack(options)};
+  check_correction_arguments(gradient, expected, grad_loss, logits, inputs, saved_rows, factors);
+  const Launcher launch(logits);
+  dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
+    using A = Accumulator<T>;
+    const Rows<T> rows = rows_of<T>(logits, inputs, saved_rows, logits.size(1));
+    const auto kernel = inputs.is_plain() ? correct_gradient_kernel<T, true> : correct_gradient_kernel<T, false>;
+    // No more blocks than run at once, since mostly they find what was expected and return.
+    const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
+    const Grid grid{std::min(rows.count, 8 * multiprocessors), threads_for(rows.vocab_size), 0,
+                    shares_of_row(launch, logits)};
+    launch(kernel, grid, rows, static_cast<const A*>(grad_loss.const_data_ptr()),
+           static_cast<const A*>(factors.const_data_ptr()),
+           expected ? static_cast<A*>(expected->mutable_data_ptr()) : nullptr,
+           static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0));
+  });
 }
 
 void complete_rows_(Tensor saved_rows, std::vector<double> numbers, int64_t vocab_size) {
@@ -189,7 +187,7 @@ std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, Option
     rows.options = RowOptions<A>::of(inputs.options, 0);
     rows.saved_rows = static_cast<A*>(saved_rows.mutable_data_ptr());
     launch(reduce_kernel<A>, Grid{1, kReduceThreads}, rows, inputs.options.reduction, data_or_null<A>(normalizer),
-           static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
+           nullptr, static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
   };
   dtype == ScalarType::Double ? run(double{}) : run(float{});
   return {loss, factors};
@@ -197,7 +195,20 @@ std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, Option
 
 }  // namespace
 
-LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool stats) {
+Tensor allocate_gradient(const Tensor& logits) {
+  const int64_t rows = logits.size(0), vocab_size = logits.size(1), bytes = logits.element_size();
+  const int64_t between = std::max<int64_t>(logits.stride(0) - vocab_size, 0) % (16 / bytes);
+  const int64_t stride = vocab_size + between;
+  const Tensor gradient = allocate_strided(logits, logits.sizes(), {stride, 1}, logits.scalar_type());
+  if (between > 0 && rows > 1) {
+    Launcher(logits).zero(static_cast<char*>(gradient.mutable_data_ptr()) + vocab_size * bytes, stride * bytes,
+                          between * bytes, rows - 1);
+  }
+  return gradient;
+}
+
+LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, const OptionalTensor& upstream,
+                                 bool stats) {
   const Launcher launch(logits);
   const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
@@ -205,25 +216,11 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs,
     Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
     if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
-      const int shares = shares_of_row(launch, logits);
-      Grid grid{grid_for(rows.count), threads_for(rows.vocab_size)};
-      if (shares == 1) {
-        launch(statistics_kernel<T, kLoop>, grid, rows, nullptr);
-        return;
-      }
-      using Statistics = StatisticsOf<kLoop, A>;
-      constexpr int64_t kSize = sizeof(Statistics) / sizeof(A);
-      const Tensor scratch = allocate(logits, {rows.count * shares * kSize}, accumulator_dtype(logits.scalar_type()));
-      auto* of_shares = static_cast<Statistics*>(scratch.mutable_data_ptr());
-      grid.shares = shares;
-      launch(statistics_kernel<T, kLoop>, grid, rows, of_shares);
-      constexpr int64_t kRowsOfBlock = kFinishThreads / kWarp;
-      launch(finish_rows_kernel<T, kLoop>, Grid{(rows.count + kRowsOfBlock - 1) / kRowsOfBlock, kFinishThreads}, rows,
-             of_shares, shares);
+      launch(statistics_kernel<T, kLoop>, Grid{grid_for(rows.count), threads_for(rows.vocab_size)}, rows);
     });
     launch(reduce_kernel<T>, Grid{1, kReduceThreads}, rows, inputs.options.reduction,
-           data_or_null<A>(inputs.normalizer), static_cast<A*>(outputs.factors.mutable_data_ptr()),
-           static_cast<A*>(outputs.loss.mutable_data_ptr()));
+           data_or_null<A>(inputs.normalizer), data_or_null<A>(upstream),
+           static_cast<A*>(outputs.factors.mutable_data_ptr()), static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
   return outputs;
 }
@@ -249,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {
   m.impl("loss_forward", TORCH_BOX(&loss_forward));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
   m.impl("loss_backward_", TORCH_BOX(&loss_backward_));
+  m.impl("correct_gradient_", TORCH_BOX(&correct_gradient_));
   m.impl("complete_rows_", TORCH_BOX(&complete_rows_));
   m.impl("reduce_rows", TORCH_BOX(&reduce_rows));
 }

@@ -6,7 +6,8 @@
 
 namespace pdl::cuda {
 
-// Into how many shares to cut each row, so that few rows keep the whole card busy; 1 where there are rows enough.
+// Into how many shares to cut each row of what is computed element by element, so that few rows keep the whole card
+// busy; 1 where there are rows enough.
 inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   // Of a share of 16 KiB each thread has all its vectors under way at once; of smaller ones there would only be more.
   constexpr int64_t kShareBytes = 16 * 1024;
@@ -17,9 +18,16 @@ inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   return int(std::min(wanted, possible));
 }
 
-LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, bool stats);
+// `upstream`, one number or nothing for 1, goes into the factors.
+LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, const OptionalTensor& upstream,
+                                 bool stats);
 
-// Without grad_loss that of a scalar reduction is 1.
+// Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
+// would be read and written element by element. What lies between is zero, since a product may read it. The twin of the
+// fake kernel in pdl_ext/engine/ops.py.
+Tensor allocate_gradient(const Tensor& logits);
+
+// Without grad_loss it is that of the factors.
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const LossInputs& inputs,
                         const Tensor& saved_rows, const Tensor& factors, const VocabularyShard& shard,
                         const Tensor& grad_logits);

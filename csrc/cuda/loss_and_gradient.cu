@@ -1,5 +1,5 @@
-// Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for an upstream
-// gradient of 1. Least traffic: e*N*V bytes read and e*N*V written.
+// Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for the
+// upstream gradient that is expected. Least traffic: e*N*V bytes read and e*N*V written.
 //
 // factors_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
 // on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
@@ -7,7 +7,6 @@
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
 // Regimes, chosen by the sizes and the device:
-// - Fewer rows than multiprocessors: by the kernels of loss.cu, which cut rows into shares; such logits stay in L2.
 // - The row stays in shared memory between its two passes (on_chip_kernel), copied there asynchronously, a thread's own
 //   vectors: no barrier but that of the reduction. Three rows, or shares of them, are on a multiprocessor, so that one
 //   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
@@ -22,6 +21,8 @@
 namespace pdl::cuda {
 namespace {
 
+// The place of the upstream gradient among the factors.
+constexpr int kUpstream = Factors<float>::kNumbers - 1;
 constexpr int kScaleThreads = 256;
 constexpr int kMaxCluster = 16;
 
@@ -69,10 +70,7 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
   for (int p = threadIdx.x; p < packs; p += blockDim.x) {
     const int first = range.begin + p * kVector<T>;
     Pack<T> pack = kept[p];
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      pack.value[k] = gradient_of<kPlain>(rows, pack.value[k], first + k, target, row);
-    }
+    turn_into_gradient<kPlain>(rows, pack, first, target, row);
     if (aligned) {
       store_pack(gradient + first, pack);
     } else {
@@ -83,11 +81,12 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
                          [&](int j) { gradient[j] = gradient_of<kPlain>(rows, x[j], j, target, row); });
 }
 
-// For an upstream gradient of 1.
+// For the upstream gradient that is expected.
 template <typename T, typename A>
-__device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, A sum,
-                                                          const A* factors) {
-  return gradient_row(row, rows.row_weight_at(i), A(1) / sum, A(1), Factors<A>::load(factors), rows.options);
+__device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, int64_t i, const SavedRow<A>& row,
+                                                          const A* saved_factors) {
+  const auto factors = Factors<A>::load(saved_factors);
+  return gradient_row(row, rows.row_weight_at(i), factors.upstream, factors, rows.options);
 }
 
 // A cluster a row; `shared_bytes` of the launch hold a block's share of it.
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
     if (rank == 0 && threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
-                                   gradient_row_of(rows, i, saved, row.sum, factors));
+                                   gradient_row_of(rows, i, saved, factors));
     cluster.wait();
   }
 }
@@ -164,7 +163,7 @@ __global__ void __launch_bounds__(kLongRowThreads, 2)
     row = of_row;
     const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
     if (threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
-    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row_of(rows, i, saved, row.sum, factors));
+    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row_of(rows, i, saved, factors));
   }
 }
 
@@ -215,36 +214,30 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
   return {};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
-                                                              OptionalTensor token_weight, OptionalTensor row_weight,
-                                                              OptionalTensor logit_offset, OptionalTensor normalizer,
-                                                              std::vector<double> options, bool stats) {
-  const LossInputs inputs{.targets = targets,
-                          .token_weight = token_weight,
-                          .row_weight = row_weight,
-                          .logit_offset = logit_offset,
-                          .normalizer = normalizer,
-                          .options = LossOptions::unpack(options)};
+// With the gradient for an upstream one of `upstream`, or of 1.
+LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient, const LossInputs& inputs,
+                                   const OptionalTensor& upstream, bool stats) {
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
-  const Launcher launch(logits);
+  check_scalar(upstream, "upstream", logits);
   // What a modulation is divided by is known once all rows are.
-  if (shares_of_row(launch, logits) > 1 || inputs.options.modulation_normalize) {
-    const LossOutputs outputs = loss_forward_outputs(logits, inputs, stats);
+  if (inputs.options.modulation_normalize) {
+    const LossOutputs outputs = loss_forward_outputs(logits, inputs, upstream, stats);
     loss_backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, logits.size(1)},
                        gradient);
-    return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
+    return outputs;
   }
+  const Launcher launch(logits);
   const LossOutputs outputs = allocate_loss_outputs(logits, inputs.options.reduction, stats);
   dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
     using A = Accumulator<T>;
     Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
     if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
     A* factors = static_cast<A*>(outputs.factors.mutable_data_ptr());
-    const A* divisor = data_or_null<A>(normalizer);
+    const A* divisor = data_or_null<A>(inputs.normalizer);
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
     const Grid one_block{1, kReduceThreads};
-    launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors);
+    launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, data_or_null<A>(upstream), factors);
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
       const auto on_chip = on_chip_kernel<T, kLoop>;
       const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
@@ -261,14 +254,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Ten
       in_cache.blocks = std::min({rows.count, in_cache.blocks, launch.resident_blocks(cached, in_cache)});
       launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
     });
-    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors,
+    // The upstream gradient that was read above: meanwhile another stream may have written what is expected next.
+    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors + kUpstream, factors,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss_and_gradient_(Tensor logits, Tensor gradient, Tensor targets,
+                                                              OptionalTensor token_weight, OptionalTensor row_weight,
+                                                              OptionalTensor logit_offset, OptionalTensor normalizer,
+                                                              std::vector<double> options, bool stats) {
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
+  const LossOutputs outputs = loss_and_gradient_into(logits, gradient, inputs, std::nullopt, stats);
   return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_gradient(
+    Tensor logits, Tensor targets, OptionalTensor token_weight, OptionalTensor row_weight, OptionalTensor logit_offset,
+    OptionalTensor normalizer, OptionalTensor upstream, std::vector<double> options, bool stats) {
+  const LossInputs inputs{.targets = targets,
+                          .token_weight = token_weight,
+                          .row_weight = row_weight,
+                          .logit_offset = logit_offset,
+                          .normalizer = normalizer,
+                          .options = LossOptions::unpack(options)};
+  const Tensor gradient = allocate_gradient(logits);
+  const LossOutputs outputs = loss_and_gradient_into(logits, gradient, inputs, upstream, stats);
+  return {outputs.loss, outputs.saved_rows, outputs.factors, outputs.predicted, gradient};
+}
+
 void scale_(Tensor gradient, Tensor factor) {
-  check_scale_arguments(gradient, factor);
+  check_rows_apart(gradient, "gradient");
+  check_scalar(factor, "factor", gradient);
   const Launcher launch(gradient);
   dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
     // No more blocks than run at once, since mostly they find a 1 and return.
@@ -283,6 +306,7 @@ void scale_(Tensor gradient, Tensor factor) {
 
 STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {
   m.impl("loss_and_gradient_", TORCH_BOX(&loss_and_gradient_));
+  m.impl("loss_and_gradient", TORCH_BOX(&loss_and_gradient));
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 

@@ -26,10 +26,11 @@ __device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) 
   }
 }
 
+// `upstream` of the factors: what a gradient was computed for, or nullptr for 1. It may lie in `factors`.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    reduce_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* factors,
-                  Accumulator<T>* loss) {
+    reduce_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, const Accumulator<T>* upstream,
+                  Accumulator<T>* factors, Accumulator<T>* loss) {
   using A = Accumulator<T>;
   struct Row {
     bool counted;
@@ -55,7 +56,9 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   }
   if (threadIdx.x == 0) {
     const Factors<double> found = factors_of(reduction, sums, normalizer, normalize);
-    found.as<A>().store(factors);
+    auto stored = found.as<A>();
+    if (upstream != nullptr) stored.upstream = *upstream;
+    stored.store(factors);
     if (reduction != Reduction::none) *loss = A(reduced_loss(sums, found, double(rows.options.z_loss)));
     of_term = A(found.weighted);
   }
@@ -70,7 +73,8 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
 // The factors before any row has been read: they depend on targets and weights alone, a sum's and given ones on none.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
-    factors_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, Accumulator<T>* factors) {
+    factors_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, const Accumulator<T>* upstream,
+                   Accumulator<T>* factors) {
   using A = Accumulator<T>;
   struct Row {
     bool counted;
@@ -90,7 +94,10 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
         });
     sums = block_sum(sums);
   }
-  if (threadIdx.x == 0) factors_of(reduction, sums, normalizer, false).template as<A>().store(factors);
+  if (threadIdx.x > 0) return;
+  auto found = factors_of(reduction, sums, normalizer, false).template as<A>();
+  if (upstream != nullptr) found.upstream = *upstream;
+  found.store(factors);
 }
 
 }  // namespace pdl::cuda

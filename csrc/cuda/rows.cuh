@@ -187,15 +187,43 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, const Pack
   range.for_each_outside(vocab_size, [&](int j) { gradient[j] = fill; });
 }
 
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, int target, const GradientRow<A>& row) {
+template <bool kPlain, bool kTarget, typename T, typename A>
+__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, const GradientRow<A>& row) {
   const A x = widen(logit);
   if constexpr (kPlain) {
-    return narrow<T>(j == target ? row.at_target(x) : row.off_target(x));
+    return narrow<T>(kTarget ? row.at_target(x) : row.off_target(x));
   } else {
     const A z = rows.transform.apply(x, j);
-    const A g = j == target ? row.at_target(z) : row.off_target(z, rows.class_weights.at(j));
+    const A g = kTarget ? row.at_target(z) : row.off_target(z, rows.class_weights.at(j));
     return narrow<T>(g * rows.transform.derivative(x));
+  }
+}
+
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, int target, const GradientRow<A>& row) {
+  return j == target ? gradient_of<kPlain, true>(rows, logit, j, row) : gradient_of<kPlain, false>(rows, logit, j, row);
+}
+
+// The pack of columns from j on becomes its gradient. One of a row's packs has the target, so only that one compares
+// each element.
+template <bool kPlain, typename T, typename A>
+__device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>& pack, int j, int target,
+                                                   const GradientRow<A>& row) {
+  const bool has_target = unsigned(target - j) < unsigned(kVector<T>);
+  T of_target;
+  if (has_target) {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      if (j + k == target) of_target = gradient_of<kPlain, true>(rows, pack.value[k], j + k, row);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVector<T>; ++k) pack.value[k] = gradient_of<kPlain, false>(rows, pack.value[k], j + k, row);
+  if (has_target) {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      if (j + k == target) pack.value[k] = of_target;
+    }
   }
 }
 
@@ -212,11 +240,7 @@ __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, 
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
             const int begin = first + i * step;
-#pragma unroll
-            for (int k = 0; k < kVector<T>; ++k) {
-              T& value = packs[i].value[k];
-              value = gradient_of<kPlain>(rows, value, begin + k, target, row);
-            }
+            turn_into_gradient<kPlain>(rows, packs[i], begin, target, row);
             store_pack(gradient + begin, packs[i]);
           }
         },

@@ -14,7 +14,7 @@ from pdl_ext.engine.ops import Factors, LossInputs, SavedRows
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward
 from pdl_ext.options import LossOptions
 
-__all__ = ["divided_by_mean", "gradients_of", "row_weight_gradient", "weighted_loss"]
+__all__ = ["LastUpstream", "divided_by_mean", "gradients_of", "row_weight_gradient", "weighted_loss"]
 
 _NO_SECOND_DERIVATIVE = (
     "pdl_ext: the fused loss has no second derivative in place, in slabs, or of a shard; without inplace_backward "
@@ -22,6 +22,26 @@ _NO_SECOND_DERIVATIVE = (
 )
 # What a Function returns, and what its caller makes of it: the loss, and where asked for saved rows and predictions.
 Results = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class LastUpstream:
+    """The upstream gradient that a loss got last, on the device: what its next gradient is computed for.
+
+    It is no state: a wrong guess costs time and changes no bit. Copies and pickles begin anew.
+    """
+
+    def __init__(self) -> None:
+        self._number: Tensor | None = None
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The number, 0-d, which backward writes to; 1 before it has."""
+        number = self._number
+        if number is None or number.device != device or number.dtype != dtype:
+            self._number = number = torch.ones((), dtype=dtype, device=device)
+        return number
+
+    def __reduce__(self) -> tuple[type[LastUpstream], tuple[()]]:
+        return LastUpstream, ()
 
 
 class NoSecondDerivative(torch.autograd.Function):
@@ -129,7 +149,7 @@ class Loss(torch.autograd.Function):
 def _loss_gradients_with_graph(
     ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight = saved
+    logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight, *_ = saved
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
     # Of a target out of range, which CUDA has, the weight is NaN.
     vocab_size, options = logits.shape[-1], LossOptions.unpacked(ctx.options)
@@ -169,6 +189,68 @@ def _loss_gradients(
         grad_logits = rows_of_logits.detach()
     else:
         grad_logits = ops.compiled.loss_backward(*given, *how)
+    return grad_logits if logits.dim() == 2 else grad_logits.view(logits.shape), grad_row_weight
+
+
+class LossAndGradient(torch.autograd.Function):
+    """loss_and_gradient of logits [..., V] and a scalar reduction: forward computes the gradient, too, for the upstream
+    one that `last` holds, or for 1.
+
+    Backward returns it if that one came, which the device finds out. Else it computes it from the logits, and in the
+    same bits. Returns what Loss does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        row_weight: Tensor | None,
+        inputs: LossInputs,
+        class_weight: Tensor | None,
+        options: list[float],
+        stats: bool,
+        last: LastUpstream | None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        expected = None if last is None else last.on(logits.device, ops.accumulator_dtype(logits.dtype))
+        loss, saved_rows, factors, predicted, gradient = ops.compiled.loss_and_gradient(
+            _as_rows(logits), *inputs, expected, options, stats
+        )
+        ctx.set_materialize_grads(False)
+        saved = (logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors, class_weight)
+        # Saved, so that a checkpoint does not hold it meanwhile.
+        ctx.save_for_backward(*saved, gradient)
+        ctx.options = options
+        ctx.expected = expected
+        ctx.is_normalized = inputs.normalizer is not None
+        ctx.is_unused = True
+        if not stats:
+            return loss
+        ctx.mark_non_differentiable(saved_rows, predicted)
+        return loss, saved_rows, predicted
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        return gradients_of(ctx, 2, grad_loss, _gradients_at_once, _loss_gradients_with_graph)
+
+
+def _gradients_at_once(
+    ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight, gradient = saved
+    of_logits, of_row_weight = ctx.needs_input_grad[:2]
+    grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
+    if not of_logits:
+        return None, grad_row_weight
+    rows = _as_rows(logits)
+    given = (grad_loss, rows, targets, saved_rows, factors, class_weight, row_weight, logit_offset)
+    if ctx.is_unused:
+        ctx.is_unused = False
+        ops.compiled.correct_gradient_(gradient, ctx.expected, *given, ctx.options)
+        # Whoever gets it may write to it, also where the graph is retained. Then it is never read here again, so its
+        # saved version must not change.
+        grad_logits = gradient.data
+    else:
+        grad_logits = ops.compiled.loss_backward(*given, ctx.options, 0, rows.shape[1])
     return grad_logits if logits.dim() == 2 else grad_logits.view(logits.shape), grad_row_weight
 
 
@@ -235,28 +317,31 @@ def weighted_loss(
     stats: bool,
     inplace_backward: bool,
     shard: VocabularyShard,
+    at_once: bool = False,
+    last: LastUpstream | None = None,
 ) -> Results:
-    """The loss of logits [..., V], with its gradient where one is needed; with `stats` saved rows and predictions."""
+    """The loss of logits [..., V], with its gradient where one is needed; with `stats` saved rows and predictions.
+
+    at_once: a backward is likely, for the upstream gradient of `last`, or for 1.
+    """
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
         logits.requires_grad or (row_weight is not None and row_weight.requires_grad)
     ):
         loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options.packed, stats, shard)
         return (loss, saved_rows, predicted) if stats else (loss, None, None)
-    # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
-    if (
-        inplace_backward
-        and not shard.group
-        and logits.requires_grad
-        and options.reduction != "none"
-        and logits.dtype != torch.float16
-    ):
+    # Forward knows no vector of upstream gradients, and no loss scale of float16 but the last one.
+    is_known = options.reduction != "none" and logits.requires_grad and not shard.group
+    is_scaled = logits.dtype == torch.float16
+    unnormalized = options.unnormalized
+    class_weight = inputs.token_weight if options.smooths_by_class else None
+    if inplace_backward and is_known and not is_scaled:
         # The z-loss is not divided: with one the mean has to come first.
-        unnormalized = options.unnormalized
         late = unnormalized is not options and options.z_loss == 0
         how = (options.packed, unnormalized.packed if late else None, stats)
         result = LossOverLogits.apply(logits, row_weight, inputs, *how)
+    elif at_once and is_known and unnormalized is options and not (is_scaled and last is None) and not inplace_backward:
+        result = LossAndGradient.apply(logits, row_weight, inputs, class_weight, options.packed, stats, last)
     else:
-        class_weight = inputs.token_weight if options.smooths_by_class else None
         result = Loss.apply(logits, row_weight, inputs, class_weight, options.packed, stats, inplace_backward, shard)
     return result if stats else (result, None, None)

@@ -22,7 +22,7 @@ from pdl_ext._checks import (
     names_of,
     refuse_transforms,
 )
-from pdl_ext.engine.autograd import Results, weighted_loss
+from pdl_ext.engine.autograd import LastUpstream, Results, weighted_loss
 from pdl_ext.engine.definition import defined_loss
 from pdl_ext.engine.dtensor import replicated, vocabulary_part
 from pdl_ext.engine.linear import ACCUMULATE, Settings, linear_weighted_loss
@@ -188,6 +188,7 @@ class _Call:
 class LossCall(_Call):
     """A loss of logits [..., V].
 
+    at_once, last: as in `weighted_loss`.
     Raises TypeError or ValueError that names the first input that it cannot take. RuntimeError for `inplace_backward`
     with a leaf or a view of one.
     """
@@ -203,6 +204,8 @@ class LossCall(_Call):
         return_stats: bool,
         process_group: dist.ProcessGroup | None,
         inplace_backward: bool,
+        at_once: bool,
+        last: LastUpstream | None,
     ) -> None:
         if is_dtensor(logits):
             targets = replicated("targets", targets, logits)
@@ -225,6 +228,9 @@ class LossCall(_Call):
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.logits = logits
         self.process_group = process_group
+        # A functional graph would copy the gradient before it is corrected.
+        self.at_once = at_once and not is_traced()
+        self.last = last
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
         """The result of pdl_loss; of tables that were checked. Raises IndexError for a target outside [0, V)."""
@@ -235,7 +241,8 @@ class LossCall(_Call):
         if self.has_tangent:
             return self._loss_with_tangent(inputs)
         try:
-            results = weighted_loss(self.logits, inputs, self.options, self.return_stats, self.in_place, self.shard)
+            how = (self.options, self.return_stats, self.in_place, self.shard, self.at_once, self.last)
+            results = weighted_loss(self.logits, inputs, *how)
         except IndexError:
             raise self.bad_target() from None
         return self._results(results, inputs)

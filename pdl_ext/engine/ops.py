@@ -58,6 +58,7 @@ class SavedRows(NamedTuple):
     """The rows of an op's `saved_rows`, each [N]: the fields of csrc/row_loss.h's SavedRow, in order."""
 
     max: Tensor
+    sum: Tensor
     log_sum: Tensor
     nll: Tensor
     ce: Tensor
@@ -79,6 +80,7 @@ class Factors(NamedTuple):
     rows: Tensor
     correction: Tensor
     modulation: Tensor
+    upstream: Tensor
 
     @classmethod
     def of(cls, factors: Tensor) -> Factors:
@@ -136,8 +138,27 @@ def _(
     return loss_outputs(logits, options, stats)
 
 
+@torch.library.register_fake("pdl_ext::loss_and_gradient")
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    token_weight: Tensor | None,
+    row_weight: Tensor | None,
+    logit_offset: Tensor | None,
+    normalizer: Tensor | None,
+    upstream: Tensor | None,
+    options: list[float],
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (*loss_outputs(logits, options, stats), _gradient_of(logits))
+
+
 @torch.library.register_fake("pdl_ext::loss_backward")
 def _(grad_loss: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return _gradient_of(logits)
+
+
+def _gradient_of(logits: Tensor) -> Tensor:
     vocab_size = logits.shape[1]
     if logits.device.type != "cuda":
         return logits.new_empty(logits.shape)
@@ -163,5 +184,5 @@ def _(counts: Tensor, *_: Any) -> Tensor:
     return counts.new_empty(counts.shape, dtype=torch.float32)
 
 
-for _name in ("scale_", "complete_rows_", "loss_backward_", "count_tokens_"):
+for _name in ("correct_gradient_", "scale_", "complete_rows_", "loss_backward_", "count_tokens_"):
     torch.library.register_fake(f"pdl_ext::{_name}", lambda *_: None)

@@ -169,7 +169,7 @@ def loss_forward_of_shard(
     # Nothing in the shard is above -inf.
     nothing = of_shard.max == -torch.inf
     target = torch.where(nothing, -torch.inf, above + (of_shard.log_sum - of_shard.nll))
-    sum_of_exp = torch.exp(above + of_shard.log_sum)
+    sum_of_exp = torch.exp(above) * of_shard.sum
     terms = {"sum_of_exp": sum_of_exp, "z_target": torch.where(mine, target, 0.0)}
     if asked.label_smoothing:
         of_classes = of_shard.smoothing_weight if of_class else torch.ones_like(above)
@@ -192,6 +192,7 @@ def loss_forward_of_shard(
     class_weight = total.get("class_weight", ones)
     rows = SavedRows(
         largest,
+        total["sum_of_exp"],
         log_sum,
         nll,
         ce=class_weight * log_sum + total["smoothed"] if "smoothed" in total else nll,

@@ -29,7 +29,9 @@ INCLUDE = HERE / "include"
 KERNELS = HERE / "kernels"
 NAMES = (
     "loss_forward",
+    "loss_and_gradient",
     "loss_and_gradient_",
+    "correct_gradient_",
     "scale_",
     "loss_backward",
     "loss_backward_",

@@ -1,0 +1,93 @@
+"""A row's loss and gradient are the same bits whatever other rows are in the call, wherever it lies, on any threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pdl_ext import functional
+from pdl_ext.modulation import Focal
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = {
+    "plain": {},
+    "entropy": {"modulation": Focal()},
+    "everything": {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3},
+    "by class": {"label_smoothing": 0.1, "label_smoothing_weight": "class"},
+}
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of PyTorch's threads, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def bits(tensor):
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def results(logits, targets, weight, reduction, options):
+    """The gradient and what is known of each row, as integers."""
+    leaf = logits.detach().requires_grad_()
+    extra = {"normalizer": 3.0} if reduction == "token_mean" else {}
+    loss, stats = functional.pdl_loss(leaf, targets, weight, reduction=reduction, return_stats=True, **extra, **options)
+    loss.sum().backward()
+    of_rows = [loss] if reduction == "none" else []
+    return [bits(x.detach()) for x in (leaf.grad, stats.nll, stats.lse, stats.entropy, *of_rows)]
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "token_mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [8, 1009, 8200, pytest.param(40001, marks=pytest.mark.slow)])
+def test_other_rows_and_threads(make_case, device_name, threads, vocab_size, dtype, reduction, options):
+    # On a card a row's vectors begin where 16 bytes do, so its place counts unless rows are whole vectors.
+    rows = 9 if device_name == "cpu" else 5
+    vocab_size = vocab_size if device_name == "cpu" else -(-vocab_size // 8) * 8
+    case = make_case((rows,), vocab_size, dtype, peaked=True)
+    case.targets[0] = -100
+    arguments = (case.token_weight, reduction, options)
+    whole = results(case.leaf, case.targets, *arguments)
+    assert whole[0].any()
+    parts = [slice(0, 1), slice(1, 2), slice(rows - 1, rows), slice(2, 5), slice(0, rows)]
+    for count in (1, 2, 3, 5) if device_name == "cpu" else (1,):
+        threads(count)
+        for part in parts:
+            for got, expected in zip(
+                results(case.leaf[part].clone(), case.targets[part], *arguments), whole, strict=True
+            ):
+                assert torch.equal(got, expected[part]), (count, part)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_place(make_case, dtype, options):
+    case = make_case((6,), 5003, dtype, ignored=False)
+    whole = results(case.leaf, case.targets, case.token_weight, "sum", options)
+    for before in (1, 3, 8):
+        wide = torch.full((6, 5003 + 16), 7.0, dtype=dtype)
+        view = wide[:, before : before + 5003]
+        view.copy_(case.leaf)
+        for got, expected in zip(results(view, case.targets, case.token_weight, "sum", options), whole, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.devices("cpu")
+@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["plain", "everything"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_so_many_rows_that_stores_go_around_the_caches(make_case, dtype, options):
+    # 2^25 bytes and more, in rows of which each begins elsewhere in a line.
+    vocab_size = 20011
+    rows = 2**25 // (vocab_size * dtype.itemsize) + 2
+    case = make_case((rows,), vocab_size, dtype)
+    for reduction in ("sum", "none"):
+        whole = results(case.leaf, case.targets, case.token_weight, reduction, options)
+        for first in range(0, rows, 61):
+            part = slice(first, first + 5)
+            some = results(case.leaf[part], case.targets[part], case.token_weight, reduction, options)
+            for got, expected in zip(some, whole, strict=True):
+                assert torch.equal(got, expected[part]), part

@@ -1,0 +1,327 @@
+"""The default training step: loss and gradient in one call, for the upstream gradient that is expected.
+
+A wrong guess must change no bit, and nothing may be found where it was not left.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pdl_ext import PDLLoss, functional
+from pdl_ext.engine import ops
+from pdl_ext.modulation import Focal, MiLe
+from pdl_ext.options import LossOptions
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = {
+    "plain": {},
+    "entropy": {"modulation": Focal()},
+    "everything": {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3},
+    "by class": {"label_smoothing": 0.1, "label_smoothing_weight": "class", "modulation": MiLe(normalize=False)},
+}
+UPSTREAM = [1.0, 0.37, -65536.0, 0.0, -0.0, float("nan")]
+
+
+def same_bits(a, b):
+    """Also of NaN and of zeros with a sign."""
+    size = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.contiguous().view(size), b.contiguous().view(size))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The ops of the loss that were called, in order, each with its arguments."""
+    seen = []
+
+    def spied(name):
+        op = getattr(ops.compiled, name)
+
+        def call(*arguments):
+            result = op(*arguments)
+            seen.append((name, arguments, result))
+            return result
+
+        return call
+
+    names = ("loss_forward", "loss_backward", "loss_backward_", "loss_and_gradient", "loss_and_gradient_")
+    for name in (*names, "correct_gradient_"):
+        monkeypatch.setattr(ops.compiled, name, spied(name))
+    return seen
+
+
+def names_of(calls):
+    return [name for name, *_ in calls]
+
+
+AT_ONCE = ["loss_and_gradient", "correct_gradient_"]
+TWO_CALLS = ["loss_forward", "loss_backward"]
+
+
+def ops_of_step(loss_fn, case):
+    leaf = case.leaf.clone().requires_grad_()
+    loss_fn(leaf * 1, case.targets).sum().backward()
+    assert leaf.grad.any()
+    return leaf.grad
+
+
+class TestBits:
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("vocab_size", [7, 4099, 20011])
+    def test_a_wrong_guess_changes_no_bit(self, make_case, device_name, vocab_size, dtype, options):
+        case = make_case((6,), vocab_size, dtype, row_weight=True)
+        wide = ops.accumulator_dtype(dtype)
+        device = case.leaf.device
+        options = LossOptions(**options).packed
+        inputs = (case.targets, case.token_weight, case.row_weight.to(wide), None)
+        by_class = case.token_weight if LossOptions.unpacked(options).smooths_by_class else None
+        for number in UPSTREAM:
+            upstream = torch.tensor(number, dtype=wide, device=device)
+            of_backward = (case.targets, by_class, case.row_weight.to(wide), None)
+
+            def corrected(of, expected=None, upstream=upstream, of_backward=of_backward):
+                loss, saved_rows, factors, _, gradient = of
+                targets, *rest = of_backward
+                ops.compiled.correct_gradient_(
+                    gradient, expected, upstream, case.leaf, targets, saved_rows, factors, *rest, options
+                )
+                return loss, gradient
+
+            right = ops.compiled.loss_and_gradient(case.leaf, *inputs, None, upstream, options, False)
+            untouched = right[4].clone()
+            loss, of_right = corrected(right)
+            assert same_bits(of_right, untouched)
+            others = [None, *(torch.tensor(x, dtype=wide, device=device) for x in UPSTREAM)]
+            for guess in others:
+                guessed = ops.compiled.loss_and_gradient(case.leaf, *inputs, None, guess, options, False)
+                other_loss, of_wrong = corrected(guessed)
+                assert same_bits(of_wrong, of_right), (number, guess)
+                assert same_bits(other_loss, loss)
+            if device_name == "cpu":
+                loss, saved_rows, factors, _ = ops.compiled.loss_forward(case.leaf, *inputs, None, options, False)
+                by_two = ops.compiled.loss_backward(
+                    upstream, case.leaf, case.targets, saved_rows, factors, *of_backward[1:], options, 0, vocab_size
+                )
+                assert same_bits(by_two, of_right)
+                assert same_bits(other_loss, loss)
+
+    def test_the_upstream_gradient_is_kept_for_the_next(self, make_case):
+        case = make_case((6,), 257)
+        packed = LossOptions().packed
+        expected, upstream = (torch.tensor(x, device=case.leaf.device) for x in (2.0, 3.0))
+        _, saved_rows, factors, _, gradient = ops.compiled.loss_and_gradient(
+            case.leaf, case.targets, None, None, None, None, expected, packed, False
+        )
+        assert factors[4] == 2
+        rest = (case.leaf, case.targets, saved_rows, factors, None, None, None, packed)
+        ops.compiled.correct_gradient_(gradient, expected, upstream, *rest)
+        assert expected == 3
+        # What the gradient was computed for stays with it.
+        assert factors[4] == 2
+
+
+class TestWhenItIs:
+    def test_by_default(self, make_case, calls):
+        case = make_case((6,), 257)
+        ops_of_step(functional.pdl_loss, case)
+        ops_of_step(PDLLoss(vocab_size=257).to(case.leaf.device), case)
+        assert names_of(calls) == 2 * AT_ONCE
+
+    @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_of_every_scalar(self, make_case, calls, dtype, reduction):
+        case = make_case((2, 3), 257, dtype)
+        ops_of_step(lambda x, y: functional.pdl_loss(x, y, reduction=reduction, shift=True, return_stats=True)[0], case)
+        assert names_of(calls) == AT_ONCE
+
+    def test_two_calls(self, make_case, calls):
+        case, half = (make_case((6,), 257, dtype) for dtype in (torch.float32, torch.float16))
+        ops_of_step(lambda x, y: functional.pdl_loss(x, y, reduction="none"), case)
+        # What divides a modulation is known once all rows are.
+        ops_of_step(lambda x, y: functional.pdl_loss(x, y, modulation=MiLe()), case)
+        # A float16 gradient comes with a loss scale, which a function cannot guess.
+        ops_of_step(functional.pdl_loss, half)
+        # Whose loss is looked at, and hardly ever differentiated.
+        ops_of_step(PDLLoss(case.leaf.new_ones(257).long()).eval(), case)
+        assert names_of(calls) == 4 * TWO_CALLS
+
+    def test_without_a_gradient_none_is_computed(self, make_case, calls):
+        case = make_case((6,), 257, row_weight=True)
+        functional.pdl_loss(case.leaf, case.targets)
+        with torch.no_grad():
+            functional.pdl_loss(case.leaf.clone().requires_grad_(), case.targets)
+        row_weight = case.row_weight.clone().requires_grad_()
+        functional.pdl_loss(case.leaf, case.targets, row_weight=row_weight).backward()
+        assert row_weight.grad.any()
+        assert names_of(calls) == 3 * ["loss_forward"]
+
+    def test_the_logits_stay(self, make_case):
+        case = make_case((6,), 257)
+        logits = case.leaf.clone().requires_grad_() * 1
+        (3 * functional.pdl_loss(logits, case.targets)).backward()
+        assert torch.equal(logits.detach(), case.leaf)
+        assert logits._version == 0
+
+    @pytest.mark.devices("cpu")
+    def test_no_copy_is_made_of_it(self, make_case, calls):
+        case = make_case((6,), 257)
+        leaf = case.leaf.clone().requires_grad_()
+        (3 * functional.pdl_loss(leaf, case.targets)).backward()
+        gradient = calls[0][2][4]
+        assert leaf.grad.data_ptr() == gradient.data_ptr()
+
+
+class TestExpected:
+    def upstream_of(self, calls):
+        """For which upstream gradient each gradient at once was computed."""
+        return [float(result[2][4]) for name, _, result in calls if name == "loss_and_gradient"]
+
+    def test_a_module_expects_what_came_last(self, make_case, calls):
+        case = make_case((6,), 257)
+        loss_fn = PDLLoss(vocab_size=257).to(case.leaf.device)
+        for factor in (0.25, 0.25, 8.0, 8.0):
+            leaf = case.leaf.clone().requires_grad_()
+            (factor * loss_fn(leaf, case.targets)).backward()
+        assert self.upstream_of(calls) == [1.0, 0.25, 0.25, 8.0]
+
+    def test_float16_has_one_call_after_the_first(self, make_case, calls):
+        case = make_case((6,), 257, torch.float16)
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        gradients = []
+        for _ in range(3):
+            leaf = case.leaf.clone().requires_grad_()
+            (1024 * loss_fn(leaf, case.targets)).backward()
+            gradients.append(leaf.grad)
+        assert self.upstream_of(calls) == [1.0, 1024.0, 1024.0]
+        assert all(same_bits(gradient, gradients[0]) for gradient in gradients)
+
+    def test_losses_under_way_keep_their_own(self, make_case):
+        # Backward of the first changes what is expected of the second, which was computed for what was before.
+        case = make_case((6,), 257)
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        leaves = [case.leaf.clone().requires_grad_() for _ in range(3)]
+        losses = [loss_fn(leaf, case.targets) for leaf in leaves]
+        for loss in losses:
+            (4 * loss).backward()
+        expected = case.leaf.clone().requires_grad_()
+        (4 * functional.pdl_loss(expected, case.targets, reduction="none").mean()).backward()
+        for leaf in leaves:
+            assert same_bits(leaf.grad, leaves[0].grad)
+        counted = (case.targets != -100).sum()
+        torch.testing.assert_close(leaves[0].grad * counted, expected.grad * len(case.targets), rtol=1e-5, atol=1e-9)
+
+    def test_it_is_no_state(self, make_case, calls):
+        case = make_case((6,), 257)
+        loss_fn = PDLLoss(vocab_size=257).to(case.leaf.device)
+        names = list(loss_fn.state_dict())
+        (2 * loss_fn(case.leaf.clone().requires_grad_(), case.targets)).backward()
+        assert list(loss_fn.state_dict()) == names
+        for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn)), loss_fn):
+            other(case.leaf.clone().requires_grad_(), case.targets).backward()
+        assert self.upstream_of(calls) == [1.0, 1.0, 1.0, 2.0]
+
+    def test_accumulation_and_loss_scale(self, make_case, calls):
+        case = make_case((6,), 257, torch.float16)
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        scaler = torch.amp.GradScaler(case.leaf.device.type, init_scale=256.0)
+        leaf = case.leaf.clone().requires_grad_()
+        for _ in range(4):
+            scaler.scale(loss_fn(leaf, case.targets) / 4).backward()
+        assert self.upstream_of(calls) == [1.0, 64.0, 64.0, 64.0]
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (3.0, 5.0)])
+    def test_retained(self, make_case, factors):
+        case = make_case((6,), 257)
+        leaf = case.leaf.clone().requires_grad_()
+        loss = functional.pdl_loss(leaf * 1, case.targets)
+        for factor in factors:
+            expected = case.leaf.clone().requires_grad_()
+            functional.pdl_loss(expected * 1, case.targets).backward(gradient=torch.full_like(loss, factor))
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor), retain_graph=True)
+            assert same_bits(gradient, expected.grad)
+            # It is its owner's.
+            gradient.zero_()
+
+    def test_a_second_backward_without_retaining_raises(self, make_case):
+        case = make_case((6,), 257)
+        loss = functional.pdl_loss(case.leaf.clone().requires_grad_(), case.targets)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+
+    def test_second_derivative(self, make_case):
+        case = make_case((6,), 17, torch.float64)
+        assert torch.autograd.gradgradcheck(
+            lambda x: functional.pdl_loss(x, case.targets), case.leaf.clone().requires_grad_()
+        )
+
+    def test_written_logits_raise(self, make_case):
+        case = make_case((6,), 257)
+        logits = case.leaf.clone().requires_grad_() * 1
+        loss = functional.pdl_loss(logits, case.targets)
+        with torch.no_grad():
+            logits.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("factor", [1.0, 3.0])
+    def test_inside_a_checkpoint(self, make_case, calls, reentrant, factor):
+        case = make_case((6,), 257)
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        gradients = []
+        for recompute in (False, True):
+            leaf = case.leaf.clone().requires_grad_()
+
+            def body(x):
+                return loss_fn(x * 1, case.targets)
+
+            loss = checkpoint(body, leaf, use_reentrant=reentrant) if recompute else body(leaf)
+            (factor * loss).backward()
+            gradients.append(leaf.grad)
+        assert same_bits(*gradients)
+        assert gradients[0].any()
+
+    def test_a_checkpoint_holds_no_gradient_meanwhile(self, make_case):
+        held = []
+
+        def pack(tensor):
+            held.append(tensor.shape)
+            return tensor.clone()
+
+        case = make_case((6,), 257)
+        leaf = case.leaf.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = functional.pdl_loss(leaf, case.targets)
+        # The logits and their gradient both pass through the hooks.
+        assert held.count(case.leaf.shape) == 2
+        (2 * loss).backward()
+        expected = case.leaf.clone().requires_grad_()
+        (2 * functional.pdl_loss(expected, case.targets)).backward()
+        assert same_bits(leaf.grad, expected.grad)
+
+    @pytest.mark.devices("cpu", "cuda")
+    @pytest.mark.parametrize("factor", [1.0, 3.0])
+    def test_compiled(self, make_case, factor):
+        case = make_case((6,), 257)
+        torch.compiler.reset()
+
+        def step(loss_fn):
+            leaf = case.leaf.clone().requires_grad_()
+            loss = loss_fn(leaf, case.targets)
+            (factor * loss).backward()
+            return loss.detach(), leaf.grad
+
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        eager = step(loss_fn)
+        compiled = step(torch.compile(loss_fn, fullgraph=True))
+        if case.leaf.device.type == "cpu":
+            assert all(map(same_bits, compiled, eager))
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-9)
