@@ -72,9 +72,11 @@ def pdl_loss(
             compiler plans memory.
         return_stats: also return RowStats.
         process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
-            V, targets, tables and results are those of the whole vocabulary, the same on every rank. How many columns
-            each has is exchanged at every call, which waits for the device; other targets on another rank are a
-            ValueError there. An error that only one rank finds leaves the others waiting for it.
+            V, targets, tables and results are those of the whole vocabulary, the same on every rank. Other targets on
+            another rank are a ValueError. On CUDA the host waits for what ranks tell in a first call only, of a number
+            of columns and a size of the tables. Make that call before a CUDA graph is captured. Later other targets
+            make the loss and its gradients NaN, and so do other columns of another rank. An error that only one rank
+            finds leaves the others waiting for it.
 
     Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
     `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
@@ -92,6 +94,7 @@ def pdl_loss(
         options=LossOptions.of("pdl_loss", options),
         return_stats=return_stats,
         process_group=process_group,
+        vocab_size=_size_of(token_weight, logit_offset),
         inplace_backward=inplace_backward,
         at_once=True,
         last=None,
@@ -150,6 +153,7 @@ def linear_pdl_loss(
         max_chunk_bytes=max_chunk_bytes,
         accumulate=accumulate,
         process_group=process_group,
+        vocab_size=_size_of(token_weight, logit_offset),
     )
     call.check_tables(token_weight, logit_offset)
     return call.loss(token_weight, logit_offset)
@@ -199,3 +203,11 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
     table = CountTable.zeros(vocab_size, tokens.device)
     table.add(tokens, ignore_index=ignore_index)
     return table.counts
+
+
+def _size_of(*tables: Tensor | None) -> int | None:
+    """The vocabulary's size as the first of the tables has it, which are checked later."""
+    for table in tables:
+        if isinstance(table, Tensor) and table.dim() == 1:
+            return table.shape[0]
+    return None

@@ -221,6 +221,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             options=self._options_of_call(options),
             return_stats=return_stats,
             process_group=process_group,
+            vocab_size=self._vocab_size(),
             inplace_backward=self.inplace_backward,
             at_once=self.training,
             last=self._last_upstream,
@@ -261,6 +262,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             max_chunk_bytes=max_chunk_bytes,
             accumulate=accumulate,
             process_group=process_group,
+            vocab_size=self._vocab_size(),
         )
         return self._loss("weight", call, logit_offset)
 
@@ -308,6 +310,10 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             adjustment = self._log_frequency()
             logit_offset = adjustment if logit_offset is None else adjustment + logit_offset
         return call.loss(weights, logit_offset)
+
+    def _vocab_size(self) -> int | None:
+        frequency = cast("TokenFrequency | None", self._modules.get("frequency"))
+        return None if frequency is None else frequency.table.counts.shape[0]
 
     def _log_frequency(self) -> Tensor:
         """What is added to the logits, in memory that is not written to before a backward needs it."""

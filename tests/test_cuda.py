@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import computed
 
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
@@ -167,6 +168,71 @@ class TestGraphs:
         assert torch.equal(loss_fn.frequency.counts, twin_loss_fn.frequency.counts)
         assert loss_fn.frequency.total == 3 * rows + 4 * (rows - 1)
         assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.fixture
+def nccl_group(cuda, tmp_path):
+    if not dist.is_available() or not dist.is_nccl_available():
+        pytest.skip("PyTorch without NCCL")
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["logits", "linear"])
+class TestVocabularyParallel:
+    """A group of one rank, which exchanges and sums as a larger one does."""
+
+    @staticmethod
+    def step(fused, hidden, weight, targets, group):
+        if fused:
+            loss = functional.linear_pdl_loss(hidden, weight, targets, process_group=group)
+        else:
+            loss = functional.pdl_loss(hidden @ weight.t(), targets, process_group=group)
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    @staticmethod
+    def make(cuda):
+        hidden = torch.randn(300, 32, device=cuda, requires_grad=True)
+        weight = torch.randn(1009, 32, device=cuda, requires_grad=True)
+        return hidden, weight, torch.randint(1009, (300,), device=cuda)
+
+    def test_second_call_does_not_wait_for_the_device(self, cuda, nccl_group, fused):
+        given = self.make(cuda)
+        expected = self.step(fused, *given, None)
+        self.step(fused, *given, nccl_group)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = self.step(fused, *given, nccl_group)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+    def test_step_in_a_graph(self, cuda, nccl_group, fused):
+        hidden, weight, targets = self.make(cuda)
+        self.step(fused, hidden, weight, targets, None)
+        refused = pytest.raises(RuntimeError, match="expected one before the capture")
+        with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            # Or the graph would be empty, of which PyTorch warns.
+            hidden.sum()
+            self.step(fused, hidden, weight, targets, nccl_group)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.step(fused, hidden, weight, targets, nccl_group)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self.step(fused, hidden, weight, targets, nccl_group)
+        for _ in range(3):
+            with torch.no_grad():
+                hidden.normal_()
+                targets.random_(1009)
+            graph.replay()
+            for one, other in zip(found, self.step(fused, hidden, weight, targets, None), strict=True):
+                assert other.any()
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 class TestStreams:

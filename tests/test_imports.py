@@ -23,7 +23,7 @@ LAYERS = (
     (("pdl_ext.integrations.*",),),
     (("pdl_ext",),),
     (
-        ("pdl_ext.loss", "pdl_ext._token_weights", "pdl_ext._outside_graphs"),
+        ("pdl_ext.loss", "pdl_ext._token_weights"),
         ("pdl_ext.corpus.*",),
         ("pdl_ext.labels",),
         ("pdl_ext.statistics",),
@@ -40,6 +40,7 @@ LAYERS = (
         ("pdl_ext._array",),
         ("pdl_ext._lock",),
         ("pdl_ext._optional",),
+        ("pdl_ext._outside_graphs",),
         ("pdl_ext._version",),
     ),
     (("pdl_ext.modulation",),),

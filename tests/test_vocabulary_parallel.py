@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -11,9 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import uninitialized
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdl_ext import PDLLoss, functional, reference
-from pdl_ext.engine import linear, ops
+from pdl_ext.engine import linear, ops, vocabulary
+from pdl_ext.engine.call import LinearLossCall, LossCall
 from pdl_ext.modulation import EAFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import REDUCTIONS, LossOptions
 
@@ -378,3 +381,211 @@ def masked(rank, group):
         logits[:, part], MASKED_TARGETS, reduction="none", return_stats=True, process_group=group
     )
     return loss, stats.predicted
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where the host reads a tensor, and so would wait for a card."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), op
+        return op(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_exchange_is_read():
+    def fail(*_):
+        raise AssertionError("a tensor is read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        # They pass the dispatcher by.
+        for name in ("tolist", "cpu", "numpy"):
+            patch.setattr(torch.Tensor, name, fail)
+        yield
+
+
+@contextlib.contextmanager
+def nothing_is_read():
+    with no_exchange_is_read(), NothingIsRead():
+        yield
+
+
+@contextlib.contextmanager
+def capture():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        yield
+
+
+# Of rows in another number of slabs, for which the first rank's width tells nothing.
+FIRST, SMALLER = [20, 81], [20, 60]
+WAYS = [
+    (fused, {"reduction": reduction, "ignore_index": ignore_index, "token_weight": table})
+    for fused in (False, True)
+    for reduction in ("mean", "none")
+    for ignore_index in (-100, -1)
+    for table in (False, True)
+]
+
+
+def step(fused, options, widths, rank=None, group=None, seed=0, other_target=0):
+    """Loss, nll and gradients of what a seed makes; of the classifier, those of this rank's columns."""
+    hidden, weight, bias, targets, token_weight, row_weight = make_inputs(torch.float32)
+    ignored = targets == -100
+    targets = (targets + seed) % 60
+    targets[1] = (targets[1] + other_target) % 60
+    options = {**options, "process_group": group, "row_weight": row_weight.requires_grad_(), "return_stats": True}
+    targets[ignored] = options.get("ignore_index", -100)
+    token_weight = token_weight[: sum(widths)] if options.pop("token_weight", False) else None
+    part = slice(0, sum(widths)) if rank is None else slice(sum(widths[:rank]), sum(widths[: rank + 1]))
+    hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    if fused:
+        limit = 8 * 128 * 4
+        loss, stats = functional.linear_pdl_loss(
+            hidden, weight[part], targets, token_weight, bias=bias[part], max_chunk_bytes=limit, **options
+        )
+    else:
+        loss, stats = functional.pdl_loss(F.linear(hidden, weight[part], bias[part]), targets, token_weight, **options)
+    loss.backward(upstream_of(loss))
+    return [loss.detach(), stats.nll, weight.grad[part], bias.grad[part], row_weight.grad, hidden.grad]
+
+
+def are_nan(results):
+    return all(bool(result.isnan().all()) for result in results)
+
+
+def message_of(error, function, *arguments, **options):
+    with pytest.raises(error) as raised:
+        function(*arguments, **options)
+    return str(raised.value)
+
+
+def card_worker(rank, init, folder):
+    """Ranks whose tensors must not be waited for, as those on a card must not be."""
+    uninitialized.fill()
+    torch.set_num_threads(1)
+    linear._LEAST_ROWS = 8
+    vocabulary._is_host = lambda device: False
+    # On a card nothing checks ids, and few rows are not worth waiting for their number.
+    LossCall._check_ids = lambda self: None
+    LinearLossCall._check_ids = lambda self: None
+    linear._kept_rows = lambda *_: None
+    torch.cuda.is_current_stream_capturing = lambda: False
+    found = {}
+    # Two groups after each other, of the same name.
+    for name, use in (("first", first_group), ("second", second_group)):
+        dist.init_process_group("gloo", init_method=f"{init}_{name}", rank=rank, world_size=2)
+        try:
+            found[name] = {"name": dist.group.WORLD.group_name, **use(rank, dist.group.WORLD)}
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def first_group(rank, group):
+    plain = WAYS[0][1]
+    given = (False, plain, FIRST, rank, group)
+    found = {"other targets": message_of(ValueError, step, *given, other_target=rank)}
+    with capture():
+        found["captured"] = message_of(RuntimeError, step, *given)
+    with torch.inference_mode():
+        functional.pdl_loss(torch.zeros(2, FIRST[rank]), torch.zeros(2, dtype=torch.int64), process_group=group)
+    # The widths tell the size that a table has.
+    with capture(), nothing_is_read():
+        found["steps"] = [[step(*way, FIRST, rank, group, seed) for seed in range(2)] for way in WAYS]
+        others = [step(*way, FIRST, rank, group, other_target=rank) for way in WAYS]
+        found["after"] = step(*given)
+    assert all(map(are_nan, others))
+    # The first rank knows its width, and the other one does not.
+    for way in WAYS:
+        with nothing_is_read() if rank == 0 and not way[1]["token_weight"] else contextlib.nullcontext():
+            results = step(*way, SMALLER, rank, group)
+        # A table's size tells it.
+        assert bool(results[0].isfinite().all()) if way[1]["token_weight"] else are_nan(results)
+    with nothing_is_read():
+        weighted = {**plain, "token_weight": True}
+        found["smaller"] = step(False, weighted, SMALLER, rank, group)
+        found["larger"] = step(*given)
+    return found
+
+
+def second_group(rank, group):
+    found = {"smaller": step(*WAYS[0], SMALLER, rank, group)}
+    with nothing_is_read():
+        found["again"] = step(*WAYS[0], SMALLER, rank, group)
+    found["online"] = online_after_one_call(rank, group)
+    compiled = torch.compile(step, backend="aot_eager")
+    with no_exchange_is_read():
+        found["compiled"] = compiled(*WAYS[0], SMALLER, rank, group)
+        assert are_nan(compiled(*WAYS[0], SMALLER, rank, group, other_target=rank))
+    found["hidden"] = with_other_hidden_states(rank)
+    return found
+
+
+def online_after_one_call(rank, group):
+    """Losses of a module that learns the vocabulary's size in its first call."""
+    loss_fn, logits, targets = PDLLoss(), torch.zeros(3, [7, 5][rank]), torch.arange(3)
+    losses = [loss_fn(logits, targets, process_group=group)]
+    with no_exchange_is_read():
+        losses.append(loss_fn(logits, targets, process_group=group))
+    return torch.stack(losses)
+
+
+def with_other_hidden_states(rank):
+    """Losses of a DTensor's rows: of the same hidden states, and of others."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    hidden, weight, _, targets, *_ = make_inputs(torch.float32)
+    cut = distribute_tensor(weight, init_device_mesh("cpu", (2,)), [Shard(0)])
+    losses = [functional.linear_pdl_loss(hidden, cut, targets)]
+    with no_exchange_is_read():
+        losses.append(functional.linear_pdl_loss(hidden, cut, targets))
+        losses.append(functional.linear_pdl_loss(hidden + rank, cut, targets))
+    return torch.stack(losses)
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cards")
+    mp.spawn(card_worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_step(results, *given, **options):
+    """That the ranks' results are those of one rank."""
+    expected = step(*given, **options)
+    loss, nll, _, _, of_row_weight, of_hidden = range(6)
+    for index, value in enumerate(expected):
+        values = [result[index] for result in results]
+        if index in (loss, nll, of_row_weight) or (index == of_hidden and given[0]):
+            assert torch.equal(*values)
+            got = values[0]
+        else:
+            got = sum(values) if index == of_hidden else torch.cat(values)
+        assert value.any()
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_card_is_waited_for_in_the_first_call_only(cards):
+    first, second = ([rank[name] for rank in cards] for name in ("first", "second"))
+    for index, way in enumerate(WAYS):
+        for seed in range(2):
+            assert_step([rank["steps"][index][seed] for rank in first], *way, FIRST, seed=seed)
+    assert_step([rank["after"] for rank in first], *WAYS[0], FIRST)
+    assert_step([rank["larger"] for rank in first], *WAYS[0], FIRST)
+    for name in ("smaller", "again", "compiled"):
+        assert_step([rank[name] for rank in second], *WAYS[0], SMALLER)
+    weighted = {**WAYS[0][1], "token_weight": True}
+    assert_step([rank["smaller"] for rank in first], False, weighted, SMALLER)
+    assert cards[0]["first"]["name"] == cards[0]["second"]["name"]
+    for rank in second:
+        assert rank["online"].isfinite().all()
+        assert rank["hidden"].isnan().tolist() == [False, False, True]
+
+
+@pytest.mark.slow
+def test_what_a_first_call_on_a_card_refuses(cards):
+    for rank, width in zip(cards, FIRST, strict=True):
+        assert "targets: got others than another rank has" in rank["first"]["other targets"]
+        assert f"process_group: got a first call with {width} columns under the capture" in rank["first"]["captured"]

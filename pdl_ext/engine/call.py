@@ -189,6 +189,7 @@ class LossCall(_Call):
     """A loss of logits [..., V].
 
     at_once, last: as in `weighted_loss`.
+    vocab_size: of the tables that it will be given, or None.
     Raises TypeError or ValueError that names the first input that it cannot take. RuntimeError for `inplace_backward`
     with a leaf or a view of one.
     """
@@ -203,11 +204,13 @@ class LossCall(_Call):
         options: LossOptions,
         return_stats: bool,
         process_group: dist.ProcessGroup | None,
+        vocab_size: int | None,
         inplace_backward: bool,
         at_once: bool,
         last: LastUpstream | None,
     ) -> None:
         if is_dtensor(logits):
+            vocab_size = logits.shape[-1]
             targets = replicated("targets", targets, logits)
             logits, process_group = vocabulary_part("logits", logits, logits.dim() - 1, process_group)
         _check_scores("logits", logits)
@@ -224,7 +227,9 @@ class LossCall(_Call):
         self.in_place = inplace_backward and not torch.compiler.is_compiling()
         if self.in_place and logits.requires_grad and torch.is_grad_enabled():
             _refuse_leaf(logits)
-        shard = VocabularyShard.for_rank(logits.shape[-1], targets, process_group)
+        shard, targets = VocabularyShard.for_rank(
+            logits.shape[-1], targets, process_group, options.ignore_index, vocab_size
+        )
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.logits = logits
         self.process_group = process_group
@@ -271,6 +276,7 @@ class LossCall(_Call):
 class LinearLossCall(_Call):
     """A loss of hidden states [..., H] under a classifier [V, H].
 
+    vocab_size: as of LossCall.
     Raises TypeError or ValueError that names the first input that it cannot take.
     """
 
@@ -288,9 +294,11 @@ class LinearLossCall(_Call):
         max_chunk_bytes: int | None,
         accumulate: str,
         process_group: dist.ProcessGroup | None,
+        vocab_size: int | None,
     ) -> None:
         is_cut = is_dtensor(weight)
         if is_cut:
+            vocab_size = weight.shape[0]
             hidden, targets = replicated("hidden", hidden, weight), replicated("targets", targets, weight)
             if is_dtensor(bias):
                 bias, _ = vocabulary_part("bias", bias, 0, process_group)
@@ -334,7 +342,9 @@ class LinearLossCall(_Call):
         # A compiled graph may be captured, which knows no wait for a count.
         drop_ignored = not torch.compiler.is_compiling()
         self.settings = Settings(dtype, max_chunk_bytes, accumulate == "float32", drop_ignored)
-        shard = VocabularyShard.for_rank(weight.shape[0], targets, process_group, hidden if is_cut else None)
+        shard, targets = VocabularyShard.for_rank(
+            weight.shape[0], targets, process_group, options.ignore_index, vocab_size, hidden if is_cut else None
+        )
         super().__init__(targets, row_weight, normalizer, options, return_stats, shard)
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.process_group = process_group

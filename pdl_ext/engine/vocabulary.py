@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -32,41 +32,33 @@ class VocabularyShard(NamedTuple):
 
     @classmethod
     def for_rank(
-        cls, width: int, targets: Tensor, group: dist.ProcessGroup | None, hidden: Tensor | None = None
-    ) -> VocabularyShard:
-        """The shard of a rank that has `width` columns; ranks follow each other in the order of the group.
+        cls,
+        width: int,
+        targets: Tensor,
+        group: dist.ProcessGroup | None,
+        ignore_index: int,
+        vocab_size: int | None = None,
+        hidden: Tensor | None = None,
+    ) -> tuple[VocabularyShard, Tensor]:
+        """The shard of a rank that has `width` columns, and its targets. Ranks follow each other as in the group.
 
         targets: of all rows, the same on every rank; hidden: likewise, of a classifier that FSDP2 may have cut.
+        vocab_size: of all ranks, where it is known.
         Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30. ValueError, too, for
         other targets or hidden states on another rank. Every rank finds the same.
+        On CUDA the host reads what ranks tell in a first call only. Later every target is given out of range where they
+        differ, in widths as well. RuntimeError for a first call under the capture of a CUDA graph.
         """
         if group is None:
-            return cls(0, width, width, width, "")
+            return cls(0, width, width, width, ""), targets
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"process_group: got {type(group).__name__}, expected a ProcessGroup or None")
-        rank = dist.get_rank(group)
-        sampled = 0 if hidden is None else _SAMPLED
-        # Integers below 2^53 are exact in it.
-        table = torch.zeros(
-            (dist.get_world_size(group), _NUMBERS + sampled), dtype=torch.float64, device=targets.device
-        )
-        table[rank, 0], table[rank, 1], table[rank, 2] = width, targets.numel(), _fingerprint(targets)
-        if hidden is not None:
-            sample = _sample(hidden)
-            table[rank, _NUMBERS : _NUMBERS + sample.numel()] = sample
-        dist.all_reduce(table, group=group)
-        of_ranks: list[list[float]] = table.tolist()
-        first = of_ranks[0]
-        if any(of_rank[1:_NUMBERS] != first[1:_NUMBERS] for of_rank in of_ranks):
-            raise _not_the_same("targets", hidden is not None)
-        samples = [of_rank[_NUMBERS:] for of_rank in of_ranks]
-        if any(math.dist(of_rank, samples[0]) > _SAME * math.hypot(*of_rank) for of_rank in samples):
-            raise _not_the_same("hidden", True)
-        widths = [int(of_rank[0]) for of_rank in of_ranks]
-        vocab_size, before = sum(widths), sum(widths[:rank])
-        if vocab_size > 2**30:
-            raise ValueError(f"process_group: got a vocabulary of {vocab_size} over its ranks, expected at most 2^30")
-        return cls(before, width, vocab_size, max(widths), group.group_name)
+        given = (width, targets, group, ignore_index, vocab_size, hidden)
+        if torch.compiler.is_compiling():
+            from pdl_ext._outside_graphs import call_outside
+
+            return call_outside(_exchange, *given)
+        return _exchange(*given)
 
     def columns_of(self, table: Tensor | None) -> Tensor | None:
         """This rank's columns of a table over the whole vocabulary."""
@@ -75,11 +67,88 @@ class VocabularyShard(NamedTuple):
         return table[self.first_id : self.first_id + self.width]
 
 
-# What a rank tells beside its hidden states: its width, and the number of its targets and their fingerprint.
+# What a rank tells first: its width, and the number of its targets and their fingerprint.
 _NUMBERS = 3
 # Of hidden states: how many of them are compared, and up to which share of their norm they may differ. Ranks may round
 # differently; rows of other data differ by more than their norm.
 _SAMPLED, _SAME = 64, 0.1
+
+
+class _Known(NamedTuple):
+    """What a rank goes by: its shard, and the widths of all ranks on the device."""
+
+    shard: VocabularyShard
+    widths: Tensor
+
+
+# By the group itself, since one that is made anew may have the name of an old one.
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int | None, torch.device], _Known]]
+_known = weakref.WeakKeyDictionary()
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether reading a tensor there waits for nothing."""
+    return device.type == "cpu"
+
+
+def _exchange(
+    width: int,
+    targets: Tensor,
+    group: dist.ProcessGroup,
+    ignore_index: int,
+    vocab_size: int | None,
+    hidden: Tensor | None,
+) -> tuple[VocabularyShard, Tensor]:
+    rank, ranks, device = dist.get_rank(group), dist.get_world_size(group), targets.device
+    of_group, key = _known.setdefault(group, {}), (width, vocab_size, device)
+    known = of_group.get(key)
+    if known is None and not _is_host(device) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"process_group: got a first call with {width} columns under the capture of a CUDA graph, expected one "
+            "before the capture, in which the ranks tell their widths"
+        )
+    # Whatever a rank knows, or one that knows less would wait for it. Integers below 2^53 are exact in float64.
+    sampled = 0 if hidden is None else _SAMPLED
+    table = torch.zeros((ranks, _NUMBERS + ranks + sampled), dtype=torch.float64, device=device)
+    row = table[rank]
+    row[0], row[1], row[2] = width, targets.numel(), _fingerprint(targets)
+    if known is not None:
+        row[_NUMBERS : _NUMBERS + ranks] = known.widths
+    if hidden is not None:
+        sample = _sample(hidden)
+        row[_NUMBERS + ranks :][: sample.numel()] = sample
+    dist.all_reduce(table, group=group)
+    if known is None:
+        table = table.cpu()
+    widths, of_targets, gone_by, samples = table.split([1, _NUMBERS - 1, ranks, sampled], dim=1)
+    other_targets = (of_targets != of_targets[0]).any()
+    differ = other_targets | ((gone_by != 0) & (gone_by != widths.t())).any()
+    if hidden is not None:
+        other_hidden = ((samples - samples[0]).norm(dim=1) > _SAME * samples.norm(dim=1)).any()
+        differ |= other_hidden
+    if known is None:
+        gone_by_of_others = [of_rank for of_rank in gone_by.long().tolist() if any(of_rank)]
+        if not gone_by_of_others and differ:
+            # Nobody goes on: all ranks read the same.
+            raise _not_the_same("targets" if other_targets else "hidden", hidden is not None)
+        numbers = widths[:, 0].long().tolist()
+        total, before = sum(numbers), sum(numbers[:rank])
+        if total > 2**30:
+            raise ValueError(f"process_group: got a vocabulary of {total} over its ranks, expected at most 2^30")
+        # Ranks that do not read make as many chunks as by what they know.
+        largest = max(gone_by_of_others[0] if gone_by_of_others else numbers)
+        shard = VocabularyShard(before, width, total, largest, group.group_name)
+        if not differ:
+            if not _is_host(device):
+                with torch.inference_mode(False):
+                    known = _Known(shard, torch.tensor(numbers, dtype=torch.float64, device=device))
+                # A loss that learns online knows the size from its second call on.
+                of_group[key] = of_group[width, total, device] = known
+            return shard, targets
+    else:
+        shard = known.shard
+    # An error would leave ranks that do not read waiting for this one; a row with a bad target is NaN.
+    return shard, targets.masked_fill(differ.to(device), -1 if ignore_index != -1 else -2)
 
 
 def _sample(hidden: Tensor) -> Tensor:
