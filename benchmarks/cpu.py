@@ -1,11 +1,15 @@
 """The loss, the histogram and the weights on the CPU, beside PyTorch, NumPy and the standard library.
 
-python benchmarks/cpu.py [--only WORD...] [--budget SECONDS] [--output DIR]
+python benchmarks/cpu.py [--only WORD...] [--regime fresh kept] [--budget SECONDS] [--output DIR]
 
-Writes DIR/benchmark.json and DIR/benchmark.md, by the protocol of harness.py, and ends on a table of ratios. Workloads
-come in the order of their importance; what the budget has no room for is listed as left out. The loss is the weighted
-mean with its gradient. A new gradient is new memory in every call, as in training. What a call leaves in place is
-measured against copying the logits into a buffer that exists.
+Measures in a process for each regime of memory (regimes.py). Writes benchmark.json and benchmark.md into DIR/fresh and
+DIR/kept, by the protocol of harness.py, and ends on a table of ratios that has both. Workloads come in the order of
+their importance; what the budget has no room for is listed as left out. So is the fused linear in bfloat16, unless
+asked for, on a CPU for whose products PyTorch has but loops.
+
+The loss is the weighted mean with its gradient. A new gradient is new memory in every call, as in training. Both ways
+are also measured against copying the logits into a buffer that exists, and the fused linear against its three products
+alone.
 """
 
 from __future__ import annotations
@@ -14,17 +18,21 @@ import argparse
 import collections
 import dataclasses
 import itertools
+import math
+import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
+import regimes
 import torch
 from family import family_group, family_linear_group
 from harness import Clock, Group, Provider, Row, Workload
-from linear import linear_group
+from linear import PRODUCTS, cpu_peers, linear_group
 from torch import Tensor
 from workloads import (
     IDS,
@@ -48,6 +56,7 @@ from pdl_ext.engine.ops import _C
 
 # The provider that is no peer: it moves the logits as often as a loss in place has to.
 COPY = "copy of the logits"
+NO_PEERS = (COPY, PRODUCTS)
 # More rounds than on a card: neighbours on the same host are what disturbs.
 PROTOCOL = harness.Protocol(least_rounds=11, seconds=2.0)
 
@@ -191,11 +200,19 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
 
 
 def chosen(groups: Sequence[Group], words: Sequence[str]) -> list[Group]:
-    """The groups that have one of the words in their name; all without words. ValueError where a word has no group."""
+    """The groups that have one of the words in their name; without words all that are not slow.
+
+    ValueError where a word has no group.
+    """
     for word in words:
         if not any(word in group.name for group in groups):
             raise ValueError(f"--only: no group has {word!r} in its name, which are:\n" + _names(groups))
-    return [group for group in groups if not words or any(word in group.name for word in words)]
+    return [group for group in groups if not (words or is_slow(group)) or any(word in group.name for word in words)]
+
+
+def is_slow(group: Group) -> bool:
+    """Whether the group takes hours: products in bfloat16 on a CPU that PyTorch has but loops for."""
+    return "linear" in group.name and "bfloat16" in group.name and not harness.has_bfloat16_products()
 
 
 def _names(groups: Sequence[Group]) -> str:
@@ -205,18 +222,24 @@ def _names(groups: Sequence[Group]) -> str:
 def benchmark(
     clock: Clock,
     groups: Sequence[Group],
-    folder: Path | None,
+    folder: Path,
+    regime: str,
     budget: float,
     copy_bytes: int,
     protocol: harness.Protocol = PROTOCOL,
-) -> harness.Report:
-    """Measures the groups, and leaves the files in `folder`, by default one named after the machine and the day."""
+) -> tuple[harness.Report, str]:
+    """Measures the groups, and leaves the files in `folder`. Also why nothing was, if the regime is not to be had."""
     about: dict[str, Any] = {**harness.machine(clock.device), "instructions": _C.cpu_capability()}
     about["cache_bytes"] = clock.cache_bytes
-    folder = folder or harness.results_folder("cpu", about)
-    report = harness.Report(folder, "pdl_ext: CPU benchmarks", about, protocol, kernel_times=False)
-    harness.run(groups, clock, report, budget, copy_bytes)
-    return report
+    of_memory, why = regimes.about(regime)
+    about |= of_memory | cpu_peers()
+    report = harness.Report(folder, f"pdl_ext: CPU benchmarks, {regimes.NAMES[regime]}", about, protocol, False)
+    if why:
+        report.finished = True
+        report.write()
+    else:
+        harness.run(groups, clock, report, budget, copy_bytes)
+    return report, why
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
@@ -248,31 +271,100 @@ def _multiple(row: Row, other: Row) -> str:
     if row.wall is None or other.wall is None:
         return f"{other.provider}: none"
     ratio = other.wall.median / row.wall.median
-    # The copy is no peer but the least that the memory allows.
-    if other.provider == COPY:
-        return f"{1 / ratio:.2f} times a {COPY}"
+    if other.provider in NO_PEERS:
+        return f"{1 / ratio:.2f} times {'a ' if other.provider == COPY else ''}{other.provider}"
     of_linear = other.flop_per_second is not None and other.peak_bytes is not None
     peak = f" with a peak of {other.peak_bytes / 2**20:.0f} MiB" if of_linear else ""
     return f"{other.provider} {ratio:.2f}{peak}"
 
 
+def side_by_side(rows_of: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Tables of the losses for people, in which each figure is there for every regime."""
+    seconds: dict[str, dict[str, dict[str, float]]] = {}
+    ours = set()
+    for regime, rows in rows_of.items():
+        for row in rows:
+            if row.wall is not None and re.match(r"(loss|linear) \w+ \[", row.workload):
+                seconds.setdefault(row.workload, {}).setdefault(row.provider, {})[regime] = row.wall.median
+                ours |= {row.provider} if is_ours(row) else set()
+
+    def figures(of: Mapping[str, float], over: Mapping[str, float] | None = None) -> str:
+        values = (
+            (of.get(regime, math.nan), 1e-3 if over is None else over.get(regime, math.nan)) for regime in rows_of
+        )
+        return " / ".join("none" if math.isnan(a / b) else f"{a / b:.3g}" for a, b in values)
+
+    names = " / ".join(regimes.NAMES[regime] for regime in rows_of)
+    lines = ["", f"{names}: times of pdl_ext, and the others' over them; of a copy and of products alone ours over it."]
+    for kind in ("loss", "linear"):
+        workloads = {name: times for name, times in seconds.items() if name.startswith(f"{kind} ")}
+        others = [name for name in dict.fromkeys(itertools.chain(*workloads.values())) if name not in ours]
+        table = [["workload", "provider", "ms", *others], ["---"] * (3 + len(others))]
+        for workload, times in workloads.items():
+            for provider in filter(ours.__contains__, times):
+                mine = times[provider]
+                ratios = (
+                    figures(mine, times.get(other, {})) if other in NO_PEERS else figures(times.get(other, {}), mine)
+                    for other in others
+                )
+                table.append([workload, provider, figures(mine), *ratios])
+        if workloads:
+            lines += ["", *map(harness.table_line, table)]
+    return lines
+
+
+def _measure(regime: str, only: Sequence[str], budget: float, folder: Path) -> int:
+    clock, sizes = harness.HostClock(), Sizes()
+    groups = plan(clock, sizes)
+    report, why = benchmark(clock, chosen(groups, only), folder, regime, budget, sizes.copy_bytes)
+    if why:
+        print(f"{regimes.NAMES[regime]}: {why}")
+        return 0
+    if not only:
+        report.left_out += [group.name for group in groups if is_slow(group)]
+        report.write()
+    broken = failures(report)
+    print("\n".join([f"{len(report.rows)} rows in {report.seconds:.0f} s, written to {report.folder}", *broken]))
+    print("\n".join(ratios(report.rows)), flush=True)
+    return 1 if broken else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="groups with one of these in their name")
-    parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="default: 900")
+    known = list(regimes.NAMES)
+    parser.add_argument(
+        "--regime", nargs="+", choices=known, default=known, help="of memory; default: one after the other"
+    )
+    parser.add_argument("--budget", type=float, default=900.0, metavar="SECONDS", help="of each regime; default: 900")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/cpu-DEVICE-DATE")
     options = parser.parse_args()
-    clock, sizes = harness.HostClock(), Sizes()
     try:
-        groups = chosen(plan(clock, sizes), options.only)
+        chosen(plan(harness.HostClock(), Sizes()), options.only)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    report = benchmark(clock, groups, options.output, options.budget, sizes.copy_bytes)
-    broken = failures(report)
-    print("\n".join([f"{len(report.rows)} rows in {report.seconds:.0f} s, written to {report.folder}", *broken]))
-    print("\n".join(ratios(report.rows)))
-    return 1 if broken else 0
+    folder = options.output or harness.results_folder("cpu", harness.machine(torch.device("cpu")))
+    if len(options.regime) == 1 and regimes.is_told(options.regime[0]):
+        return _measure(options.regime[0], options.only, options.budget, folder / options.regime[0])
+    codes, rows_of = [], {}
+    for regime in options.regime:
+        command = [
+            sys.executable,
+            __file__,
+            "--regime",
+            regime,
+            "--budget",
+            str(options.budget),
+            "--output",
+            str(folder),
+        ]
+        only = ["--only", *options.only] if options.only else []
+        codes.append(subprocess.run([*command, *only], env=regimes.environment(regime)).returncode)
+        report = folder / regime / "benchmark.json"
+        rows_of[regime] = harness.read_rows(report) if report.exists() else []
+    print("\n".join(side_by_side(rows_of)))
+    return 1 if any(codes) else 0
 
 
 if __name__ == "__main__":

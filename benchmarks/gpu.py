@@ -13,8 +13,6 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
-import importlib.util
 import inspect
 import itertools
 import sys
@@ -77,13 +75,7 @@ class Sizes:
 
 def installed_peers() -> dict[str, str]:
     """The version of each peer, or "absent"."""
-    found = {}
-    for package, module in PEERS.items():
-        try:
-            found[package] = importlib.metadata.version(package) if importlib.util.find_spec(module) else "absent"
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "of unknown version"
-    return found
+    return {package: harness.version_of(package, module) for package, module in PEERS.items()}
 
 
 def _peer_functions(weight: Tensor) -> Iterator[LossFunction]:

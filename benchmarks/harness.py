@@ -1,8 +1,9 @@
 """Times providers of one result beside each other, on whichever device: the protocol of the benchmarks.
 
 - A provider's result is compared with the float64 definition, and only then does its time count.
-- Each warms up for 200 ms; then they take turns, a sample each, so that a noisy neighbour or a falling clock hits all.
-  The order is drawn anew each time: none always bears what another leaves, such as memory that the system takes back.
+- Each warms up for 200 ms, once the peaks of all are known. Then they take turns, a sample each, so that a noisy
+  neighbour or a falling clock hits all. The order is drawn anew each time: none always bears what another leaves, such
+  as memory that the system takes back.
 - Calls rotate over buffers that exceed three times the last cache, so that inputs come from memory.
 - A sample is a row of calls. `wall` is the host's clock around eager calls, the device awaited. `kernel`, on CUDA, is
   the device's clock around the same calls replayed as one CUDA graph, without the host.
@@ -18,6 +19,8 @@ import ctypes
 import dataclasses
 import datetime
 import gc
+import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -249,7 +252,7 @@ def describe(error: Exception) -> str:
 class _Contestant:
     """A provider that passed its check, with its samples so far."""
 
-    def __init__(self, provider: Provider, row: Row, workload: Workload, clock: Clock, protocol: Protocol) -> None:
+    def __init__(self, provider: Provider, row: Row, workload: Workload, clock: Clock) -> None:
         self.provider, self.row, self.calls, self.clock = provider, row, workload.calls, clock
         self.wall: list[float] = []
         self.kernel: list[float] = []
@@ -257,17 +260,20 @@ class _Contestant:
         row.peak_bytes = clock.peak_bytes(lambda: provider.call(0))
         if row.peak_bytes is not None:
             row.peak_bytes = max(0, row.peak_bytes - workload.result_bytes)
-        self._warm_up(protocol, lambda: clock.wall(self.work))
-        if provider.not_capturable:
-            row.no_kernel = provider.not_capturable
+
+    def prepare(self, protocol: Protocol) -> None:
+        """Warms up, and records the work where a device can replay it."""
+        self._warm_up(protocol, lambda: self.clock.wall(self.work))
+        if self.provider.not_capturable:
+            self.row.no_kernel = self.provider.not_capturable
             return
         try:
-            self.replay = clock.capture(self.work)
+            self.replay = self.clock.capture(self.work)
             if self.replay is not None:
                 self.replay()
         except Exception as error:
             self.replay = None
-            row.no_kernel = describe(error)
+            self.row.no_kernel = describe(error)
 
     def work(self) -> None:
         for i in range(self.calls):
@@ -310,10 +316,17 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
             if not error_of_result <= workload.limit:
                 row.failure = f"wrong: off by {error_of_result:.2g} of the largest entry, above {workload.limit:.2g}"
                 continue
-            contestants.append(_Contestant(provider, row, workload, clock, protocol))
+            contestants.append(_Contestant(provider, row, workload, clock))
         except Exception as error:
             row.failure = describe(error)
             clock.release()
+    # Not before all peaks are known: to tell one, the memory that malloc has kept is given back.
+    for contestant in list(contestants):
+        try:
+            contestant.prepare(protocol)
+        except Exception as error:
+            contestant.row.failure = describe(error)
+            contestants.remove(contestant)
 
     start = time.perf_counter()
     for turn in range(protocol.most_rounds):
@@ -391,7 +404,7 @@ class Report:
             "",
         ]
         headings = list(_row_cells(Row("", "", "", 0, 0.0), self.kernel_times))
-        lines += [_line(headings), _line(["---"] * len(headings))]
+        lines += [table_line(headings), table_line(["---"] * len(headings))]
         lines += [self.line(row) for row in self.rows]
         if self.failures:
             lines += ["", "Failed as a whole:", ""] + [f"- {name}: {why}" for name, why in self.failures.items()]
@@ -403,10 +416,11 @@ class Report:
 
     def line(self, row: Row) -> str:
         """The row of the Markdown table."""
-        return _line(list(_row_cells(row, self.kernel_times).values()))
+        return table_line(list(_row_cells(row, self.kernel_times).values()))
 
 
-def _line(values: Sequence[str]) -> str:
+def table_line(values: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(value.replace('|', '/') for value in values)} |"
 
 
@@ -436,6 +450,16 @@ def _row_cells(row: Row, kernel_times: bool) -> dict[str, str]:
         "note": "; ".join(note for note in (row.note, row.failure, no_kernel) if note),
     }
     return {heading: cell for heading, cell in cells.items() if kernel_times or "kernel" not in heading}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a report's JSON."""
+
+    def row(values: dict[str, Any]) -> Row:
+        times = {name: values[name] and Times(**values[name]) for name in ("wall", "kernel")}
+        return Row(**(values | times))
+
+    return [row(values) for values in json.loads(path.read_text(encoding="utf-8"))["rows"]]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -514,6 +538,21 @@ def machine(device: torch.device) -> dict[str, Any]:
     changes = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     about["uncommitted_changes"] = None if changes is None else changes != ""
     return about
+
+
+def has_bfloat16_products() -> bool:
+    """Whether PyTorch has more than loops of its own for products in bfloat16 on this CPU."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def version_of(package: str, module: str) -> str:
+    """The version of a package that is installed, or "absent"."""
+    if importlib.util.find_spec(module) is None:
+        return "absent"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
 
 
 def results_folder(kind: str, about: dict[str, Any]) -> Path:

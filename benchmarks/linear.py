@@ -2,6 +2,7 @@
 
 A module of cpu.py and gpu.py. Every provider returns the loss and the gradients of hidden states and classifier; peaks
 are beyond those gradients. TFLOP/s count the three products that the task needs, 6 N H V, whatever a provider computes.
+On the CPU one provider is no peer: it forms those products without a loss, which is the least that the task costs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from torch import Tensor
 from workloads import CHECKED_ROWS, loss_limit
 
 import pdl_ext
+from pdl_ext.engine import linear as engine
 
+# The provider that is no peer: what the task costs without a loss.
+PRODUCTS = "the three products alone"
+# The release of TRL from which its head needs no Triton.
+OLDEST_TRL = (1, 16)
 # A mean loss of hidden states, classifier and targets.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # A slow peer's calls take half a minute.
@@ -84,6 +90,54 @@ class LinearInputs:
         return harness.largest(map(harness.relative_error, parts, truths))
 
 
+def cpu_peers() -> dict[str, str]:
+    """What a report says of the peers that run on a CPU and may be missing."""
+    version = harness.version_of("trl", "trl")
+    if version != "absent" and not _has_trl_head():
+        version += ", too old: its head runs on a CPU from 1.16 on"
+    there = "in this PyTorch" if hasattr(F, "linear_cross_entropy") else "not in this PyTorch"
+    return {"TRL": version, "F.linear_cross_entropy": there}
+
+
+def _has_trl_head() -> bool:
+    parts = harness.version_of("trl", "trl").split(".")[:2]
+    return all(map(str.isdigit, parts)) and tuple(map(int, parts)) >= OLDEST_TRL
+
+
+def products_provider(inputs: LinearInputs) -> Provider:
+    """h W^T, g W and g^T h in the slabs of rows that pdl_ext takes on the CPU. g are the logits as they are."""
+    hidden, classifier = inputs.hidden.detach(), inputs.classifier.detach()
+    vocab_size = len(classifier)
+    # As pdl_ext aligns the rows of its slabs, which makes products faster.
+    stride = engine._row_stride(vocab_size)
+    most = min(engine._MOST_ROWS, engine._MAX_CHUNK_BYTES["cpu"] // hidden.itemsize // stride)
+    slabs = engine._ranges(len(hidden), most, engine._LEAST_ROWS)
+
+    def call(_: int) -> tuple[Tensor, Tensor]:
+        of_hidden, of_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
+        memory = hidden.new_empty(slabs[0][1], stride)
+        # oneDNN's 16-bit products read what is between the rows.
+        memory[:, vocab_size:].zero_()
+        for begin, end in slabs:
+            rows, slab = hidden[begin:end], memory[: end - begin, :vocab_size]
+            torch.mm(rows, classifier.t(), out=slab)
+            torch.mm(slab, classifier, out=of_hidden[begin:end])
+            if begin:
+                of_classifier.addmm_(slab.t(), rows)
+            else:
+                torch.mm(slab.t(), rows, out=of_classifier)
+        return of_hidden, of_classifier
+
+    def error(result: tuple[Tensor, Tensor]) -> float:
+        rows, ids = inputs.checked
+        exact = hidden.double()
+        logits = exact[rows] @ classifier.double().t()
+        truths = logits @ classifier.double(), (exact @ classifier[ids].double().t()).t() @ exact
+        return harness.largest(map(harness.relative_error, (result[0][rows], result[1][ids]), truths))
+
+    return Provider(PRODUCTS, call, error, note="no loss")
+
+
 def _ours(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
     yield "pdl_ext, linear", lambda h, w, y: pdl_ext.functional.linear_pdl_loss(h, w, y, weight), True
 
@@ -122,6 +176,18 @@ def _installed(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
 
         return chunked_linear_cross_entropy(h, w, y)
 
+    if _has_trl_head():
+
+        def trl(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            from trl.kernels import ChunkedLogProbFunction
+            from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+            # As its head calls it, and its user weighs the losses of rows.
+            log_probs, *_ = ChunkedLogProbFunction.apply(h, w, None, y, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
+            of_rows = weight[y]
+            return -(of_rows * log_probs).sum() / of_rows.sum()
+
+        yield "TRL's head", trl, True
     peers: list[tuple[str, str, Loss, bool]] = [
         ("liger-kernel, linear", "liger_kernel", liger, True),
         ("cut-cross-entropy", "cut_cross_entropy", cut, False),
@@ -154,9 +220,12 @@ def linear_group(
             losses = [*_ours(inputs.weight)]
             if peers:
                 losses += [*_pytorch(inputs.weight, dtype), *_installed(inputs.weight)]
+            providers = [provider(inputs, *loss) for loss in losses]
+            if peers and clock.device.type == "cpu":
+                providers.append(products_provider(inputs))
             yield Workload(
                 f"{name} {dtype_name} [{rows}, {hidden}] x {vocab_size}",
-                [provider(inputs, *loss) for loss in losses],
+                providers,
                 loss_limit(dtype),
                 0,
                 flop=6 * rows * hidden * vocab_size,

@@ -2,7 +2,7 @@
 
 python benchmarks/plot.py RESULTS.json docs/speed.png
 
-RESULTS.json is the benchmark.json that cpu.py wrote.
+RESULTS.json is the benchmark.json that cpu.py wrote for one regime of memory, of which the picture tells.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     about = results["about"]
     where = f"{about['device']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date'][:10]}"
+    # Results from before there were regimes do not tell.
+    where += f", {about['memory']}" if "memory" in about else ""
     figure.suptitle(f"pdl_ext: loss and gradient, {where}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -15,6 +16,7 @@ import types
 from pathlib import Path
 
 import fresh_python
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,10 +28,14 @@ import cpu
 import gpu
 import harness
 import linear
+import long_run
 import plot
+import regimes
 import train_step
 import workloads
 
+from pdl_ext import functional
+from pdl_ext.engine import linear as engine
 from pdl_ext.engine.ops import _C
 
 pytestmark = pytest.mark.slow
@@ -69,6 +75,7 @@ CPU_SIZES = cpu.Sizes(
 STEP_SIZES = train_step.Sizes(
     vocab_size=50, width=8, heads=2, layers=2, sequences=3, length=7, batches=2, copy_bytes=2**16
 )
+LONG_SIZES = train_step.Sizes(vocab_size=50, width=8, heads=2, layers=2, sequences=3, length=7)
 BRIEF = harness.Protocol(warm_up=0.0, least_rounds=2, most_rounds=3, seconds=0.0)
 ABSENT = dict.fromkeys(gpu.PEERS, "absent")
 
@@ -162,14 +169,100 @@ class TestLinear:
         assert (inputs.error(tuple(result), weighted) < 1e-5) == (part is None)
         assert inputs.error(tuple(result), not weighted) > 0.01
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_the_products_alone_take_our_slabs_and_are_checked(self, clock, monkeypatch, dtype):
+        inputs = linear.LinearInputs(clock, 300, 8, 40, dtype)
+        monkeypatch.setitem(engine._MAX_CHUNK_BYTES, "cpu", 1)
+        taken = []
+        ranges = engine._ranges
+        monkeypatch.setattr(engine, "_ranges", lambda *args: taken.append(ranges(*args)) or taken[-1])
+        functional.linear_pdl_loss(inputs.hidden, inputs.classifier, inputs.targets)
+        ours = taken[0]
+        taken.clear()
+        products = linear.products_provider(inputs)
+        assert taken == [ours]
+        assert len(ours) == 3
+        result = products.call(0)
+        limit = workloads.loss_limit(dtype)
+        assert products.error(result) <= limit
+        for part in range(2):
+            wrong = list(result)
+            wrong[part] = wrong[part] * (1 + 2 * limit)
+            assert products.error(tuple(wrong)) > limit
+
+    @pytest.mark.parametrize(
+        ("version", "said"),
+        [
+            ("1.16.0", "1.16.0"),
+            ("2.0.dev1", "2.0.dev1"),
+            ("1.15.3", "1.15.3, too old: its head runs on a CPU from 1.16 on"),
+            ("absent", "absent"),
+        ],
+    )
+    def test_a_peer_that_is_missing_is_told(self, monkeypatch, version, said):
+        monkeypatch.setattr(harness, "version_of", lambda package, module: version)
+        assert linear.cpu_peers()["TRL"] == said
+        assert linear._has_trl_head() == (said == version != "absent")
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        assert linear.cpu_peers()["F.linear_cross_entropy"] == "not in this PyTorch"
+
+
+class TestRegimes:
+    @pytest.mark.parametrize(("regime", "faults"), [(regimes.KEPT, 32769), (regimes.FRESH, 0)])
+    def test_a_regime_that_malloc_does_not_have_is_told(self, clock, tmp_path, monkeypatch, regime, faults):
+        monkeypatch.setattr(regimes, "page_faults", lambda: faults)
+        report, why = cpu.benchmark(clock, cpu.plan(clock, CPU_SIZES), tmp_path, regime, 600, 2**16, BRIEF)
+        assert why.startswith("not available: the malloc of ")
+        assert report.rows == []
+        data = strict_json(tmp_path / "benchmark.json")
+        assert data["about"]["memory"] == f"{regimes.NAMES[regime]}: {why}"
+        assert data["finished"]
+        assert f"- memory: {regimes.NAMES[regime]}: {why}\n" in (tmp_path / "benchmark.md").read_text()
+
+    def test_a_process_for_each(self, tmp_path, monkeypatch):
+        # Also where the tests themselves run in one of them.
+        monkeypatch.setattr(regimes.os, "environ", dict(regimes.os.environ) | regimes.VARIABLES[regimes.KEPT])
+        assert [regimes.is_told(regime) for regime in regimes.NAMES] == [False, True]
+        done = fresh_python.run(cpu.__file__, "--only", "step of the module", "--output", tmp_path, check=True)
+        about = {regime: strict_json(tmp_path / regime / "benchmark.json")["about"] for regime in regimes.NAMES}
+        if "not available" in done.stdout:
+            pytest.skip(done.stdout)
+        faults = [about[regime]["page_faults_of_a_new_tensor_of_128_MiB"] for regime in regimes.NAMES]
+        assert faults[0] >= 64 > regimes.FEW_FAULTS > faults[1]
+        assert [about[regime]["memory"] for regime in regimes.NAMES] == ["fresh pages", "pages kept"]
+        assert "MALLOC" not in about[regimes.FRESH]["malloc"]
+        assert done.stdout.count("step of the module") >= 2
+
+    def test_both_side_by_side(self):
+        def rows(*seconds):
+            names = ("pdl_ext", "F.cross_entropy", cpu.COPY)
+            for name, median in zip(names, seconds, strict=True):
+                times = harness.Times(median, median, median, 3) if median else None
+                yield harness.Row("loss float32 [2, 3]", name, "", 0, 0.0, wall=times)
+
+        others = [harness.Row("histogram", "pdl_ext", "", 0, 0.0, wall=harness.Times(1.0, 1.0, 1.0, 3))]
+        table = cpu.side_by_side(
+            {regimes.FRESH: [*rows(0.002, 0.012, 0.001), *others], regimes.KEPT: rows(0.001, 0.0025, 0)}
+        )
+        assert table[1].startswith("fresh pages / pages kept: ")
+        assert table[3:] == [
+            "| workload | provider | ms | F.cross_entropy | copy of the logits |",
+            "| --- | --- | --- | --- | --- |",
+            "| loss float32 [2, 3] | pdl_ext | 2 / 1 | 6 / 2.5 | 2 / none |",
+        ]
+
 
 class TestCpuPlan:
-    def test_every_workload_and_provider(self, clock, tmp_path, compiled_without_a_compiler):
-        report = cpu.benchmark(clock, cpu.plan(clock, CPU_SIZES), tmp_path, 600, CPU_SIZES.copy_bytes, BRIEF)
+    def test_every_workload_and_provider(self, clock, tmp_path, monkeypatch, compiled_without_a_compiler):
+        monkeypatch.setattr(regimes, "page_faults", lambda: 0)
+        plan = cpu.plan(clock, CPU_SIZES)
+        report, why = cpu.benchmark(clock, plan, tmp_path, regimes.KEPT, 600, CPU_SIZES.copy_bytes, BRIEF)
+        assert why == ""
         assert report.finished
         assert (report.failures, report.left_out) == ({}, [])
         assert [row for row in report.rows if row.failure or row.wall is None] == []
         assert all(row.error <= row.limit for row in report.rows)
+        assert harness.read_rows(tmp_path / "benchmark.json") == report.rows
         names = [name for name, _ in itertools.groupby(row.workload for row in report.rows)]
         assert len(set(names)) == len(names)
         assert report.rows[0].seconds_per_item == report.rows[0].wall.median / (8 * 67)
@@ -184,6 +277,10 @@ class TestCpuPlan:
         assert all({*plot.OURS, *plot.PEERS} < of.keys() for of in times.values())
         table = cpu.ratios(report.rows)
         assert sum(line.startswith("  pdl_ext, in place ") for line in table) == 8
+        assert sum(" times the three products alone" in line for line in table) == 2
+        heads = {row.provider for row in report.rows if row.workload.startswith("linear float32")}
+        assert ("TRL's head" in heads) == linear._has_trl_head()
+        assert ("F.linear_cross_entropy" in heads) == hasattr(F, "linear_cross_entropy")
         assert {dtype for dtype, _, _ in plot.speed_ups(times, "F.cross_entropy")} == set(plot.COLOURS)
 
     def test_command(self, clock, tmp_path, monkeypatch, capsys):
@@ -191,11 +288,29 @@ class TestCpuPlan:
         monkeypatch.setattr(cpu, "Sizes", lambda: CPU_SIZES)
         monkeypatch.setattr(harness, "ROOT", tmp_path)
         monkeypatch.setattr(harness, "machine", lambda _: {"device": "AMD (R) 9", "date": "2030-01-02T03"})
-        monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "token weights", "--budget", "60"])
+        monkeypatch.setattr(regimes, "page_faults", lambda: 0)
+        monkeypatch.setattr(regimes, "is_told", lambda regime: True)
+        monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "token weights", "--regime", "kept", "--budget", "60"])
         assert cpu.main() == 0
         assert capsys.readouterr().out.splitlines()[-2:-1] == ["token weights, V 300"]
-        folder = tmp_path / "benchmarks" / "results" / "cpu-amd-r-9-2030-01-02"
+        folder = tmp_path / "benchmarks" / "results" / "cpu-amd-r-9-2030-01-02" / "kept"
         assert len(strict_json(folder / "benchmark.json")["rows"]) == 2
+        # What would take hours is left out, but where it is asked for.
+        monkeypatch.setattr(harness, "has_bfloat16_products", lambda: False)
+        slow = ["linear bfloat16", "linear, growth with N bfloat16"]
+        plan = cpu.plan(clock, CPU_SIZES)
+        assert [group.name for group in plan if group not in cpu.chosen(plan, [])] == slow
+        assert [group.name for group in cpu.chosen(plan, ["linear bfloat16"])] == slow[:1]
+        monkeypatch.setattr(
+            cpu, "plan", lambda *_: [group for group in plan if group.name in ("token weights, V 300", *slow)]
+        )
+        monkeypatch.setattr(sys, "argv", ["cpu.py", "--regime", "kept"])
+        assert cpu.main() == 0
+        assert strict_json(folder / "benchmark.json")["left_out"] == slow
+        capsys.readouterr()
+        monkeypatch.setattr(regimes, "page_faults", lambda: 32769)
+        assert cpu.main() == 0
+        assert capsys.readouterr().out.startswith("pages kept: not available: ")
         monkeypatch.setattr(sys, "argv", ["cpu.py", "--only", "wieghts"])
         assert cpu.main() == 2
         assert "'wieghts'" in capsys.readouterr().err
@@ -225,9 +340,94 @@ class TestCorpus:
             "pdl_ext, raw",
             "pdl_ext, Parquet",
         ]
-        assert [row["failure"] for row in rows] == [""] * 11
+        peers = [name for name, (module, _) in corpus.PEERS.items() if importlib.util.find_spec(module)]
+        assert [row["failure"] for row in rows] == [""] * (11 + 2 * len(peers))
+        assert [row["provider"] for row in rows if row["provider"].endswith(", Parquet")][1:] == [
+            f"{name}, Parquet" for name in peers
+        ]
         # What it wrote to count is deleted.
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    @pytest.mark.parametrize("name", corpus.PEERS)
+    def test_peers_count(self, tmp_path, name):
+        module, count = corpus.PEERS[name]
+        pytest.importorskip("pyarrow")
+        pytest.importorskip(module)
+        ids = corpus.zipf(2 * corpus.LENGTH)
+        truth = torch.from_numpy(np.bincount(ids, minlength=corpus.VOCAB_SIZE))
+        folder = tmp_path / "it's"
+        folder.mkdir()
+        for source in ({"ids": ids}, {"path": corpus.write_parquet(folder, ids)}):
+            counter = count(**source)
+            assert counter(0).equal(truth)
+            assert counter(0).equal(truth)
+
+
+class TestLongRun:
+    @pytest.fixture
+    def ids(self):
+        return torch.randint(50, (200,), generator=torch.Generator().manual_seed(0))
+
+    def test_a_resume_changes_nothing(self, ids, tmp_path):
+        run = long_run.Run(long_run.OURS, 1, 9, ids, LONG_SIZES)
+        whole, counted = long_run.train(run, 0, 9, tmp_path / "none")
+        assert not (tmp_path / "none").exists()
+        before, _ = long_run.train(run, 0, 5, tmp_path / "state")
+        after, counted_after = long_run.in_new_process(long_run.train, run, 5, 9, tmp_path / "state")
+        assert before + after == whole
+        assert counted == counted_after == 9 * 3 * 7
+        theirs, _ = long_run.train(dataclasses.replace(run, loss=long_run.CROSS_ENTROPY), 0, 9, tmp_path / "none")
+        assert theirs == pytest.approx(whole, abs=0.01)
+        other, _ = long_run.train(dataclasses.replace(run, seed=2), 0, 9, tmp_path / "none")
+        assert max(abs(a - b) for a, b in zip(whole, other, strict=True)) > 0.01
+
+    def test_products_in_float32_are_those_of_bfloat16(self):
+        torch.manual_seed(0)
+        model = train_step.LanguageModel(LONG_SIZES)
+        tokens = torch.randint(50, (3, 7))
+
+        def results(products):
+            with products:
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = model(tokens)
+                return logits, *torch.autograd.grad(logits.float().square().sum(), model.parameters())
+
+        for wide, plain in zip(results(long_run._ProductsInFloat32()), results(contextlib.nullcontext()), strict=True):
+            assert wide.dtype == plain.dtype
+            assert harness.relative_error(wide.double(), plain.double()) < 0.05
+
+    def test_command(self, ids, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("matplotlib")
+        monkeypatch.setattr(long_run, "verses", lambda vocab_size: ids)
+        monkeypatch.setattr(long_run, "SIZES", LONG_SIZES)
+        monkeypatch.setattr(long_run, "in_new_process", lambda function, *arguments: function(*arguments))
+        monkeypatch.setattr(sys, "argv", ["long_run.py", "--steps", "8", "--seeds", "2", "--output", str(tmp_path)])
+        assert long_run.main() == 0
+        data = strict_json(tmp_path / "long-run.json")
+        assert data["stays"]
+        assert data["resumed_at"] == 4
+        assert {name: [len(of) for of in by] for name, by in data["losses"].items()} == {
+            long_run.CROSS_ENTROPY: [8, 8],
+            long_run.OURS: [8, 8],
+        }
+        assert (tmp_path / "long-run.png").stat().st_size > 1000
+        assert "stays on the curve" in capsys.readouterr().out
+        # A resume that forgets what was counted is seen.
+        train = long_run.train
+        monkeypatch.setattr(long_run, "train", lambda *args: (train(*args)[0], 84))
+        assert long_run.main() == 1
+        assert "leaves the curve" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("ours", "stays"), [(1.5, True), (2.5, False), (math.nan, False)])
+    def test_what_leaves_the_spread_fails(self, ours, stays):
+        theirs = [[3.0] * 10, [3.0 + 2**0.5] * 10]
+        found = long_run.compared(
+            {long_run.CROSS_ENTROPY: theirs, long_run.OURS: [theirs[0], [theirs[1][0] - ours] * 10]}
+        )
+        assert found["deviation_of_seeds"] == pytest.approx(1.0)
+        assert found["stays"] == stays
+        if not math.isnan(ours):
+            assert found["largest_distance_in_deviations"] == pytest.approx(ours)
 
 
 class TestTrainStep:
