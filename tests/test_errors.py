@@ -238,19 +238,19 @@ PACKED = LossOptions().packed
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 1, 3
+                x[0, 0], x, y, torch.zeros(9, 2), torch.zeros(5), None, None, None, PACKED, 1, 3
             ),
             "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward(
-                x[0, 0], x, y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 0, -(2**63)
+                x[0, 0], x, y, torch.zeros(9, 2), torch.zeros(5), None, None, None, PACKED, 0, -(2**63)
             ),
             "the logits must be a shard of the vocabulary",
         ),
         (
             lambda ops, x, y: ops.loss_backward_(
-                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(8, 2), torch.zeros(4), None, None, None, PACKED, 0, 3
+                x[0, 0], x[:1].expand(2, 3), y, torch.zeros(9, 2), torch.zeros(5), None, None, None, PACKED, 0, 3
             ),
             "logits must have shape .* rows that do not overlap",
         ),

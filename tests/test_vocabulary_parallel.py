@@ -129,7 +129,7 @@ def test_rows_alone_reduce_to_the_loss(make_case, rows, reduction, normalizer):
     assert torch.equal(got[0], loss)
     assert torch.equal(got[1], factors)
     if normalizer is not None and reduction in ("mean", "token_mean"):
-        torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0, 1.0], device=factors.device))
+        torch.testing.assert_close(factors, torch.tensor([1 / 2.5, 1 / 3.5, 0.0, 1.0, 1.0], device=factors.device))
     assert rows == 0 or loss.any()
 
 

@@ -72,11 +72,9 @@ __attribute__((target(PDL_TARGET_AVX2))) inline __m256 exp_avx2(__m256 x) {
 }
 
 __attribute__((target(PDL_TARGET_AVX2))) inline float sum_of_lanes_avx2(__m256 x) {
-  alignas(32) float of_lanes[8];
-  _mm256_store_ps(of_lanes, x);
-  float sum = 0;
-  for (const float of_lane : of_lanes) sum += of_lane;
-  return sum;
+  __m128 sums = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
+  return _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)));
 }
 
 // sum_of_exp_blocks.
