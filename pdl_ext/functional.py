@@ -37,11 +37,11 @@ def pdl_loss(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
-    Where logits require grad and the reduction is a scalar, this call computes their gradient, too, in one pass and for
-    an upstream gradient of 1. For another one backward computes it from the logits, in the same bits: one pass more. A
-    loss that nobody differentiates then costs a gradient's time, and its memory for as long as it lives: use no_grad.
-    float16, whose loss scale comes later, "none", a normalized modulation, `process_group` and torch.compile leave the
-    gradient to backward.
+    Where logits require grad and the reduction is a scalar, this call computes their gradient, too, in one pass. It is
+    that for an upstream gradient of 1. For another one backward computes it from the logits, in the same bits, by one
+    pass more. A loss that nobody differentiates then costs a gradient's time, and its memory while it lives: use
+    no_grad. Each of several losses under way holds one; of those of a PDLLoss only the first does. float16, whose loss
+    scale comes later, "none", a normalized modulation, `process_group` and torch.compile leave it to backward.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. The last dimension may be a slice of a padded one. A
@@ -63,9 +63,9 @@ def pdl_loss(
         modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll or
             its entropy. It is in no denominator, and not in the z-loss.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
-        inplace_backward: the gradient overwrites the logits, which saves their size in memory: already in this call, if
-            they require grad and the reduction is a scalar (float16 waits for backward, since the loss scale has to
-            come first). Do not read them afterwards; another gradient that needs
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory. It does so in this call
+            if they require grad and the reduction is a scalar. float16 waits for backward: its loss scale has to come
+            first. Do not read them afterwards; another gradient that needs
             them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf and a view of one
             are refused. An upstream gradient other than 1 costs one more pass, and one more rounding: prefer
             `normalizer` to dividing the loss. So does a normalized modulation. Ignored under torch.compile, where the

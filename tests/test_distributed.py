@@ -82,8 +82,10 @@ def row_count(loss, targets):
 
 
 # In a function, since a process group that DistributedDataParallel is the last to release can hang as it ends.
-def train_under_ddp(rank, reduction, quantity):
+def train_under_ddp(rank, reduction, quantity, training=True):
     model = ModelWithLoss(reduction=reduction)
+    # In eval mode the gradient is left to backward.
+    model.loss.train(training)
     if rank == 1:
         # What rank 0 broadcasts must arrive whole.
         model.loss.frequency.counts.zero_()
@@ -100,6 +102,7 @@ def worker(rank, init, folder):
     try:
         quantities = {"mean": sum_of_weights, "token_mean": row_count}
         results = {reduction: train_under_ddp(rank, reduction, quantity) for reduction, quantity in quantities.items()}
+        results["two_calls"] = train_under_ddp(rank, "mean", sum_of_weights, training=False)
         count(rank, results)
         torch.save(results, f"{folder}/{rank}.pt")
     finally:
@@ -162,6 +165,13 @@ def test_ddp_equals_one_process_on_the_joined_batch(results):
         for rank in ranks:
             assert rank["state"]["loss.frequency.counts"].dtype == torch.int64
             assert torch.equal(rank["state"]["loss.frequency.counts"], corpus_counts())
+
+
+def test_ddp_takes_the_same_gradient_from_one_call_as_from_two(results):
+    for result in results:
+        assert result["two_calls"]["losses"] == result["mean"]["losses"]
+        for name, value in result["mean"]["state"].items():
+            assert torch.equal(result["two_calls"]["state"][name], value)
 
 
 def test_all_reduce_equals_merging(results):

@@ -5,6 +5,9 @@
 // subnormals as 0.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
 #include "../row_loss.h"
 #include "capability.h"
 #include "float16.h"

@@ -1,7 +1,7 @@
 // Weighted cross-entropy and its gradient in one call, on the CPU: memory is read once and written once.
 //
-// Each exponential, computed once, waits for the row's sum in a buffer of V numbers a thread, which L2 holds, or in the
-// gradient itself where that lies over the logits and has their type.
+// Each exponential is computed once. It waits for the row's sum in a buffer of V numbers a thread, which L2 holds.
+// Where a gradient lies over logits of the accumulator's type it waits there.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The rows of a batch as the loops of the loss see them on the CPU, and what each loop does for its share of one.
+// The rows of a batch as the loops of the loss see them on the CPU. What each loop does for its share of a row.
 //
 // A row is cut into tiles, which stay in L1 between their passes, and tiles make up segments. Threads take rows, or
 // segments of them if there are fewer rows than threads. A row's statistics are those of its segments, merged in order,
@@ -42,8 +42,7 @@ struct Logits {
 // A multiple of every tile.
 constexpr int64_t kSegment = 8192;
 
-// Cuts rows into shares where there are fewer of them than threads: share s is columns [first(s), last(s)) of row(s), a
-// segment or all of them.
+// Share s is columns [first(s), last(s)) of row(s): all of them, or a segment where there are fewer rows than threads.
 struct Shares {
   int64_t rows;
   int64_t vocab_size;

@@ -20,7 +20,7 @@
 namespace pdl::cuda {
 namespace {
 
-constexpr int kFinishThreads = 128;
+constexpr int kCompleteThreads = 128;
 
 template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kernel(Rows<T> rows) {
@@ -161,7 +161,7 @@ void complete_rows_(Tensor saved_rows, std::vector<double> numbers, int64_t voca
   check_complete_arguments(saved_rows);
   const Launcher launch(saved_rows);
   const int64_t count = saved_rows.size(1);
-  const Grid grid{(count + kFinishThreads - 1) / kFinishThreads, kFinishThreads};
+  const Grid grid{(count + kCompleteThreads - 1) / kCompleteThreads, kCompleteThreads};
   const auto run = [&]<typename A>(A) {
     launch(complete_rows_kernel<A>, grid, static_cast<A*>(saved_rows.mutable_data_ptr()), count,
            RowOptions<A>::of(options, vocab_size));

@@ -1,4 +1,4 @@
-// The loss and its gradient by two calls, for the call that does both at once where rows are few.
+// The loss and its gradient by two calls, for the call that does both at once where it cannot.
 #pragma once
 
 #include "../loss_arguments.h"
@@ -6,8 +6,8 @@
 
 namespace pdl::cuda {
 
-// Into how many shares to cut each row of what is computed element by element, so that few rows keep the whole card
-// busy; 1 where there are rows enough.
+// Into how many shares to cut each row of what is computed element by element. Few rows then keep the whole card busy;
+// of rows enough each is one.
 inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   // Of a share of 16 KiB each thread has all its vectors under way at once; of smaller ones there would only be more.
   constexpr int64_t kShareBytes = 16 * 1024;

@@ -67,18 +67,24 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
                                                        const GradientRow<A>& row) {
   const int packs = (range.end - range.begin) / kVector<T>;
   const bool aligned = equally_aligned<T>(x, gradient);
+  TargetElement<T> of_target(target);
   for (int p = threadIdx.x; p < packs; p += blockDim.x) {
     const int first = range.begin + p * kVector<T>;
     Pack<T> pack = kept[p];
-    turn_into_gradient<kPlain>(rows, pack, first, target, row);
+    of_target.look(pack, first);
+    turn_into_gradient<kPlain>(rows, pack, first, row);
     if (aligned) {
       store_pack(gradient + first, pack);
     } else {
       for (int k = 0; k < kVector<T>; ++k) gradient[first + k] = pack.value[k];
     }
   }
-  range.for_each_outside(rows.vocab_size,
-                         [&](int j) { gradient[j] = gradient_of<kPlain>(rows, x[j], j, target, row); });
+  range.for_each_outside(rows.vocab_size, [&](int j) {
+    const T logit = x[j];
+    of_target.look(logit, j);
+    gradient[j] = gradient_of<kPlain>(rows, logit, j, row);
+  });
+  of_target.template write<kPlain>(rows, gradient, row);
 }
 
 // For the upstream gradient that is expected.
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
 }
 
 template <typename T, Loop kLoop>
-__global__ void __launch_bounds__(kLongRowThreads, 2)
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
     cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride) {
   using A = Accumulator<T>;
   constexpr bool kPlain = kIsPlain<kLoop>;

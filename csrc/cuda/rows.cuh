@@ -187,44 +187,57 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, const Pack
   range.for_each_outside(vocab_size, [&](int j) { gradient[j] = fill; });
 }
 
-template <bool kPlain, bool kTarget, typename T, typename A>
+// Off the target.
+template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, const GradientRow<A>& row) {
   const A x = widen(logit);
   if constexpr (kPlain) {
-    return narrow<T>(kTarget ? row.at_target(x) : row.off_target(x));
+    return narrow<T>(row.off_target(x));
   } else {
-    const A z = rows.transform.apply(x, j);
-    const A g = kTarget ? row.at_target(z) : row.off_target(z, rows.class_weights.at(j));
+    const A g = row.off_target(rows.transform.apply(x, j), rows.class_weights.at(j));
     return narrow<T>(g * rows.transform.derivative(x));
   }
 }
 
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, int target, const GradientRow<A>& row) {
-  return j == target ? gradient_of<kPlain, true>(rows, logit, j, row) : gradient_of<kPlain, false>(rows, logit, j, row);
-}
+// The target's logit, kept by the thread that writes its gradient, and writes it once more at the end. So the loops
+// compare vectors with the target, and no elements.
+template <typename T>
+struct TargetElement {
+  int column;
+  bool is_mine = false;
+  T logit;
 
-// The pack of columns from j on becomes its gradient. One of a row's packs has the target, so only that one compares
-// each element.
+  __device__ __forceinline__ explicit TargetElement(int target) : column(target) {}
+
+  __device__ __forceinline__ void look(const Pack<T>& pack, int first) {
+    if (unsigned(column - first) >= unsigned(kVector<T>)) return;
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      if (first + k == column) look(pack.value[k], column);
+    }
+  }
+
+  __device__ __forceinline__ void look(T value, int j) {
+    if (j != column) return;
+    is_mine = true;
+    logit = value;
+  }
+
+  // After everything else of the row.
+  template <bool kPlain, typename A>
+  __device__ __forceinline__ void write(const Rows<T>& rows, T* gradient, const GradientRow<A>& row) const {
+    if (!is_mine) return;
+    const A x = widen(logit);
+    const A g = row.at_target(rows.template z<kPlain>(x, column));
+    gradient[column] = narrow<T>(kPlain ? g : g * rows.transform.derivative(x));
+  }
+};
+
 template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>& pack, int j, int target,
+__device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>& pack, int first,
                                                    const GradientRow<A>& row) {
-  const bool has_target = unsigned(target - j) < unsigned(kVector<T>);
-  T of_target;
-  if (has_target) {
 #pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      if (j + k == target) of_target = gradient_of<kPlain, true>(rows, pack.value[k], j + k, row);
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) pack.value[k] = gradient_of<kPlain, false>(rows, pack.value[k], j + k, row);
-  if (has_target) {
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      if (j + k == target) pack.value[k] = of_target;
-    }
-  }
+  for (int k = 0; k < kVector<T>; ++k) pack.value[k] = gradient_of<kPlain>(rows, pack.value[k], first + k, row);
 }
 
 // The block's share of a row's gradient, from logits in memory. It may lie where they are: each thread reads an element
@@ -232,7 +245,12 @@ __device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>&
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, T* gradient, const PackRange<T>& range,
                                                int target, const GradientRow<A>& row) {
-  const auto element = [&](int j) { gradient[j] = gradient_of<kPlain>(rows, x[j], j, target, row); };
+  TargetElement<T> of_target(target);
+  const auto element = [&](int j) {
+    const T logit = x[j];
+    of_target.look(logit, j);
+    gradient[j] = gradient_of<kPlain>(rows, logit, j, row);
+  };
   if (equally_aligned<T>(x, gradient)) {
     for_each_pack<kPacks>(
         x, rows.vocab_size, range,
@@ -240,7 +258,8 @@ __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, 
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
             const int begin = first + i * step;
-            turn_into_gradient<kPlain>(rows, packs[i], begin, target, row);
+            of_target.look(packs[i], begin);
+            turn_into_gradient<kPlain>(rows, packs[i], begin, row);
             store_pack(gradient + begin, packs[i]);
           }
         },
@@ -249,6 +268,7 @@ __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, 
     for (int j = range.begin + threadIdx.x; j < range.end; j += blockDim.x) element(j);
     range.for_each_outside(rows.vocab_size, element);
   }
+  of_target.template write<kPlain>(rows, gradient, row);
 }
 
 }  // namespace pdl::cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,14 +32,25 @@ class LastUpstream:
     """
 
     def __init__(self) -> None:
-        self._number: Tensor | None = None
+        # Never given back: another stream may be about to write to it.
+        self._numbers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._waiting: weakref.ref[Tensor] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The number, 0-d, which backward writes to; 1 before it has."""
-        number = self._number
-        if number is None or number.device != device or number.dtype != dtype:
-            self._number = number = torch.ones((), dtype=dtype, device=device)
+        number = self._numbers.get((device, dtype))
+        if number is None:
+            number = self._numbers[device, dtype] = torch.ones((), dtype=dtype, device=device)
         return number
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a gradient that was computed in forward is still alive."""
+        return self._waiting is not None and self._waiting() is not None
+
+    def wait(self, gradient: Tensor) -> None:
+        """Remembers, as long as it lives, a gradient that was computed in forward."""
+        self._waiting = weakref.ref(gradient)
 
     def __reduce__(self) -> tuple[type[LastUpstream], tuple[()]]:
         return LastUpstream, ()
@@ -215,6 +227,8 @@ class LossAndGradient(torch.autograd.Function):
         loss, saved_rows, factors, predicted, gradient = ops.compiled.loss_and_gradient(
             _as_rows(logits), *inputs, expected, options, stats
         )
+        if last is not None:
+            last.wait(gradient)
         ctx.set_materialize_grads(False)
         saved = (logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors, class_weight)
         # Saved, so that a checkpoint does not hold it meanwhile.
@@ -322,7 +336,8 @@ def weighted_loss(
 ) -> Results:
     """The loss of logits [..., V], with its gradient where one is needed; with `stats` saved rows and predictions.
 
-    at_once: a backward is likely, for the upstream gradient of `last`, or for 1.
+    at_once: a backward is likely, for the upstream gradient of `last`, or for 1. While a gradient of `last` waits,
+    others are left to backward: of several losses under way each would hold one.
     """
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
@@ -340,7 +355,13 @@ def weighted_loss(
         late = unnormalized is not options and options.z_loss == 0
         how = (options.packed, unnormalized.packed if late else None, stats)
         result = LossOverLogits.apply(logits, row_weight, inputs, *how)
-    elif at_once and is_known and unnormalized is options and not (is_scaled and last is None) and not inplace_backward:
+    elif (
+        at_once
+        and is_known
+        and unnormalized is options
+        and not inplace_backward
+        and not (is_scaled if last is None else last.is_waiting)
+    ):
         result = LossAndGradient.apply(logits, row_weight, inputs, class_weight, options.packed, stats, last)
     else:
         result = Loss.apply(logits, row_weight, inputs, class_weight, options.packed, stats, inplace_backward, shard)

@@ -62,9 +62,13 @@ MUTATIONS = [
     ("targets.h", "is_int32 ? static_cast", "false ? static_cast"),
     ("cuda/reduce_rows.cuh", "first += kRowsAtOnce *", "first += 2 * kRowsAtOnce *"),
     ("cuda/loss.cu", "if (id == rows.ignore_index) {", "if (false) {"),
-    ("cuda/rows.cuh", "return j == target ?", "return j == target + 1 ?"),
-    ("cuda/rows.cuh", "unsigned(target - j) < unsigned(kVector<T>)", "unsigned(target - j) + 1 < unsigned(kVector<T>)"),
-    ("cuda/rows.cuh", "if (j + k == target) pack.value[k] = of_target;", ""),
+    (
+        "cuda/rows.cuh",
+        "unsigned(column - first) >= unsigned(kVector<T>)",
+        "unsigned(column - first) + 1 >= unsigned(kVector<T>)",
+    ),
+    ("cuda/rows.cuh", "if (first + k == column) look", "if (first + k == column + 1) look"),
+    ("cuda/rows.cuh", "    is_mine = true;\n", ""),
     ("cuda/rows.cuh", "g * rows.transform.derivative(x)", "g"),
     (
         "cuda/rows.cuh",
