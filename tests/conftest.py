@@ -11,9 +11,12 @@ import dataclasses
 import fcntl
 import gc
 import math
+import os
+import shutil
 import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import cuda_emulator
 import pytest
@@ -50,6 +53,27 @@ def turn(alone: bool):
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)
         yield
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make): a folder that make(folder) has filled, by whichever of pytest-xdist's processes came first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def folder_of(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return folder_of
 
 
 @pytest.hookimpl(wrapper=True)

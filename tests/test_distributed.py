@@ -144,9 +144,11 @@ def tokens_of_rank(rank):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+def results(once):
+    def make(folder):
+        mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+
+    folder = once("distributed", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

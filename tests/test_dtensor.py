@@ -227,9 +227,11 @@ def worker(rank, init, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dtensor")
-    mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+def ranks(once):
+    def make(folder):
+        mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+
+    folder = once("dtensor", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -103,9 +103,11 @@ def worker(rank, init, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+def ranks(once):
+    def make(folder):
+        mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=RANKS)
+
+    folder = once("fsdp", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

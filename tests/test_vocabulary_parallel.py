@@ -276,10 +276,13 @@ def errors(part, group):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
+def ranks(request, once):
     """What each rank of a group of 2 and of 4 found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder), request.param), nprocs=request.param)
+
+    def make(folder):
+        mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder), request.param), nprocs=request.param)
+
+    folder = once(f"vocabulary-{request.param}", make)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
@@ -545,9 +548,11 @@ def with_other_hidden_states(rank):
 
 
 @pytest.fixture(scope="module")
-def cards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cards")
-    mp.spawn(card_worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=2)
+def cards(once):
+    def make(folder):
+        mp.spawn(card_worker, args=(f"file://{folder}/rendezvous", str(folder)), nprocs=2)
+
+    folder = once("cards", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

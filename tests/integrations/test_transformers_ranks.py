@@ -119,12 +119,14 @@ def worker(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=RANKS)
+def ranks(once):
+    def make(folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(worker, args=(port, str(folder)), nprocs=RANKS)
+
+    folder = once("transformers", make)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
