@@ -373,8 +373,7 @@ struct GradientRow {
   }
   PDL_INLINE A off_target(A z) const { return off_target_of(ratio(z)); }
   PDL_INLINE A off_target(A z, A class_weight) const { return off_target_of(ratio(z), class_weight); }
-  // A p_y - B_y, or where p_y is near 1 as B_y (p_y - 1) + (A - B_y) p_y: there the difference of e to the sum is
-  // exact.
+  // A p_y - B_y; near p_y = 1 as B_y (p_y - 1) + (A - B_y) p_y, since the difference of e to the sum is exact there.
   PDL_INLINE A at_target(A z) const {
     const A e = ratio(z);
     return e > A(0.5) * sum ? b_target * ((e - sum) / sum) + rest * (e / sum) : a_largest * e - b_target;
