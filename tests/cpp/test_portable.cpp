@@ -1,5 +1,5 @@
-// exp, tanh and power against long double, as the baseline compiles them and as the AVX2 kernels do, with fused
-// multiply-adds; and the exp of blocks, which AVX2 and AVX-512 have tables for.
+// exp, tanh and power against long double: as the baseline compiles them, and with the fused multiply-adds of AVX2.
+// Also the exp of blocks, for which AVX2 and AVX-512 have tables.
 #include "portable.h"
 
 #include "cpu/blocks.h"
