@@ -210,7 +210,8 @@ struct TargetElement {
   __device__ __forceinline__ explicit TargetElement(int target) : column(target) {}
 
   __device__ __forceinline__ void look(const Pack<T>& pack, int first) {
-    if (unsigned(column - first) >= unsigned(kVector<T>)) return;
+    // A target out of range may be any number.
+    if (unsigned(column) - unsigned(first) >= unsigned(kVector<T>)) return;
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
       if (first + k == column) look(pack.value[k], column);

@@ -64,8 +64,8 @@ MUTATIONS = [
     ("cuda/loss.cu", "if (id == rows.ignore_index) {", "if (false) {"),
     (
         "cuda/rows.cuh",
-        "unsigned(column - first) >= unsigned(kVector<T>)",
-        "unsigned(column - first) + 1 >= unsigned(kVector<T>)",
+        "unsigned(column) - unsigned(first) >= unsigned(kVector<T>)",
+        "unsigned(column) - unsigned(first) + 1 >= unsigned(kVector<T>)",
     ),
     ("cuda/rows.cuh", "if (first + k == column) look", "if (first + k == column + 1) look"),
     ("cuda/rows.cuh", "    is_mine = true;\n", ""),
