@@ -161,7 +161,7 @@ def loss_group(
         read = inputs.counted * vocab_size * dtype.itemsize
         written = rows * vocab_size * dtype.itemsize
         least = {
-            "forward + backward": 2 * read + written,
+            "forward + backward": read + written,
             "at once, in place": read + written,
             "forward": read,
             "backward": read + written,

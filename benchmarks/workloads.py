@@ -355,7 +355,7 @@ def tiny_group(clock: Clock, rows: int, vocab_size: int, calls: int) -> Group:
             return Provider(name, call, error)
 
         providers = [provider(*step) for step in steps]
-        yield Workload(name, providers, 1e-5, 3 * 4 * rows * vocab_size, calls)
+        yield Workload(name, providers, 1e-5, 2 * 4 * rows * vocab_size, calls)
 
     return Group(name, workloads)
 
