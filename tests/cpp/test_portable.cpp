@@ -41,11 +41,11 @@ bool has_avx512() {
 }
 #endif
 
-// By way of what the loss keeps, relative to 0.
-template <cpu::Capability kCapability>
+// By way of what the loss keeps, of a number 0: relative to -x, since few x are 16-bit numbers.
+template <cpu::Capability kCapability, typename T>
 float exp_in_block(float x) {
-  const cpu::ExpOrigin<kCapability> origin(0.0f);
-  const std::vector<float> z(cpu::kBlock, x);
+  const cpu::ExpOrigin<kCapability> origin(-x);
+  const std::vector<T> z(cpu::kBlock, cpu::narrow<T>(0.0f));
   float kept[cpu::kBlock], scaled;
   const float sum =
       sum_of_exp_blocks<true, true>(cpu::Instructions<kCapability>(), z.data(), cpu::kBlock, origin, kept, 0, &scaled);
@@ -93,9 +93,14 @@ struct Variant {
 
 std::vector<Variant> variants() {
   std::vector<Variant> all{{"baseline", kBaselineExp, kBaselineTanh}};
-  all.push_back({"baseline, block", exp_in_block<cpu::Capability::baseline>, kBaselineTanh});
+  all.push_back({"baseline, block", exp_in_block<cpu::Capability::baseline, float>, kBaselineTanh});
   if (has_fused()) all.push_back({"fused", fused_exp, fused_tanh});
-  if (has_fused()) all.push_back({"AVX2, block", exp_in_block<cpu::Capability::avx2>, kBaselineTanh});
+  if (has_fused()) {
+    constexpr auto kAvx2 = cpu::Capability::avx2;
+    all.push_back({"AVX2, block", exp_in_block<kAvx2, float>, kBaselineTanh});
+    all.push_back({"AVX2, block of bfloat16", exp_in_block<kAvx2, cpu::BFloat16>, kBaselineTanh, 0.25L});
+    all.push_back({"AVX2, block of float16", exp_in_block<kAvx2, cpu::Float16>, kBaselineTanh, 0.25L});
+  }
   if (has_avx512()) all.push_back({"AVX-512", avx512_exp, kBaselineTanh, 0.25L});
   return all;
 }
