@@ -20,7 +20,8 @@ from torch import Tensor
 from workloads import CHECKED_ROWS, loss_limit
 
 import pdl_ext
-from pdl_ext.engine import linear as engine
+from pdl_ext.engine import linear
+from pdl_ext.engine.products import product_into
 
 # The provider that is no peer: what the task costs without a loss.
 PRODUCTS = "the three products alone"
@@ -109,9 +110,9 @@ def products_provider(inputs: LinearInputs) -> Provider:
     hidden, classifier = inputs.hidden.detach(), inputs.classifier.detach()
     vocab_size = len(classifier)
     # As pdl_ext aligns the rows of its slabs, which makes products faster.
-    stride = engine._row_stride(vocab_size)
-    most = min(engine._MOST_ROWS, engine._MAX_CHUNK_BYTES["cpu"] // hidden.itemsize // stride)
-    slabs = engine._ranges(len(hidden), most, engine._LEAST_ROWS)
+    stride = linear._row_stride(vocab_size)
+    most = min(linear._MOST_ROWS, linear._MAX_CHUNK_BYTES["cpu"] // hidden.itemsize // stride)
+    slabs = linear._ranges(len(hidden), most, linear._LEAST_ROWS)
 
     def call(_: int) -> tuple[Tensor, Tensor]:
         of_hidden, of_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
@@ -120,12 +121,9 @@ def products_provider(inputs: LinearInputs) -> Provider:
         memory[:, vocab_size:].zero_()
         for begin, end in slabs:
             rows, slab = hidden[begin:end], memory[: end - begin, :vocab_size]
-            torch.mm(rows, classifier.t(), out=slab)
-            torch.mm(slab, classifier, out=of_hidden[begin:end])
-            if begin:
-                of_classifier.addmm_(slab.t(), rows)
-            else:
-                torch.mm(slab.t(), rows, out=of_classifier)
+            product_into(slab, rows, classifier.t())
+            product_into(of_hidden[begin:end], slab, classifier)
+            product_into(of_classifier, slab.t(), rows, add=begin > 0)
         return of_hidden, of_classifier
 
     def error(result: tuple[Tensor, Tensor]) -> float:
@@ -221,7 +219,7 @@ def linear_group(
             if peers:
                 losses += [*_pytorch(inputs.weight, dtype), *_installed(inputs.weight)]
             providers = [provider(inputs, *loss) for loss in losses]
-            if peers and clock.device.type == "cpu":
+            if clock.device.type == "cpu":
                 providers.append(products_provider(inputs))
             yield Workload(
                 f"{name} {dtype_name} [{rows}, {hidden}] x {vocab_size}",

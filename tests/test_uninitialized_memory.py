@@ -45,7 +45,7 @@ def operands(monkeypatch):
 
     watch(torch, "mm", 0)
     watch(torch, "addmm", 1)
-    watch(linear, "_product_into", 1)
+    watch(linear, "product_into", 1)
     return seen
 
 

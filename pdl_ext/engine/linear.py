@@ -19,6 +19,7 @@ from torch import Tensor
 from pdl_ext.engine import ops
 from pdl_ext.engine.autograd import Results, divided_by_mean, gradients_of, row_weight_gradient
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
+from pdl_ext.engine.products import product_into
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward, sum_over_ranks
 from pdl_ext.options import LossOptions
 
@@ -62,24 +63,6 @@ def _ranges(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
     count = -(-total // most)
     size = -(-total // (count * multiple)) * multiple
     return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
-
-
-def _product_into(result: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """result = a @ b, or += of it; the sum is formed in result's dtype."""
-    if result.dtype == a.dtype:
-        if add:
-            result.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=result)
-    elif result.is_cuda and result.dtype == torch.float32:
-        if add:
-            torch.addmm(result, a, b, out_dtype=torch.float32, out=result)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=result)
-    elif add:
-        result += a @ b
-    else:
-        result.copy_(a @ b)
 
 
 class _Problem:
@@ -160,11 +143,8 @@ class _Problem:
         return self.inputs.of_rows(slice(begin, end))
 
     def logits_into(self, slab: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> None:
-        hidden, weight = self.hidden[slice(*rows)], self.weight[slice(*columns)].t()
-        if self.bias is None:
-            torch.mm(hidden, weight, out=slab)
-        else:
-            torch.addmm(self.bias[slice(*columns)], hidden, weight, out=slab)
+        bias = None if self.bias is None else self.bias[slice(*columns)]
+        product_into(slab, self.hidden[slice(*rows)], self.weight[slice(*columns)].t(), bias=bias)
 
     def slabs_of_chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """Each chunk of rows and its logits."""
@@ -249,11 +229,11 @@ class _Gradients:
     def add(self, begin: int, end: int, slab: Tensor) -> None:
         """Takes the gradient of the logits of some rows."""
         if self.hidden is not None:
-            _product_into(self.hidden[begin:end], slab, self.problem.weight)
+            product_into(self.hidden[begin:end], slab, self.problem.weight)
         if self.bias is not None:
             self.bias += slab.sum(0, dtype=self.bias.dtype)
         if self.sum is not None and self.problem.adds_up:
-            _product_into(self.sum, slab.t(), self.problem.hidden[begin:end], add=begin > 0)
+            product_into(self.sum, slab.t(), self.problem.hidden[begin:end], add=begin > 0)
 
     def add_tiles(self, grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> None:
         """The classifier's gradient from tiles of columns, where it is not a sum over chunks of rows."""
@@ -271,7 +251,7 @@ class _Gradients:
                 slab = problem.slab(end - begin, last - first)
                 problem.logits_into(slab, (begin, end), (first, last))
                 problem.gradient_over(slab, (begin, end), grad_loss, saved_rows, factors, first)
-                _product_into(result, slab.t(), problem.hidden[begin:end], add=begin > 0)
+                product_into(result, slab.t(), problem.hidden[begin:end], add=begin > 0)
             if total is not None:
                 self.weight[first:last] = result
 
