@@ -18,8 +18,8 @@ import argparse
 import collections
 import dataclasses
 import itertools
-import math
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -283,25 +283,37 @@ def _multiple(row: Row, other: Row) -> str:
     return f"{other.provider} {ratio:.2f}{peak}"
 
 
-def side_by_side(rows_of: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Tables of the losses for people, in which each figure is there for every regime."""
-    seconds: dict[str, dict[str, dict[str, float]]] = {}
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def side_by_side(
+    runs_of: Mapping[str, Sequence[Sequence[Row]]], kinds: Sequence[str] = ("loss", "linear")
+) -> list[str]:
+    """Tables of the losses for people, in which each figure is there for every regime: the median over its runs."""
+    # By workload, provider and regime, of each run.
+    seconds: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     ours = set()
-    for regime, rows in rows_of.items():
-        for row in rows:
-            if row.wall is not None and re.match(r"(loss|linear) \w+ \[", row.workload):
-                seconds.setdefault(row.workload, {}).setdefault(row.provider, {})[regime] = row.wall.median
-                ours |= {row.provider} if is_ours(row) else set()
+    for regime, runs in runs_of.items():
+        for run, rows in enumerate(runs):
+            for row in rows:
+                if row.wall is not None and re.match(r"(loss|linear) \w+ \[", row.workload):
+                    times = seconds.setdefault(row.workload, {}).setdefault(row.provider, {})
+                    times.setdefault(regime, {})[run] = row.wall.median
+                    ours |= {row.provider} if is_ours(row) else set()
 
-    def figures(of: Mapping[str, float], over: Mapping[str, float] | None = None) -> str:
-        values = (
-            (of.get(regime, math.nan), 1e-3 if over is None else over.get(regime, math.nan)) for regime in rows_of
-        )
-        return " / ".join("none" if math.isnan(a / b) else f"{a / b:.3g}" for a, b in values)
+    def figures(of: Mapping[str, Mapping[int, float]], over: Mapping[str, Mapping[int, float]] | None = None) -> str:
+        cells = []
+        for regime in runs_of:
+            times, others = of.get(regime, {}), None if over is None else over.get(regime, {})
+            both = times.keys() if others is None else times.keys() & others.keys()
+            values = [times[run] / (1e-3 if others is None else others[run]) for run in both]
+            cells.append(_number(statistics.median(values)) if values else "none")
+        return " / ".join(cells)
 
-    names = " / ".join(regimes.NAMES[regime] for regime in rows_of)
+    names = " / ".join(regimes.NAMES[regime] for regime in runs_of)
     lines = ["", f"{names}: times of pdl_ext, and the others' over them; of a copy and of products alone ours over it."]
-    for kind in ("loss", "linear"):
+    for kind in kinds:
         workloads = {name: times for name, times in seconds.items() if name.startswith(f"{kind} ")}
         others = [name for name in dict.fromkeys(itertools.chain(*workloads.values())) if name not in ours]
         table = [["workload", "provider", "ms", *others], ["---"] * (3 + len(others))]
@@ -349,7 +361,7 @@ def main() -> int:
     folder = options.output or harness.results_folder("cpu", harness.machine(torch.device("cpu")))
     if len(options.regime) == 1 and regimes.is_told(options.regime[0]):
         return _measure(options.regime[0], options.only, options.budget, folder / options.regime[0])
-    codes, rows_of = [], {}
+    codes, runs_of = [], {}
     for regime in options.regime:
         command = [
             sys.executable,
@@ -364,8 +376,8 @@ def main() -> int:
         only = ["--only", *options.only] if options.only else []
         codes.append(subprocess.run([*command, *only], env=regimes.environment(regime)).returncode)
         report = folder / regime / "benchmark.json"
-        rows_of[regime] = harness.read_rows(report) if report.exists() else []
-    print("\n".join(side_by_side(rows_of)))
+        runs_of[regime] = [harness.read_rows(report)] if report.exists() else []
+    print("\n".join(side_by_side(runs_of)))
     return 1 if any(codes) else 0
 
 

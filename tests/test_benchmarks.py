@@ -29,6 +29,7 @@ import gpu
 import harness
 import linear
 import long_run
+import medians
 import plot
 import regimes
 import train_step
@@ -243,14 +244,49 @@ class TestRegimes:
 
         others = [harness.Row("histogram", "pdl_ext", "", 0, 0.0, wall=harness.Times(1.0, 1.0, 1.0, 3))]
         table = cpu.side_by_side(
-            {regimes.FRESH: [*rows(0.002, 0.012, 0.001), *others], regimes.KEPT: rows(0.001, 0.0025, 0)}
+            {
+                regimes.FRESH: [[*rows(0.002, 0.012, 0.001), *others], rows(0.003, 0.012, 0.001), rows(0.001, 0.02, 0)],
+                regimes.KEPT: [rows(0.001, 0.0025, 0)],
+            }
         )
         assert table[1].startswith("fresh pages / pages kept: ")
         assert table[3:] == [
             "| workload | provider | ms | F.cross_entropy | copy of the logits |",
             "| --- | --- | --- | --- | --- |",
-            "| loss float32 [2, 3] | pdl_ext | 2 / 1 | 6 / 2.5 | 2 / none |",
+            "| loss float32 [2, 3] | pdl_ext | 2 / 1 | 6 / 2.5 | 2.5 / none |",
         ]
+
+
+class TestMedians:
+    """The tables of pages."""
+
+    def test_pages_quote_their_results(self):
+        for page in (harness.ROOT / "docs").glob("*.md"):
+            text = page.read_text()
+            assert medians.filled(text) == text, page
+
+    def test_table_of_several_runs(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(harness, "ROOT", tmp_path)
+        for run, seconds in enumerate((0.001, 0.003, 0.002), 1):
+            for regime in regimes.NAMES:
+                report = report_of(tmp_path / f"run-{run}" / regime)
+                times = harness.Times(seconds, seconds, seconds, 3)
+                report.rows = [harness.Row("loss float32 [2, 3]", "pdl_ext", "", 0, 0.0, wall=times)]
+                report.write()
+        page = tmp_path / "page.md"
+        before = "# Page\n\n<!-- medians of loss: run-1 run-2 run-3 -->\nold\n<!-- end of medians -->\n\nMore.\n"
+        page.write_text(before)
+        monkeypatch.setattr(sys, "argv", ["medians.py", str(page), "--check"])
+        assert medians.main() == 1
+        assert page.read_text() == before
+        assert "medians.py" in capsys.readouterr().out
+        monkeypatch.setattr(sys, "argv", ["medians.py", str(page)])
+        assert medians.main() == 0
+        assert "| loss float32 [2, 3] | pdl_ext | 2 / 2 |\n" in page.read_text()
+        assert page.read_text().startswith("# Page\n\n<!-- medians of loss: run-1 run-2 run-3 -->\n")
+        assert page.read_text().endswith("\n<!-- end of medians -->\n\nMore.\n")
+        monkeypatch.setattr(sys, "argv", ["medians.py", str(page), "--check"])
+        assert medians.main() == 0
 
 
 class TestCpuPlan:
