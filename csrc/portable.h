@@ -47,20 +47,30 @@ PDL_INLINE constexpr A not_a_number() {
   return std::numeric_limits<A>::quiet_NaN();
 }
 
-// exp(x) for x <= 0, -inf or NaN; 0 where the result would be subnormal. Within 2 ulp on the host. On the device the
-// rounding of x log2(e) adds |x| / 2^24, as much as the subtraction that made x did: 2 instructions, expf takes 8.
-// PDL_EX2_APPROX is the instruction where it is emulated.
-PDL_INLINE float exp_nonpositive(float x) {
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2^x, on the device 0 where that would be subnormal. PDL_EX2_APPROX is the instruction where it is emulated.
+PDL_INLINE float exp2_approximate(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504088896341f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #elif defined(PDL_EX2_APPROX)
-  return PDL_EX2_APPROX(x * 1.44269504088896341f);
+  return PDL_EX2_APPROX(x);
+#else
+  return exp2f(x);
+#endif
+}
+
+// exp(x) for x <= 0, -inf or NaN; 0 where the result would be subnormal. Within 2 ulp on the host. On the device the
+// rounding of x log2(e) adds |x| / 2^24, as much as the subtraction that made x did: 2 instructions, expf takes 8.
+PDL_INLINE float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__) || defined(PDL_EX2_APPROX)
+  return exp2_approximate(x * kLog2E);
 #else
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits of the sum.
   constexpr float kRound = 12582912.0f;
-  const float shifted = x * 1.44269504088896341f + kRound;
+  const float shifted = x * kLog2E + kRound;
   const float n = shifted - kRound;
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -88,7 +98,7 @@ PDL_INLINE float exp_compensated(float x) {
   // Far below what has an exponential, so that the difference of two infinities is none.
   x = fmaxf(x, -200.0f);
   const float e = exp_nonpositive(x);
-  return fmaf(e, fmaf(x * 1.44269504088896341f, -0.693147180559945309f, x), e);
+  return fmaf(e, fmaf(x * kLog2E, -0.693147180559945309f, x), e);
 #else
   return exp_nonpositive(x);
 #endif

@@ -380,6 +380,29 @@ struct GradientRow {
   }
 };
 
+// Off the target of a row whose numbers are 16-bit floats as they are: exp(z - max) is 2^(scale z - shift - residual).
+// The residual, which is what rounding left of max * scale, is one of the row, and is in `a`. So an element takes two
+// multiply-adds and an exponential. The rounding of the first is below 2^-18 of the result, an eighth of half an ulp of
+// float16 is 2^-15.
+struct GradientRowOfHalves {
+  float scale;
+  float shift;
+  float a;
+  float b;
+
+  PDL_INLINE explicit GradientRowOfHalves(const GradientRow<float>& row) {
+    // Beyond it two bfloat16 numbers are further from one another than an exponential reaches. A scale of 1 is exact.
+    constexpr float kNear = 65536.0f;
+    scale = fabsf(row.max) <= kNear ? kLog2E : 1.0f;
+    shift = row.max * scale;
+    const float residual = fmaf(row.max, scale, -shift);
+    a = row.a_largest * exp2_approximate(-residual);
+    b = row.b_smoothed;
+  }
+
+  PDL_INLINE float off_target(float z) const { return fmaf(a, exp2_approximate(fmaf(z, scale, -shift)), -b); }
+};
+
 // NaN as narrow_number keeps it, whatever the user's weights had.
 template <typename A>
 PDL_INLINE A canonical(A x) {

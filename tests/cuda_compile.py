@@ -2,6 +2,9 @@
 
 python tests/cuda_compile.py [--arch 80,90,100] [FILE.cu ...]
 
+Of Hopper's machine code the inner loops are counted (machine_code.py), and refused where they would cost more than a
+share of what memory takes. That needs nvdisasm, of the CUDA toolkit or of the package triton.
+
 What was compiled once is remembered in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch
 or the compiler changes.
 """
@@ -18,11 +21,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+
+import machine_code
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -30,6 +36,7 @@ BUILD_FLAGS = json.loads((ROOT / "build_flags.json").read_text())
 # Turing, A100, consumer Ampere, Ada, Hopper, and Blackwell in servers and in consumer cards.
 ARCHITECTURES = tuple(capability.replace(".", "") for capability in BUILD_FLAGS["architectures"])
 WITH_HOST_CODE = "80"
+COUNTED = "90"
 FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["nvcc"], *BUILD_FLAGS["with_cuda"]]
 
 
@@ -147,7 +154,8 @@ def record_of(nvcc: Path, flags: list[str], source: Path, architecture: str) -> 
     """Where the result is kept: its name tells of all that the result depends on."""
     # Of PyTorch the version instead of the folder, which is another one in each clone.
     key = hashlib.sha256(repr((compilers(nvcc), flags, version("torch"))).encode())
-    key.update(Path(__file__).read_bytes() + source.read_bytes())
+    for path in (__file__, machine_code.__file__, source):
+        key.update(Path(path).read_bytes())
     for ending in ("h", "cuh"):
         for path in sorted(CSRC.rglob(f"*.{ending}")):
             key.update(repr((path.relative_to(CSRC).as_posix(), path.read_bytes())).encode())
@@ -176,6 +184,7 @@ class Compilation:
     ok: bool
     output: str  # what nvcc printed besides ptxas' figures
     kernels: list[Kernel]
+    counted: list[machine_code.Count] | None = None
 
 
 def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Path, architecture: str) -> Compilation:
@@ -184,15 +193,29 @@ def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Pa
     # The host's code is the same for all of them, and takes two fifths of the time.
     flags.append("-c" if architecture == WITH_HOST_CODE else "-cubin")
     record = record_of(nvcc, flags, source, architecture)
+    disassembler = machine_code.find_disassembler() if architecture == COUNTED else None
     if record.exists():
         values = json.loads(record.read_text())
-        return Compilation(**{**values, "kernels": [Kernel(**kernel) for kernel in values["kernels"]]})
-    command = [str(nvcc), *flags, *includes, "-o", os.devnull, str(source)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    kernels, output = parse(done.stdout, architecture)
-    for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels], nvcc.parent), strict=True):
-        kernel.name = name
-    result = Compilation(source.name, architecture, done.returncode == 0, output, kernels)
+        if values["counted"] is not None or disassembler is None:
+            return Compilation(
+                **{
+                    **values,
+                    "kernels": [Kernel(**kernel) for kernel in values["kernels"]],
+                    "counted": machine_code.from_json(values["counted"]),
+                }
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "binary"
+        command = [str(nvcc), *flags, *includes, "-o", str(binary), str(source)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        kernels, output = parse(done.stdout, architecture)
+        for kernel, name in zip(kernels, demangle([kernel.name for kernel in kernels], nvcc.parent), strict=True):
+            kernel.name = name
+        result = Compilation(source.name, architecture, done.returncode == 0, output, kernels)
+        if result.ok and disassembler is not None:
+            functions = machine_code.parse(machine_code.disassemble(disassembler, binary))
+            names = demangle([function.name for function in functions], nvcc.parent)
+            result.counted = machine_code.counts(dict(zip(names, functions, strict=True)))
     if result.ok:
         keep(record, result)
     return result
@@ -221,10 +244,22 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = [kernel for compilation in compilations for kernel in compilation.kernels]
     if kernels:
         print(table(kernels))
+    counted = [compilation.counted for compilation in compilations if compilation.architecture == COUNTED]
+    wrong = 0
+    if None in counted:
+        print("machine code was not counted: no nvdisasm, which the CUDA toolkit and the package triton have")
+    elif counted:
+        lines = machine_code.table([count for counts in counted for count in counts or []])
+        print("\n".join(lines))
+        wrong = sum(not count.fits for counts in counted for count in counts or [])
+        missing = machine_code.EXPECTED.keys() - {count.kernel for counts in counted for count in counts or []}
+        if missing and not options.sources:
+            print(f"not found in the machine code: {', '.join(sorted(missing))}")
+            wrong += len(missing)
     failures = sum(not compilation.ok for compilation in compilations)
     spilling = sum(kernel.spills for kernel in kernels)
     print(f"{len(compilations)} compilations, {failures} failed; {len(kernels)} kernels, {spilling} with spills")
-    return 1 if failures or spilling else 0
+    return 1 if failures or spilling or wrong else 0
 
 
 if __name__ == "__main__":

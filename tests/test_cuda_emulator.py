@@ -133,6 +133,8 @@ FAULTS = {
     "mbarrier_init_in_neighbour": r"mbarrier_init in another block's shared memory at .*bulk\.cu.* thread \(0, 0, 0\)",
     "load_with_mbarrier_of_neighbour": r"cp_async_bulk with an mbarrier of another block than its destination at",
     "store_from_neighbour": r"cp_async_bulk from another block's shared memory at .*bulk\.cu.* thread \(0, 0, 0\)",
+    "message_with_mbarrier_of_neighbour": r"st_async with an mbarrier of another block than its destination at",
+    "message_to_global_memory": r"st_async to an address outside of shared memory at .*bulk\.cu.* thread",
     "arrival_at_neighbour_without_fence": r"mbarrier_arrive on an mbarrier without a fence_mbarrier_init .* thread",
 }
 IN_CLUSTERS = list(FAULTS)[list(FAULTS).index("thread_without_cluster_barrier") :]
@@ -443,6 +445,16 @@ def test_arrival_from_other_blocks(assert_right, assert_shows):
     assert_shows("gather_by_arrival_without_wait", given, given, **shape)
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+def test_messages_to_other_blocks(blocks, assert_right, assert_shows):
+    given = integers(blocks, 4)
+    shape = dict(grid=blocks, block=32, cluster=blocks)
+    expected = given.expand(blocks, blocks, 4).contiguous()
+    assert_right("messages_to_all", expected, given, **shape)
+    if blocks > 1:
+        assert_shows("messages_to_all_without_wait", expected, given, **shape)
+
+
 def test_atomics(over_seeds):
     given = integers(96, low=1, high=31)
     total, ones = int(given.sum()), set(given.tolist())
@@ -542,7 +554,10 @@ def test_limits_of_dynamic_shared_memory(monkeypatch):
     assert launch("write_at", out, **shape, dynamic_shared=0, max_dynamic_shared=232449) == f"error {INVALID_VALUE}"
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", "sm_80")
     assert launch("write_at", out, **shape, dynamic_shared=166913) == f"error {INVALID_VALUE}"
-    assert launch("write_at", out, **shape, dynamic_shared=166912) == ""
+    # Another device knows nothing of what the first was told.
+    request = dict(max_dynamic_shared=166912)
+    assert launch("write_at", out, **shape, dynamic_shared=166912) == f"error {INVALID_VALUE}"
+    assert launch("write_at", out, **shape, dynamic_shared=166912, **request) == ""
 
 
 @pytest.mark.parametrize(
@@ -630,3 +645,10 @@ def test_copies_and_fills_of_the_runtime():
         cuda_emulator.library().cuda_emulator_copy_and_set(*pointers, ctypes.c_size_t(64), 0, ctypes.c_size_t(8)) == 0
     )
     assert copy.tolist() == [0, 0, *source[2:].tolist()]
+
+
+def test_every_mutation_has_its_place(monkeypatch):
+    monkeypatch.syspath_prepend(cuda_emulator.HERE)
+    import mutants
+
+    assert len(mutants.mutants(cuda_emulator.ROOT / "csrc")) > len(mutants.MUTATIONS)

@@ -182,6 +182,28 @@ def test_target_probability_near_one(make_case, assert_matches, dtype):
     assert at_target.all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients_far_from_zero(device, dtype):
+    # Off the target each is its probability, rounded: 1/16 of an ulp is left for all that is computed.
+    offsets = [0.0, 5.0, -40.0, 300.0, -1500.0, 3000.0, 20000.0, -60000.0]
+    if dtype == torch.bfloat16:
+        offsets += [1e6, -3e9, 3e38]
+    largest = torch.tensor(offsets, dtype=torch.float64).to(dtype).double()[:, None]
+    eps = torch.finfo(dtype).eps
+    step = torch.where(largest == 0, 0.25, torch.exp2(largest.abs().clamp(min=1).log2().floor()) * eps)
+    steps = torch.randint(12, (len(offsets), 1500), generator=torch.Generator().manual_seed(5))
+    steps[:, 1] = 0
+    logits = (largest - step * steps).to(dtype)
+    assert (logits.double() == largest - step * steps).all()
+    leaf = logits.to(device).requires_grad_()
+    functional.pdl_loss(leaf, torch.zeros(len(offsets), dtype=torch.int64, device=device), reduction="sum").backward()
+    exact = logits.double().softmax(-1)[:, 1:]
+    least = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}[dtype]
+    ulp = torch.exp2(exact.clamp(min=least).log2().floor()).mul(eps).clamp(min=least)
+    worst = (leaf.grad.cpu().double()[:, 1:] - exact).abs().div(ulp).amax(1)
+    assert (worst <= 0.5 + 1 / 16).all(), worst
+
+
 @pytest.mark.parametrize("reduction", ["mean", "token_mean"])
 def test_weights_that_sum_to_zero(make_case, reduction):
     case = make_case((5,), 257, row_weight=True)

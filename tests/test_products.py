@@ -77,13 +77,17 @@ class _NoLoops(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_takes_no_slow_loop(monkeypatch, dtype):
-    a, b = draw(20, 30, dtype=dtype), draw(30, 40, dtype=dtype)
-    result = torch.empty(20, 40, dtype=dtype)
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_takes_no_slow_loop(monkeypatch, shape, dtype, autocast):
+    m, k, n = shape
+    a, b = draw(m, k, dtype=dtype), draw(k, n, dtype=dtype)
+    result = torch.empty(m, n, dtype=dtype)
     monkeypatch.setattr(products, "_has_instructions", lambda dtype: False)
-    with _NoLoops():
+    with torch.autocast("cpu", dtype, enabled=autocast), _NoLoops():
         products.product_into(result, a, b)
+    near(result, a.double() @ b.double(), a.double().abs() @ b.double().abs())
     monkeypatch.setattr(products, "_has_instructions", lambda dtype: True)
     with pytest.raises(AssertionError), _NoLoops():
         products.product_into(result, a, b)
@@ -99,7 +103,7 @@ def test_wide_numbers_are_as_pytorch_has_them(dtype):
 
 
 def test_float32_copies_are_small(monkeypatch):
-    """Of a piece together, or of one row of the longest side."""
+    """Of each piece."""
     monkeypatch.setattr(products, "_PIECE_ELEMENTS", 10_000)
     sizes = []
 

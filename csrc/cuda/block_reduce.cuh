@@ -38,10 +38,13 @@ __device__ __forceinline__ CountSums shifted_down(const CountSums& sums, int dis
   return {shuffle_down(sums.total, distance), shuffle_down(sums.rareness, distance)};
 }
 
-// combine() over the lanes of a warp, valid in lane 0.
+// combine() over the first lanes of a warp, valid in lane 0. The others have its identity.
 template <typename V, typename Combine>
-__device__ __forceinline__ V warp_reduce(V value, Combine combine) {
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) value = combine(value, shifted_down(value, distance));
+__device__ __forceinline__ V warp_reduce(V value, Combine combine, int lanes = kWarp) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance < lanes) value = combine(value, shifted_down(value, distance));
+  }
   return value;
 }
 
@@ -56,8 +59,9 @@ __device__ V block_reduce(V value, const V& identity, Combine combine) {
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();
   if (warp == 0) {
-    value = lane < int(blockDim.x) / kWarp ? of_warp[lane] : identity;
-    value = warp_reduce(value, combine);
+    const int warps = int(blockDim.x) / kWarp;
+    value = lane < warps ? of_warp[lane] : identity;
+    value = warp_reduce(value, combine, warps);
   }
   return value;
 }

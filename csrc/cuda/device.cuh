@@ -1,14 +1,15 @@
-// What the kernels take from the device: widths of warps, conversions, exchange between lanes and between the blocks of
-// a cluster, atomics, asynchronous copies.
+// What the kernels take from the device: widths of warps, conversions, exchange between lanes, atomics, asynchronous
+// copies.
 #pragma once
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "../portable.h"
 
@@ -42,6 +43,52 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
 template <>
 __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half_rn(x);
+}
+
+// Two neighbours of 16 bits, the first in the lower half of the word: by fewer instructions than one by one.
+template <typename T>
+__device__ __forceinline__ float2 widen_pair(uint32_t word);
+template <>
+__device__ __forceinline__ float2 widen_pair<__nv_bfloat16>(uint32_t word) {
+  return {std::bit_cast<float>(word << 16), std::bit_cast<float>(word & 0xffff0000u)};
+}
+template <>
+__device__ __forceinline__ float2 widen_pair<__half>(uint32_t word) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof pair);
+  return __half22float2(pair);
+}
+
+// Rounds to nearest even.
+template <typename T>
+__device__ __forceinline__ uint32_t narrow_pair(float2 x);
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__nv_bfloat16>(float2 x) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x.x, x.y);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <>
+__device__ __forceinline__ uint32_t narrow_pair<__half>(float2 x) {
+  const __half2 pair = __floats2half2_rn(x.x, x.y);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
+// What was loaded, of which nothing is computed before this call: else the load is waited for where it stands.
+template <typename V>
+__device__ __forceinline__ V not_before(V loaded) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(V) == 2) {
+    uint16_t bits;
+    memcpy(&bits, &loaded, sizeof bits);
+    asm volatile("" : "+h"(bits));
+    memcpy(&loaded, &bits, sizeof bits);
+  }
+#endif
+  return loaded;
 }
 
 // The larger of a value, which may be NaN, and a number; then the number. One instruction in float32.
@@ -98,49 +145,35 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 __device__ __forceinline__ void end_group_of_copies() {
   __pipeline_commit();
 }
-// Waits for all groups but the last `under_way`, which may be more than that.
+// Waits for all groups but the last `under_way`, or for some of those too where they are many: the instruction has the
+// number in it.
 __device__ __forceinline__ void wait_for_copies(int under_way) {
-  __pipeline_wait_prior(under_way);
+  if (under_way <= 0) {
+    __pipeline_wait_prior(0);
+  } else if (under_way == 1) {
+    __pipeline_wait_prior(1);
+  } else if (under_way == 2) {
+    __pipeline_wait_prior(2);
+  } else if (under_way == 3) {
+    __pipeline_wait_prior(3);
+  } else {
+    __pipeline_wait_prior(4);
+  }
   // The instruction does not tell the compiler that memory has changed, and no barrier follows that would.
   asm volatile("" ::: "memory");
 }
 
-// The blocks of a thread block cluster, which sm_90 has; `blocks` is 1 in a launch without.
-struct Cluster {
-  int blocks;
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  __device__ int rank() const { return blocks == 1 ? 0 : int(cooperative_groups::this_cluster().block_rank()); }
-  __device__ void arrive() const {
-    if (blocks > 1) cooperative_groups::this_cluster().barrier_arrive();
-  }
-  // For what the thread has read; what it has written may not be there yet.
-  __device__ void arrive_after_reads() const {
-#if defined(__CUDA_ARCH__)
-    if (blocks > 1) __cluster_barrier_arrive_relaxed();
-#else
-    arrive();
+// sm_90 lets a kernel start while the one before it runs; launch.cuh says where.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  }
-  __device__ void wait() const {
-    if (blocks > 1) cooperative_groups::this_cluster().barrier_wait();
-  }
-  // The same variable in the shared memory of another block.
-  template <typename V>
-  __device__ const V* of_rank(V* variable, int rank) const {
-    return blocks == 1 ? variable : cooperative_groups::this_cluster().map_shared_rank(variable, rank);
-  }
-#else
-  __device__ int rank() const { return 0; }
-  __device__ void arrive() const {}
-  __device__ void arrive_after_reads() const {}
-  __device__ void wait() const {}
-  template <typename V>
-  __device__ const V* of_rank(V* variable, int) const {
-    return variable;
-  }
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-};
+}
 
 // What the launch asked for, aligned to 16 bytes.
 template <typename T>

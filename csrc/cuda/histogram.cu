@@ -27,7 +27,13 @@ namespace {
 constexpr int kThreads = 256;
 // Of the kernel that keeps no table: 2,048 threads, which no multiprocessor exceeds.
 constexpr int64_t kBlocksOfMultiprocessor = 8;
-constexpr int kOnChipThreads = 1024;
+// Batches that a thread of the other has under way. With two it loads one while it counts the other: half as many
+// threads have the registers for that. A card has to decide: docs/kernels.md.
+#if !defined(PDL_HISTOGRAM_BATCHES)
+#define PDL_HISTOGRAM_BATCHES 1
+#endif
+constexpr int kBatches = PDL_HISTOGRAM_BATCHES;
+constexpr int kOnChipThreads = 1024 / kBatches;
 // Behind a block's counters, for ids of which it has none, so that no addition has to be branched around: one a lane,
 // or they would queue.
 constexpr uint32_t kSpareCounters = kWarp;
@@ -36,7 +42,7 @@ constexpr int64_t kMaxIdsOfGroup = int64_t(1) << 31;
 // Blocks that share a vocabulary. L2 delivers some twice what memory does: more of them would take longer than ids
 // beyond the counters do.
 constexpr int64_t kMaxGroup = 8;
-// Packs that a thread has under way at once: enough to keep memory busy, few enough for the code of 16 ids.
+// Packs of a batch: enough to keep memory busy, few enough for the code of 16 ids.
 template <typename T>
 constexpr int kBatch = 16 / kVector<T>;
 // From so many tokens a counter on, counting on chip saves more than adding up its counters costs.
@@ -157,13 +163,20 @@ __global__ void __launch_bounds__(kOnChipThreads)
   const int64_t stride = int64_t(groups) * kBatch<T> * blockDim.x;
   // The members take turns at the ids of which none has a counter; at 0 it is this one's.
   uint32_t turns_until_mine = member;
-  for (int64_t first = int64_t(group) * kBatch<T> * blockDim.x + threadIdx.x; first < packs; first += stride) {
-    Pack<T> batch[kBatch<T>];
+  Pack<T> batches[kBatches][kBatch<T>];
+  const auto load = [&](Pack<T>(&batch)[kBatch<T>], int64_t first) {
 #pragma unroll
     for (int i = 0; i < kBatch<T>; ++i) {
       const int64_t pack = first + i * blockDim.x;
       if (pack < packs) batch[i] = load_pack(tokens + head + pack * kVector<T>);
     }
+  };
+  const int64_t begin = int64_t(group) * kBatch<T> * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int ahead = 0; ahead < kBatches - 1; ++ahead) load(batches[ahead], begin + ahead * stride);
+  for (int64_t first = begin; first < packs; first += stride) {
+    load(batches[kBatches - 1], first + (kBatches - 1) * stride);
+    const Pack<T>(&batch)[kBatch<T>] = batches[0];
 #pragma unroll
     for (int i = 0; i < kBatch<T>; ++i) {
       if (first + i * blockDim.x >= packs) break;
@@ -179,6 +192,11 @@ __global__ void __launch_bounds__(kOnChipThreads)
       for (int k = 0; k < kVector<T>; ++k) count_beyond(batch[i].value[k]);
     }
     turns_until_mine = turns_until_mine == 0 ? group_size - 1 : turns_until_mine - 1;
+#pragma unroll
+    for (int ahead = 1; ahead < kBatches; ++ahead) {
+#pragma unroll
+      for (int i = 0; i < kBatch<T>; ++i) batches[ahead - 1][i] = batches[ahead][i];
+    }
   }
   end_run();
   add_rejected(totals, ignored, out_of_range);

@@ -9,6 +9,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <utility>
 
 #include "device.cuh"
 
@@ -22,6 +26,69 @@ struct Grid {
   int shares = 1;
   // Blocks along x that form a thread block cluster.
   int cluster = 1;
+  // Whether L1 gives way to shared memory, as it does for whoever asks for much of it. A multiprocessor drains between
+  // kernels that want this otherwise.
+  bool wants_shared = false;
+  // Whether blocks may start while the kernel before them runs, from where it has called let_next_kernel_start(). Then
+  // all of them call wait_for_previous_kernel() before they need what it writes.
+  bool starts_early = false;
+};
+
+// What the driver was told and has answered, of each kernel on each device: asking takes as long as a launch.
+class DriverMemory {
+ public:
+  struct Kernel {
+    cudaFuncAttributes attributes = {};
+    int most_shared = 0;
+    bool wants_shared = false;
+    bool any_cluster = false;
+  };
+
+  static DriverMemory& instance() {
+    static DriverMemory memory;
+    return memory;
+  }
+
+  // What is known of the kernel on the current device, while nobody else changes it.
+  template <typename Use>
+  cudaError_t use(const void* address, Use use) {
+    int device = 0;
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto found = kernels_.find({device, address});
+    if (found == kernels_.end()) {
+      Kernel kernel;
+      if (const cudaError_t error = cudaFuncGetAttributes(&kernel.attributes, address)) return error;
+      found = kernels_.emplace(std::pair(device, address), kernel).first;
+    }
+    return use(found->second);
+  }
+
+  // ask() of the kernel in such a grid, or what it has said before.
+  template <typename Ask>
+  int64_t answer(const void* address, const Grid& grid, Ask ask) {
+    int device = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    const Question question{device, address, grid.threads, grid.shared_bytes, grid.cluster};
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (const auto found = answers_.find(question); found != answers_.end()) return found->second;
+    }
+    const int64_t answer = ask();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // Of a caller whose rows have another length in each call.
+    constexpr size_t kMost = 4096;
+    if (answers_.size() >= kMost) answers_.clear();
+    answers_.emplace(question, answer);
+    return answer;
+  }
+
+ private:
+  using Question = std::tuple<int, const void*, int, int, int>;
+
+  std::mutex mutex_;
+  std::map<std::pair<int, const void*>, Kernel> kernels_;
+  std::map<Question, int64_t> answers_;
 };
 
 // Makes a tensor's device current for as long as it lives, and knows the stream to launch on.
@@ -36,9 +103,15 @@ class Launcher {
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const Grid& grid, Arguments... arguments) const {
     if (grid.blocks == 0) return;
-    allow(kernel, grid);
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = config_of(grid, &attribute);
+    STD_CUDA_CHECK(allow(address_of(kernel), grid));
+    cudaLaunchAttribute attributes[kMostAttributes];
+    cudaLaunchConfig_t config = config_of(grid, attributes);
+    // Drivers before 12.3 capture no such launch.
+    if (grid.starts_early && !is_capturing()) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
@@ -54,86 +127,114 @@ class Launcher {
     return value;
   }
 
-  // Of such blocks, as many as the whole device holds at once.
+  // Of such blocks, as many as a multiprocessor holds at once: none, if it refuses them, or clusters of that size.
+  template <typename Kernel>
+  int64_t resident_blocks_of_multiprocessor(Kernel* kernel, const Grid& grid) const {
+    return DriverMemory::instance().answer(address_of(kernel), grid, [&]() -> int64_t {
+      int blocks = 0, clusters = 1;
+      cudaError_t error = allow(address_of(kernel), grid);
+      if (error == cudaSuccess) {
+        error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, grid.threads, grid.shared_bytes);
+      }
+      if (error == cudaSuccess && grid.cluster > 1) {
+        cudaLaunchAttribute attributes[kMostAttributes];
+        const cudaLaunchConfig_t config = config_of(grid, attributes);
+        error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+      }
+      if (error == cudaSuccess) return clusters > 0 ? blocks : 0;
+      // Or the next launch would find the error.
+      cudaGetLastError();
+      // What is refused for good; any other error is nothing to remember.
+      const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+                           error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
+      if (!refused) STD_CUDA_CHECK(error);
+      return 0;
+    });
+  }
+
+  // As many as the whole device holds at once.
   template <typename Kernel>
   int64_t resident_blocks(Kernel* kernel, const Grid& grid) const {
-    allow(kernel, grid);
-    int of_multiprocessor = 0;
-    STD_CUDA_CHECK(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_multiprocessor, kernel, grid.threads, grid.shared_bytes));
-    return int64_t(of_multiprocessor) * attribute(cudaDevAttrMultiProcessorCount);
+    return resident_blocks_of_multiprocessor(kernel, grid) * attribute(cudaDevAttrMultiProcessorCount);
   }
 
-  // Whether the device holds at least one such cluster; no, if it refuses clusters of that size.
+  // Whether device and kernel know what sm_90 brought: clusters, and kernels that start early. The driver may have
+  // compiled for this device what was built for an older one.
   template <typename Kernel>
-  bool fits(Kernel* kernel, const Grid& grid) const {
-    if (grid.cluster == 1) return true;
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = config_of(grid, &attribute);
-    int clusters = 0;
-    if (try_to_allow(kernel, grid) == cudaSuccess &&
-        cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) {
-      return clusters > 0;
-    }
-    // Or the next launch would find the error.
-    cudaGetLastError();
-    return false;
-  }
-
-  // Of the kernel as it was compiled: its ptxVersion, 10 * major + minor of the architecture, is less than the device's
-  // where the driver compiles what was built for older cards.
-  template <typename Kernel>
-  cudaFuncAttributes attributes_of(Kernel* kernel) const {
-    cudaFuncAttributes attributes;
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-    return attributes;
+  bool is_hopper(Kernel* kernel) const {
+    constexpr int kHopper = 90;
+    int built_for = 0;
+    STD_CUDA_CHECK(DriverMemory::instance().use(address_of(kernel), [&](const DriverMemory::Kernel& known) {
+      built_for = known.attributes.ptxVersion;
+      return cudaSuccess;
+    }));
+    return built_for >= kHopper && attribute(cudaDevAttrClusterLaunch) != 0;
   }
 
  private:
-  cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute* cluster) const {
+  template <typename... Parameters>
+  static const void* address_of(void (*kernel)(Parameters...)) {
+    return reinterpret_cast<const void*>(kernel);
+  }
+
+  bool is_capturing() const {
+    cudaStreamCaptureStatus status;
+    STD_CUDA_CHECK(cudaStreamIsCapturing(stream_, &status));
+    return status != cudaStreamCaptureStatusNone;
+  }
+
+  static constexpr int kMostAttributes = 2;
+
+  cudaLaunchConfig_t config_of(const Grid& grid, cudaLaunchAttribute* attributes) const {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.shares));
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config.stream = stream_;
+    config.attrs = attributes;
     if (grid.cluster > 1) {
-      cluster->id = cudaLaunchAttributeClusterDimension;
-      cluster->val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
-      config.attrs = cluster;
-      config.numAttrs = 1;
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
     }
     return config;
   }
 
-  // What a kernel may only have if it is asked for.
-  template <typename Kernel>
-  cudaError_t try_to_allow(Kernel* kernel, const Grid& grid) const {
+  // Asks for what a kernel may only have if it is asked for, unless that was done before.
+  cudaError_t allow(const void* kernel, const Grid& grid) const {
     // Without asking it is 48 KiB together with the kernel's own variables, which are far fewer than the rest of them.
     constexpr int kSharedWithoutAsking = 32 * 1024, kClusterWithoutAsking = 8;
-    cudaError_t error = cudaSuccess;
-    if (grid.shared_bytes > kSharedWithoutAsking) {
-      cudaFuncAttributes attributes;
-      error = cudaFuncGetAttributes(&attributes, kernel);
-      if (error == cudaSuccess) {
-        // All that there is, and not what this launch needs: another thread may be about to launch with more.
-        const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(attributes.sharedSizeBytes);
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    const bool much_shared = grid.shared_bytes > kSharedWithoutAsking;
+    const bool large_cluster = grid.cluster > kClusterWithoutAsking;
+    const bool wants_shared = grid.wants_shared || much_shared;
+    if (!much_shared && !large_cluster && !wants_shared) return cudaSuccess;
+    return DriverMemory::instance().use(kernel, [&](DriverMemory::Kernel& known) {
+      if (much_shared && grid.shared_bytes > known.most_shared) {
+        // All that there is, and not what this launch needs: another thread may be about to launch with more. What the
+        // driver counts as the kernel's own may contain what it keeps of each block.
+        const int all = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(known.attributes.sharedSizeBytes);
+        const int most = std::max(all, grid.shared_bytes);
+        if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) {
+          return error;
+        }
+        known.most_shared = most;
       }
-      if (error == cudaSuccess) {
+      if (wants_shared && !known.wants_shared) {
         // Of L1: grids are planned for as many such blocks as shared memory has room for.
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                     cudaSharedmemCarveoutMaxShared);
+        if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                                    cudaSharedmemCarveoutMaxShared)) {
+          return error;
+        }
+        known.wants_shared = true;
       }
-    }
-    if (error == cudaSuccess && grid.cluster > kClusterWithoutAsking) {
-      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    }
-    return error;
-  }
-
-  template <typename Kernel>
-  void allow(Kernel* kernel, const Grid& grid) const {
-    STD_CUDA_CHECK(try_to_allow(kernel, grid));
+      if (large_cluster && !known.any_cluster) {
+        if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) {
+          return error;
+        }
+        known.any_cluster = true;
+      }
+      return cudaSuccess;
+    });
   }
 
   torch::stable::accelerator::DeviceGuard guard_;

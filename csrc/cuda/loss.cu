@@ -33,10 +33,11 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
-    const A z_target = rows.template z<kIsPlain<kLoop>>(widen(x[target]), int(target));
+    const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
     const PackRange<T> range(x, rows.vocab_size);
-    const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, smoothing_centre(z_target)));
-    if (threadIdx.x == 0) write_row(rows, i, rows.loss_of(row, z_target, i, target), row.argmax);
+    const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows)));
+    const A z_target = of_target.z(rows);
+    if (threadIdx.x == 0) write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);
   }
 }
 
@@ -145,9 +146,9 @@ void correct_gradient_(Tensor gradient, OptionalTensor expected, Tensor grad_los
     using A = Accumulator<T>;
     const Rows<T> rows = rows_of<T>(logits, inputs, saved_rows, logits.size(1));
     const auto kernel = inputs.is_plain() ? correct_gradient_kernel<T, true> : correct_gradient_kernel<T, false>;
-    // No more blocks than run at once, since mostly they find what was expected and return.
+    // As few blocks as can keep memory busy, since mostly they find what was expected and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
-    const Grid grid{std::min(rows.count, 8 * multiprocessors), threads_for(rows.vocab_size), 0,
+    const Grid grid{std::min(rows.count, 2 * multiprocessors), threads_for(rows.vocab_size), 0,
                     shares_of_row(launch, logits)};
     launch(kernel, grid, rows, static_cast<const A*>(grad_loss.const_data_ptr()),
            static_cast<const A*>(factors.const_data_ptr()),
@@ -218,9 +219,10 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs,
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
       launch(statistics_kernel<T, kLoop>, Grid{grid_for(rows.count), threads_for(rows.vocab_size)}, rows);
     });
-    launch(reduce_kernel<T>, Grid{1, kReduceThreads}, rows, inputs.options.reduction,
-           data_or_null<A>(inputs.normalizer), data_or_null<A>(upstream),
-           static_cast<A*>(outputs.factors.mutable_data_ptr()), static_cast<A*>(outputs.loss.mutable_data_ptr()));
+    const Grid one_block{.blocks = 1, .threads = kReduceThreads, .starts_early = launch.is_hopper(reduce_kernel<T>)};
+    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, data_or_null<A>(inputs.normalizer),
+           data_or_null<A>(upstream), static_cast<A*>(outputs.factors.mutable_data_ptr()),
+           static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
   return outputs;
 }

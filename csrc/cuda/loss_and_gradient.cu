@@ -2,7 +2,7 @@
 // upstream gradient that is expected. Least traffic: e*N*V bytes read and e*N*V written.
 //
 // factors_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
-// on_chip_kernel and cached_kernel fuse transform, softmax statistics, losses and gradient.
+// on_chip_kernel, which starts meanwhile, and cached_kernel fuse transform, softmax statistics, losses and gradient.
 // reduce_kernel sums the rows' losses: reads at most 32*N bytes (56*N in float64).
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
@@ -24,7 +24,6 @@ namespace {
 // The place of the upstream gradient among the factors.
 constexpr int kUpstream = Factors<float>::kNumbers - 1;
 constexpr int kScaleThreads = 256;
-constexpr int kMaxCluster = 16;
 
 template <Loop kLoop, int kCount, typename T, typename A>
 __device__ __forceinline__ void add_kept(StatisticsOf<kLoop, A>& row, const Rows<T>& rows, const Pack<T>* kept,
@@ -35,10 +34,9 @@ __device__ __forceinline__ void add_kept(StatisticsOf<kLoop, A>& row, const Rows
   add_packs<kLoop>(row, rows, packs, begin + first_pack * kVector<T>, int(blockDim.x) * kVector<T>, centre);
 }
 
-// The thread's share of the range, which is on its way into `kept` meanwhile: pack p of the range lies at kept[p].
-template <Loop kLoop, typename T, typename A>
-__device__ __forceinline__ StatisticsOf<kLoop, A> keep_and_gather(const Rows<T>& rows, const T* x,
-                                                                  const PackRange<T>& range, Pack<T>* kept, A centre) {
+// Begins to copy the thread's share of the range, pack p of it to kept[p], by groups of kPacks: so many of them.
+template <typename T>
+__device__ __forceinline__ int copy_range(const T* x, const PackRange<T>& range, Pack<T>* kept) {
   const int packs = (range.end - range.begin) / kVector<T>;
   const int stride = int(blockDim.x);
   int groups = 0;
@@ -46,101 +44,106 @@ __device__ __forceinline__ StatisticsOf<kLoop, A> keep_and_gather(const Rows<T>&
     for (int i = 0; i < kPacks && p < packs; ++i, p += stride) copy_async(kept + p, x + range.begin + p * kVector<T>);
     end_group_of_copies();
   }
+  return groups;
+}
+
+// The thread's share of the range, of which so many groups are on their way.
+template <Loop kLoop, typename T, typename A>
+__device__ __forceinline__ StatisticsOf<kLoop, A> gather_kept(const Rows<T>& rows, const T* x,
+                                                              const PackRange<T>& range, const Pack<T>* kept,
+                                                              int groups, A centre) {
+  const int packs = (range.end - range.begin) / kVector<T>;
+  const int stride = int(blockDim.x);
   StatisticsOf<kLoop, A> row;
   range.for_each_outside(rows.vocab_size, [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
-  for (int p = threadIdx.x; p < packs;) {
+  int p = threadIdx.x;
+  for (; p + (kPacks - 1) * stride < packs; p += kPacks * stride) {
     wait_for_copies(--groups);
-    if (p + (kPacks - 1) * stride < packs) {
-      add_kept<kLoop, kPacks>(row, rows, kept, p, range.begin, centre);
-      p += kPacks * stride;
-    } else {
-      for (; p < packs; p += stride) add_kept<kLoop, 1>(row, rows, kept, p, range.begin, centre);
-    }
+    add_kept<kLoop, kPacks>(row, rows, kept, p, range.begin, centre);
   }
+  if (p < packs) wait_for_copies(--groups);
+  for (; p < packs; p += stride) add_kept<kLoop, 1>(row, rows, kept, p, range.begin, centre);
   return row;
 }
 
-// The block's share of the gradient, from what keep_and_gather kept.
+// The block's share of the gradient, from what copy_range brought.
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, const T* x, T* gradient,
                                                        const PackRange<T>& range, const Pack<T>* kept, int target,
                                                        const GradientRow<A>& row) {
   const int packs = (range.end - range.begin) / kVector<T>;
-  const bool aligned = equally_aligned<T>(x, gradient);
-  TargetElement<T> of_target(target);
-  for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-    const int first = range.begin + p * kVector<T>;
+  const OffTarget<kPlain, T> off_target(row);
+  const TargetElement<T> of_target(x, target, range.visits(target, rows.vocab_size));
+  T* const share = gradient + range.begin;
+  const auto gradient_of_pack = [&](int p) {
     Pack<T> pack = kept[p];
-    of_target.look(pack, first);
-    turn_into_gradient<kPlain>(rows, pack, first, row);
-    if (aligned) {
-      store_pack(gradient + first, pack);
-    } else {
-      for (int k = 0; k < kVector<T>; ++k) gradient[first + k] = pack.value[k];
+    turn_into_gradient<kPlain, T>(rows, pack, range.begin + p * kVector<T>, off_target);
+    return pack;
+  };
+  if (equally_aligned<T>(x, gradient)) {
+    for (int p = threadIdx.x; p < packs; p += blockDim.x) store_pack(share + p * kVector<T>, gradient_of_pack(p));
+  } else {
+    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
+      const Pack<T> pack = gradient_of_pack(p);
+#pragma unroll
+      for (int k = 0; k < kVector<T>; ++k) share[p * kVector<T> + k] = pack.value[k];
     }
   }
-  range.for_each_outside(rows.vocab_size, [&](int j) {
-    const T logit = x[j];
-    of_target.look(logit, j);
-    gradient[j] = gradient_of<kPlain>(rows, logit, j, row);
-  });
+  range.for_each_outside(rows.vocab_size,
+                         [&](int j) { gradient[j] = gradient_of<kPlain, T>(rows, x[j], j, off_target); });
   of_target.template write<kPlain>(rows, gradient, row);
 }
 
-// For the upstream gradient that is expected.
-template <typename T, typename A>
-__device__ __forceinline__ GradientRow<A> gradient_row_of(const Rows<T>& rows, int64_t i, const SavedRow<A>& row,
-                                                          const A* saved_factors) {
-  const auto factors = Factors<A>::load(saved_factors);
-  return gradient_row(row, rows.row_weight_at(i), factors.upstream, factors, rows.options);
-}
-
-// A cluster a row; `shared_bytes` of the launch hold a block's share of it.
+// A cluster a row; `shared_bytes` of the launch hold a block's share of it. Only a block alone may have several rows.
 template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients,
                    int64_t gradient_stride) {
   using A = Accumulator<T>;
+  using Statistics = StatisticsOf<kLoop, A>;
   constexpr bool kPlain = kIsPlain<kLoop>;
   Pack<T>* kept = dynamic_shared_memory<Pack<T>>();
-  __shared__ StatisticsOf<kLoop, A> of_block, of_row;
+  __shared__ ClusterExchange<kExchange, Statistics> exchange;
+  __shared__ Statistics of_row;
+  __shared__ A z_of_target;
+  exchange.begin(cluster);
   const int rank = cluster.rank();
-  const int64_t clusters = gridDim.x / cluster.blocks;
-  for (int64_t i = blockIdx.x / cluster.blocks; i < rows.count; i += clusters) {
+  const int64_t clusters = gridDim.x >> cluster.log2_blocks;
+  for (int64_t i = blockIdx.x >> cluster.log2_blocks; i < rows.count; i += clusters) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t target = rows.targets[i];
     const bool counted = target != rows.ignore_index;
     if (!counted || !rows.in_vocabulary(target)) {
       const A fill = counted ? not_a_number<A>() : A(0);
       if (rank == 0 && threadIdx.x == 0) write_row_without_target(rows, i, fill);
-      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, rank, cluster.blocks),
-               narrow<T>(fill));
+      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, cluster), narrow<T>(fill));
+      exchange.skip(cluster);
+      // The kernel after this one reads what the one before it writes.
+      wait_for_previous_kernel();
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
-    const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
-    const PackRange<T> range(x, rows.vocab_size, rank, cluster.blocks);
-    auto row = merged_over_block(keep_and_gather<kLoop>(rows, x, range, kept, smoothing_centre(z_target)));
-    if (threadIdx.x == 0) of_block = row;
-    // Also so that no block writes its gradient over a target's logit that another has yet to read.
-    cluster.arrive();
-    cluster.wait();
-    if (threadIdx.x < kWarp) {
-      if (cluster.blocks > 1) {
-        row = int(threadIdx.x) < cluster.blocks ? *cluster.of_rank(&of_block, threadIdx.x) : StatisticsOf<kLoop, A>();
-        row = warp_reduce(row, [](const auto& a, const auto& b) { return merge(a, b); });
-      }
-      if (threadIdx.x == 0) of_row = row;
-    }
+    const PackRange<T> range(x, rows.vocab_size, cluster);
+    const int groups = copy_range(x, range, kept);
+    // Behind the copies, since each of them waits for memory.
+    const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
+    const A row_weight = rows.row_weight_at(i);
+    auto row = merged_over_block(gather_kept<kLoop>(rows, x, range, kept, groups, of_target.centre(rows)));
+    // Before the exchange, behind which another block may write over it.
+    if (threadIdx.x == 0) z_of_target = of_target.z(rows);
+    wait_for_previous_kernel();
+    // For the upstream gradient that is expected.
+    const auto expected = Factors<A>::load(factors);
+    row = exchange.merged(cluster, row, [](const auto& a, const auto& b) { return merge(a, b); });
+    if (threadIdx.x == 0) of_row = row;
     __syncthreads();
+    exchange.after_reads(cluster);
     row = of_row;
-    // The other blocks' of_block are read; what is waited for below is that they have read this one's.
-    cluster.arrive_after_reads();
-    const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
+    const SavedRow<A> saved = rows.loss_of(row, z_of_target, of_target.token_weight);
     if (rank == 0 && threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
-                                   gradient_row_of(rows, i, saved, factors));
-    cluster.wait();
+                                   gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
+    exchange.end(cluster);
   }
 }
 
@@ -150,6 +153,8 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
   using A = Accumulator<T>;
   constexpr bool kPlain = kIsPlain<kLoop>;
   __shared__ StatisticsOf<kLoop, A> of_row;
+  // For the upstream gradient that is expected.
+  const auto expected = Factors<A>::load(factors);
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t target = rows.targets[i];
@@ -161,15 +166,18 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
-    const A z_target = rows.template z<kPlain>(widen(x[target]), int(target));
+    const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
+    const A row_weight = rows.row_weight_at(i);
     const PackRange<T> range(x, rows.vocab_size);
-    auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, smoothing_centre(z_target)));
+    auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows)));
+    const A z_target = of_target.z(rows);
     if (threadIdx.x == 0) of_row = row;
     __syncthreads();
     row = of_row;
-    const SavedRow<A> saved = rows.loss_of(row, z_target, i, target);
+    const SavedRow<A> saved = rows.loss_of(row, z_target, of_target.token_weight);
     if (threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
-    write_gradient<kPlain>(rows, x, gradient, range, int(target), gradient_row_of(rows, i, saved, factors));
+    write_gradient<kPlain>(rows, x, gradient, range, int(target),
+                           gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
   }
 }
 
@@ -197,24 +205,25 @@ __global__ void __launch_bounds__(kScaleThreads)
 // The grid with which a row stays on chip, or no blocks if it cannot.
 template <typename T, typename Kernel>
 Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
-  constexpr int kAmpere = 8, kHopper = 90;
+  constexpr int kAmpere = 8;
   if (launch.attribute(cudaDevAttrComputeCapabilityMajor) < kAmpere) return {};
-  const cudaFuncAttributes attributes = launch.attributes_of(kernel);
-  // Built for an older card, the kernel knows no clusters whatever this one has.
-  const bool clusters = launch.attribute(cudaDevAttrClusterLaunch) != 0 && attributes.ptxVersion >= kHopper;
+  const bool is_hopper = launch.is_hopper(kernel);
   const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  // What the device keeps of each block's share, which it deals out by 128 bytes.
-  constexpr int64_t kReservedBytes = 1024, kGranularity = 128;
-  const int64_t not_ours = kReservedBytes + int64_t(attributes.sharedSizeBytes);
   const int64_t packs = vocab_size / kVector<T>;
   // Where a row cannot be cut so far, two of them a multiprocessor are still better than a second pass over L2.
   for (int resident = kRowsOfMultiprocessor; resident >= 2; --resident) {
-    const int64_t room = of_multiprocessor / resident / kGranularity * kGranularity - not_ours;
-    for (int blocks = 1; blocks <= (clusters ? kMaxCluster : 1); blocks *= 2) {
+    for (int blocks = 1; blocks <= (is_hopper ? kMaxCluster : 1); blocks *= 2) {
       const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
-      const Grid grid{std::min<int64_t>(rows, 0x7fffffff / blocks) * blocks, threads_for(vocab_size), int(bytes), 1,
-                      blocks};
-      if (bytes <= room && launch.fits(kernel, grid)) return grid;
+      // A grid has no more blocks, and a cluster has one row.
+      constexpr int64_t kMostBlocks = 0x7fffffff;
+      if (bytes > of_multiprocessor / resident || (blocks > 1 && rows > kMostBlocks / blocks)) continue;
+      const Grid grid{.blocks = std::min(rows, kMostBlocks / blocks) * blocks,
+                      .threads = threads_for(vocab_size),
+                      .shared_bytes = int(bytes),
+                      .cluster = blocks,
+                      .wants_shared = true,
+                      .starts_early = is_hopper};
+      if (launch.resident_blocks_of_multiprocessor(kernel, grid) >= resident) return grid;
     }
   }
   return {};
@@ -242,13 +251,14 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
     A* factors = static_cast<A*>(outputs.factors.mutable_data_ptr());
     const A* divisor = data_or_null<A>(inputs.normalizer);
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
-    const Grid one_block{1, kReduceThreads};
-    launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, data_or_null<A>(upstream), factors);
+    Grid one_block{1, kReduceThreads};
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
       const auto on_chip = on_chip_kernel<T, kLoop>;
       const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
+      one_block.wants_shared = grid.wants_shared;
+      launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, data_or_null<A>(upstream), factors);
       if (grid.blocks > 0) {
-        launch(on_chip, grid, rows, Cluster{grid.cluster}, factors, gradients, gradient.stride(0));
+        launch(on_chip, grid, rows, Cluster(grid.cluster), factors, gradients, gradient.stride(0));
         return;
       }
       const auto cached = cached_kernel<T, kLoop>;
@@ -257,9 +267,11 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
       // At least a row for each multiprocessor, and no more than run at once.
       in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
-      in_cache.blocks = std::min({rows.count, in_cache.blocks, launch.resident_blocks(cached, in_cache)});
+      in_cache.blocks =
+          std::min({rows.count, in_cache.blocks, std::max<int64_t>(launch.resident_blocks(cached, in_cache), 1)});
       launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
     });
+    one_block.starts_early = launch.is_hopper(reduce_kernel<T>);
     // The upstream gradient that was read above: meanwhile another stream may have written what is expected next.
     launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors + kUpstream, factors,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));
@@ -300,9 +312,9 @@ void scale_(Tensor gradient, Tensor factor) {
   check_scalar(factor, "factor", gradient);
   const Launcher launch(gradient);
   dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
-    // No more blocks than run at once, since mostly they find a 1 and return.
+    // As few blocks as can keep memory busy, since mostly they find a 1 and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
-    const Grid grid{std::min(gradient.size(0), 8 * multiprocessors), kScaleThreads, 0, shares_of_row(launch, gradient)};
+    const Grid grid{std::min(gradient.size(0), 2 * multiprocessors), kScaleThreads, 0, shares_of_row(launch, gradient)};
     launch(scale_kernel<T>, grid, static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0), gradient.size(0),
            int(gradient.size(1)), static_cast<const Accumulator<T>*>(factor.const_data_ptr()));
   });

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
             saved.modulation};
   };
   const bool normalize = rows.options.modulation_normalize;
+  wait_for_previous_kernel();
   __shared__ A of_term;
   RowSums sums;
   if (reduction != Reduction::none || normalize) {
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
     bool counted;
     A token_weight, row_weight;
   };
+  let_next_kernel_start();
   RowSums sums;
   if (reduction != Reduction::sum && normalizer == nullptr) {
     for_each_row<kRowsAtOnce<A>>(

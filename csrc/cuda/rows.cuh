@@ -49,8 +49,8 @@ struct Rows {
     return kPlain ? x : transform.apply(x, j);
   }
   template <typename Statistics>
-  __device__ SavedRow<A> loss_of(const Statistics& statistics, A z_target, int64_t i, int64_t target) const {
-    return row_loss(statistics, z_target, token_weights.at(i, target), options);
+  __device__ SavedRow<A> loss_of(const Statistics& statistics, A z_target, A token_weight) const {
+    return row_loss(statistics, z_target, token_weight, options);
   }
 };
 
@@ -164,6 +164,27 @@ __device__ __forceinline__ StatisticsOf<kLoop, A> statistics_of_share(const Rows
   return row;
 }
 
+// What belongs to a row's target, loaded before the row is read and not waited for until then.
+template <typename T, Loop kLoop>
+struct RowTarget {
+  using A = Accumulator<T>;
+
+  int target;
+  T logit;
+  A token_weight;
+
+  __device__ __forceinline__ RowTarget(const Rows<T>& rows, const T* x, int64_t i, int target)
+      : target(target), logit(x[target]), token_weight(rows.token_weights.at(i, target)) {}
+
+  __device__ __forceinline__ A z(const Rows<T>& rows) const {
+    return rows.template z<kIsPlain<kLoop>>(widen(not_before(logit)), target);
+  }
+  // For which the plain loop has no use.
+  __device__ __forceinline__ A centre(const Rows<T>& rows) const {
+    return kIsPlain<kLoop> ? A(0) : smoothing_centre(z(rows));
+  }
+};
+
 // By one thread.
 template <typename T, typename A>
 __device__ __forceinline__ void write_row(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, int argmax) {
@@ -187,58 +208,64 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, const Pack
   range.for_each_outside(vocab_size, [&](int j) { gradient[j] = fill; });
 }
 
+// What the gradient off the target is computed by.
+template <bool kPlain, typename T>
+using OffTarget = std::conditional_t<kPlain && sizeof(T) == 2, GradientRowOfHalves, GradientRow<Accumulator<T>>>;
+
 // Off the target.
-template <bool kPlain, typename T, typename A>
-__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, const GradientRow<A>& row) {
-  const A x = widen(logit);
+template <bool kPlain, typename T>
+__device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, const OffTarget<kPlain, T>& row) {
+  const Accumulator<T> x = widen(logit);
   if constexpr (kPlain) {
     return narrow<T>(row.off_target(x));
   } else {
-    const A g = row.off_target(rows.transform.apply(x, j), rows.class_weights.at(j));
+    const auto g = row.off_target(rows.transform.apply(x, j), rows.class_weights.at(j));
     return narrow<T>(g * rows.transform.derivative(x));
   }
 }
 
-// The target's logit, kept by the thread that writes its gradient, and writes it once more at the end. So the loops
-// compare vectors with the target, and no elements.
+// The target's logit, in the thread that visits it, which writes its gradient once more at the end. So the loops know
+// no target.
 template <typename T>
 struct TargetElement {
   int column;
-  bool is_mine = false;
+  bool is_mine;
   T logit;
 
-  __device__ __forceinline__ explicit TargetElement(int target) : column(target) {}
-
-  __device__ __forceinline__ void look(const Pack<T>& pack, int first) {
-    // A target out of range may be any number.
-    if (unsigned(column) - unsigned(first) >= unsigned(kVector<T>)) return;
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      if (first + k == column) look(pack.value[k], column);
-    }
-  }
-
-  __device__ __forceinline__ void look(T value, int j) {
-    if (j != column) return;
-    is_mine = true;
-    logit = value;
+  // Before anything is written, since the gradient may lie where the logits do. A target of no column may be any
+  // number.
+  __device__ __forceinline__ TargetElement(const T* x, int target, bool is_mine) : column(target), is_mine(is_mine) {
+    if (is_mine) logit = x[target];
   }
 
   // After everything else of the row.
   template <bool kPlain, typename A>
   __device__ __forceinline__ void write(const Rows<T>& rows, T* gradient, const GradientRow<A>& row) const {
     if (!is_mine) return;
-    const A x = widen(logit);
+    const A x = widen(not_before(logit));
     const A g = row.at_target(rows.template z<kPlain>(x, column));
     gradient[column] = narrow<T>(kPlain ? g : g * rows.transform.derivative(x));
   }
 };
 
-template <bool kPlain, typename T, typename A>
+template <bool kPlain, typename T>
 __device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>& pack, int first,
-                                                   const GradientRow<A>& row) {
+                                                   const OffTarget<kPlain, T>& row) {
+  if constexpr (kPlain && sizeof(T) == 2) {
+    uint32_t words[kVectorBytes / 4];
+    memcpy(words, &pack, kVectorBytes);
 #pragma unroll
-  for (int k = 0; k < kVector<T>; ++k) pack.value[k] = gradient_of<kPlain>(rows, pack.value[k], first + k, row);
+    for (uint32_t& word : words) {
+      const float2 z = widen_pair<T>(word);
+      word = narrow_pair<T>({row.off_target(z.x), row.off_target(z.y)});
+    }
+    memcpy(&pack, words, kVectorBytes);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      pack.value[k] = gradient_of<kPlain, T>(rows, pack.value[k], first + k, row);
+    }
+  }
 }
 
 // The block's share of a row's gradient, from logits in memory. It may lie where they are: each thread reads an element
@@ -246,21 +273,20 @@ __device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>&
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, T* gradient, const PackRange<T>& range,
                                                int target, const GradientRow<A>& row) {
-  TargetElement<T> of_target(target);
-  const auto element = [&](int j) {
-    const T logit = x[j];
-    of_target.look(logit, j);
-    gradient[j] = gradient_of<kPlain>(rows, logit, j, row);
-  };
-  if (equally_aligned<T>(x, gradient)) {
+  const OffTarget<kPlain, T> off_target(row);
+  const auto element = [&](int j) { gradient[j] = gradient_of<kPlain, T>(rows, x[j], j, off_target); };
+  const bool aligned = equally_aligned<T>(x, gradient);
+  const bool is_mine =
+      aligned ? range.visits(target, rows.vocab_size) : range.visits_by_elements(target, rows.vocab_size);
+  const TargetElement<T> of_target(x, target, is_mine);
+  if (aligned) {
     for_each_pack<kPacks>(
         x, rows.vocab_size, range,
         [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
             const int begin = first + i * step;
-            of_target.look(packs[i], begin);
-            turn_into_gradient<kPlain>(rows, packs[i], begin, row);
+            turn_into_gradient<kPlain, T>(rows, packs[i], begin, off_target);
             store_pack(gradient + begin, packs[i]);
           }
         },

@@ -2,7 +2,7 @@
 // first 16-byte boundary and after the last one are visited one by one.
 #pragma once
 
-#include "device.cuh"
+#include "cluster.cuh"
 
 namespace pdl::cuda {
 
@@ -63,16 +63,25 @@ struct PackRange {
   bool has_outside;
 
   __device__ __forceinline__ PackRange(const T* data, int size, int share = 0, int shares = 1)
-      : row_begin(misaligned_head(data, size)), has_outside(share == 0) {
-    const int packs = (size - row_begin) / kVector<T>;
-    const int of_share = (packs + shares - 1) / shares;
-    row_end = row_begin + packs * kVector<T>;
-    begin = row_begin + min(packs, share * of_share) * kVector<T>;
-    end = row_begin + min(packs, (share + 1) * of_share) * kVector<T>;
-  }
+      : PackRange(data, size, share, [shares](int packs) { return (packs + shares - 1) / shares; }) {}
+
+  __device__ __forceinline__ PackRange(const T* data, int size, const Cluster& cluster)
+      : PackRange(data, size, cluster.rank(),
+                  [&](int packs) { return (packs + cluster.blocks - 1) >> cluster.log2_blocks; }) {}
 
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }
   __device__ __forceinline__ int step() const { return int(blockDim.x) * kVector<T>; }
+
+  // Whether this thread visits element j of a row of `size`; of any j.
+  __device__ __forceinline__ bool visits(int j, int size) const {
+    if (j >= begin && j < end) return unsigned(j - begin) / kVector<T> % blockDim.x == threadIdx.x;
+    return visits_outside(j, size);
+  }
+  // The same where the threads take the elements of the vectors in turns.
+  __device__ __forceinline__ bool visits_by_elements(int j, int size) const {
+    if (j >= begin && j < end) return unsigned(j - begin) % blockDim.x == threadIdx.x;
+    return visits_outside(j, size);
+  }
 
   // on_element(j) for each element outside of the vectors.
   template <typename OnElement>
@@ -80,6 +89,22 @@ struct PackRange {
     if (!has_outside) return;
     for (int j = threadIdx.x; j < row_begin; j += blockDim.x) on_element(j);
     for (int j = row_end + threadIdx.x; j < size; j += blockDim.x) on_element(j);
+  }
+
+ private:
+  __device__ __forceinline__ bool visits_outside(int j, int size) const {
+    if (!has_outside || j < 0 || j >= size) return false;
+    if (j < row_begin) return unsigned(j) % blockDim.x == threadIdx.x;
+    return j >= row_end && unsigned(j - row_end) % blockDim.x == threadIdx.x;
+  }
+
+  template <typename OfShare>
+  __device__ __forceinline__ PackRange(const T* data, int size, int share, OfShare of_share)
+      : row_begin(misaligned_head(data, size)), has_outside(share == 0) {
+    const int packs = (size - row_begin) / kVector<T>, most = of_share(packs);
+    row_end = row_begin + packs * kVector<T>;
+    begin = row_begin + min(packs, share * most) * kVector<T>;
+    end = row_begin + min(packs, (share + 1) * most) * kVector<T>;
   }
 };
 

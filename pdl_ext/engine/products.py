@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["product_into"]
 
-# Of a piece's float32 copies together.
+# Of a piece's float32 copies and its product together.
 _PIECE_ELEMENTS = 2**22
 
 
@@ -48,32 +48,38 @@ def _has_instructions(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, ops[dtype])())
 
 
+# Into memory at hand: autocast would make other products 16-bit ones again.
 def _by_float32(result: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
-    def store(into: Tensor, product: Tensor, bias: Tensor | None) -> None:
-        if bias is not None:
-            product += bias
-        if add:
-            into += product
-        else:
-            into.copy_(product)
-
     (m, k), n = a.shape, b.shape[1]
     longest = max(m, k, n)
     size = max(1, _PIECE_ELEMENTS // max(1, m + k + n - longest))
-    pieces = [slice(first, first + size) for first in range(0, longest, size)]
+    pieces = [slice(first, min(first + size, longest)) for first in range(0, longest, size)]
     if k == longest:
         total = a.new_zeros((m, n), dtype=torch.float32)
         for piece in pieces:
-            total.addmm_(_float32(a[:, piece]), _float32(b[piece]))
-        store(result, total, bias)
+            torch.addmm(total, _float32(a[:, piece]), _float32(b[piece]), out=total)
+        _store(result, total, bias, add)
     elif n == longest:
         wide = _float32(a)
         for piece in pieces:
-            store(result[:, piece], wide @ _float32(b[:, piece]), None if bias is None else bias[piece])
+            product = a.new_empty((m, piece.stop - piece.start), dtype=torch.float32)
+            torch.mm(wide, _float32(b[:, piece]), out=product)
+            _store(result[:, piece], product, None if bias is None else bias[piece], add)
     else:
         wide = _float32(b)
         for piece in pieces:
-            store(result[piece], _float32(a[piece]) @ wide, bias)
+            product = a.new_empty((piece.stop - piece.start, n), dtype=torch.float32)
+            torch.mm(_float32(a[piece]), wide, out=product)
+            _store(result[piece], product, bias, add)
+
+
+def _store(result: Tensor, product: Tensor, bias: Tensor | None, add: bool) -> None:
+    if bias is not None:
+        product += bias
+    if add:
+        result += product
+    else:
+        result.copy_(product)
 
 
 def _float32(matrix: Tensor) -> Tensor:

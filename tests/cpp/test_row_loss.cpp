@@ -292,6 +292,35 @@ TYPED_TEST(RowLossOf, GradientAgreesWithSoftmax) {
   }
 }
 
+// Of numbers as far from the largest one as their spacing at its size allows.
+TEST(GradientRowOfHalves, IsWithinAnEighthOfHalfAnUlpOfFloat16) {
+  for (const float max : {0.0f, -0.0f, 0.5f, 7.25f, -40.5f, 301.0f, -1999.0f, 4090.0f, 30000.0f, -60000.0f, 65504.0f,
+                          65536.0f, 131072.0f, -0x1p40f, 0x1.fep127f, -0x1.fep127f}) {
+    const GradientRow<float> whole{.max = max, .a_largest = 0.75f, .b_smoothed = 0, .sum = 2, .b_target = 1, .rest = 0};
+    const GradientRowOfHalves row(whole);
+    const float spacing =
+        std::abs(max) < 1 ? 0.125f : std::ldexp(1.0f, std::ilogb(max) - (std::abs(max) > 65504 ? 7 : 10));
+    for (int steps = 0; steps < 4000; ++steps) {
+      const float z = max - float(steps) * spacing;
+      if (z < max - 87) break;
+      const Wide exact = 0.75L * std::exp(Wide(z) - Wide(max));
+      EXPECT_NEAR(row.off_target(z) / exact, 1, 0x1p-15) << z << " of " << max;
+    }
+    EXPECT_EQ(row.off_target(-infinity<float>()), 0) << max;
+    EXPECT_TRUE(std::isnan(row.off_target(not_a_number<float>()))) << max;
+    // On the host subnormal results are kept.
+    EXPECT_NEAR(row.off_target(max - 1000 - std::abs(max) / 2), 0, 1e-38) << max;
+  }
+}
+
+TEST(GradientRowOfHalves, IsNanWhereTheRowHasNoLoss) {
+  for (const float max : {infinity<float>(), -infinity<float>()}) {
+    const GradientRow<float> whole{
+        .max = max, .a_largest = not_a_number<float>(), .b_smoothed = 0, .sum = 1, .b_target = 1, .rest = 0};
+    for (const float z : {0.0f, max, -3.0f}) EXPECT_TRUE(std::isnan(GradientRowOfHalves(whole).off_target(z)));
+  }
+}
+
 struct Options {
   double label_smoothing, z_loss, scale, softcap;
   bool offset;

@@ -180,6 +180,25 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* mbarr
                       .where = where});
 }
 
+void store_async(void* shared, const void* value, uint32_t bytes, uint64_t* mbarrier, Location where) {
+  constexpr const char* kName = "st_async";
+  require_capability(90, kName, where);
+  check_aligned(shared, bytes, kName, where);
+  const std::optional<Place> place = shared_memory.find(shared);
+  if (!place || !shared_memory.holds(*place, bytes)) fail("st_async to an address outside of shared memory", where);
+  const Place barrier = find_fenced_mbarrier(kName, mbarrier, where);
+  if (barrier.rank != place->rank) fail("st_async with an mbarrier of another block than its destination", where);
+  const auto* const begin = static_cast<const char*>(value);
+  async_copies.issue({.kind = Copy::Kind::load,
+                      .stage = Copy::Stage::read,
+                      .shared = *place,
+                      .global = nullptr,
+                      .bytes = bytes,
+                      .mbarrier = barrier,
+                      .where = where,
+                      .data = {begin, begin + bytes}});
+}
+
 void bulk_store(void* global, const void* shared, uint32_t bytes, Location where) {
   constexpr const char* kName = "cp_async_bulk";
   require_capability(90, kName, where);

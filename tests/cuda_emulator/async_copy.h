@@ -19,6 +19,8 @@ void pipeline_wait_prior(size_t prior, Location where);
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* mbarrier, Location where);
 void bulk_store(void* global, const void* shared, uint32_t bytes, Location where);
 void bulk_commit_group(Location where);
+// Of st_async: a value goes into the shared memory of a block of the cluster, and counts off an mbarrier there.
+void store_async(void* shared, const void* value, uint32_t bytes, uint64_t* mbarrier, Location where);
 // Until the stores of all groups but the last `prior` have read their source, or also written.
 void bulk_wait_group(unsigned prior, bool written, Location where);
 

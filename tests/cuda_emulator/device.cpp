@@ -7,6 +7,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "include/cuda_runtime.h"
 
@@ -73,12 +74,27 @@ struct Function {
 
 // Not thread-local: all that is belongs to the kernels.
 std::mutex mutex;
-std::map<const void*, Function> functions;
+// The devices that the environment has named so far, by number.
+std::map<std::string, int> numbers;
+std::map<std::pair<int, const void*>, Function> functions;
 std::atomic<cudaError_t> last_error = cudaSuccess;
 
-Function function(const void* kernel) {
+// Another device has another number, as on a machine with several cards.
+int current_device() {
+  const std::string name =
+      std::string(device().name) + " " + std::to_string(multiprocessors()) + " " + std::to_string(built_for());
   const std::lock_guard<std::mutex> lock(mutex);
-  return functions[kernel];
+  return numbers.try_emplace(name, int(numbers.size())).first->second;
+}
+
+Function& function_of(const void* kernel, int number) {
+  return functions[{number, kernel}];
+}
+
+Function function(const void* kernel) {
+  const int number = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  return function_of(kernel, number);
 }
 
 cudaError_t record(cudaError_t error) {
@@ -87,24 +103,25 @@ cudaError_t record(cudaError_t error) {
 }
 
 cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const int number = current_device();
   const std::lock_guard<std::mutex> lock(mutex);
   switch (attribute) {
     case cudaFuncAttributeMaxDynamicSharedMemorySize:
       if (value < 0 || value > device().optin) return cudaErrorInvalidValue;
-      functions[kernel].max_dynamic = value;
+      function_of(kernel, number).max_dynamic = value;
       return cudaSuccess;
     case cudaFuncAttributePreferredSharedMemoryCarveout:
       return value >= -1 && value <= 100 ? cudaSuccess : cudaErrorInvalidValue;
     case cudaFuncAttributeNonPortableClusterSizeAllowed:
       if (!device().has_clusters()) return cudaErrorNotSupported;
-      functions[kernel].any_cluster_size = value != 0;
+      function_of(kernel, number).any_cluster_size = value != 0;
       return cudaSuccess;
   }
   return cudaErrorNotSupported;
 }
 
 cudaError_t get_attribute(int* value, cudaDeviceAttr attribute, int number) {
-  if (number != 0) return cudaErrorInvalidDevice;
+  if (number != current_device()) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock:
       *value = kMaxThreads;
@@ -169,6 +186,8 @@ cudaError_t find_cluster(const cudaLaunchConfig_t& config, const Function& funct
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config.attrs[i];
     if (attribute.id == cudaLaunchAttributeIgnore) continue;
+    // Launches end before the next one begins, which is one way to keep that order.
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization && device().capability >= 90) continue;
     if (attribute.id != cudaLaunchAttributeClusterDimension || !device().has_clusters()) return cudaErrorNotSupported;
     const auto [x, y, z] = attribute.val.clusterDim;
     const uint64_t blocks = uint64_t(x) * y * z;
@@ -272,12 +291,12 @@ cudaError_t cudaPeekAtLastError() {
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = current_device();
   return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
-  return record(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+  return record(device == current_device() ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -294,6 +313,11 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 

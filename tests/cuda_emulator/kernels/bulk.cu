@@ -224,6 +224,35 @@ __global__ void gather_by_arrival(int* output, const int* input, int) {
   cluster.sync();
 }
 
+// Every block sends four numbers to all of them.
+template <Mistake kMistake>
+__global__ void messages_to_all(int* output, const int* input, int) {
+  struct alignas(16) Message {
+    int words[4];
+  };
+  __shared__ uint64_t barrier;
+  __shared__ Message messages[16];
+  const cg::cluster_group cluster = cg::this_cluster();
+  const int rank = int(cluster.block_rank()), blocks = int(cluster.num_blocks());
+  if (threadIdx.x == 0) {
+    initialise(&barrier, 1);
+    ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &barrier,
+                                   uint32_t(blocks * sizeof(Message)));
+  }
+  cluster.sync();
+  const int to = int(threadIdx.x);
+  if (to < blocks) {
+    const int* own = input + 4 * rank;
+    const int words[4] = {own[0], own[1], own[2], own[3]};
+    ptx::st_async(cluster.map_shared_rank(messages, to)[rank].words, words, cluster.map_shared_rank(&barrier, to));
+  }
+  if (kMistake != Mistake::no_wait) {
+    while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, &barrier, 0)) continue;
+  }
+  for (int i = to; i < 4 * blocks; i += int(blockDim.x)) output[4 * blocks * rank + i] = messages[i / 4].words[i % 4];
+  if (kMistake == Mistake::no_wait) wait(&barrier, 0);
+}
+
 __global__ void mbarrier_not_initialised(int*, const int*, int) {
   __shared__ uint64_t barrier;
   ptx::mbarrier_arrive(&barrier);
@@ -324,7 +353,7 @@ __global__ void load_in_flight(int*, const int* input, int) {
   }
 }
 
-enum class Foreign { arrival, wait, initialisation, load, store, unfenced_arrival };
+enum class Foreign { arrival, wait, initialisation, load, store, unfenced_arrival, message, message_to_global };
 
 // What needs the own block's memory, on that of the next block; and an arrival there that comes without a fence.
 template <Foreign kWhat>
@@ -347,6 +376,9 @@ __global__ void on_neighbour(int* output, const int* input, int) {
     if (kWhat == Foreign::store) {
       ptx::cp_async_bulk(ptx::space_global, ptx::space_shared, output, cluster.map_shared_rank(values, next), 64u);
     }
+    const int words[4] = {};
+    if (kWhat == Foreign::message) ptx::st_async(reinterpret_cast<int*>(values), words, other);
+    if (kWhat == Foreign::message_to_global) ptx::st_async(output, words, &barrier);
     if (kWhat == Foreign::unfenced_arrival) {
       ptx::mbarrier_arrive(ptx::sem_release, ptx::scope_cluster, ptx::space_cluster, other);
     }
@@ -395,6 +427,8 @@ const kernels::Register kernels_of_bulk_copies({
     {"cluster_softmax_with_early_return", cluster_softmax<Mistake::early_return>},
     {"gather_by_arrival", gather_by_arrival<Mistake::none>},
     {"gather_by_arrival_without_wait", gather_by_arrival<Mistake::no_wait>},
+    {"messages_to_all", messages_to_all<Mistake::none>},
+    {"messages_to_all_without_wait", messages_to_all<Mistake::no_wait>},
     {"mbarrier_not_initialised", mbarrier_not_initialised},
     {"mbarrier_initialised_by_all", mbarrier_initialised_by_all},
     {"mbarrier_of_nobody", mbarrier_of_nobody},
@@ -415,6 +449,8 @@ const kernels::Register kernels_of_bulk_copies({
     {"mbarrier_init_in_neighbour", on_neighbour<Foreign::initialisation>},
     {"load_with_mbarrier_of_neighbour", on_neighbour<Foreign::load>},
     {"store_from_neighbour", on_neighbour<Foreign::store>},
+    {"message_with_mbarrier_of_neighbour", on_neighbour<Foreign::message>},
+    {"message_to_global_memory", on_neighbour<Foreign::message_to_global>},
     {"arrival_at_neighbour_without_fence", on_neighbour<Foreign::unfenced_arrival>},
     {"parity_of_two", parity_of_two},
     {"too_many_bytes_copied", too_many_bytes_copied},

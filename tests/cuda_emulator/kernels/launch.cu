@@ -58,7 +58,9 @@ EXPORT int cuda_emulator_launch(const char* name, const Request* request, void* 
 }
 
 EXPORT int cuda_emulator_device_attribute(int attribute, int* value) {
-  return cudaDeviceGetAttribute(value, cudaDeviceAttr(attribute), 0);
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  return cudaDeviceGetAttribute(value, cudaDeviceAttr(attribute), device);
 }
 
 // Blocks a multiprocessor, clusters on the device, and the most blocks a cluster.

@@ -1,0 +1,163 @@
+// The blocks of a thread block cluster, which sm_90 has, and how they merge what each of them knows.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda/ptx>
+
+#include "block_reduce.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define PDL_HAS_CLUSTERS
+#endif
+
+namespace pdl::cuda {
+
+namespace ptx = ::cuda::ptx;
+
+constexpr int kMaxCluster = 16;
+
+// `blocks` is a power of two, and 1 in a launch without clusters.
+struct Cluster {
+  int blocks;
+  // Shifts by it are divisions by `blocks`, which takes 20 instructions.
+  int log2_blocks;
+
+  explicit Cluster(int blocks) : blocks(blocks), log2_blocks(std::countr_zero(unsigned(blocks))) {}
+
+#if defined(PDL_HAS_CLUSTERS)
+  __device__ int rank() const { return blocks == 1 ? 0 : int(cooperative_groups::this_cluster().block_rank()); }
+  __device__ void arrive() const {
+    if (blocks > 1) cooperative_groups::this_cluster().barrier_arrive();
+  }
+  // For what the thread has read; what it has written may not be there yet.
+  __device__ void arrive_relaxed() const {
+#if defined(__CUDA_ARCH__)
+    if (blocks > 1) __cluster_barrier_arrive_relaxed();
+#else
+    arrive();
+#endif
+  }
+  __device__ void wait() const {
+    if (blocks > 1) cooperative_groups::this_cluster().barrier_wait();
+  }
+  // The same variable in the shared memory of another block.
+  template <typename V>
+  __device__ V* of_rank(V* variable, int rank) const {
+    return cooperative_groups::this_cluster().map_shared_rank(variable, rank);
+  }
+#else
+  __device__ int rank() const { return 0; }
+  __device__ void arrive() const {}
+  __device__ void arrive_relaxed() const {}
+  __device__ void wait() const {}
+  template <typename V>
+  __device__ V* of_rank(V* variable, int) const {
+    return variable;
+  }
+#endif
+};
+
+// How blocks merge what their threads 0 know: in that order they call begin(), then for each row merged() and
+// after_reads() or skip(), then end(). Whoever has merged() behind him may write what others have read before it.
+//
+// - barrier: each leaves its own in its shared memory, and reads the others' behind a barrier. Its arrival is a fence
+// of
+//   the whole card's memory. A second one keeps a block from leaving before it is read.
+// - messages: each sends its own to all, and waits for theirs to arrive. No fence and no second barrier; but a cluster
+//   has one row only.
+//
+// A card has to decide between them: docs/kernels.md.
+enum class Exchange { barrier, messages };
+#if !defined(PDL_EXCHANGE)
+#define PDL_EXCHANGE barrier
+#endif
+constexpr Exchange kExchange = Exchange::PDL_EXCHANGE;
+
+template <Exchange, typename V>
+struct ClusterExchange;
+
+template <typename V>
+struct ClusterExchange<Exchange::barrier, V> {
+  V of_block;
+
+  __device__ void begin(const Cluster&) {}
+  __device__ void skip(const Cluster&) {}
+
+  template <typename Combine>
+  __device__ V merged(const Cluster& cluster, V value, Combine combine) {
+    if (cluster.blocks == 1) return value;
+    if (threadIdx.x == 0) of_block = value;
+    cluster.arrive();
+    cluster.wait();
+    if (threadIdx.x < kWarp) {
+      value = int(threadIdx.x) < cluster.blocks ? *cluster.of_rank(&of_block, threadIdx.x) : V();
+      value = warp_reduce(value, combine, cluster.blocks);
+    }
+    return value;
+  }
+
+  // After a barrier of the block: the other blocks' values are read.
+  __device__ void after_reads(const Cluster& cluster) { cluster.arrive_relaxed(); }
+  __device__ void end(const Cluster& cluster) { cluster.wait(); }
+};
+
+#if !defined(PDL_HAS_CLUSTERS)
+// A block is alone.
+template <typename V>
+struct ClusterExchange<Exchange::messages, V> : ClusterExchange<Exchange::barrier, V> {};
+#else
+template <typename V>
+struct ClusterExchange<Exchange::messages, V> {
+  static constexpr int kWords = (sizeof(V) + 15) / 16 * 4;
+  struct alignas(16) Message {
+    int words[kWords];
+  };
+
+  Message own;
+  Message of_block[kMaxCluster];
+  uint64_t arrived;
+
+  __device__ void begin(const Cluster& cluster) {
+    if (cluster.blocks == 1) return;
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(&arrived, 1);
+      ptx::fence_mbarrier_init(ptx::sem_release, ptx::scope_cluster);
+      ptx::mbarrier_arrive_expect_tx(ptx::sem_release, ptx::scope_cta, ptx::space_shared, &arrived,
+                                     uint32_t(cluster.blocks * sizeof(Message)));
+    }
+    cluster.arrive_relaxed();
+  }
+
+  // All are there whom others may still write to.
+  __device__ void skip(const Cluster& cluster) { cluster.wait(); }
+
+  template <typename Combine>
+  __device__ V merged(const Cluster& cluster, V value, Combine combine) {
+    if (cluster.blocks == 1) return value;
+    if (threadIdx.x == 0) memcpy(own.words, &value, sizeof value);
+    cluster.wait();
+    if (threadIdx.x >= kWarp) return value;
+    __syncwarp();
+    const int lane = int(threadIdx.x);
+    if (lane < cluster.blocks) {
+      Message& place = cluster.of_rank(this, lane)->of_block[cluster.rank()];
+      uint64_t* const counter = &cluster.of_rank(this, lane)->arrived;
+#pragma unroll
+      for (int k = 0; k < kWords; k += 4) {
+        const int words[4] = {own.words[k], own.words[k + 1], own.words[k + 2], own.words[k + 3]};
+        ptx::st_async(&place.words[k], words, counter);
+      }
+    }
+    while (!ptx::mbarrier_try_wait_parity(ptx::sem_acquire, ptx::scope_cluster, &arrived, 0)) continue;
+    value = V();
+    if (lane < cluster.blocks) memcpy(&value, of_block[lane].words, sizeof value);
+    return warp_reduce(value, combine, cluster.blocks);
+  }
+
+  // Nobody reads this block's memory, and all that is sent to it has arrived.
+  __device__ void after_reads(const Cluster&) {}
+  __device__ void end(const Cluster&) {}
+};
+#endif
+
+}  // namespace pdl::cuda

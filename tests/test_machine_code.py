@@ -1,0 +1,135 @@
+"""What is counted of machine code, by listings whose counts are known."""
+
+from __future__ import annotations
+
+import json
+
+import machine_code
+import pytest
+from machine_code import Count, Loop
+
+pytestmark = pytest.mark.slow
+
+# By nvdisasm 13.0 of sm_90: the load sets the second barrier, which the comparison waits for.
+REAL = """\
+//--------------------- .text._Z1kPK6float4PS_PKii --------------------------
+\t.section\t.text._Z1kPK6float4PS_PKii,"ax",@progbits
+_Z1kPK6float4PS_PKii:
+.text._Z1kPK6float4PS_PKii:
+        /*0050*/                   LDG.E R2, desc[UR6][R2.64] ;                   /* 0x0000000602027981 */
+                                                                                  /* 0x000ea4000c1e1900 */
+.L_x_2:
+        /*0060*/                   ISETP.GE.AND P0, PT, R2, RZ, PT ;              /* 0x000000ff0200720c */
+                                                                                  /* 0x004fda0003f06270 */
+        /*0070*/              @!P0 BRA `(.L_x_2) ;                                /* 0x000000000000894d */
+                                                                                  /* 0x000fea0003800000 */
+"""
+
+
+def listing(name: str, *lines: str | tuple[str, int | None, int]) -> str:
+    """A function of such instructions: texts, with the barrier they set and a mask of those they wait for; labels."""
+    printed = [f".text.{name}:"]
+    address = 0
+    for line in lines:
+        if isinstance(line, str) and line.endswith(":"):
+            printed.append(line)
+            continue
+        text, sets, waits = (line, None, 0) if isinstance(line, str) else line
+        upper = (waits << 11 | (7 if sets is None else sets) << 5) << 41
+        printed += [f"  /*{address:04x}*/   {text} ;  /* 0x{0:016x} */", f"    /* 0x{upper:016x} */"]
+        address += 16
+    return "\n".join(printed)
+
+
+ON_CHIP = "on_chip_kernel<__nv_bfloat16, (Loop)0>"
+COPY = (".L_copy:", "LDGSTS.E.BYPASS.128 [R11], desc[UR6][R2.64]", "IADD3 R9, R6, R9, RZ", "@!P0 BRA `(.L_copy)")
+STATISTICS = (
+    ".L_sum:",
+    *["LDS.128 R8, [R0]"] * 2,
+    *["MUFU.EX2 R8, R6"] * 16,
+    "FADD R1, R1, R8",
+    "@P0 BRA `(.L_sum)",
+)
+GRADIENT = (
+    ".L_gradient:",
+    "LDS.128 R8, [R0]",
+    *["MUFU.EX2 R8, R6"] * 8,
+    *["F2FP.BF16.F32.PACK_AB R6, R7, R6"] * 4,
+    "STG.E.EF.128 desc[UR6][R2.64], R8",
+    "@P0 BRA `(.L_gradient)",
+)
+# A shorter way round for what is left, and one that fills a row: neither is the pass over it.
+REST = (".L_rest:", "LDS.128 R8, [R0]", *["MUFU.EX2 R8, R6"] * 8, "@P0 BRA `(.L_rest)")
+FILL = (".L_fill:", "STG.E.EF.128 desc[UR6][R2.64], R8", "@P0 BRA `(.L_fill)")
+
+
+def counted(*lines: str | tuple[str, int | None, int]) -> Count:
+    (function,) = machine_code.parse(listing("k", *lines))
+    (count,) = machine_code.counts({ON_CHIP: function})
+    return count
+
+
+def test_listing_is_read():
+    (function,) = machine_code.parse(REAL)
+    load, compare, branch = function.instructions
+    assert function.name == "_Z1kPK6float4PS_PKii"
+    assert (load.name, load.sets, load.waits) == ("LDG.E", 2, frozenset())
+    assert (compare.name, compare.sets, compare.waits) == ("ISETP.GE.AND", None, {2})
+    assert (branch.name, function.labels) == ("BRA", {".L_x_2": 0x60})
+    assert [[x.address for x in body] for body in function.loops()] == [[0x60, 0x70]]
+
+
+def test_loops_are_counted_by_element():
+    count = counted(*COPY, *STATISTICS, *REST, *FILL, *GRADIENT, ("MEMBAR.ALL.GPU", None, 0), "EXIT", "NOP")
+    assert count.loops == [Loop(8, 3, 0, 1, 0, 0, 0), Loop(16, 20, 2, 0, 0, 16, 0), Loop(8, 15, 1, 0, 1, 8, 4)]
+    assert [loop.kind for loop in count.loops] == ["copy", "statistics", "gradient"]
+    assert count.instructions == 3 / 8 + 20 / 16 + 15 / 8
+    assert count.fences == 1
+    assert count.fits
+
+
+def test_only_inner_loops_count():
+    count = counted(".L_rows:", *COPY, *STATISTICS, *GRADIENT, "@P1 BRA `(.L_rows)")
+    assert [loop.kind for loop in count.loops] == ["copy", "statistics", "gradient"]
+
+
+@pytest.mark.parametrize(
+    ("waits", "loads"),
+    [
+        # The target's number alone; its weight, which nobody waits for; its logit, and that of another one, too.
+        ([("LDG.E R2, x", 0, 0), ("ISETP P0, R2", None, 1)], 1),
+        ([("LDG.E R2, x", 0, 0), ("ISETP P0, R2", None, 1), ("LDG.E R3, w", 1, 0)], 1),
+        ([("LDG.E R2, x", 0, 0), ("LDG.E.U16 R3, w", 1, 1), ("SHL R3, R3", None, 2)], 2),
+        ([("LDG.E R2, x", 0, 0), ("LDG.E R3, w", 1, 1), ("LDG.E R4, w", 2, 2), ("SHL R4, R4", None, 4)], 3),
+        # Waiting for a constant or for shared memory is no wait for memory.
+        ([("LDC R2, c[0x0][0x28]", 0, 0), ("ISETP P0, R2", None, 1)], 0),
+    ],
+)
+def test_loads_that_are_waited_for_before_the_row(waits, loads):
+    count = counted(*waits, *COPY, ("SHL R3, R3", None, 63), *STATISTICS, *GRADIENT)
+    assert count.loads_before == loads
+    assert count.fits == (loads <= 2)
+
+
+def test_too_many_instructions_are_refused():
+    # 65 % of what an H200's schedulers issue while it moves 4 bytes.
+    most = int(0.65 * 4 / 4.3e12 * 132 * 128 * 1.755e9 * 8)
+    loops = [*COPY, *STATISTICS, *GRADIENT]
+    spare = most - int(8 * counted(*loops).instructions)
+    for more, fits in ((spare - 1, True), (spare + 1, False)):
+        longer = [*loops[:-1], *["FADD R1, R1, R8"] * more, loops[-1]]
+        count = counted(*longer)
+        assert count.fits == fits
+        assert ("TOO MUCH" in machine_code.table([count])[-1]) != fits
+
+
+def test_a_kernel_without_its_loops_is_refused():
+    assert counted(*COPY, *STATISTICS, *GRADIENT).fits
+    for loops in ([], COPY + STATISTICS, COPY + GRADIENT, STATISTICS + GRADIENT):
+        assert not counted(*loops, "EXIT").fits
+
+
+def test_counts_survive_json():
+    count = counted(*COPY, *STATISTICS, *GRADIENT)
+    assert machine_code.from_json(json.loads(json.dumps([count]))) == [count]
+    assert machine_code.from_json(None) is None
