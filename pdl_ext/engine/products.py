@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["product_into"]
 
 # Of a piece's float32 copies and its product together.
-_PIECE_ELEMENTS = 2**22
+_PIECE_ELEMENTS = 2**20
 
 
 def product_into(result: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = None, add: bool = False) -> None:
@@ -28,6 +28,7 @@ def product_into(result: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = 
             result.addmm_(a, b)
         else:
             torch.mm(a, b, out=result)
+    # A float32 summand of 16-bit products is taken from PyTorch 2.10 on.
     elif result.is_cuda and result.dtype == torch.float32:
         if add:
             torch.addmm(result, a, b, out_dtype=torch.float32, out=result)
@@ -48,28 +49,32 @@ def _has_instructions(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, ops[dtype])())
 
 
-# Into memory at hand: autocast would make other products 16-bit ones again.
+# Into memory at hand: autocast would make other products 16-bit ones again, and malloc would keep that of many pieces.
 def _by_float32(result: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     longest = max(m, k, n)
-    size = max(1, _PIECE_ELEMENTS // max(1, m + k + n - longest))
+    size = min(max(1, longest), max(1, _PIECE_ELEMENTS // max(1, m + k + n - longest)))
     pieces = [slice(first, min(first + size, longest)) for first in range(0, longest, size)]
+
+    def memory(elements: int) -> Tensor:
+        return a.new_empty(elements, dtype=torch.float32)
+
     if k == longest:
-        total = a.new_zeros((m, n), dtype=torch.float32)
+        of_a, of_b, total = memory(m * size), memory(size * n), memory(m * n).view(m, n).zero_()
         for piece in pieces:
-            torch.addmm(total, _float32(a[:, piece]), _float32(b[piece]), out=total)
+            torch.addmm(total, _float32(a[:, piece], of_a), _float32(b[piece], of_b), out=total)
         _store(result, total, bias, add)
     elif n == longest:
-        wide = _float32(a)
+        wide, of_b, of_product = _float32(a, memory(m * k)), memory(k * size), memory(m * size)
         for piece in pieces:
-            product = a.new_empty((m, piece.stop - piece.start), dtype=torch.float32)
-            torch.mm(wide, _float32(b[:, piece]), out=product)
+            product = of_product[: m * (piece.stop - piece.start)].view(m, piece.stop - piece.start)
+            torch.mm(wide, _float32(b[:, piece], of_b), out=product)
             _store(result[:, piece], product, None if bias is None else bias[piece], add)
     else:
-        wide = _float32(b)
+        wide, of_a, of_product = _float32(b, memory(k * n)), memory(size * k), memory(size * n)
         for piece in pieces:
-            product = a.new_empty((piece.stop - piece.start, n), dtype=torch.float32)
-            torch.mm(_float32(a[piece]), wide, out=product)
+            product = of_product[: (piece.stop - piece.start) * n].view(piece.stop - piece.start, n)
+            torch.mm(_float32(a[piece], of_a), wide, out=product)
             _store(result[piece], product, bias, add)
 
 
@@ -82,6 +87,10 @@ def _store(result: Tensor, product: Tensor, bias: Tensor | None, add: bool) -> N
         result.copy_(product)
 
 
-def _float32(matrix: Tensor) -> Tensor:
-    """A copy whose elements lie in the order of the matrix's own, which is the fastest to make."""
-    return matrix.t().float().t() if matrix.stride(0) < matrix.stride(1) else matrix.float()
+def _float32(matrix: Tensor, memory: Tensor) -> Tensor:
+    """A copy in the memory, whose elements lie in the order of the matrix's own: the fastest to make."""
+    rows, columns = matrix.shape
+    memory = memory[: rows * columns]
+    if matrix.stride(0) < matrix.stride(1):
+        return memory.view(columns, rows).t().copy_(matrix)
+    return memory.view(rows, columns).copy_(matrix)
