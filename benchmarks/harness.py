@@ -37,6 +37,8 @@ from typing import Any
 
 import torch
 
+from pdl_ext.engine import products
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_MULTIPLE = 3
 
@@ -542,7 +544,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def has_bfloat16_products() -> bool:
     """Whether PyTorch has more than loops of its own for products in bfloat16 on this CPU."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return products._has_instructions(torch.bfloat16)
 
 
 def version_of(package: str, module: str) -> str:
