@@ -235,6 +235,17 @@ def test_large_weights_stay_finite(make_case, assert_matches):
     assert_matches(case, reduction="sum")
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [1, 2, 33, 65])
+def test_the_largest_logit_is_found_at_every_place(make_case, assert_matches, vocab_size, dtype, inplace_backward):
+    case = make_case((vocab_size,), vocab_size, dtype, ignored=False)
+    # exp(3000) is infinite in every dtype.
+    case.leaf += 3000 * torch.eye(vocab_size, dtype=dtype, device=case.leaf.device)
+    case.view = computed
+    assert_matches(case, inplace_backward=inplace_backward)
+
+
 @pytest.mark.devices("emulated", "cuda")
 @pytest.mark.parametrize("options", [{}, FULL], ids=["plain", "full"])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -98,7 +98,7 @@ __attribute__((target(PDL_TARGET_AVX2))) inline float sum_of_exp_avx2(const T* x
   const __m256 largest = _mm256_set1_ps(max), least = _mm256_set1_ps(finite_log_ratio(-infinity<float>()));
   __m256 sums[kSums] = {}, scaled_sums[2] = {};
   for (int64_t j = 0; j < n; j += kBlock) {
-    for (int k = 0; k < kBlock; k += kLine) __builtin_prefetch(x + j + k + ahead, kKeep);
+    for (int k = 0; k < kBlock; k += kLine) __builtin_prefetch(x + j + k + ahead);
     for (int part = 0; part < kSums; ++part) {
       const __m256 below = _mm256_sub_ps(load_avx2(x + j + 8 * part), largest);
       const __m256 e = exp_avx2<T>(below);
@@ -128,6 +128,9 @@ __attribute__((target(PDL_TARGET_AVX512))) inline void stream_avx512(const void*
   for (int k = 0; k < kBytes / 64; ++k) _mm512_stream_si512(to + k, _mm512_load_si512(from + k));
 }
 
+__attribute__((target(PDL_TARGET_AVX512))) inline __m512 widen_half_avx512(const float* x, int half) {
+  return _mm512_loadu_ps(x + 16 * half);
+}
 __attribute__((target(PDL_TARGET_AVX512))) inline __m512 widen_half_avx512(const Float16* x, int half) {
   const void* place = x + 16 * half;
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(place)));
@@ -158,20 +161,32 @@ alignas(64) inline constexpr int32_t kRootsOfTwo[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
 };
 
-// exp(x - origin) for x that are not much larger than an origin of `steps` thirty-seconds of ln 2: a whole number of
-// them costs no subtraction. A table, 2^(i / 32), that two registers hold, and a parabola: half of exp_nonpositive's
-// instructions for the units that multiply and compare, which bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of
-// which the second is the rounding of log2(e).
+// exp(x - origin) of a T. A table, 2^(i / 32), that two registers hold, and a short polynomial.
+//
+// Of 16-bit numbers the origin is of `steps` thirty-seconds of ln 2: a whole number of them costs no subtraction. x is
+// not much larger than that. Half of exp_nonpositive's instructions for the units that multiply and compare, which
+// bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of which the second is the rounding of log2(e). Of others the
+// origin is 0, and it is within 2 ulp.
+template <typename T>
 __attribute__((target(PDL_TARGET_AVX512))) inline __m512 exp_avx512(__m512 x, float steps) {
   const __m512i low = _mm512_load_si512(kRootsOfTwo), high = _mm512_load_si512(kRootsOfTwo + 16);
   const __m512 scale = _mm512_set1_ps(kStepsOfExp), round = _mm512_set1_ps(12582912.0f - steps);
   // As in exp_nonpositive, but of thirty-seconds: the low 5 bits are the table's index, and those above the exponent.
   const __m512 shifted = _mm512_fmadd_ps(x, scale, round);
   const __m512i bits = _mm512_castps_si512(shifted);
-  const __m512 r = _mm512_fmsub_ps(x, scale, _mm512_sub_ps(shifted, round));
-  // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient takes what it can of the third power, too.
-  const __m512 p =
-      _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(2.34596198e-04f), _mm512_set1_ps(2.16611670e-02f)), r);
+  const __m512 n = _mm512_sub_ps(shifted, round);
+  __m512 r, p;
+  if constexpr (sizeof(T) == 2) {
+    // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient takes what it can of the third power, too.
+    r = _mm512_fmsub_ps(x, scale, n);
+    p = _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(2.34596198e-04f), _mm512_set1_ps(2.16611670e-02f)), r);
+  } else {
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f / 32), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f / 32), r);
+    // exp(r) - 1 for |r| <= ln 2 / 64.
+    p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.0f / 6), _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r);
+  }
   const __m512i root = _mm512_maskz_permutex2var_epi32(0xffff, low, bits, high);
   const __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_maskz_slli_epi32(0xffff, bits, 18)));
   const __m512 lowest = _mm512_set1_ps(steps * (1 / kStepsOfExp) - 87.3365f);
@@ -184,44 +199,76 @@ __attribute__((target(PDL_TARGET_AVX512))) inline void widen_block_avx512(const 
 }
 
 __attribute__((target(PDL_TARGET_AVX512))) inline float exp_of_one_avx512(float x, float steps) {
-  return _mm512_cvtss_f32(exp_avx512(_mm512_set1_ps(x), steps));
-}
-
-__attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_lanes_avx512(__m512 x) {
-  alignas(64) float of_lanes[16];
-  _mm512_store_ps(of_lanes, x);
-  float sum = 0;
-  for (const float of_lane : of_lanes) sum += of_lane;
-  return sum;
+  return _mm512_cvtss_f32(exp_avx512<BFloat16>(_mm512_set1_ps(x), steps));
 }
 
 // sum_of_exp_blocks, which the compiler would leave in memory.
 template <bool kKeep, bool kEntropy, typename T>
 __attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const T* x, int64_t n, float steps, float max,
                                                                           float* kept, int64_t ahead, float* scaled) {
+  constexpr int kLine = 64 / sizeof(T);
   const __m512 largest = _mm512_set1_ps(max), least = _mm512_set1_ps(finite_log_ratio(-infinity<float>()));
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   __m512 scaled_sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (int64_t j = 0; j < n; j += kBlock) {
-    __builtin_prefetch(x + j + ahead, kKeep);
+    for (int k = 0; k < kBlock; k += kLine) __builtin_prefetch(x + j + k + ahead);
     for (int half = 0; half < 2; ++half) {
-      const __m512 wide = widen_half_avx512(x + j, half), e = exp_avx512(wide, steps);
+      const __m512 wide = widen_half_avx512(x + j, half), below = _mm512_sub_ps(wide, largest);
+      const __m512 e = exp_avx512<T>(sizeof(T) == 2 ? wide : below, steps);
       if (kKeep) _mm512_storeu_ps(kept + j + 16 * half, e);
       sums[half] = _mm512_add_ps(sums[half], e);
       if (kEntropy) {
         // Of NaN it is `least`, and e is NaN.
-        const __m512 below = _mm512_maskz_max_ps(0xffff, _mm512_sub_ps(wide, largest), least);
-        scaled_sums[half] = _mm512_fmadd_ps(e, below, scaled_sums[half]);
+        scaled_sums[half] = _mm512_fmadd_ps(e, _mm512_maskz_max_ps(0xffff, below, least), scaled_sums[half]);
       }
     }
   }
-  if (kEntropy) *scaled = sum_of_lanes_avx512(_mm512_add_ps(scaled_sums[0], scaled_sums[1]));
-  return sum_of_lanes_avx512(_mm512_add_ps(sums[0], sums[1]));
+  if (kEntropy) *scaled = _mm512_reduce_add_ps(_mm512_add_ps(scaled_sums[0], scaled_sums[1]));
+  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
 }
 
 __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(const float* x, BFloat16* y) {
   const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
   __builtin_memcpy(y, &both, sizeof both);
+}
+
+// scale_blocks, of which the compiler would call the conversion, and keep the rest in memory meanwhile.
+template <bool kStreamed>
+__attribute__((target(PDL_TARGET_AVX512_BF16))) inline void scale_avx512(const float* x, float factor, float less,
+                                                                         BFloat16* y, int64_t n) {
+  const __m512 factors = _mm512_set1_ps(factor), subtrahend = _mm512_set1_ps(less);
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const __m512 low = _mm512_fmsub_ps(_mm512_loadu_ps(x + j), factors, subtrahend);
+    const __m512 high = _mm512_fmsub_ps(_mm512_loadu_ps(x + j + 16), factors, subtrahend);
+    const auto both = __m512i(_mm512_cvtne2ps_pbh(high, low));
+    if (kStreamed) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(y + j), both);
+    } else {
+      _mm512_storeu_si512(y + j, both);
+    }
+  }
+}
+template <bool kStreamed>
+__attribute__((target(PDL_TARGET_AVX512))) inline void scale_avx512(const float* x, float factor, float less,
+                                                                    Float16* y, int64_t n) {
+  const __m512 factors = _mm512_set1_ps(factor), subtrahend = _mm512_set1_ps(less);
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512 scaled = _mm512_fmsub_ps(_mm512_loadu_ps(x + j), factors, subtrahend);
+    const __m256i half = _mm512_maskz_cvtps_ph(0xffff, scaled, _MM_FROUND_TO_NEAREST_INT);
+    auto* const place = reinterpret_cast<__m256i*>(y + j);
+    kStreamed ? _mm256_stream_si256(place, half) : _mm256_storeu_si256(place, half);
+  }
+}
+template <bool kStreamed>
+__attribute__((target(PDL_TARGET_AVX2))) inline void scale_avx2(const float* x, float factor, float less, Float16* y,
+                                                                int64_t n) {
+  const __m256 factors = _mm256_set1_ps(factor), subtrahend = _mm256_set1_ps(less);
+  for (int64_t j = 0; j < n; j += 8) {
+    const __m256 scaled = _mm256_fmsub_ps(_mm256_loadu_ps(x + j), factors, subtrahend);
+    const __m128i half = _mm256_cvtps_ph(scaled, _MM_FROUND_TO_NEAREST_INT);
+    auto* const place = reinterpret_cast<__m128i*>(y + j);
+    kStreamed ? _mm_stream_si128(place, half) : _mm_storeu_si128(place, half);
+  }
 }
 
 }  // namespace detail
@@ -237,10 +284,12 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = widen(x[k]);
 }
 
-// What the exponentials of a tile, whose largest number is `max`, are relative to: max, or on AVX-512 what exp_avx512
-// needs, just below it.
-template <Capability kCapability>
+// What the exponentials of a tile of T, whose largest number is `max`, are relative to: max, or on AVX-512 what
+// exp_avx512 needs of 16-bit numbers, just below it.
+template <Capability kCapability, typename T>
 struct ExpOrigin {
+  static constexpr bool kInSteps = kCapability >= Capability::avx512 && sizeof(T) == 2;
+
   float max;
   float steps = 0;
   float value = max;
@@ -249,7 +298,7 @@ struct ExpOrigin {
 
   explicit PDL_INLINE ExpOrigin(float max) : max(max) {
 #ifdef PDL_SIMD_TARGETS
-    if constexpr (kCapability >= Capability::avx512) {
+    if constexpr (kInSteps) {
       if (!in_blocks()) return;
       steps = __builtin_floorf(max * kStepsOfExp);
       value -= __builtin_fmaf(max, kStepsOfExp, -steps) / kStepsOfExp;
@@ -259,7 +308,7 @@ struct ExpOrigin {
   }
 
   // Further away, rounding the origin would show in what is relative to it.
-  PDL_INLINE bool in_blocks() const { return kCapability < Capability::avx512 || (max > -1024 && max < 1024); }
+  PDL_INLINE bool in_blocks() const { return !kInSteps || (max > -1024 && max < 1024); }
 };
 
 // The sum of exp(x - origin) of whole blocks, if origin.in_blocks(). With kKeep also each of them in `kept`, with
@@ -267,7 +316,7 @@ struct ExpOrigin {
 // to be overwritten soon: the processor's own prefetchers see no loads of it. Past the logits' end it does no harm.
 template <bool kKeep, bool kEntropy, Capability kCapability, typename T>
 PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const T* x, int64_t n,
-                                   const ExpOrigin<kCapability>& origin, float* kept, int64_t ahead, float* scaled) {
+                                   const ExpOrigin<kCapability, T>& origin, float* kept, int64_t ahead, float* scaled) {
 #ifdef PDL_SIMD_TARGETS
   if constexpr (kCapability >= Capability::avx512) {
     return detail::sum_of_exp_avx512<kKeep, kEntropy>(x, n, origin.steps, origin.max, kept, ahead, scaled);
@@ -279,7 +328,7 @@ PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const
   constexpr int kSums = kBlock / 2;
   alignas(64) float sums[kSums] = {}, scaled_sums[kSums] = {};
   for (int64_t j = 0; j < n; j += kBlock) {
-    __builtin_prefetch(x + j + ahead, kKeep);
+    __builtin_prefetch(x + j + ahead);
     alignas(64) float wide[kBlock], block[kBlock];
     float* e = kKeep ? kept + j : block;
     widen_block(instructions, x + j, wide);
@@ -331,11 +380,39 @@ PDL_INLINE void stream_block(Instructions<kCapability>, const T* x, T* y) {
   __builtin_memcpy(y, x, kBlock * sizeof(T));
 }
 
+// y = factor x - less of whole blocks of n numbers, streamed as stream_block does. How many those are: none where the
+// processor has no instructions for it.
+template <Capability kCapability, typename T>
+PDL_INLINE int64_t scale_blocks(Instructions<kCapability>, const Accumulator<T>* x, Accumulator<T> factor,
+                                Accumulator<T> less, T* y, int64_t n, bool streamed) {
+#ifdef PDL_SIMD_TARGETS
+  constexpr bool kBFloat16 = std::is_same_v<T, BFloat16> && kCapability == Capability::avx512_bf16;
+  constexpr bool kFloat16 = std::is_same_v<T, Float16> && kCapability >= Capability::avx2;
+  if constexpr (kBFloat16 || kFloat16) {
+    n = n / kBlock * kBlock;
+    if constexpr (kCapability == Capability::avx2) {
+      streamed ? detail::scale_avx2<true>(x, factor, less, y, n) : detail::scale_avx2<false>(x, factor, less, y, n);
+    } else {
+      streamed ? detail::scale_avx512<true>(x, factor, less, y, n) : detail::scale_avx512<false>(x, factor, less, y, n);
+    }
+    return n;
+  }
+#endif
+  return 0;
+}
+
 // After a thread's last stream_block, so that others see what it wrote.
 inline void finish_streaming() {
 #ifdef PDL_SIMD_TARGETS
   _mm_sfence();
 #endif
+}
+
+// How many elements lie before the first cache line that begins at or behind y.
+template <typename T>
+PDL_INLINE int64_t before_line(const T* y) {
+  constexpr int64_t kLine = 64;
+  return int64_t(-reinterpret_cast<uintptr_t>(y) % kLine / sizeof(T));
 }
 
 // y[j] = f(x[j], j) for j < n. y may be x. kNumber: as narrow_number does. Streamed: around the caches, which y must
@@ -377,9 +454,7 @@ PDL_INLINE void map(Instructions<kCapability> instructions, const X* x, T* y, in
     }
   };
   if (streamed) {
-    constexpr int64_t kLine = 64;
-    const int64_t before = int64_t(-reinterpret_cast<uintptr_t>(y) % kLine / sizeof(T));
-    int64_t j = std::min(before, n);
+    int64_t j = std::min(before_line(y), n);
     part(0, j);
     for (; j + kBlock <= n; j += kBlock) {
       alignas(64) T whole[kBlock];

@@ -16,6 +16,10 @@
 
 namespace pdl::cpu {
 
+// How far ahead of its use a tile is fetched, in bytes: where rows' exponentials are kept, no prefetcher of a processor
+// keeps up, and memory answers after some thousand cycles under load.
+constexpr int64_t kBytesAhead = 16384;
+
 // Each tile drains the pipeline, which plain 16-bit floats feel most.
 template <bool kPlain, typename T>
 constexpr int64_t kTile = kPlain && sizeof(T) == 2 ? 4096 : 1024;
@@ -61,17 +65,28 @@ struct Shares {
   int64_t last(int64_t s) const { return std::min(first(s) + size, vocab_size); }
 };
 
+// In two halves at once, since each comparison waits for the one before it.
 template <typename T>
 PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
+  const int64_t half = n / 2;
   if constexpr (sizeof(T) == 2) {
     // The integers of numbers that are not negative ascend with them, those of negative ones descend.
     int16_t top = std::numeric_limits<int16_t>::min(), bottom = std::numeric_limits<int16_t>::max();
-#pragma omp simd reduction(max : top) reduction(min : bottom)
-    for (int64_t j = 0; j < n; ++j) {
-      const int16_t bits = int16_t(x[j].bits);
+    int16_t other_top = top, other_bottom = bottom;
+#pragma omp simd reduction(max : top, other_top) reduction(min : bottom, other_bottom)
+    for (int64_t j = 0; j < half; ++j) {
+      const int16_t bits = int16_t(x[j].bits), other = int16_t(x[half + j].bits);
       top = bits > top ? bits : top;
       bottom = bits < bottom ? bits : bottom;
+      other_top = other > other_top ? other : other_top;
+      other_bottom = other < other_bottom ? other : other_bottom;
     }
+    if (n % 2 != 0) {
+      top = std::max(top, int16_t(x[n - 1].bits));
+      bottom = std::min(bottom, int16_t(x[n - 1].bits));
+    }
+    top = std::max(top, other_top);
+    bottom = std::min(bottom, other_bottom);
     const Accumulator<T> candidate = widen(T{uint16_t(top >= 0 ? top : bottom)});
     if (candidate == candidate) return candidate;
     int16_t max = order(narrow<T>(-infinity<float>()));
@@ -82,10 +97,14 @@ PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
     }
     return widen(of_order<T>(max));
   } else {
-    T max = -infinity<T>();
-#pragma omp simd reduction(max : max)
-    for (int64_t j = 0; j < n; ++j) max = x[j] > max ? x[j] : max;
-    return max;
+    T max = -infinity<T>(), other_max = max;
+#pragma omp simd reduction(max : max, other_max)
+    for (int64_t j = 0; j < half; ++j) {
+      max = x[j] > max ? x[j] : max;
+      other_max = x[half + j] > other_max ? x[half + j] : other_max;
+    }
+    if (n % 2 != 0) max = x[n - 1] > max ? x[n - 1] : max;
+    return other_max > max ? other_max : max;
   }
 }
 
@@ -125,8 +144,8 @@ PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTrans
 }
 
 // The sum of exp(z - max), where max is the largest z; with kEntropy also that of exp(z - max) (z - max) in `scaled`.
-// With kKeep also each exp(z - *origin) in `kept`, which may be z. Meanwhile the tile after z is fetched, where z lies
-// in memory. Past the logits' end it does no harm.
+// With kKeep also each exp(z - *origin) in `kept`, which may be z. Meanwhile what lies ahead of z is fetched, where z
+// lies in memory. Past the logits' end it does no harm.
 template <bool kKeep, bool kEntropy, bool kInMemory, Capability kCapability, typename T, typename A>
 PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A max, A* kept, A* origin,
                               A* scaled) {
@@ -136,9 +155,9 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
   // Where the largest is nearly all, a gradient at the target is what rounding leaves of the rest.
   double total = 0, total_scaled = 0;
   if (kKeep) *origin = shift;
-  if constexpr (sizeof(T) == 2 || (sizeof(T) == 4 && kCapability == Capability::avx2)) {
-    constexpr int64_t kPart = sizeof(T) == 2 ? kTile<true, T> : 512, kAhead = kInMemory ? kTile<true, T> : 0;
-    const ExpOrigin<kCapability> block_origin(shift);
+  if constexpr (sizeof(T) == 2 || (sizeof(T) == 4 && kCapability >= Capability::avx2)) {
+    constexpr int64_t kPart = sizeof(T) == 2 ? kTile<true, T> : 512, kAhead = kInMemory ? kBytesAhead / sizeof(T) : 0;
+    const ExpOrigin<kCapability, T> block_origin(shift);
     if (block_origin.in_blocks()) {
       at_max = block_origin.at_max;
       if (kKeep) *origin = block_origin.value;
@@ -157,7 +176,7 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
   for (int64_t end; j < n; j = end) {
     end = std::min(j + kPart, n);
     if constexpr (kInMemory) {
-      for (int64_t k = j; k < end; k += kLine) __builtin_prefetch(z + k + kTile<true, T>);
+      for (int64_t k = j; k < end; k += kLine) __builtin_prefetch(z + k + kBytesAhead / sizeof(T));
     }
     A part = 0, part_scaled = 0;
 #pragma omp simd reduction(+ : part, part_scaled)
@@ -233,11 +252,9 @@ PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instr
 }
 
 // run(f), where f(j) is the weight of class j: of 1 for all it makes a loop of its own.
-template <bool kPlain, typename A, typename Run>
+template <typename A, typename Run>
 PDL_INLINE void for_classes(const ClassWeights<A>& weights, Run run) {
-  if constexpr (!kPlain) {
-    if (weights.of_class != nullptr) return run([&](int64_t j) { return A(weights.of_class[j]); });
-  }
+  if (weights.of_class != nullptr) return run([&](int64_t j) { return A(weights.of_class[j]); });
   run([](int64_t) { return A(1); });
 }
 
@@ -247,13 +264,23 @@ PDL_INLINE void tile_gradient(Instructions<kCapability> instructions, const T* x
                               int64_t first, int64_t n, const LogitTransform<A>& transform,
                               const ClassWeights<A>& weights, const GradientRow<A>& row, bool streamed) {
   const GradientRow<A> of_tile = row.relative_to(origin);
-  for_classes<kPlain>(weights, [&](auto class_weight) {
-    const auto element = [&](A e, int64_t j) {
-      const A g = of_tile.off_target_of(e, class_weight(first + j));
-      return kPlain ? g : g * transform.derivative(widen(x[first + j]));
-    };
-    map<kPlain>(instructions, kept, gradient + first, n, element, streamed);
-  });
+  T* const y = gradient + first;
+  if constexpr (kPlain) {
+    const auto element = [&](A e, int64_t) { return of_tile.off_target_of(e); };
+    const int64_t begin = streamed ? std::min(before_line(y), n) : 0;
+    const int64_t end = begin + scale_blocks(instructions, kept + begin, of_tile.a_largest, of_tile.b_smoothed,
+                                             y + begin, n - begin, streamed);
+    if (end > begin) map<kPlain>(instructions, kept, y, begin, element);
+    const int64_t rest = end > begin ? end : 0;
+    map<kPlain>(instructions, kept + rest, y + rest, n - rest, element, streamed);
+  } else {
+    for_classes(weights, [&](auto class_weight) {
+      const auto element = [&](A e, int64_t j) {
+        return of_tile.off_target_of(e, class_weight(first + j)) * transform.derivative(widen(x[first + j]));
+      };
+      map<kPlain>(instructions, kept, y, n, element, streamed);
+    });
+  }
 }
 
 template <bool kPlain, typename T, typename A>

@@ -198,6 +198,31 @@ struct Blocks {
     for (uint64_t bits = 0; bits < 0x100000000u; bits += 1021) check(std::bit_cast<float>(uint32_t(bits)));
     for (int k = 0; k < kBlock; ++k) check(k % 2 ? infinity<float>() : -infinity<float>());
   }
+
+  // Whole blocks and nothing behind them, or nothing at all.
+  template <typename T>
+  static void scale_like_one_by_one(bool streamed) {
+    constexpr int64_t kCount = 5 * kBlock + 7, kWhole = 5 * kBlock;
+    alignas(64) float x[kCount];
+    alignas(64) T y[kCount];
+    const T untouched{0x1234};
+    for (int64_t i = 0; i < kCount; ++i) {
+      x[i] = std::ldexp(float(i % 13) - 6.3f, int(i % 11) - 5);
+      y[i] = untouched;
+    }
+    x[3] = infinity<float>();
+    x[40] = not_a_number<float>();
+    const int64_t scaled = scale_blocks(kInstructions, x, 1.7f, 0.3f, y, kCount, streamed);
+    finish_streaming();
+    ASSERT_TRUE(scaled == 0 || scaled == kWhole) << scaled;
+    for (int64_t i = 0; i < kCount; ++i) {
+      if (i < scaled && std::isnan(x[i])) {
+        ASSERT_TRUE(std::isnan(widen(y[i]))) << i;
+      } else {
+        ASSERT_EQ(y[i].bits, (i < scaled ? narrow<T>(std::fmaf(x[i], 1.7f, -0.3f)) : untouched).bits) << i;
+      }
+    }
+  }
 };
 
 template <typename B>
@@ -216,6 +241,14 @@ TYPED_TEST(BlocksOf, NarrowLikeOneByOne) {
   if (!TypeParam::supported()) GTEST_SKIP();
   TypeParam::template narrow_like_one_by_one<BFloat16>();
   TypeParam::template narrow_like_one_by_one<Float16>();
+}
+
+TYPED_TEST(BlocksOf, ScaleLikeOneByOne) {
+  if (!TypeParam::supported()) GTEST_SKIP();
+  for (const bool streamed : {false, true}) {
+    TypeParam::template scale_like_one_by_one<BFloat16>(streamed);
+    TypeParam::template scale_like_one_by_one<Float16>(streamed);
+  }
 }
 
 TEST(WideTypes, PassThrough) {

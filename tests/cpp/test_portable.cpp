@@ -44,7 +44,7 @@ bool has_avx512() {
 // By way of what the loss keeps, of a number 0: relative to -x, since few x are 16-bit numbers.
 template <cpu::Capability kCapability, typename T>
 float exp_in_block(float x) {
-  const cpu::ExpOrigin<kCapability> origin(-x);
+  const cpu::ExpOrigin<kCapability, T> origin(-x);
   const std::vector<T> z(cpu::kBlock, cpu::narrow<T>(0.0f));
   float kept[cpu::kBlock], scaled;
   const float sum =
@@ -68,7 +68,7 @@ float (*const avx512_exp)(float) = kBaselineExp;
 // Of a chunk whose largest number is `max`, exp(x - max) by way of what the loss keeps.
 float kept_exp(float x, float max) {
   constexpr auto kCapability = cpu::Capability::avx512;
-  const cpu::ExpOrigin<kCapability> origin(max);
+  const cpu::ExpOrigin<kCapability, cpu::BFloat16> origin(max);
   std::vector<cpu::BFloat16> z(cpu::kBlock, cpu::narrow<cpu::BFloat16>(x));
   float kept[cpu::kBlock], scaled;
   const float sum = sum_of_exp_blocks<true, true>(cpu::Instructions<kCapability>(), z.data(), cpu::kBlock, origin, kept,
@@ -101,7 +101,10 @@ std::vector<Variant> variants() {
     all.push_back({"AVX2, block of bfloat16", exp_in_block<kAvx2, cpu::BFloat16>, kBaselineTanh, 0.25L});
     all.push_back({"AVX2, block of float16", exp_in_block<kAvx2, cpu::Float16>, kBaselineTanh, 0.25L});
   }
-  if (has_avx512()) all.push_back({"AVX-512", avx512_exp, kBaselineTanh, 0.25L});
+  if (has_avx512()) {
+    all.push_back({"AVX-512", avx512_exp, kBaselineTanh, 0.25L});
+    all.push_back({"AVX-512, block", exp_in_block<cpu::Capability::avx512, float>, kBaselineTanh});
+  }
   return all;
 }
 
@@ -149,12 +152,13 @@ TEST(Exp, RelativeToAnOriginNearTheLargest) {
       // Relative to the largest, as exp's own argument is.
       EXPECT_LE(ulps(kept_exp(x, max), exact), 4 + 0.25L * (max - x)) << x << " of " << max;
     }
-    const cpu::ExpOrigin<cpu::Capability::avx512> origin(max);
+    const cpu::ExpOrigin<cpu::Capability::avx512, cpu::BFloat16> origin(max);
     EXPECT_LE(origin.value, max);
     EXPECT_NEAR(std::exp(double(max) - origin.value), origin.at_max, 1e-6 + 1e-7 * std::abs(max));
   }
-  EXPECT_FALSE(cpu::ExpOrigin<cpu::Capability::avx512>(1024).in_blocks());
-  EXPECT_FALSE(cpu::ExpOrigin<cpu::Capability::avx512>(infinity<float>()).in_blocks());
+  using Origin = cpu::ExpOrigin<cpu::Capability::avx512, cpu::BFloat16>;
+  EXPECT_FALSE(Origin(1024).in_blocks());
+  EXPECT_FALSE(Origin(infinity<float>()).in_blocks());
 }
 
 TEST(Exp, AtTheEnds) {
