@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import site
+import subprocess
 import sys
-import sysconfig
 from typing import Any
 
 from setuptools import build_meta
@@ -15,30 +15,23 @@ from setuptools.build_meta import *  # noqa: F403  the other hooks are setuptool
 TORCH = ["torch>=2.10", "numpy"]
 
 
+# What the environment's own Python imports, read past the paths that an isolated build has set.
+_LOOK_FOR_TORCH = """
+import importlib.util, json, os, sys
+spec = importlib.util.find_spec("torch")
+own = [] if spec is None or spec.origin is None else [os.path.dirname(os.path.dirname(spec.origin))]
+print(json.dumps(own and [*filter(None, sys.path), *own]))
+"""
+
+
 def find_torch() -> bool:
     """Makes the environment's PyTorch importable, also from inside pip's isolated build; False if there is none."""
     if importlib.util.find_spec("torch") is not None:
         return True
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    if _sees_system_packages():
-        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
-        folders += [sysconfig.get_path("purelib", vars=base), sysconfig.get_path("platlib", vars=base)]
-        folders.append(site.getusersitepackages())
-    for folder in dict.fromkeys(folders):
-        if os.path.isdir(os.path.join(folder, "torch")):
-            sys.path.append(folder)
-            return True
-    return False
-
-
-def _sees_system_packages() -> bool:
-    if sys.prefix == sys.base_prefix:
-        return True
-    try:
-        with open(os.path.join(sys.prefix, "pyvenv.cfg")) as lines:
-            return any(line.replace(" ", "").strip() == "include-system-site-packages=true" for line in lines)
-    except FileNotFoundError:
-        return False
+    found = subprocess.run([sys.executable, "-E", "-c", _LOOK_FOR_TORCH], cwd=os.sep, capture_output=True, text=True)
+    folders = json.loads(found.stdout) if found.returncode == 0 else []
+    sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
+    return bool(folders)
 
 
 def _demand_torch() -> None:

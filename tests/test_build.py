@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +43,47 @@ def test_source_folder_without_a_build_says_what_to_run(tmp_path):
     forget_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
     result = run_python(forget_editable + "import pdl_ext", PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
-    assert "ImportError: pdl_ext's compiled module cannot be imported" in result.stderr
+    assert "ImportError: pdl_ext's compiled module cannot be imported: it is not built" in result.stderr
     assert "pip install -e ." in result.stderr
+
+
+def test_a_module_of_another_pytorch_says_how_to_build_it_anew(tmp_path):
+    shutil.copytree(ROOT / "pdl_ext", tmp_path / "pdl_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "pdl_ext" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not for this system")
+    result = run_python("import pdl_ext", PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert f"was built with another PyTorch than {torch.__version__}" in result.stderr
+    assert "pip install --no-build-isolation --no-deps --force-reinstall" in result.stderr
+
+
+@pytest.mark.parametrize("through", ["site-packages", "a path file"])
+def test_an_isolated_build_takes_the_pytorch_of_the_environment(tmp_path, through):
+    """As pip runs a build: the environment's Python with a path of its own, from which site-packages are removed."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    home = packages if through == "site-packages" else tmp_path / "elsewhere"
+    (home / "torch").mkdir(parents=True)
+    (home / "torch" / "__init__.py").write_text("__version__ = 'of the environment'")
+    (home / "needed_by_torch.py").touch()
+    if home != packages:
+        (packages / "elsewhere.pth").write_text(str(home))
+    overlay = tmp_path / "overlay"
+    (overlay / "setuptools").mkdir(parents=True)
+    (overlay / "setuptools" / "build_meta.py").touch()
+    hidden = [str(packages), str(home)]
+    (overlay / "sitecustomize.py").write_text(f"import sys; sys.path[:] = [p for p in sys.path if p not in {hidden}]")
+    code = f"""import sys; sys.path.append({str(ROOT)!r})
+import build_backend as backend
+print(backend.get_requires_for_build_wheel())
+import torch, needed_by_torch; print(torch.__version__)"""
+    result = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-c", code],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(overlay)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.splitlines() == ["[]", "of the environment"], result.stderr
 
 
 @pytest.mark.parametrize(
@@ -70,8 +112,6 @@ def test_pytorch_is_required_only_where_there_is_none(hook, with_torch, required
 )
 def test_a_wish_for_cuda_that_cannot_be_met_is_refused(wish, said):
     pytest.importorskip("setuptools", reason="the build is setuptools'")
-    import torch
-
     if wish == "1" and torch.version.cuda is not None:
         pytest.skip("this PyTorch has CUDA, so the wish may be met")
     result = subprocess.run(

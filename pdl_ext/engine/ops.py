@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +14,14 @@ from pdl_ext.options import LossOptions
 try:
     from pdl_ext import _C
 except ImportError as error:
-    raise ImportError(
-        "pdl_ext's compiled module cannot be imported. In a source folder, build it first: run `pip install -e .` "
-        "there, or leave the folder to use an installed pdl_ext. "
-        f"({error})"
-    ) from error
+    folder = Path(__file__).resolve().parent.parent
+    why = (
+        f"was built with another PyTorch than {torch.__version__}, or on another system. Build it with this one: "
+        "`pip install --no-build-isolation --no-deps --force-reinstall` and what was installed before"
+        if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
+        else "is not built. In a source folder run `pip install -e .`, or leave the folder to use an installed pdl_ext"
+    )
+    raise ImportError(f"pdl_ext's compiled module cannot be imported: it {why}. ({error})") from error
 
 __all__ = ["_C", "Factors", "LossInputs", "SavedRows", "accumulator_dtype", "compiled", "loss_outputs"]
 
