@@ -14,8 +14,8 @@ OLDER_TRANSFORMERS ?= transformers==4.57.6 trl==0.24.0
 OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
 DEMO ?=
-# Options for the check on a card: make gpu-check GPU_CHECK="--only tests,bench --output DIR".
-GPU_CHECK ?=
+# The command for a card and its options: make gpu-check GPU_CHECK="second --built build/gpu --variant messages".
+GPU_CHECK ?= first
 MUTANTS ?=
 # Options for the benchmarks: make bench BENCH="--only loss --regime kept --output DIR".
 BENCH ?=
@@ -34,7 +34,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -75,7 +75,17 @@ coverage: $(VENV)/dev.stamp
 
 # By the Python that has PyTorch with CUDA, and without a network: nothing is installed.
 gpu-check:
-	$(PYTHON) tests/gpu_check.py $(GPU_CHECK)
+	$(PYTHON) tests/gpu_check $(GPU_CHECK)
+
+# All of it that needs no card, for one that is elsewhere, by a Python that has a PyTorch with CUDA.
+gpu-variants:
+	PYTHONPATH=tests $(PYTHON) -m gpu_check.variants build/gpu
+
+# Both commands on the CPU, so that no flag, path or parser fails on the day.
+gpu-check-dry: $(VENV)/dev.stamp
+	for command in first second; do \
+	  OMP_WAIT_POLICY=passive $(BIN)/python tests/gpu_check $$command --dry --budget 1800 --output build/gpu-check-dry || exit 1; \
+	done
 
 # 13 GB of virtual environments, since the registry's PyTorch brings CUDA. `pytest` alone leaves this folder off the
 # import path, so that the tests take the installed wheel.

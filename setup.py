@@ -99,5 +99,6 @@ def extension_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-# Without PyTorch there is nothing to compile, but an sdist can still be made.
-setup(**(extension_arguments() if find_torch() else {}))
+if __name__ == "__main__":
+    # Without PyTorch there is nothing to compile, but an sdist can still be made.
+    setup(**(extension_arguments() if find_torch() else {}))

@@ -127,9 +127,8 @@ def family_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtyp
 
         def provider(name: str, loss: Loss, modulation: Modulation | None, in_place: bool) -> Provider:
             def error(result: tuple[Tensor, Tensor]) -> float:
-                parts = (result[0], result[1][inputs.checked])
-                truths = (truth.of(modulation)[0], truth.gradient(modulation, inputs.checked))
-                return harness.largest(map(harness.relative_error, parts, truths))
+                gradient = torch.cat([truth.gradient(modulation, part) for part in truth.parts])
+                return harness.largest(map(harness.relative_error, result, (truth.of(modulation)[0], gradient)))
 
             function = LossFunction(name, loss, overwrites="forward" if in_place else "")
             call = forward_and_backward(inputs, function)
@@ -165,9 +164,13 @@ def family_linear_group(clock: Clock, shape: tuple[int, int, int], dtype: torch.
                 return result, *torch.autograd.grad(result, (inputs.hidden, inputs.classifier))
 
             def error(result: tuple[Tensor, Tensor, Tensor]) -> float:
-                of_hidden = truth.gradient(modulation, inputs.checked[0]) @ classifier
-                parts = (result[0], result[1][inputs.checked[0]])
-                return harness.largest(map(harness.relative_error, parts, (truth.of(modulation)[0], of_hidden)))
+                of_hidden, of_classifier = [], torch.zeros_like(classifier)
+                for part in truth.parts:
+                    gradient = truth.gradient(modulation, part)
+                    of_hidden.append(gradient @ classifier)
+                    of_classifier.addmm_(gradient.t(), inputs.hidden.detach()[part].double())
+                truths = (truth.of(modulation)[0], torch.cat(of_hidden), of_classifier)
+                return harness.largest(map(harness.relative_error, result, truths))
 
             return Provider(name, call, error)
 

@@ -1,6 +1,6 @@
 """The loss, the histogram and the weights on a CUDA device, beside PyTorch and every peer that is installed.
 
-python benchmarks/gpu.py --output DIR [--budget SECONDS]
+python benchmarks/gpu.py --output DIR [--budget SECONDS] [--compile-groups N] [--dry]
 
 Writes DIR/benchmark.json and DIR/benchmark.md, by the protocol of harness.py. Workloads come in the order of their
 importance; what the budget has no room for is listed as left out. The loss is the weighted mean; a peer that takes no
@@ -16,8 +16,9 @@ import importlib
 import inspect
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import harness
 import torch
@@ -73,6 +74,21 @@ class Sizes:
     copy_bytes: int = 2**31
 
 
+TINY = Sizes(
+    rows=6,
+    few_rows=(1,),
+    vocab_sizes=(1283, 320),
+    tokens=10_000,
+    histogram_vocab_sizes=(1283, 320),
+    host_vocab_size=502,
+    few_tokens=100,
+    table=262,
+    tiny_calls=2,
+    linear=(8, 16, 1283),
+    copy_bytes=2**20,
+)
+
+
 def installed_peers() -> dict[str, str]:
     """The version of each peer, or "absent"."""
     return {package: harness.version_of(package, module) for package, module in PEERS.items()}
@@ -125,9 +141,9 @@ def _quack_functions(weight: Tensor) -> Iterator[LossFunction]:
         yield LossFunction(name, quack, takes_weight, overwrites="backward" if in_place else "", note=note)
 
 
-def loss_functions(weight: Tensor, dtype: torch.dtype) -> list[LossFunction]:
+def loss_functions(weight: Tensor, dtype: torch.dtype, compiled: bool) -> list[LossFunction]:
     """pdl_ext and everything that it is compared with."""
-    return [*pdl_ext_functions(weight), *pytorch_functions(weight, dtype), *_peer_functions(weight)]
+    return [*pdl_ext_functions(weight), *pytorch_functions(weight, dtype, compiled), *_peer_functions(weight)]
 
 
 MODES = {
@@ -148,15 +164,25 @@ def _takes_part(mode: str, loss: LossFunction) -> bool:
 
 
 def loss_group(
-    clock: Clock, rows: int, vocab_size: int, dtype: torch.dtype, peaked: bool = False, ignored: float = 0.0
+    clock: Clock,
+    rows: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    peaked: bool = False,
+    ignored: float = 0.0,
+    functions: Callable[[Tensor], list[LossFunction]] | None = None,
+    compiled: bool = True,
 ) -> Group:
-    """The loss with its gradient, and either alone."""
+    """The loss with its gradient, and either alone. functions: of the weights, by default everything there is.
+
+    compiled: whether PyTorch's compiler takes part, to which each shape costs a quarter of a minute.
+    """
     kind = f"{'peaked' if peaked else 'random'}, {ignored:.0%} ignored"
     name = f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {kind}"
 
     def workloads() -> Iterator[Workload]:
         inputs = LossInputs(clock, rows, vocab_size, dtype, peaked, ignored)
-        functions = loss_functions(inputs.weight, dtype)
+        compared = functions(inputs.weight) if functions else loss_functions(inputs.weight, dtype, compiled)
         # Logits of ignored rows need not be read; their gradient has to be written.
         read = inputs.counted * vocab_size * dtype.itemsize
         written = rows * vocab_size * dtype.itemsize
@@ -167,7 +193,7 @@ def loss_group(
             "backward": read + written,
         }
         for mode, make in MODES.items():
-            providers = [loss_provider(inputs, loss, make) for loss in functions if _takes_part(mode, loss)]
+            providers = [loss_provider(inputs, loss, make) for loss in compared if _takes_part(mode, loss)]
             yield Workload(
                 f"{name}: {mode}",
                 providers,
@@ -218,9 +244,13 @@ def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
     return Group(name, workloads)
 
 
-def plan(clock: Clock, sizes: Sizes) -> list[Group]:
-    """All workloads, the most important first."""
-    loss = functools.partial(loss_group, clock, sizes.rows)
+def plan(clock: Clock, sizes: Sizes, compile_groups: int) -> list[Group]:
+    """All workloads, the most important first. compile_groups: of the loss, how many the compiler takes part in."""
+    numbers = itertools.count()
+
+    def loss(vocab_size: int, dtype: torch.dtype, rows: int = sizes.rows, **kind: Any) -> Group:
+        return loss_group(clock, rows, vocab_size, dtype, **kind, compiled=next(numbers) < compile_groups)
+
     histogram = functools.partial(counting_group, clock)
     first, *others = sizes.vocab_sizes
     ids_first, *ids_others = sizes.histogram_vocab_sizes
@@ -244,7 +274,7 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
             for vocab_size in dict.fromkeys((others[-1], others[0]))
             for dtype in (torch.float32, torch.float16)
         ),
-        *(loss_group(clock, rows, first, torch.bfloat16) for rows in sizes.few_rows),
+        *(loss(first, torch.bfloat16, rows) for rows in sizes.few_rows),
         histogram(ids_first, "two in turn", sizes.tokens),
         loss(first, torch.bfloat16, peaked=True),
         loss(first, torch.bfloat16, ignored=0.3),
@@ -253,12 +283,17 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
 
 
 def benchmark(
-    clock: Clock, sizes: Sizes, folder: Path, budget: float, protocol: harness.Protocol | None = None
+    clock: Clock,
+    sizes: Sizes,
+    folder: Path,
+    budget: float,
+    protocol: harness.Protocol | None = None,
+    compile_groups: int = sys.maxsize,
 ) -> harness.Report:
     """Measures the plan, and leaves its files in `folder`."""
     about = {**harness.machine(clock.device), **installed_peers()}
     report = harness.Report(folder, "pdl_ext: GPU benchmarks", about, protocol or harness.Protocol())
-    harness.run(plan(clock, sizes), clock, report, budget, sizes.copy_bytes)
+    harness.run(plan(clock, sizes, compile_groups), clock, report, budget, sizes.copy_bytes)
     return report
 
 
@@ -266,12 +301,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--budget", type=float, default=180.0, metavar="SECONDS", help="default: 180")
+    parser.add_argument(
+        "--compile-groups",
+        type=int,
+        default=sys.maxsize,
+        metavar="N",
+        help="torch.compile in so many groups of the loss",
+    )
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, to see that every step can be taken")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.dry:
+        protocol = harness.Protocol(warm_up=0, least_rounds=2, most_rounds=2)
+        report = benchmark(harness.HostClock(0), TINY, options.output, options.budget, protocol, options.compile_groups)
+    elif not torch.cuda.is_available():
         print(f"there is no CUDA device that this PyTorch ({torch.__version__}) sees", file=sys.stderr)
         return 2
-    torch.cuda.set_device(0)
-    report = benchmark(harness.CudaClock(torch.device("cuda", 0)), Sizes(), options.output, options.budget)
+    else:
+        torch.cuda.set_device(0)
+        clock = harness.CudaClock(torch.device("cuda", 0))
+        report = benchmark(clock, Sizes(), options.output, options.budget, compile_groups=options.compile_groups)
     broken = failures(report)
     print("\n".join([f"{len(report.rows)} rows in {report.seconds:.0f} s, written to {options.output}", *broken]))
     return 1 if broken else 0

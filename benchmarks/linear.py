@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from harness import Clock, Group, Provider, Workload
 from torch import Tensor
-from workloads import CHECKED_ROWS, loss_limit
+from workloads import PART, loss_limit
 
 import pdl_ext
 from pdl_ext.engine import linear
@@ -45,16 +45,8 @@ class LinearInputs:
         self.targets = torch.randint(vocab_size, (rows,), device=clock.device, generator=generator)
         self.weight = 0.5 + torch.rand(vocab_size, device=clock.device, generator=generator)
 
-    @functools.cached_property
-    def checked(self) -> tuple[Tensor, Tensor]:
-        """The rows of the hidden states and those of the classifier whose gradients are compared."""
-        return tuple(
-            torch.linspace(0, size - 1, min(CHECKED_ROWS, size), device=self.weight.device).long()
-            for size in (self.hidden.shape[0], self.classifier.shape[0])
-        )
-
     def truth(self, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss in float64, and its gradients at the checked rows."""
+        """The loss in float64, and both of its gradients."""
         return self._weighted_truth if weighted else self._unweighted_truth
 
     @functools.cached_property
@@ -67,28 +59,29 @@ class LinearInputs:
 
     @torch.no_grad()
     def _compute_truth(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows, ids = self.checked
         classifier = self.classifier.double()
         weights = weight[self.targets].double()
         weights = weights / weights.sum()
         loss = weights.new_zeros(())
-        of_classifier = classifier.new_zeros(len(ids), classifier.shape[1])
-        for part in torch.arange(len(weights), device=weights.device).split(max(1, 2**24 // len(classifier))):
-            hidden = self.hidden[part].double()
+        of_hidden, of_classifier = torch.empty_like(self.hidden, dtype=torch.float64), torch.zeros_like(classifier)
+        for part in _parts(len(weights), classifier):
+            hidden, targets = self.hidden[part].double(), self.targets[part, None]
             logs = (hidden @ classifier.t()).log_softmax(1)
-            loss -= weights[part] @ logs.gather(1, self.targets[part, None]).squeeze(1)
-            errors = logs[:, ids].exp() - (self.targets[part, None] == ids).double()
-            of_classifier += (weights[part, None] * errors).t() @ hidden
-        errors = (self.hidden[rows].double() @ classifier.t()).softmax(1)
-        errors[torch.arange(len(rows)), self.targets[rows]] -= 1
-        return loss, (weights[rows, None] * errors) @ classifier, of_classifier
+            loss -= weights[part] @ logs.gather(1, targets).squeeze(1)
+            errors = logs.exp_().scatter_add_(1, targets, -torch.ones_like(targets, dtype=torch.float64))
+            errors *= weights[part, None]
+            of_hidden[part] = errors @ classifier
+            of_classifier.addmm_(errors.t(), hidden)
+        return loss, of_hidden, of_classifier
 
     def error(self, result: tuple[Tensor, Tensor, Tensor], weighted: bool) -> float:
-        """The largest error of the loss and of the gradients."""
-        loss, *gradients = result
-        truths = self.truth(weighted)
-        parts = [loss, *(gradient[rows] for gradient, rows in zip(gradients, self.checked, strict=True))]
-        return harness.largest(map(harness.relative_error, parts, truths))
+        """The largest error of the loss and of the whole gradients."""
+        return harness.largest(map(harness.relative_error, result, self.truth(weighted)))
+
+
+def _parts(rows: int, classifier: Tensor) -> tuple[Tensor, ...]:
+    """Rows whose logits in float64 are no more than some."""
+    return torch.arange(rows, device=classifier.device).split(max(1, PART // len(classifier)))
 
 
 def cpu_peers() -> dict[str, str]:
@@ -127,11 +120,13 @@ def products_provider(inputs: LinearInputs) -> Provider:
         return of_hidden, of_classifier
 
     def error(result: tuple[Tensor, Tensor]) -> float:
-        rows, ids = inputs.checked
-        exact = hidden.double()
-        logits = exact[rows] @ classifier.double().t()
-        truths = logits @ classifier.double(), (exact @ classifier[ids].double().t()).t() @ exact
-        return harness.largest(map(harness.relative_error, (result[0][rows], result[1][ids]), truths))
+        exact, exact_classifier = hidden.double(), classifier.double()
+        of_hidden, of_classifier = torch.empty_like(exact), torch.zeros_like(exact_classifier)
+        for part in _parts(len(exact), classifier):
+            logits = exact[part] @ exact_classifier.t()
+            of_hidden[part] = logits @ exact_classifier
+            of_classifier.addmm_(logits.t(), exact[part])
+        return harness.largest(map(harness.relative_error, result, (of_hidden, of_classifier)))
 
     return Provider(PRODUCTS, call, error, note="no loss")
 

@@ -17,8 +17,8 @@ import pdl_ext
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, reference
 
 IGNORED = -100
-# Rows whose gradient is compared, spread over all of them.
-CHECKED_ROWS = 16
+# Elements of a float64 truth that are computed at once.
+PART = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +51,17 @@ def pdl_ext_functions(weight: Tensor) -> list[LossFunction]:
     ]
 
 
-def pytorch_functions(weight: Tensor, dtype: torch.dtype) -> list[LossFunction]:
-    """What PyTorch has for it: eager and compiled."""
+def pytorch_functions(weight: Tensor, dtype: torch.dtype, compiled: bool = True) -> list[LossFunction]:
+    """What PyTorch has for it: eager and, unless it is not to be `compiled`, that."""
     in_dtype = weight.to(dtype)
+    eager = LossFunction("F.cross_entropy", lambda x, y: F.cross_entropy(x, y, weight=in_dtype), repeats_backward=True)
+    if not compiled:
+        return [eager]
     # What was compiled for another vocabulary must not make this one dynamic, nor count to the limit of recompilations.
     torch.compiler.reset()
-    compiled = torch.compile(lambda x, y: F.cross_entropy(x.float(), y, weight=weight), dynamic=False)
-    return [
-        LossFunction("F.cross_entropy", lambda x, y: F.cross_entropy(x, y, weight=in_dtype), repeats_backward=True),
-        # Compiled once, with its backward: compiling takes longer than measuring.
-        LossFunction("F.cross_entropy, compiled", compiled, forward_alone=False, note="logits.float()"),
-    ]
+    function = torch.compile(lambda x, y: F.cross_entropy(x.float(), y, weight=weight), dynamic=False)
+    # Compiled once, with its backward: compiling takes longer than measuring.
+    return [eager, LossFunction("F.cross_entropy, compiled", function, forward_alone=False, note="logits.float()")]
 
 
 class LossInputs:
@@ -94,13 +94,8 @@ class LossInputs:
         """The rows of the first buffer that are not ignored."""
         return int((self.targets[0] != IGNORED).sum())
 
-    @functools.cached_property
-    def checked(self) -> Tensor:
-        rows = self.targets[0].numel()
-        return torch.linspace(0, rows - 1, min(CHECKED_ROWS, rows), device=self.weight.device).long()
-
     def truth(self, weighted: bool) -> tuple[Tensor, Tensor]:
-        """The float64 mean loss of the first buffer, and its gradient at the checked rows."""
+        """The float64 mean loss of the first buffer, and its gradient."""
         if weighted not in self._truths:
             self._truths[weighted] = self._compute_truth(weighted)
         return self._truths[weighted]
@@ -108,26 +103,28 @@ class LossInputs:
     def _compute_truth(self, weighted: bool) -> tuple[Tensor, Tensor]:
         logits, targets = self.logits[0].detach(), self.targets[0]
         weight = self.weight if weighted else torch.ones_like(self.weight)
-        counted = targets[targets != IGNORED]
-        denominator = weight[counted].double().sum()
+        denominator = weight[targets[targets != IGNORED]].double().sum()
         total = torch.zeros_like(denominator)
-        # Part by part, or float64 would take many times the logits' memory.
-        for part in torch.arange(targets.numel(), device=targets.device).split(max(1, 2**25 // logits.shape[1])):
-            total += reference.pdl_loss(logits[part].double(), targets[part], weight, reduction="sum")
-        exact = logits[self.checked].double().requires_grad_()
-        loss = reference.pdl_loss(exact, targets[self.checked], weight, reduction="sum") / denominator
-        (gradient,) = torch.autograd.grad(loss, exact)
-        return total / denominator, gradient
+        gradient = torch.empty_like(logits, dtype=torch.float64)
+        # Part by part, or what lies between would take many times the logits' memory.
+        for part in torch.arange(targets.numel(), device=targets.device).split(max(1, PART // logits.shape[1])):
+            exact = logits[part].double().requires_grad_()
+            loss = reference.pdl_loss(exact, targets[part], weight, reduction="sum") / denominator
+            (gradient[part],) = torch.autograd.grad(loss, exact)
+            total += loss.detach()
+        return total, gradient
 
     def error(self, result: tuple[Tensor | None, Tensor | None], weighted: bool) -> float:
-        """The larger error of the loss and of the gradient, of which either may be missing."""
+        """The larger error of the loss and of the whole gradient, of which either may be missing."""
         loss, gradient = result
         true_loss, true_gradient = self.truth(weighted)
         errors = []
         if loss is not None:
             errors.append(harness.relative_error(loss, true_loss))
         if gradient is not None:
-            errors.append(harness.relative_error(gradient[self.checked], true_gradient))
+            size = float(true_gradient.abs().max())
+            parts = zip(gradient.split(256), true_gradient.split(256), strict=True)
+            errors += [float((one.detach().double() - truth).abs().max()) / size for one, truth in parts]
         return harness.largest(errors)
 
     def restore(self) -> None:

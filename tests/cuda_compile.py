@@ -29,6 +29,7 @@ from itertools import product
 from pathlib import Path
 
 import machine_code
+from included import with_headers
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -154,11 +155,9 @@ def record_of(nvcc: Path, flags: list[str], source: Path, architecture: str) -> 
     """Where the result is kept: its name tells of all that the result depends on."""
     # Of PyTorch the version instead of the folder, which is another one in each clone.
     key = hashlib.sha256(repr((compilers(nvcc), flags, version("torch"))).encode())
-    for path in (__file__, machine_code.__file__, source):
+    for path in (__file__, machine_code.__file__):
         key.update(Path(path).read_bytes())
-    for ending in ("h", "cuh"):
-        for path in sorted(CSRC.rglob(f"*.{ending}")):
-            key.update(repr((path.relative_to(CSRC).as_posix(), path.read_bytes())).encode())
+    key.update(with_headers(source, CSRC))
     return cache() / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
 
 

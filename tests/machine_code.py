@@ -120,13 +120,16 @@ def _decoded(address: int, text: str, upper: int) -> Instruction:
     return Instruction(address, text, name, sets if sets < BARRIERS else None, waits)
 
 
+def _vector_accesses(body: Iterable[Instruction], *names: str) -> int:
+    return sum(instruction.is_a(*names) and instruction.is_vector for instruction in body)
+
+
 def vector_loops(function: Function, element_bytes: int) -> list[Loop]:
     """The loops over a row, each way of going through it once: that with the most elements a turn."""
     best: dict[str, Loop] = {}
     for body in function.loops():
-        count = lambda *names, body=body: sum(x.is_a(*names) and x.is_vector for x in body)  # noqa: E731
-        copies, stores = count("LDGSTS"), count("STG")
-        loads = count("LDG", "LDS", "LD")
+        copies, stores = _vector_accesses(body, "LDGSTS"), _vector_accesses(body, "STG")
+        loads = _vector_accesses(body, "LDG", "LDS", "LD")
         vectors = copies or stores or loads
         exponentials = sum(x.name.startswith("MUFU.EX2") for x in body)
         # What fills a row with one number is no pass over it.
@@ -221,10 +224,12 @@ def table(counts: Iterable[Count]) -> list[str]:
             numbers = (loop.instructions, loop.loads + loop.copies + loop.stores, loop.exponentials, loop.conversions)
             cells = "".join(f"  {loop.of_element(number):16.2f}" for number in numbers)
             lines.append(f"{f'{count.kernel}, {loop.kind}':56}{cells}")
+        most_before = EXPECTED[count.kernel].most_before
         lines.append(
             f"{count.kernel}: {count.instructions:.1f} instructions an element are {100 * count.share:.0f} % of "
-            f"memory's time (at most {100 * LIMIT:.0f}); {count.loads_before} loads waited "
-            f"for before the row's first (at most {EXPECTED[count.kernel].most_before}); {count.fences} fences"
+            f"memory's time (at most {100 * LIMIT:.0f}); {count.loads_before} loads waited for before the row's first"
+            + ("" if most_before is None else f" (at most {most_before})")
+            + f"; {count.fences} fences"
             + ("" if count.fits else ": TOO MUCH")
         )
     return lines

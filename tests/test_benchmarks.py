@@ -143,6 +143,14 @@ class TestGpuPlan:
 
 
 class TestWorkloads:
+    @pytest.mark.parametrize("place", [None, (0, 0), (9, 66), (20, 33)], ids=str)
+    def test_one_wrong_element_is_seen(self, clock, place):
+        inputs = workloads.LossInputs(clock, 21, 67, torch.float32, peaked=False, ignored=0.1)
+        loss, gradient = (result.clone() for result in inputs.truth(True))
+        if place is not None:
+            gradient[place] += 1e-4 * gradient.abs().max()
+        assert (inputs.error((loss.float(), gradient.float()), True) < 1e-5) == (place is None)
+
     def test_only_what_is_ours_may_fail_a_run(self, tmp_path):
         report = report_of(tmp_path)
         assert workloads.failures(report) == ["nothing of pdl_ext was measured"]

@@ -144,12 +144,11 @@ def test_architectures_are_named_where_no_card_is_seen(tmp_path, wish, cards, kn
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho " + " ".join(f"compute_{each.replace('.', '')}" for each in known))
     nvcc.chmod(0o755)
-    # Before its last line, which builds, setup.py only defines.
     code = f"""import os, torch
 from torch.utils.cpp_extension import _get_cuda_arch_flags
 torch.cuda.device_count = lambda: {cards}
-exec(open("setup.py").read().rpartition("\\nsetup(")[0])
-choose_architectures({str(tmp_path)!r}, {ARCHITECTURES})
+import setup
+setup.choose_architectures({str(tmp_path)!r}, {ARCHITECTURES})
 print(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
 if not {cards}: _get_cuda_arch_flags()"""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}

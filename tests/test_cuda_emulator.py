@@ -651,4 +651,6 @@ def test_every_mutation_has_its_place(monkeypatch):
     monkeypatch.syspath_prepend(cuda_emulator.HERE)
     import mutants
 
-    assert len(mutants.mutants(cuda_emulator.ROOT / "csrc")) > len(mutants.MUTATIONS)
+    found = mutants.mutants(cuda_emulator.ROOT / "csrc")
+    assert len(found) > len(mutants.MUTATIONS) + len(mutants.VARIANT_MUTATIONS)
+    assert {each.flags for each in found} == {"", mutants.MESSAGES, mutants.BATCHES}

@@ -1,22 +1,23 @@
-"""What gpu_check.py does around the commands that only a machine with a card can run."""
+"""What gpu_check does around the commands that only a machine with a card can run."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import gpu_check
 import pytest
 import torch
-from gpu_check import Check, Outcome, Part
+from gpu_check import __main__ as command_line
+from gpu_check import kernels, launches, machine, parts, plan, stand_ins, variants
+from gpu_check.check import Check, Outcome, Part, Setting
+from gpu_check.equal_bits import error
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(gpu_check.__file__)
+SCRIPT = Path(variants.__file__).parent
 MACHINE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130", "capabilities": ["9.0"], "missing": []}
 NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 
@@ -34,7 +35,7 @@ def passing(part, check, limit):
 def test_without_a_card_it_ends_at_once(tmp_path):
     start = time.monotonic()
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--output", str(tmp_path / "results")], capture_output=True, text=True
+        [sys.executable, str(SCRIPT), "first", "--output", str(tmp_path / "results")], capture_output=True, text=True
     )
     assert time.monotonic() - start < 30
     assert result.returncode == 2
@@ -46,9 +47,7 @@ def test_without_a_card_it_ends_at_once(tmp_path):
 def test_pytorch_that_breaks(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so: version mismatch')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert gpu_check.probe_in_a_process()["missing"] == [
-        "a PyTorch that works: OSError: libcudart.so: version mismatch"
-    ]
+    assert machine.probe_in_a_process()["missing"] == ["a PyTorch that works: OSError: libcudart.so: version mismatch"]
 
 
 def test_exit_status_and_files(tmp_path, monkeypatch, capsys):
@@ -56,13 +55,13 @@ def test_exit_status_and_files(tmp_path, monkeypatch, capsys):
         part.status = "failed"
         part.failures.append("tests.test_x::test_y: assert 1 == 2")
 
-    monkeypatch.setattr(gpu_check, "probe_in_a_process", lambda: MACHINE)
-    monkeypatch.setattr(gpu_check.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(machine, "probe_in_a_process", lambda dry=False: MACHINE)
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
     for run, code in ((passing, 0), (failing, 1)):
-        parts = [Part("build", 10, 1, passing), Part("tests", 10, 1, run)]
-        monkeypatch.setattr(gpu_check, "parts_for", lambda words, parts=parts: parts)
-        assert gpu_check.main(["--output", str(tmp_path / str(code))]) == code
-        assert {path.name for path in (tmp_path / str(code)).iterdir()} == {"gpu_check.json", "gpu_check.log"}
+        planned = [Part("build", 10, 1, passing), Part("tests", 10, 1, run)]
+        monkeypatch.setitem(plan.COMMANDS, "first", lambda setting, planned=planned: planned)
+        assert command_line.main(["first", "--output", str(tmp_path / str(code))]) == code
+        assert {path.name for path in (tmp_path / str(code)).iterdir()} == {"first.json", "first.log"}
     last = capsys.readouterr().out.splitlines()[-5:]
     assert last[0] == "tests: tests.test_x::test_y: assert 1 == 2"
     assert [line.split()[:2] for line in last[2:4]] == [["build", "passed"], ["tests", "failed"]]
@@ -86,7 +85,7 @@ def test_part_without_time_is_left_out_and_says_so(tmp_path, capsys):
 
 def test_results_are_written_after_every_part(tmp_path):
     def statuses():
-        return [part["status"] for part in json.loads((tmp_path / "gpu_check.json").read_text())["parts"]]
+        return [part["status"] for part in json.loads((tmp_path / "first.json").read_text())["parts"]]
 
     def look(part, check, limit):
         assert statuses() == ["passed", "running", "not begun"]
@@ -107,14 +106,34 @@ def test_nothing_is_checked_without_a_build(tmp_path):
     assert (parts[1].status, parts[1].detail) == ("left out", "there is no build to check")
 
 
-def test_words_choose_parts():
-    def names(*words):
-        return [part.name for part in gpu_check.parts_for(words)]
+def test_the_plans_fit_six_minutes_and_come_in_order():
+    for setting in (Setting(), Setting(built=Path("built")), Setting(built=Path("built"), variant="messages")):
+        first, second = plan.first(setting), plan.second(setting)
+        assert sum(part.least for part in first) < command_line.BUDGET
+        assert sum(part.least for part in second) < command_line.BUDGET
+        names = [part.name for part in first]
+        assert names[:2] == ["build", "equal bits"]
+        assert names[-2:] == ["launches", "counters"]
+        assert names.index("tests of the kernels") < names.index("other tests") < names.index("times, release")
+        assert ("times, messages" in names) == (setting.built is not None)
+        assert [part.name for part in second][-3:] == ["sanitizer: synccheck", "sanitizer: memcheck", "bench"]
+        assert len({part.name for part in (*first, *second)}) >= len(first) + len(second) - 2
 
-    sanitizers = ["sanitizer: memcheck", "sanitizer: racecheck", "sanitizer: initcheck"]
-    assert names(*gpu_check.WORDS) == ["build", "tests", *sanitizers, "bench"]
-    assert names("sanitizer") == ["build", *sanitizers]
-    assert names("build") == ["build"]
+
+def test_words_choose_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "probe_in_a_process", lambda dry=False: MACHINE)
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    planned = [Part(name, 10, 1, passing) for name in ("build", "tests", "other tests", "launches")]
+    monkeypatch.setitem(plan.COMMANDS, "first", lambda setting: planned)
+    assert command_line.main(["first", "--only", "other,launch", "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "first.json").read_text())
+    assert [part["name"] for part in found["parts"]] == ["build", "other tests", "launches"]
+
+
+def test_another_variant_has_to_be_built_ahead(capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(["second", "--variant", "messages"])
+    assert "--variant: got messages, expected --built with it" in capsys.readouterr().err
 
 
 def test_hanging_command_is_ended_with_what_it_started(check, tmp_path):
@@ -124,7 +143,7 @@ def test_hanging_command_is_ended_with_what_it_started(check, tmp_path):
         "print(child.pid, flush=True); time.sleep(60)"
     )
     start = time.monotonic()
-    outcome = check.execute([sys.executable, "-c", code], 2)
+    outcome = check.python("-c", code, limit=2)
     assert time.monotonic() - start < 20
     assert outcome.status == "timed out"
     child = int(outcome.output.split()[0])
@@ -138,37 +157,82 @@ def test_hanging_command_is_ended_with_what_it_started(check, tmp_path):
         time.sleep(0.05)
     else:
         pytest.fail("what the command started goes on running")
-    assert "ended after 2 s" in (check.folder / "gpu_check.log").read_text()
+    assert "ended after 2 s" in (check.folder / "first.log").read_text()
 
 
-def build(check, monkeypatch, architectures):
+def build(check, monkeypatch, architectures, names=(variants.RELEASE,)):
     """The part, and the commands that it ran, each with its environment."""
     info = f"PyTorch             2.11.0+cu130 (built with 2.11.0)\nCUDA architectures  {architectures}\n"
-    outcomes = [Outcome("passed", ""), Outcome("passed", info)]
+    outcomes = [Outcome("passed", ""), Outcome("passed", info)] * len(names)
     commands = []
 
-    def execute(self, command, limit, **environment):
-        commands.append((command, environment))
+    def execute(self, command, limit, variant=None, **environment):
+        commands.append((command[1:], variant, environment))
         return outcomes.pop(0)
 
     monkeypatch.setattr(Check, "execute", execute)
-    part = Part("build", 100, 1, gpu_check.build)
-    gpu_check.build(part, check, 100)
+    part = Part("build", 100, 1, parts.build(names))
+    part.run(part, check, 100)
     return part, commands
 
 
 def test_a_build_is_for_the_devices_that_are_there(check, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     part, commands = build(check, monkeypatch, "900")
-    assert (part.status, part.results["CUDA architectures"]) == ("passed", "900")
-    command, environment = commands[0]
-    assert command[1:] == ["setup.py", "build_ext", "--inplace"]
+    assert (part.status, part.results["release"]["CUDA architectures"]) == ("passed", "900")
+    command, _, environment = commands[0]
+    assert command == ["setup.py", "build_ext", "--inplace"]
     assert (environment["PDL_EXT_CUDA"], environment["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+
+
+def test_variants_are_linked_and_each_is_asked_what_it_is(tmp_path, monkeypatch):
+    check = Check(tmp_path, MACHINE, 100.0, [], Setting(built=tmp_path / "built"))
+    part, commands = build(check, monkeypatch, "900", ("release", "messages"))
+    assert part.status == "passed"
+    assert [command[-2:] for command, _, _ in commands[::2]] == [["--link", "release"], ["--link", "messages"]]
+    assert [variant for _, variant, _ in commands[1::2]] == ["release", "messages"]
 
 
 def test_a_build_of_the_cpu_only_is_refused(check, monkeypatch):
     part, _ = build(check, monkeypatch, "none")
-    assert (part.status, part.failures) == ("failed", ["what is imported was built without CUDA"])
+    assert (part.status, part.failures) == ("failed", ["release: what is imported was built without CUDA"])
+
+
+class TestVariants:
+    def test_each_differs_by_a_macro_that_its_source_knows(self):
+        for name, variant in variants.VARIANTS.items():
+            text = variants.with_headers(variants.ROOT / variant.source, variants.ROOT / "csrc").decode()
+            for macro in variant.macros:
+                assert f"#if !defined({macro.partition('=')[0]})" in text, name
+        assert variants.flags_of("release") == ""
+        assert variants.flags_of("messages") == "-DPDL_EXCHANGE=messages"
+
+    def test_all_but_the_library_is_compiled_ahead(self):
+        assert "csrc/cuda/loss_and_gradient.cu" in variants.sources()
+        assert "csrc/cpu/loss_and_gradient.cpp" in variants.sources()
+        assert variants.LIBRARY not in variants.sources()
+        assert (variants.ROOT / variants.LIBRARY).is_file()
+        python = [
+            name
+            for name in variants.sources()
+            if b"<pybind11" in variants.with_headers(variants.ROOT / name, variants.ROOT / "csrc")
+        ]
+        assert python == []
+
+    def test_objects_of_other_sources_are_refused(self, tmp_path):
+        assert "expected what `make gpu-variants` leaves" in variants.refusal(tmp_path)
+        (tmp_path / "objects.json").write_text(json.dumps({"fingerprint": "another", "architecture": "9.0"}))
+        assert "made of other sources or for another PyTorch" in variants.refusal(tmp_path)
+        (tmp_path / "objects.json").write_text(json.dumps({"fingerprint": variants.fingerprint()}))
+        assert variants.refusal(tmp_path) == ""
+
+    def test_a_variant_takes_one_object_of_its_own(self, tmp_path):
+        for name in ("release/a.o", "release/b.o", "messages/b.o"):
+            path = tmp_path / "objects" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        found = [str(path.relative_to(tmp_path / "objects")) for path in variants.objects(tmp_path, "messages")]
+        assert found == ["release/a.o", "messages/b.o"]
 
 
 SOURCE = """
@@ -188,7 +252,7 @@ def test_report_is_read(tmp_path):
     path = tmp_path / "junit.xml"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}", "test_sample.py"]
     subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True)
-    found, failures = gpu_check.read_junit(path)
+    found, failures = parts.read_junit(path)
     assert found["counts"] == {"passed": 1, "failed": 2, "skipped": 2}
     assert found["skipped"] == {"no second device": 2}
     assert len(found["slowest"]) == 5
@@ -196,12 +260,12 @@ def test_report_is_read(tmp_path):
     assert failures[1].startswith("test_sample::test_error: failed on setup with")
 
 
-def sanitize(check, tmp_path, monkeypatch, summary, code):
+def sanitize(tmp_path, summary, code):
     program = tmp_path / "compute-sanitizer"
     program.write_text(f"#!/bin/sh\necho \"$@\"\necho '========= {summary}'\nexit {code}\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    part = Part("sanitizer: racecheck", 100, 1, gpu_check.sanitizer("racecheck"))
+    check = Check(tmp_path, MACHINE, 100.0, [], Setting(programs=tmp_path))
+    part = Part("sanitizer: racecheck", 100, 1, parts.sanitizer("racecheck"))
     part.run(part, check, 100)
     return part
 
@@ -216,15 +280,71 @@ def sanitize(check, tmp_path, monkeypatch, summary, code):
         ("Device not supported", 0, "failed"),
     ],
 )
-def test_sanitizer(check, tmp_path, monkeypatch, summary, code, status):
-    part = sanitize(check, tmp_path, monkeypatch, summary, code)
+def test_sanitizer(tmp_path, summary, code, status):
+    part = sanitize(tmp_path, summary, code)
     assert part.status == status
     assert part.detail == (summary if "SUMMARY" in summary else "no summary")
     assert bool(part.failures) == (status == "failed")
-    assert "--tool racecheck --error-exitcode 1" in (check.folder / "gpu_check.log").read_text()
+    assert "--tool racecheck --error-exitcode 1" in (tmp_path / "first.log").read_text()
+
+
+def test_counters_are_found_amid_other_lines():
+    output = "\n".join(
+        [
+            "==PROF== Connected to process 7",
+            '"ID","Kernel Name","launch__registers_per_thread","dram__bytes_read.sum","smsp__cycles.sum"',
+            '"","","register/thread","Gbyte","cycle"',
+            '"0","on_chip_kernel","77","2.1","12"',
+        ]
+    )
+    assert parts.read_counters(output) == {
+        "launch__registers_per_thread": "77 register/thread",
+        "dram__bytes_read.sum": "2.1 Gbyte",
+    }
+    assert parts.read_counters("==ERROR== no permission") == {}
+
+
+def test_launches_of_a_trace():
+    others = {"ph": "X", "cat": "kernel", "name": "void at::native::copy()", "ts": 2.0, "dur": 3.0, "args": {}}
+    ours = launches.STAND_IN | {"ts": 9.0}
+    (line,) = launches.kernels([ours, {"cat": "cpu_op", "ts": 0, "dur": 99, "name": "pdl::cuda"}, others], rows=3)
+    assert (line["kernel"], line["microseconds"], line["gap"]) == ("on_chip_kernel", 5.0, 4.0)
+    assert (line["blocks_of_a_row"], line["registers per thread"]) == (4, 77)
+
+
+@pytest.mark.parametrize("wrong", [None, "loss", "element", "nan"])
+def test_one_wrong_element_of_a_gradient_is_seen(wrong):
+    logits, targets, weight = torch.randn(5, 33), torch.randint(33, (5,)), torch.rand(33) + 0.5
+    leaf = logits.clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(leaf, targets, weight)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    if wrong == "loss":
+        loss = loss * 1.001
+    elif wrong:
+        gradient[4, 32] += torch.nan if wrong == "nan" else 1e-4
+    assert (error(logits, targets, weight, loss.detach(), gradient) < 1e-5) == (wrong is None)
+
+
+def test_stand_ins_refuse_what_they_do_not_know(tmp_path):
+    folder = stand_ins.write(tmp_path / "programs")
+    for command in (["ncu", "--wrong", "x", "true"], ["compute-sanitizer", "--wrong", "x", "true"]):
+        done = subprocess.run([folder / command[0], *command[1:]], capture_output=True, text=True)
+        assert (done.returncode, "unknown option --wrong" in done.stdout) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["first", "second"])
+def test_the_dry_run_takes_every_step(command, tmp_path):
+    chosen = {"first": "launches,counters,times", "second": "residency,synccheck"}[command]
+    arguments = [command, "--dry", "--budget", "900", "--only", chosen, "--output", str(tmp_path)]
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / f"{command}.json").read_text())
+    assert found["machine"]["device"] == "no card: a dry run"
+    assert {part["status"] for part in found["parts"]} == {"passed"}
+    assert [part["name"] for part in found["parts"] if not part["results"]] in ([], ["sanitizer: synccheck"])
 
 
 # Its kernels are tested on the emulator by all that is tested there.
 @pytest.mark.devices("cpu", "cuda")
 def test_subset_agrees_with_the_reference(device):
-    gpu_check.exercise_kernels(str(device))
+    kernels.exercise(str(device))

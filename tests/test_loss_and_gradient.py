@@ -27,10 +27,11 @@ def from_a_model(case):
 
 @pytest.fixture
 def uncut(device, device_name):
-    """So many rows that a card has none of them cut into parts, whatever their length."""
+    """So many rows that a card has none of them cut into parts, and more of them than it runs at once."""
     # Where they are cheap, enough of them that plain PyTorch is not by luck right on the few that are targets near 1.
     numbers = {"emulated": 6, "cpu": 24}
-    return numbers.get(device_name) or torch.cuda.get_device_properties(device).multi_processor_count + 1
+    # A multiprocessor runs three at most.
+    return numbers.get(device_name) or 3 * torch.cuda.get_device_properties(device).multi_processor_count + 1
 
 
 @pytest.fixture

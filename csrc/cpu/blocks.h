@@ -163,8 +163,8 @@ alignas(64) inline constexpr int32_t kRootsOfTwo[32] = {
 
 // exp(x - origin) of a T. A table, 2^(i / 32), that two registers hold, and a short polynomial.
 //
-// Of 16-bit numbers the origin is of `steps` thirty-seconds of ln 2: a whole number of them costs no subtraction. x is
-// not much larger than that. Half of exp_nonpositive's instructions for the units that multiply and compare, which
+// Of 16-bit numbers the origin is of `steps` thirty-seconds of ln 2: a whole number costs no subtraction. x is not much
+// larger than that. Half of exp_nonpositive's instructions for the units that multiply and compare, which
 // bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of which the second is the rounding of log2(e). Of others the
 // origin is 0, and it is within 2 ulp.
 template <typename T>
@@ -284,8 +284,8 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = widen(x[k]);
 }
 
-// What the exponentials of a tile of T, whose largest number is `max`, are relative to: max, or on AVX-512 what
-// exp_avx512 needs of 16-bit numbers, just below it.
+// What the exponentials of a tile of T are relative to. It is the tile's largest number, or just below it what
+// exp_avx512 needs of 16-bit numbers.
 template <Capability kCapability, typename T>
 struct ExpOrigin {
   static constexpr bool kInSteps = kCapability >= Capability::avx512 && sizeof(T) == 2;

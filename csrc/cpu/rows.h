@@ -16,8 +16,8 @@
 
 namespace pdl::cpu {
 
-// How far ahead of its use a tile is fetched, in bytes: where rows' exponentials are kept, no prefetcher of a processor
-// keeps up, and memory answers after some thousand cycles under load.
+// How far ahead of its use a tile is fetched, in bytes. Memory answers after some thousand cycles under load, and where
+// exponentials are stored meanwhile, the processor does not fetch so far ahead by itself.
 constexpr int64_t kBytesAhead = 16384;
 
 // Each tile drains the pipeline, which plain 16-bit floats feel most.

@@ -14,7 +14,10 @@ namespace pdl::cuda {
 
 namespace ptx = ::cuda::ptx;
 
-constexpr int kMaxCluster = 16;
+#if !defined(PDL_LEAST_CLUSTER)
+#define PDL_LEAST_CLUSTER 1
+#endif
+constexpr int kLeastCluster = PDL_LEAST_CLUSTER, kMaxCluster = 16;
 
 // `blocks` is a power of two, and 1 in a launch without clusters.
 struct Cluster {

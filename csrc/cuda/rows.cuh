@@ -8,12 +8,20 @@
 
 namespace pdl::cuda {
 
+// What a card may have to decide is set by macros: docs/testing.md has the variants.
+#if !defined(PDL_PACKS)
+#define PDL_PACKS 4
+#endif
+#if !defined(PDL_ROWS_OF_MULTIPROCESSOR)
+#define PDL_ROWS_OF_MULTIPROCESSOR 3
+#endif
+
 // Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
-constexpr int kPacks = 4;
+constexpr int kPacks = PDL_PACKS;
 // Threads of a block that has a row or a share of one, and how many such blocks a multiprocessor must hold at once. One
 // loads while another reduces. float64 has no registers for the third, nor the throughput to need one.
 constexpr int kLongRowThreads = 256;
-constexpr int kRowsOfMultiprocessor = 3;
+constexpr int kRowsOfMultiprocessor = PDL_ROWS_OF_MULTIPROCESSOR;
 template <typename T>
 constexpr int kResident = sizeof(T) == 8 ? 2 : kRowsOfMultiprocessor;
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import mmap
 import os
-import re
 import shlex
 import subprocess
 import types
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from included import with_headers
 from torch import Tensor
 
 from pdl_ext.engine import ops
@@ -69,15 +69,19 @@ def build() -> Path:
 
     # cuda/ptx has no suffix.
     headers = sorted({*HERE.rglob("*.h"), *filter(Path.is_file, INCLUDE.rglob("*"))})
-    common = repr((compiler, FLAGS, more, torch.__version__)).encode() + b"".join(path.read_bytes() for path in headers)
+    common = repr((compiler, FLAGS, torch.__version__)).encode() + b"".join(path.read_bytes() for path in headers)
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted(HERE.glob("*.cpp")), *sorted(KERNELS.glob("*.cu"))]
-    names = [f"{path.stem}-{hashlib.sha256(common + with_headers(path, csrc)).hexdigest()[:16]}" for path in sources]
+    flags = {source: known_flags(more, with_headers(source, csrc)) for source in sources}
+    names = []
+    for source in sources:
+        key = hashlib.sha256(common + repr(flags[source]).encode() + with_headers(source, csrc))
+        names.append(f"{source.stem}-{key.hexdigest()[:16]}")
     objects = [folder / f"{name}.o" for name in names]
     library = folder / f"pdl_ext_emulated-{hashlib.sha256(repr(names).encode()).hexdigest()[:16]}.so"
 
     def compile_source(source: Path, target: Path) -> None:
         if not target.exists():
-            run([*compiler, *FLAGS, *more, f"-I{csrc}", "-x", "c++", "-c", str(source)], target)
+            run([*compiler, *FLAGS, *flags[source], f"-I{csrc}", "-x", "c++", "-c", str(source)], target)
 
     # Processes of one test run wait for the first of them.
     with open(library.with_suffix(".lock"), "w") as lock:
@@ -90,18 +94,9 @@ def build() -> Path:
     return library
 
 
-def with_headers(source: Path, csrc: Path) -> bytes:
-    """The text of a source and of what it includes by name, so that a change compiles only what sees it."""
-    texts: dict[Path, bytes] = {}
-    paths = [source]
-    while paths:
-        path = paths.pop().resolve()
-        if path not in texts:
-            texts[path] = path.read_bytes()
-            names = re.findall(rb'^#include "(.+)"$', texts[path], re.MULTILINE)
-            found = (folder / name.decode() for name in names for folder in (path.parent, csrc))
-            paths += filter(Path.is_file, found)
-    return b"".join(texts.values())
+def known_flags(flags: list[str], text: bytes) -> list[str]:
+    """Those flags that mean something to a source: of macros, the ones that it names."""
+    return [flag for flag in flags if not flag.startswith("-D") or flag[2:].partition("=")[0].encode() in text]
 
 
 def run(command: list[str], target: Path) -> None:

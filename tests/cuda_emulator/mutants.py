@@ -14,6 +14,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import emulated_tests
 
@@ -233,34 +234,77 @@ MUTATIONS = [
 ]
 
 
-def mutants(csrc: Path) -> list[tuple[str, str, str]]:
-    """Each mutant's name, file and text."""
+# The same of lines that only a variant has, behind the macro that chooses it.
+MESSAGES, BATCHES = "-DPDL_EXCHANGE=messages", "-DPDL_HISTOGRAM_BATCHES=2"
+VARIANT_MUTATIONS = [
+    (MESSAGES, "cuda/cluster.cuh", "uint32_t(cluster.blocks * sizeof(Message))", "uint32_t(sizeof(Message))"),
+    (
+        MESSAGES,
+        "cuda/cluster.cuh",
+        "void skip(const Cluster& cluster) { cluster.wait(); }",
+        "void skip(const Cluster&) {}",
+    ),
+    (
+        MESSAGES,
+        "cuda/cluster.cuh",
+        "    cluster.wait();\n    if (threadIdx.x >= kWarp)",
+        "    if (threadIdx.x >= kWarp)",
+    ),
+    (MESSAGES, "cuda/cluster.cuh", "->of_block[cluster.rank()];", "->of_block[0];"),
+    (MESSAGES, "cuda/cluster.cuh", "    __syncwarp();\n    const int lane", "    const int lane"),
+    (MESSAGES, "cuda/cluster.cuh", "while (!ptx::mbarrier_try_wait_parity", "if (!ptx::mbarrier_try_wait_parity"),
+    (MESSAGES, "cuda/cluster.cuh", "k < kWords; k += 4", "k < 4; k += 4"),
+    (MESSAGES, "cuda/cluster.cuh", "of_block[lane].words, sizeof value", "of_block[0].words, sizeof value"),
+    (BATCHES, "cuda/histogram.cu", "ahead < kBatches - 1; ++ahead) load", "ahead < 0; ++ahead) load"),
+    (BATCHES, "cuda/histogram.cu", "first + (kBatches - 1) * stride);", "first + stride * kBatches);"),
+    (
+        BATCHES,
+        "cuda/histogram.cu",
+        "batches[ahead - 1][i] = batches[ahead][i];",
+        "batches[ahead - 1][i] = batches[0][i];",
+    ),
+]
+
+
+class Mutant(NamedTuple):
+    """A broken copy of a file, and the macros under which the break shows."""
+
+    name: str
+    file: str
+    text: str
+    flags: str = ""
+
+
+def mutants(csrc: Path) -> list[Mutant]:
+    """All of them."""
     found = []
     for path in sorted((csrc / "cuda").iterdir()):
         text = path.read_text()
         for number, match in enumerate(re.finditer(r"__syncthreads\(\);", text), 1):
             name = f"cuda/{path.name}: barrier {number} removed"
-            found.append((name, f"cuda/{path.name}", text[: match.start()] + text[match.end() :]))
-    for file, before, after in MUTATIONS:
+            found.append(Mutant(name, f"cuda/{path.name}", text[: match.start()] + text[match.end() :]))
+    for flags, file, before, after in [*(("", *mutation) for mutation in MUTATIONS), *VARIANT_MUTATIONS]:
         text = (csrc / file).read_text()
         if before not in text:
             sys.exit(f"{file} no longer holds `{before}`: bring the list of mutations up to date")
         parts = text.split(before)
         for place in range(1, len(parts)):
             name = f"{file}: {before} -> {after}" + (f" ({place} of {len(parts) - 1})" if len(parts) > 2 else "")
-            found.append((name, file, before.join(parts[:place]) + after + before.join(parts[place:])))
+            broken = before.join(parts[:place]) + after + before.join(parts[place:])
+            found.append(Mutant(f"{name} {flags}".rstrip(), file, broken, flags))
     return found
 
 
-def survives(csrc: Path, file: str, text: str) -> tuple[bool, str, float]:
+def survives(csrc: Path, mutant: Mutant) -> tuple[bool, str, float]:
     """Whether all tests pass with the mutant, the first that does not or pytest's last line, and the seconds taken."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "csrc"
         shutil.copytree(csrc, copy)
-        (copy / file).write_text(text)
+        (copy / mutant.file).write_text(mutant.text)
+        environment = {"PDL_EXT_EMULATOR_SOURCES": str(copy), "PDL_EXT_EMULATOR_FLAGS": mutant.flags}
         try:
-            done = emulated_tests.run(900, stop_at_first=True, PDL_EXT_EMULATOR_SOURCES=str(copy))
+            done = emulated_tests.run(900, stop_at_first=True, **environment)
         except subprocess.TimeoutExpired:
             return False, "hangs", time.monotonic() - start
     if done.returncode < 0:
@@ -275,16 +319,18 @@ def survives(csrc: Path, file: str, text: str) -> tuple[bool, str, float]:
 
 def main(words: list[str]) -> int:
     csrc = emulated_tests.ROOT / "csrc"
-    chosen = [mutant for mutant in mutants(csrc) if not words or any(word in mutant[0] for word in words)]
+    chosen = [mutant for mutant in mutants(csrc) if not words or any(word in mutant.name for word in words)]
     # Without a mutation they have to pass, or every mutant would seem to be seen.
-    if not survives(csrc, "cuda/loss.cu", (csrc / "cuda" / "loss.cu").read_text())[0]:
-        sys.exit("the tests fail without any mutation")
+    whole = (csrc / "cuda" / "loss.cu").read_text()
+    for flags in sorted({mutant.flags for mutant in chosen}):
+        if not survives(csrc, Mutant("none", "cuda/loss.cu", whole, flags))[0]:
+            sys.exit(f"the tests fail without any mutation {flags}")
     survivors = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda mutant: survives(csrc, *mutant[1:]), chosen)
-        for (name, _, _), (survived, by, seconds) in zip(chosen, results, strict=True):
+        results = pool.map(lambda mutant: survives(csrc, mutant), chosen)
+        for mutant, (survived, by, seconds) in zip(chosen, results, strict=True):
             survivors += survived
-            print(f"{'SURVIVED' if survived else 'killed':8} {seconds:4.0f} s  {name}\n{'':17}{by}", flush=True)
+            print(f"{'SURVIVED' if survived else 'killed':8} {seconds:4.0f} s  {mutant.name}\n{'':17}{by}", flush=True)
     print(f"{len(chosen)} mutants, {survivors} survived")
     return 1 if survivors else 0
 

@@ -1,0 +1,106 @@
+"""Whole gradients of the one-call kernel: right, and the same bits in every run beside other work on the card.
+
+python -m gpu_check.equal_bits --output FILE.json [--device emulated]
+
+What is compared is every element, since a race shows in few of them. FILE has a line for each shape as it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from conftest import computed
+from torch import Tensor
+from workloads import IGNORED
+
+from gpu_check import devices
+from pdl_ext import functional, reference
+
+RUNS = 20
+# Elements of a float64 truth at once.
+PART = 2**26
+
+
+def shapes(device: torch.device) -> Iterator[tuple[torch.dtype, int, int]]:
+    """Of each dtype, rows and vocabulary: rows that a block has, that clusters share, and more than run at once."""
+    for dtype, vocab_sizes in (
+        (torch.bfloat16, (128256, 32000, 50257, 151936, 256000)),
+        (torch.float32, (128256, 50257, 256000)),
+    ):
+        for vocab_size in vocab_sizes:
+            yield (dtype, 4096, vocab_size) if device.type == devices.CARD else (dtype, 7, vocab_size // 50)
+
+
+def error(logits: Tensor, targets: Tensor, weight: Tensor, loss: Tensor, gradient: Tensor) -> float:
+    """The largest error of the loss and of any element of its gradient, relative to the largest of each."""
+    valid = targets != IGNORED
+    denominator = weight[targets[valid]].double().sum()
+    total, worst, largest = torch.zeros_like(denominator), 0.0, 0.0
+    for part in torch.arange(len(targets), device=targets.device).split(max(1, PART // logits.shape[1])):
+        exact = logits[part].double().requires_grad_()
+        term = reference.pdl_loss(exact, targets[part], weight, reduction="sum") / denominator
+        (truth,) = torch.autograd.grad(term, exact)
+        total += term.detach()
+        worst = max(worst, float((gradient[part].double() - truth).abs().max().nan_to_num(nan=torch.inf)))
+        largest = max(largest, float(truth.abs().max()))
+    return max(worst / largest, float(((loss.double() - total) / total).abs().nan_to_num(nan=torch.inf)))
+
+
+def check(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, in_place: bool) -> dict[str, object]:
+    """What was found of one shape; `failure` is empty where all is well."""
+    generator = torch.Generator(device).manual_seed(vocab_size)
+    logits = (3 * torch.randn(rows, vocab_size, device=device, generator=generator)).to(dtype)
+    targets = torch.randint(vocab_size, (rows,), device=device, generator=generator)
+    targets[::7] = IGNORED
+    weight = 0.5 + torch.rand(vocab_size, device=device, generator=generator)
+    # Other work, so that the blocks of a cluster start apart.
+    side = torch.cuda.Stream(device) if device.type == devices.CARD else None
+    noise = torch.empty(2**28 if side else 1, dtype=torch.uint8, device=device)
+
+    def step() -> tuple[Tensor, Tensor]:
+        leaf = logits.clone().requires_grad_()
+        loss = functional.pdl_loss(computed(leaf), targets, weight, inplace_backward=in_place)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    first = step()
+    wrong = error(logits, targets, weight, *first)
+    limit = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    failure = "" if wrong <= limit else f"off by {wrong:.2g} of the largest element, expected at most {limit:.2g}"
+    for turn in range(1, RUNS if side else 3):
+        if side is not None and turn % 2:
+            with torch.cuda.stream(side):
+                noise.random_()
+        again = step()
+        if failure or all(map(torch.equal, again, first)):
+            continue
+        others = (again[1] != first[1]).any(1).nonzero().flatten()[:10].tolist()
+        failure = f"other bits in run {turn}: rows {others}"
+    devices.synchronize(device)
+    name = f"{str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {'in place' if in_place else 'new gradient'}"
+    return {"name": name, "error": wrong, "failure": failure}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    devices.add_argument(parser)
+    options = parser.parse_args()
+    device = devices.prepare(options.device)
+    found = []
+    for dtype, rows, vocab_size in shapes(device):
+        for in_place in (False, True):
+            found.append(check(device, dtype, rows, vocab_size, in_place))
+            print(f"{found[-1]['name']}: {found[-1]['failure'] or 'equal bits'}", flush=True)
+            options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    bad = sum(bool(each["failure"]) for each in found)
+    print(f"{len(found)} shapes, {bad} bad")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
