@@ -98,7 +98,7 @@ def nvcc(tmp_path, monkeypatch):
     """A compiler that only counts its calls."""
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.h").write_text("int a;")
-    (tmp_path / "a.cu").write_text("")
+    (tmp_path / "a.cu").write_text('#include "a.h"\n')
     monkeypatch.setattr(cuda_compile, "CSRC", tmp_path / "csrc")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for memory in (cuda_compile.compilers, cuda_compile.say_once):
@@ -123,10 +123,12 @@ def calls(nvcc: Path) -> int:
 def test_a_result_is_kept_until_what_it_depends_on_changes(nvcc, monkeypatch):
     assert calls(nvcc) == calls(nvcc) == 1
     header = cuda_compile.CSRC / "a.h"
-    header = header.rename(header.with_name("b.h"))
-    assert calls(nvcc) == calls(nvcc) == 2, "the name of a header"
-    header.write_text("int b;")
-    assert calls(nvcc) == 3, "what is in it"
+    header.with_name("b.h").write_text("int of_others;")
+    assert calls(nvcc) == 1, "a header that it does not include"
+    header.write_text('#include "b.h"\n')
+    assert calls(nvcc) == calls(nvcc) == 2, "one that it does"
+    header.with_name("b.h").write_text("int b;")
+    assert calls(nvcc) == 3, "and what that one includes"
     program(nvcc.parent, "2")
     assert calls(nvcc) == 4, "the release of the compiler"
     nvcc.touch()

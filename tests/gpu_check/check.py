@@ -31,7 +31,7 @@ class Setting:
     device: str = "cuda"
     # Objects compiled ahead; None where the build is made here, in place.
     built: Path | None = None
-    # The variant that parts import unless they name another one.
+    # What the second command measures.
     variant: str = RELEASE
     # Programs that stand in for a card's, in a dry run.
     programs: Path | None = None
@@ -51,6 +51,8 @@ class Part:
     most: float
     least: float
     run: Callable[[Part, Check, float], None]
+    # The build that it imports.
+    variant: str = RELEASE
     # not begun, running, passed, failed, timed out, absent (its tool is) or left out
     status: str = "not begun"
     seconds: float = 0.0
@@ -127,13 +129,12 @@ class Check:
         """PATH with the programs that were installed with this Python, also where it is not activated."""
         return os.pathsep.join([*map(str, filter(None, [self.setting.programs])), search_path()])
 
-    def python(self, *arguments: str, limit: float, variant: str | None = None, **environment: str) -> Outcome:
+    def python(self, *arguments: str, limit: float, variant: str = RELEASE, **environment: str) -> Outcome:
         """Runs this Python, where it imports the variant."""
         return self.execute([sys.executable, *arguments], limit, variant, **environment)
 
-    def execute(self, command: Sequence[str], limit: float, variant: str | None = None, **environment: str) -> Outcome:
+    def execute(self, command: Sequence[str], limit: float, variant: str = RELEASE, **environment: str) -> Outcome:
         """Runs a command for at most `limit` seconds, its output in the log."""
-        variant = variant or self.setting.variant
         home = self.setting.home(variant)
         # Until it is linked there is none.
         home = home if home.is_dir() else self.setting.root

@@ -1,8 +1,8 @@
 """Whole gradients of the one-call kernel: right, and the same bits in every run beside other work on the card.
 
-python -m gpu_check.equal_bits --output FILE.json [--device emulated]
+python -m gpu_check.equal_bits --output DIR [--device emulated]
 
-What is compared is every element, since a race shows in few of them. FILE has a line for each shape as it ends.
+What is compared is every element, since a race shows in few of them. DIR/equal_bits.json grows as shapes end.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from conftest import computed
 from torch import Tensor
-from workloads import IGNORED
 
 from gpu_check import devices
 from pdl_ext import functional, reference
 
 RUNS = 20
+IGNORED = -100
 # Elements of a float64 truth at once.
 PART = 2**26
 
@@ -87,7 +87,7 @@ def check(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     devices.add_argument(parser)
     options = parser.parse_args()
     device = devices.prepare(options.device)
@@ -96,7 +96,7 @@ def main() -> int:
         for in_place in (False, True):
             found.append(check(device, dtype, rows, vocab_size, in_place))
             print(f"{found[-1]['name']}: {found[-1]['failure'] or 'equal bits'}", flush=True)
-            options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (options.output / "equal_bits.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     bad = sum(bool(each["failure"]) for each in found)
     print(f"{len(found)} shapes, {bad} bad")
     return int(bad > 0)

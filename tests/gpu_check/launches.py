@@ -1,6 +1,6 @@
 """The kernels of one step, from a profile: grid, cluster, registers, occupancy, time, and the gap before each.
 
-python -m gpu_check.launches --output FILE.json [--device emulated] [--vocab-size V ...]
+python -m gpu_check.launches --output DIR [--device emulated] [--vocab-size V ...]
 python -m gpu_check.launches --step V [--device emulated]      only a step, for a profiler to watch
 
 On the CPU a trace of the same form stands in for the profiler's.
@@ -81,7 +81,7 @@ def kernels(events: list[dict[str, Any]], rows: int) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--output", type=Path, metavar="DIR")
     parser.add_argument("--vocab-size", nargs="+", type=int, default=VOCAB_SIZES, metavar="V")
     parser.add_argument("--step", type=int, metavar="V")
     devices.add_argument(parser)
@@ -98,7 +98,7 @@ def main() -> int:
     for vocab_size in options.vocab_size:
         events = profile(device, rows, vocab_size // shrunk)
         found[str(vocab_size)] = kernels([*events, *([STAND_IN] if small else [])], rows)
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (options.output / "launches.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         for line in found[str(vocab_size)]:
             print(f"V {vocab_size}: {' '.join(f'{name}={value}' for name, value in line.items())}", flush=True)
     missing = [vocab_size for vocab_size, lines in found.items() if not any("on_chip" in x["kernel"] for x in lines)]

@@ -35,57 +35,49 @@ COUNTERS = re.compile(
 )
 
 
-def build(names: tuple[str, ...]) -> Run:
-    """The part that makes what all others import: linked from objects made before, or built for the devices here."""
-
-    def run(part: Part, check: Check, limit: float) -> None:
-        deadline = time.monotonic() + limit
-        for name in names:
-            if check.setting.device == devices.EMULATED:
-                code = "import cuda_emulator; print(cuda_emulator.build())"
-                outcome = check.python("-c", code, limit=deadline - time.monotonic(), variant=name)
-            elif check.setting.built is not None:
-                link = ("-m", "gpu_check.variants", str(check.setting.built), "--link", name)
-                outcome = check.python(*link, limit=deadline - time.monotonic())
-            else:
-                architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(check.machine["capabilities"])
-                outcome = check.python(
-                    *("setup.py", "build_ext", "--inplace"),
-                    limit=deadline - time.monotonic(),
-                    PDL_EXT_CUDA="1",
-                    TORCH_CUDA_ARCH_LIST=architectures,
-                    MAX_JOBS=os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0))),
-                )
-            if outcome.status == "passed":
-                outcome = check.python("-m", "pdl_ext.cli", "info", limit=20, variant=name)
-            part.status = outcome.status
-            if outcome.status != "passed":
-                part.failures.append(f"{name}: {last_lines(outcome.output, 15)}")
-                return
-            said = dict(re.split(r"  +", line, maxsplit=1) for line in outcome.output.splitlines() if "  " in line)
-            part.results[name] = said
-            if check.setting.device == devices.CARD and said.get("CUDA architectures", "none") == "none":
-                part.status = "failed"
-                part.failures.append(f"{name}: what is imported was built without CUDA")
-                return
-        part.detail = ", ".join(names)
-
-    return run
+def build(part: Part, check: Check, limit: float) -> None:
+    """Makes what the other parts import: linked from objects made before, or built for the devices here."""
+    deadline = time.monotonic() + limit
+    names = list(dict.fromkeys(each.variant for each in check.parts))
+    for name in names:
+        if check.setting.device == devices.EMULATED:
+            command, environment = ("-c", "import cuda_emulator; print(cuda_emulator.build())"), {}
+        elif check.setting.built is not None:
+            command, environment = ("-m", "gpu_check.variants", str(check.setting.built), "--link", name), {}
+        else:
+            command = ("setup.py", "build_ext", "--inplace")
+            environment = {
+                "PDL_EXT_CUDA": "1",
+                "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST")
+                or ";".join(check.machine["capabilities"]),
+                "MAX_JOBS": os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0))),
+            }
+        outcome = check.python(*command, limit=deadline - time.monotonic(), variant=name, **environment)
+        if outcome.status == "passed":
+            outcome = check.python("-m", "pdl_ext.cli", "info", limit=20, variant=name)
+        part.status = outcome.status
+        if outcome.status != "passed":
+            part.failures.append(f"{name}: {last_lines(outcome.output, 15)}")
+            return
+        said = dict(re.split(r"  +", line, maxsplit=1) for line in outcome.output.splitlines() if "  " in line)
+        part.results[name] = said
+        if check.setting.device == devices.CARD and said.get("CUDA architectures", "none") == "none":
+            part.status = "failed"
+            part.failures.append(f"{name}: what is imported was built without CUDA")
+            return
+    part.detail = ", ".join(names)
 
 
-def script(module: str, *arguments: str, variant: str | None = None, folder: bool = False) -> Run:
+def script(module: str, *arguments: str) -> Run:
     """The part that is a module of gpu_check in a process of its own, which writes its results as it goes."""
 
     def run(part: Part, check: Check, limit: float) -> None:
-        name = re.sub(r"\W+", "_", part.name)
-        output = check.folder / (name if folder else f"{name}.json")
-        device = ("--device", check.setting.device)
-        command = ("-m", f"gpu_check.{module}", "--output", str(output.resolve()), *device, *arguments)
-        outcome = check.python(*command, limit=limit, variant=variant)
+        output = check.folder.resolve() / re.sub(r"\W+", "_", part.name)
+        output.mkdir(exist_ok=True)
+        command = ("-m", f"gpu_check.{module}", "--output", str(output), "--device", check.setting.device, *arguments)
+        outcome = check.python(*command, limit=limit, variant=part.variant)
         part.status, part.detail = outcome.status, last_lines(outcome.output)
-        written = output / "benchmark.json" if folder else output
-        if written.is_file():
-            part.results = {"file": str(written.relative_to(check.folder))}
+        part.results = {"files": sorted(f"{output.name}/{path.name}" for path in output.iterdir())}
         if part.status != "passed":
             part.failures.append(last_lines(outcome.output, 5))
 
@@ -118,7 +110,7 @@ def run_tests(chosen: str, *files: str, but: tuple[str, ...] = ()) -> Run:
             ignored = (*but, "test_cuda_emulator", "test_cuda_compile", "test_gpu_check")
             command += [f"--ignore={where / name}.py" for name in ignored]
             command += [str(where / f"{name}.py") for name in files] or [str(where)]
-            outcome = check.python(*command, limit=limit)
+            outcome = check.python(*command, limit=limit, variant=part.variant)
             part.status = outcome.status
             if not junit.is_file():
                 last_test = re.findall(r"^\S*tests/\S+::\S+", outcome.output, re.MULTILINE)
@@ -175,7 +167,7 @@ def sanitizer(tool: str) -> Run:
         command += ["--report-api-errors", "no"]
         command += [sys.executable, "-m", "gpu_check.kernels", check.setting.device]
         # Without PyTorch's cache of memory every tensor ends where its allocation does, and begins as unwritten.
-        outcome = check.execute(command, limit, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcome = check.execute(command, limit, part.variant, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         part.status = outcome.status
         summary = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+) .*", outcome.output)
         part.detail = summary[0] if summary else "no summary"
@@ -205,7 +197,7 @@ def counters(vocab_size: int) -> Run:
         # Clocks are left as they are.
         command = [program, "--clock-control", "none", "--set", "full", "-k", "regex:on_chip", "-c", "1"]
         command += ["--csv", "--page", "raw", sys.executable, "-m", "gpu_check.launches", "--step", str(vocab_size)]
-        outcome = check.execute([*command, "--device", check.setting.device], limit)
+        outcome = check.execute([*command, "--device", check.setting.device], limit, part.variant)
         part.status = outcome.status
         part.results = read_counters(outcome.output)
         part.detail = f"{len(part.results)} counters"
@@ -236,7 +228,7 @@ def bench(*arguments: str) -> Run:
         command += ["--budget", f"{budget:.0f}", *arguments]
         if check.setting.device == devices.EMULATED:
             command.append("--dry")
-        outcome = check.python(*command, limit=limit)
+        outcome = check.python(*command, limit=limit, variant=part.variant)
         part.status = outcome.status
         report = check.folder / "benchmark.json"
         if report.is_file():

@@ -23,28 +23,28 @@ FIRST_TESTS = ("test_cuda", "test_loss_and_gradient", "test_memory")
 LINKED, BUILT_HERE, EMULATED_ON_FEW_CORES = (50, 20), (150, 60), (900, 60)
 
 
-def _build(setting: Setting, names: tuple[str, ...]) -> Part:
+def _variants(setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of them that there are: a build made here is the release."""
+    there = setting.built is not None or setting.device == EMULATED
+    return tuple(name for name in dict.fromkeys(names) if there or name == RELEASE)
+
+
+def _build(setting: Setting) -> Part:
     limits = LINKED if setting.built else BUILT_HERE
-    return Part("build", *(EMULATED_ON_FEW_CORES if setting.device == EMULATED else limits), parts.build(names))
+    return Part("build", *(EMULATED_ON_FEW_CORES if setting.device == EMULATED else limits), parts.build)
 
 
 def first(setting: Setting) -> list[Part]:
     """Right or not, then the times of the variants, then one profile."""
     dry = setting.device == EMULATED
-    chosen = "emulated and test_few_rows" if dry else "cuda and not emulated"
-    variants = EXCHANGES if setting.built or dry else (RELEASE,)
-    rest = ("test_edges",) if dry else ()
+    names = _variants(setting, EXCHANGES)
+    kernels, others = ("emulated and few_rows", "emulated and empty") if dry else ("cuda and not emulated",) * 2
     return [
-        _build(setting, variants),
-        Part("equal bits", 60, 15, parts.script("equal_bits")),
-        *(
-            Part(f"equal bits, {name}", 40, 15, parts.script("equal_bits", variant=name))
-            for name in variants
-            if name != RELEASE
-        ),
-        Part("tests of the kernels", 75, 30, parts.run_tests(chosen, *FIRST_TESTS)),
-        Part("other tests", 75, 20, parts.run_tests(chosen.replace("few_rows", "empty"), *rest, but=FIRST_TESTS)),
-        *(Part(f"times, {name}", 40, 15, parts.script("step_times", variant=name, folder=True)) for name in variants),
+        _build(setting),
+        *(Part(f"equal bits, {name}", 60, 15, parts.script("equal_bits"), name) for name in names),
+        Part("tests of the kernels", 75, 30, parts.run_tests(kernels, *FIRST_TESTS)),
+        Part("other tests", 75, 20, parts.run_tests(others, *(["test_edges"] if dry else []), but=FIRST_TESTS)),
+        *(Part(f"times, {name}", 40, 15, parts.script("step_times"), name) for name in names),
         Part("launches", 30, 15, parts.script("launches")),
         Part("counters", 40, 15, parts.counters(128256)),
     ]
@@ -53,31 +53,18 @@ def first(setting: Setting) -> list[Part]:
 def second(setting: Setting) -> list[Part]:
     """The variant that was chosen: right, beside its neighbours and its peers, and clean."""
     ours = setting.variant
-    dry = setting.device == EMULATED
-    others = (*RESIDENCY, *COUNTING) if setting.built or dry else (RELEASE,)
-    names = tuple(dict.fromkeys((ours, *others)))
-    sizes = ("--vocab-size", "128256", "256000")
+    long_rows = ("--vocab-size", "128256", "256000")
+    cut = parts.script("step_times", *long_rows)
+    count = parts.script("step_times", "--dtype", "float32", "--count", *long_rows)
     return [
-        _build(setting, names),
-        Part("equal bits", 45, 15, parts.script("equal_bits", variant=ours)),
-        *(
-            Part(f"residency, {name}", 25, 10, parts.script("step_times", *sizes, variant=name, folder=True))
-            for name in dict.fromkeys((ours, *(name for name in RESIDENCY if name in names)))
-        ),
-        *(
-            Part(
-                f"float32 and counting, {name}",
-                40,
-                15,
-                parts.script("step_times", "--dtype", "float32", "--count", *sizes, variant=name, folder=True),
-            )
-            for name in COUNTING
-            if name in names
-        ),
-        Part("sanitizer: synccheck", 40, 20, parts.sanitizer("synccheck")),
-        Part("sanitizer: memcheck", 45, 20, parts.sanitizer("memcheck")),
+        _build(setting),
+        Part("equal bits", 45, 15, parts.script("equal_bits"), ours),
+        *(Part(f"long rows, {name}", 25, 10, cut, name) for name in _variants(setting, (ours, *RESIDENCY))),
+        *(Part(f"float32 and counting, {name}", 40, 15, count, name) for name in _variants(setting, COUNTING)),
+        Part("sanitizer: synccheck", 40, 20, parts.sanitizer("synccheck"), ours),
+        Part("sanitizer: memcheck", 45, 20, parts.sanitizer("memcheck"), ours),
         # The last one, which has use for all that is left.
-        Part("bench", math.inf, parts.BENCH_OVERRUN + 20, parts.bench("--compile-groups", "1")),
+        Part("bench", math.inf, parts.BENCH_OVERRUN + 20, parts.bench("--compile-groups", "1"), ours),
     ]
 
 
