@@ -34,7 +34,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance bench-plot sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance bench-plot browser sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -146,6 +146,13 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(SOURCES) $(TEST_SOURCES)
+
+# Debian's chromium, in which the page of `pdl-ext explore` is tested; where there is none those tests are left out. After
+# gtest.stamp, since only one apt-get at a time may update its lists.
+browser: $(VENV)/gtest.stamp
+	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; \
+	fi
 
 sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist

@@ -197,7 +197,8 @@ def test_sdist_holds_every_source(tmp_path):
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {str(path.relative_to(source)) for path in source.glob("csrc/**/*.*")}
+    sources = [*source.glob("csrc/**/*.*"), *source.glob("pdl_ext/cli/explore/*.*")]
+    wanted = {str(path.relative_to(source)) for path in sources}
     wanted |= {
         "setup.py",
         "build_backend.py",

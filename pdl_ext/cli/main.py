@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pdl_ext.cli import count, demo, info, merge, plot, show, streams
+from pdl_ext.cli import count, demo, explore, info, merge, plot, show, streams
 from pdl_ext.cli.memory import is_out_of_memory
 
 __all__ = ["main"]
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams.prepare()
     parser = _Parser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (count, merge, show, plot, info, demo):
+    for command in (count, merge, show, plot, explore, info, demo):
         command.add_parser(subparsers)
     try:
         parsed = parser.parse_args(arguments)

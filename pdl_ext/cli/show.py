@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdl_ext.cli.streams import tell, write
+from pdl_ext.cli.streams import write
+from pdl_ext.cli.token_text import literals_of_tokens
 
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
@@ -45,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.alpha is not None and arguments.weighting != "power-law":
         raise ValueError(f"alpha: got one with --weighting {arguments.weighting}, expected none: only power-law has it")
     frequency = load_counts(arguments.counts)
-    text = _text_of(arguments.tokenizer, frequency.provenance)
+    text = literals_of_tokens(arguments.tokenizer, frequency.provenance)
     # All of it is computed before the first line is printed.
     lines = [
         *_totals(frequency),
@@ -103,19 +104,6 @@ def _provenance(provenance: Provenance | None) -> list[str]:
 def _printable(name: str) -> str:
     # The name of a file or a column may hold a line feed, a terminal's command, or bytes that are no text.
     return name if name.isprintable() else repr(name)
-
-
-def _text_of(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
-    if path is None:
-        return lambda token: ""
-    from pdl_ext.corpus.reading.tokenizer import text_of_token
-    from pdl_ext.provenance import file_digest
-
-    text = text_of_token(path)
-    if provenance is not None and provenance.tokenizer not in (None, file_digest(path)):
-        tell(f"pdl-ext show: warning: {path} is not the tokenizer of the counts")
-    # As a literal: a token may be a line feed, or half of a character.
-    return lambda token: repr(text(token))
 
 
 def _tokens(frequency: TokenFrequency, top: int, text: Callable[[int], str]) -> list[str]:

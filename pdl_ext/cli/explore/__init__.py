@@ -1,0 +1,63 @@
+"""`pdl-ext explore`: a page on which a weighting's options are moved and what it makes of the counts is seen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pdl_ext.cli.streams import report
+from pdl_ext.cli.token_text import literals_of_tokens
+
+__all__ = ["add_parser"]
+
+_SUFFIX = ".html"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the sub-command `explore`."""
+    parser = subparsers.add_parser(
+        "explore",
+        help="make a page on which to choose a weighting",
+        description="Makes one file for a browser, which needs no network: sliders for a weighting's options, and "
+        "beside them what it makes of the counts.",
+    )
+    parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=f"a {_SUFFIX} file")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, to show tokens as text")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pdl_ext.cli.counts_file import load_counts
+    from pdl_ext.cli.explore.page import page_of
+    from pdl_ext.storage.whole_file import whole_file
+
+    _check_output(arguments.output)
+    frequency = load_counts(arguments.counts)
+    if frequency.total == 0:
+        raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
+    literal = literals_of_tokens(arguments.tokenizer, frequency.provenance)
+    page = page_of(frequency, arguments.counts, literal)
+    with whole_file(arguments.output) as partial:
+        partial.write_bytes(page)
+    report(str(arguments.output))
+    return 0
+
+
+def _check_output(path: Path) -> None:
+    """Raises ValueError unless a page may be written: where no file is, or an empty one, or another page."""
+    from pdl_ext.cli.counts_file import check_output_folder
+    from pdl_ext.cli.explore.page import BEGINNING
+    from pdl_ext.corpus.reading.access import read_head
+
+    if path.suffix.lower() != _SUFFIX:
+        raise ValueError(f"output: got {path}, expected a name that ends in {_SUFFIX}")
+    check_output_folder(path)
+    if path.is_dir():
+        raise ValueError(f"output: got {path}, a folder, expected a file")
+    if path.is_file() and read_head(path, len(BEGINNING)) not in (b"", BEGINNING):
+        raise ValueError(
+            f"output: got {path}, a file that `pdl-ext explore` did not write, expected a new one, or such a page to "
+            "replace"
+        )

@@ -1,0 +1,32 @@
+"""The text of tokens, as sub-commands show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pdl_ext.cli.streams import tell
+
+if TYPE_CHECKING:
+    from pdl_ext.provenance import Provenance
+
+__all__ = ["literals_of_tokens"]
+
+
+def literals_of_tokens(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
+    """What gives the text of an id as a Python literal, by the tokenizer.json at `path`; without one, an empty string.
+
+    Says so on standard error where it is not the tokenizer of the provenance. Raises ValueError for a file that is
+    damaged, later for an id that it refuses, ImportError where the tokenizers library is missing.
+    """
+    if path is None:
+        return lambda token: ""
+    from pdl_ext.corpus.reading.tokenizer import text_of_token
+    from pdl_ext.provenance import file_digest
+
+    text = text_of_token(path)
+    if provenance is not None and provenance.tokenizer not in (None, file_digest(path)):
+        tell(f"pdl-ext: warning: {path} is not the tokenizer of the counts")
+    # As a literal: a token may be a line feed, or half of a character.
+    return lambda token: repr(text(token))
