@@ -151,7 +151,7 @@ format: $(VENV)/dev.stamp
 # gtest.stamp, since only one apt-get at a time may update its lists.
 browser: $(VENV)/gtest.stamp
 	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
-	  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; \
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; } || true; \
 	fi
 
 sdist: $(VENV)/dev.stamp
