@@ -103,7 +103,7 @@ torch-versions: $(VENV)/dev.stamp $(OTHER_TORCH:%=.venv-torch-%/stamp)
 	touch $@
 
 older-transformers: .venv-transformers/stamp
-	$(RUN_TESTS:$(BIN)/%=.venv-transformers/bin/%) tests/integrations/test_transformers.py tests/integrations/test_trl.py
+	$(RUN_TESTS:$(BIN)/%=.venv-transformers/bin/%) tests/integrations/test_transformers.py tests/integrations/test_trl.py tests/corpus/test_chats.py
 
 frameworks: .venv-frameworks/stamp
 	$(RUN_TESTS:$(BIN)/%=.venv-frameworks/bin/%) tests/integrations/test_frameworks.py

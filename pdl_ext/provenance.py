@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_integer
 
-__all__ = ["Provenance", "Shard", "TargetPolicy", "file_digest", "shard_digest"]
+__all__ = ["Provenance", "Shard", "TargetPolicy", "shard_digest"]
 
 TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
+LEARNED = ("completions", "assistant", "all")
+PACKINGS = ("bfd", "bfd_split", "wrapped")
 # Smaller files are the same by chance: a document a file, of a few tokens or words.
 _LEAST_COMPARED_BYTES = 1024
 # Of the beginning and of the end: a change that keeps both and the size is not seen.
@@ -37,6 +39,11 @@ class TargetPolicy:
         skip_prompt: a column of labels, ignore_index where a token belongs to the prompt.
         special_tokens: whether a tokenizer adds them to text.
         sample_by: what one text of a plain text file is, a "line" or the whole "document".
+        learn: what supervised finetuning learns of rows of chats, prompts and completions, or texts: "completions",
+            what the "assistant" says, or "all". It implies the targets "shifted". None for token ids and plain text.
+        max_length: with learn, how many tokens of a row are trained on. None for all.
+        packing: with learn and max_length, how rows become sequences, as TRL names it: "bfd", "bfd_split", "wrapped".
+            None for a row a sequence, of which as much is learned as with "bfd".
 
     Raises TypeError or ValueError that names the option.
     """
@@ -48,6 +55,9 @@ class TargetPolicy:
     skip_prompt: str | None = None
     special_tokens: bool = True
     sample_by: str = "line"
+    learn: str | None = None
+    max_length: int | None = None
+    packing: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("targets", self.targets, TARGETS)
@@ -58,6 +68,27 @@ class TargetPolicy:
                 raise ValueError(f"{name}: got {value!r}, expected the name of a column or None")
         check_flag("special_tokens", self.special_tokens)
         check_choice("sample_by", self.sample_by, SAMPLES)
+        if self.learn is not None:
+            self._check_learn()
+        elif self.max_length is not None or self.packing is not None:
+            name = "packing" if self.max_length is None else "max_length"
+            raise ValueError(f"{name}: got {getattr(self, name)!r} without learn, expected one of {LEARNED} as learn")
+
+    def _check_learn(self) -> None:
+        check_choice("learn", self.learn, LEARNED)
+        for name, without in (("mask", None), ("skip_prompt", None), ("special_tokens", True)):
+            if getattr(self, name) != without:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} with learn={self.learn!r}, expected {without}: a row of text "
+                    "tells what is learned, and a trainer's tokens are all there"
+                )
+        if self.max_length is not None:
+            check_integer("max_length", self.max_length, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+        if self.packing is not None:
+            check_choice("packing", self.packing, PACKINGS)
+            if self.max_length is None:
+                raise ValueError(f"packing: got {self.packing!r} without max_length, expected the length of sequences")
+        object.__setattr__(self, "targets", "shifted")
 
 
 class Shard(NamedTuple):
@@ -78,8 +109,9 @@ class Provenance:
         shards: the files counted, in order.
         tokens: how many they hold, counted or not.
         policy: what was counted of them.
-        tokenizer: the digest of the tokenizer's file, None for files of ids.
+        tokenizer: the digest of the tokenizer, None for files of ids.
         version: pdl_ext's that counted.
+        chat_template: the digest of the tokenizer's chat template, None without one or without policy.learn.
     """
 
     shards: tuple[Shard, ...]
@@ -87,6 +119,7 @@ class Provenance:
     policy: TargetPolicy
     tokenizer: str | None
     version: str
+    chat_template: str | None = None
 
     def merged(self, other: Provenance, *, allow_overlap: bool = False) -> Provenance:
         """The provenance of both counts together.
@@ -99,6 +132,8 @@ class Provenance:
                 raise ValueError(f"other: got counts with {field.name}={theirs!r}, expected {mine!r}: another policy")
         if self.tokenizer != other.tokenizer:
             raise ValueError(f"other: got counts of tokenizer {other.tokenizer}, expected {self.tokenizer}")
+        if self.chat_template != other.chat_template:
+            raise ValueError(f"other: got counts of chat template {other.chat_template}, expected {self.chat_template}")
         # Between the two: within one it was allowed before.
         if not allow_overlap and _may_overlap(self.shards, other.shards):
             check_distinct(other.shards, among=self.shards)
@@ -118,14 +153,16 @@ class Provenance:
             shards = tuple(Shard(*shard) for shard in fields["shards"])
             policy = TargetPolicy(**fields["policy"])
             tokens, tokenizer, version = fields["tokens"], fields["tokenizer"], fields["version"]
+            # Which earlier counts have none of.
+            chat_template = fields.get("chat_template")
             for size in (tokens, *(shard.size for shard in shards)):
                 check_integer("size or tokens", size, 0, 2**63 - 1, "an int >= 0")
             names = [name for shard in shards for name in (shard.name, shard.digest, shard.format, shard.dtype)]
-            if not all(isinstance(name, str) for name in (version, tokenizer or "", *names)):
+            if not all(isinstance(name, str) for name in (version, tokenizer or "", chat_template or "", *names)):
                 raise TypeError("got a name that is no text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no provenance of counts ({error!r})") from error
-        return cls(shards, tokens, policy, tokenizer, version)
+        return cls(shards, tokens, policy, tokenizer, version, chat_template)
 
 
 def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
@@ -177,8 +214,3 @@ def shard_digest(path: Path) -> str:
             file.seek(max(size - _DIGESTED_BYTES, _DIGESTED_BYTES))
             digest.update(file.read(_DIGESTED_BYTES))
     return digest.hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """A digest of a whole file, 32 hexadecimal digits. Raises OSError if it cannot be read."""
-    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

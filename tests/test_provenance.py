@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, shard_digest
 
 A, B = (Shard(f"{name}.bin", 1024, name * 32, "raw", "uint16") for name in "ab")
 FIRST = Provenance((A,), 5, TargetPolicy(), "f" * 32, "0.1")
@@ -16,6 +16,9 @@ FIRST = Provenance((A,), 5, TargetPolicy(), "f" * 32, "0.1")
 
 def test_text_keeps_all_of_it():
     provenance = dataclasses.replace(FIRST, policy=TargetPolicy("shifted", 3, "ids", "mask", "labels", False))
+    assert Provenance.from_json(provenance.to_json()) == provenance
+    learned = TargetPolicy(column="chat", learn="assistant", max_length=9, packing="wrapped")
+    provenance = dataclasses.replace(FIRST, policy=learned, chat_template="c" * 32)
     assert Provenance.from_json(provenance.to_json()) == provenance
 
 
@@ -36,6 +39,7 @@ def test_other_texts_are_refused(text):
         ("tokens", float("inf")),
         ("tokens", "5"),
         ("tokenizer", ["f"]),
+        ("chat_template", 3),
         ("version", None),
         ("policy", {"targets": "some"}),
         ("policy", []),
@@ -51,6 +55,36 @@ def test_fields_of_another_kind_are_refused(field, value):
     fields = {**json.loads(FIRST.to_json()), field: value}
     with pytest.raises(ValueError, match="no provenance of counts"):
         Provenance.from_json(json.dumps(fields))
+
+
+def test_counts_of_before_chats_were_counted():
+    fields = json.loads(FIRST.to_json())
+    del fields["chat_template"]
+    for name in ("learn", "max_length", "packing"):
+        del fields["policy"][name]
+    assert Provenance.from_json(json.dumps(fields)) == FIRST
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learn": "user"}, r"learn: got 'user', expected one of \['all', 'assistant', 'completions'\]"),
+        ({"max_length": 9}, "max_length: got 9 without learn"),
+        ({"packing": "bfd"}, "packing: got 'bfd' without learn"),
+        ({"learn": "all", "max_length": 0}, r"max_length: got 0, expected None or an int in \[1, 2\^31\)"),
+        ({"learn": "all", "packing": "bfd"}, "packing: got 'bfd' without max_length"),
+        ({"learn": "all", "max_length": 9, "packing": "best"}, "packing: got 'best', expected one of"),
+        ({"learn": "all", "mask": "m"}, "mask: got 'm' with learn='all', expected None"),
+        ({"learn": "all", "special_tokens": False}, "special_tokens: got False with learn='all', expected True"),
+    ],
+)
+def test_policies_that_contradict_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        TargetPolicy(**options)
+
+
+def test_who_learns_learns_no_first_token():
+    assert TargetPolicy(learn="all").targets == "shifted"
 
 
 def test_a_policy_that_this_version_does_not_know_is_refused():
@@ -75,6 +109,7 @@ def test_merged():
     [
         ({"tokenizer": "e" * 32}, "other: got counts of tokenizer eeee"),
         ({"tokenizer": None}, "other: got counts of tokenizer None"),
+        ({"chat_template": "c" * 32}, "other: got counts of chat template cccc.*, expected None"),
         ({"policy": TargetPolicy(targets="shifted")}, "other: got counts with targets='shifted', expected 'all'"),
         ({"policy": TargetPolicy(mask="m")}, "other: got counts with mask='m', expected None"),
     ],
@@ -107,14 +142,6 @@ def test_a_shards_digest_depends_on_head_tail_and_size(tmp_path):
             content[place] ^= 1
             assert digest() != empty
             content[place] ^= 1
-
-
-def test_a_tokenizers_digest_is_of_all_of_it(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(bytes(100_000))
-    before = file_digest(path)
-    path.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
-    assert file_digest(path) != before
 
 
 def test_small_shards_are_the_same_by_chance():

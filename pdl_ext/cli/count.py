@@ -20,7 +20,8 @@ _EXAMPLES = """\
 examples:
   pdl-ext count train.bin --dtype uint16 --vocab-size 50257 -o counts.safetensors
   pdl-ext count corpus/ 'more/**/*.parquet' --vocab-size 128256 --column input_ids -o counts.safetensors
-  pdl-ext count chats/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
+  pdl-ext count chats.jsonl --tokenizer model/ --learn assistant --vocab-size 151936 -o counts.safetensors
+  pdl-ext count tokenised/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
   pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
@@ -56,7 +57,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="WHICH",
         help="all, or shifted: without the first token of each sequence, which nothing predicts (default: all)",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, for text")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="for text: a tokenizer.json, or the folder of a transformers tokenizer",
+    )
+    parser.add_argument(
+        "--learn",
+        metavar="WHAT",
+        help="of chats, prompts and completions: completions, assistant (what it says) or all, as finetuning does",
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="with --learn: tokens of a row that are trained on")
+    parser.add_argument(
+        "--packing",
+        metavar="HOW",
+        help="with --learn, how rows become sequences in TRL: bfd, bfd_split or wrapped (default: a row is one)",
+    )
     parser.add_argument(
         "--no-special-tokens", action="store_true", help="what the tokenizer adds to a text is left out"
     )
@@ -142,6 +159,9 @@ def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first
         skip_prompt=arguments.skip_prompt,
         special_tokens=not arguments.no_special_tokens,
         sample_by=arguments.sample_by,
+        learn=arguments.learn,
+        max_length=arguments.max_length,
+        packing=arguments.packing,
     )
     line = ProgressLine(sys.stderr) if is_first else None
     try:

@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "show", help="print what counts hold, and what one needs to choose alpha", description="Prints a counts file."
     )
     parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, to print tokens as text")
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the counts, to print tokens as text")
     parser.add_argument("--alpha", type=float, nargs="+", metavar="A", help="exponents of the power law to compare")
     parser.add_argument(
         "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"
@@ -89,8 +89,8 @@ def _provenance(provenance: Provenance | None) -> list[str]:
     policy = provenance.policy
     told = [f"targets {policy.targets}", f"ignore index {policy.ignore_index}"]
     told += [
-        f"{name.replace('_', ' ')} {_printable(getattr(policy, name))}"
-        for name in ("column", "mask", "skip_prompt")
+        f"{name.replace('_', ' ')} {_printable(str(getattr(policy, name)))}"
+        for name in ("column", "mask", "skip_prompt", "learn", "max_length", "packing")
         if getattr(policy, name) is not None
     ]
     if provenance.tokenizer is not None:
@@ -98,6 +98,8 @@ def _provenance(provenance: Provenance | None) -> list[str]:
             f"tokenizer {_printable(provenance.tokenizer)}",
             "special tokens" if policy.special_tokens else "no special tokens",
         ]
+    if provenance.chat_template is not None:
+        told.append(f"chat template {_printable(provenance.chat_template)}")
     return [*lines, f"policy      {', '.join(told)}", f"counted by  pdl_ext {_printable(provenance.version)}"]
 
 

@@ -15,18 +15,17 @@ __all__ = ["literals_of_tokens"]
 
 
 def literals_of_tokens(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
-    """What gives the text of an id as a Python literal, by the tokenizer.json at `path`; without one, an empty string.
+    """What gives the text of an id as a Python literal, by the tokenizer at `path`; without one, an empty string.
 
-    Says so on standard error where it is not the tokenizer of the provenance. Raises ValueError for a file that is
+    Says so on standard error where it is not the tokenizer of the provenance. Raises ValueError for one that is
     damaged, later for an id that it refuses, ImportError where the tokenizers library is missing.
     """
     if path is None:
         return lambda token: ""
-    from pdl_ext.corpus.reading.tokenizer import text_of_token
-    from pdl_ext.provenance import file_digest
+    from pdl_ext.corpus.reading.pretrained import text_of_token, tokenizer_digest
 
     text = text_of_token(path)
-    if provenance is not None and provenance.tokenizer not in (None, file_digest(path)):
+    if provenance is not None and provenance.tokenizer not in (None, tokenizer_digest(path)):
         tell(f"pdl-ext: warning: {path} is not the tokenizer of the counts")
     # As a literal: a token may be a line feed, or half of a character.
     return lambda token: repr(text(token))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,11 +32,12 @@ from pdl_ext._checks import (
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
-from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
+from pdl_ext.corpus.reading.pretrained import chat_template_digest, tokenizer_digest, tokenizer_stamps
+from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, shard_digest
 from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus"]
@@ -88,7 +90,8 @@ def count_corpus(
         format: what the files are, where it cannot be told from them.
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
         policy: which tokens are targets; TargetPolicy() if None: all but -100.
-        tokenizer: a file of the `tokenizers` library, for text.
+        tokenizer: a file of the `tokenizers` library, or the folder of a transformers tokenizer, for text; the latter
+            for policy.learn.
         strict: an id outside [0, V) is an error, and so is a file that looks like another dtype or kind than what it is
             read as; otherwise the one is counted as out of range and the other is warned of.
         allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
@@ -130,7 +133,7 @@ def count_corpus(
     check_group(group)
     options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
 
-    tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
+    stamps = () if options.tokenizer is None else tokenizer_stamps(options.tokenizer)
     sources = open_sources(data, format, options, output)
     provenance = _provenance(sources, options)
     if not allow_overlap:
@@ -140,6 +143,9 @@ def count_corpus(
         check_fits("data", f"{len(sources)} files", provenance.to_json())
     # By the files alone, and not by the threads of this run.
     part_bytes = min(PART_BYTES, max(_LEAST_PART_BYTES, sum(source.size for source in sources) // _PARTS))
+    if policy.packing == "wrapped":
+        # Where a sequence begins follows from all rows before it.
+        part_bytes = sys.maxsize
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
     identity = _identity(sources, provenance, options, part_bytes, len(parts))
     state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
@@ -157,8 +163,8 @@ def count_corpus(
         state.save(path)
 
     def check_tokenizer() -> None:
-        if options.tokenizer is not None and tokenizer_stamp is not None:
-            tokenizer_stamp.check(options.tokenizer)
+        for file, stamp in stamps:
+            stamp.check(file)
 
     _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
     for source in sources:
@@ -187,10 +193,13 @@ def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
             Shard(str(source.path), source.size, shard_digest(source.path), source.format, source.dtype)
             for source in sources
         )
-        tokenizer = None if options.tokenizer is None else file_digest(options.tokenizer)
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    return Provenance(shards, 0, options.policy, tokenizer, __version__)
+    tokenizer = template = None
+    if options.tokenizer is not None:
+        tokenizer = tokenizer_digest(options.tokenizer)
+        template = None if options.policy.learn is None else chat_template_digest(options.tokenizer)
+    return Provenance(shards, 0, options.policy, tokenizer, __version__, template)
 
 
 def _identity(sources: list[Source], provenance: Provenance, options: ReadOptions, part_bytes: int, parts: int) -> str:

@@ -116,6 +116,7 @@ def open_sources(
         raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
     for name, some in of_name.items():
         _warn_of_formats(name, some)
+    _check_texts(sources, options)
     _warn_of_narrow(sources, options.vocab_size)
     _report_doubts(sources, format_name, options.strict)
     return sources
@@ -267,6 +268,16 @@ def _warn_of_others(folder: Path, known: Container[str]) -> None:
             f"{folder}: is one dataset, which does not list {others[0]}"
             f"{f' and {len(others) - 1} other files in it' if len(others) > 1 else ''}: not counted",
             stacklevel=2,
+        )
+
+
+def _check_texts(sources: Sequence[Source], options: ReadOptions) -> None:
+    """Raises ValueError that names a file of token ids, if a policy tells what is learned of texts."""
+    ids = next((source for source in sources if source.dtype != "text"), None)
+    if options.policy.learn is not None and ids is not None:
+        raise ValueError(
+            f"{ids.path}: holds token ids, and got learn {options.policy.learn} (--learn), expected rows of text: of "
+            "ids a column of labels (--skip-prompt) or a mask (--mask) tells what is learned"
         )
 
 

@@ -79,8 +79,9 @@ def check_stated_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
 class ReadOptions:
     """How to read a corpus, whatever its formats are.
 
-    vocab_size: V, by which readers warn of a dtype that cannot hold it; dtype: of files that do not tell theirs, a name
-    in TOKEN_DTYPES, or None; tokenizer: the path of a `tokenizers` file, for text; strict: doubts are errors.
+    vocab_size: V, by which readers warn of a dtype that cannot hold it. The dtype is that of files which do not tell
+    theirs, a name in TOKEN_DTYPES, or None. The tokenizer is for text: a file of the `tokenizers` library, or a folder
+    of a transformers tokenizer. With strict doubts are errors.
     """
 
     vocab_size: int

@@ -13,7 +13,8 @@ import torch
 
 from pdl_ext import TokenFrequency
 from pdl_ext.cli.main import main
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy, file_digest
+from pdl_ext.corpus.reading.pretrained import tokenizer_digest
+from pdl_ext.provenance import Provenance, Shard, TargetPolicy
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_the_tokenizer_of_the_counts_gives_no_warning(counts, capsys, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "a")).save(str(path))
     frequency = TokenFrequency.load(counts)
-    frequency.provenance = dataclasses.replace(frequency.provenance, tokenizer=file_digest(path))
+    frequency.provenance = dataclasses.replace(frequency.provenance, tokenizer=tokenizer_digest(path))
     frequency.save(counts)
     # The tokens that it does not have are empty texts.
     assert main(["show", str(counts), "--tokenizer", str(path)]) == 0

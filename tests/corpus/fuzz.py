@@ -10,6 +10,7 @@ again.
 from __future__ import annotations
 
 import gzip
+import json
 import shutil
 import sys
 import tempfile
@@ -25,6 +26,7 @@ with atheris.instrument_imports(include=["pdl_ext"]):
 import flat_files
 import pyarrow as pa
 import pyarrow.parquet
+from chat_tokenizer import save_chat_tokenizer
 from text_tokenizer import save_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,18 +63,22 @@ def write_files(folder: Path) -> list[Path]:
     pyarrow.parquet.write_table(table, new("parquet") / "a.parquet", row_group_size=2)
     with pa.OSFile(str(new("arrow") / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, 2)
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "é"}]
+    said = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "the fox"}]
+    chats = [{"messages": chat, "tools": []}, {"conversations": said}, {"prompt": chat[:1], "completion": chat[1:]}]
     lines = b'{"text": "the fox"}\n{"input_ids": [1, 2]}\n'
     for name, content in [
         ("a.txt", "the quick fox\r\n\né\n".encode()),
         ("a.txt.gz", gzip.compress(b"the fox\n")),
         ("a.txt.zst", pa.compress(b"the fox\n", "zstd", asbytes=True)),
         ("a.jsonl", lines),
+        ("chats.jsonl", "".join(json.dumps(row) + "\n" for row in chats).encode()),
     ]:
         (new(name) / name).write_bytes(content)
     return (
         files
         + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
-        + [folder / name / name for name in ("a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl")]
+        + [folder / name / name for name in ("a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "chats.jsonl")]
     )
 
 
@@ -82,7 +88,8 @@ def main() -> None:
         work.mkdir()
         seeds.mkdir()
         files = write_files(work)
-        tokenizer = save_tokenizer(Path(folder) / "tokenizer.json")
+        of_texts = save_tokenizer(Path(folder) / "tokenizer.json")
+        of_chats = save_chat_tokenizer(Path(folder) / "tokenizer")
         for number, file in enumerate(files):
             (seeds / str(number)).write_bytes(bytes([number]) + file.read_bytes())
 
@@ -92,7 +99,10 @@ def main() -> None:
             file = files[data[0] % len(files)]
             whole = file.read_bytes()
             file.write_bytes(data[1:])
-            policy = TargetPolicy(targets="shifted" if data[0] & 128 else "all")
+            is_odd = bool(data[0] & 128)
+            policy, tokenizer = TargetPolicy(targets="shifted" if is_odd else "all"), of_texts
+            if file.name == "chats.jsonl":
+                policy, tokenizer = TargetPolicy(learn="assistant" if is_odd else "all"), of_chats
             try:
                 count_corpus(
                     [file.parent], VOCAB_SIZE, policy=policy, tokenizer=tokenizer, threads=1, allow_overlap=True

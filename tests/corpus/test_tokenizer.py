@@ -16,6 +16,7 @@ from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus, counting
 from pdl_ext.corpus.reading import tokenizer as module
+from pdl_ext.corpus.reading.pretrained import tokenizer_digest
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.provenance import TargetPolicy
@@ -183,6 +184,14 @@ def test_dropout_is_left_out(tmp_path):
     content["model"]["dropout"] = 0.9
     path.write_text(json.dumps(content))
     np.testing.assert_array_equal(counts(TextEncoder(ReadOptions(320, tokenizer=path)), TRAINED_ON), expected)
+
+
+def test_its_digest_is_of_all_of_it(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(bytes(100_000))
+    before = tokenizer_digest(path)
+    path.write_bytes(bytes(50_000) + b"\1" + bytes(49_999))
+    assert tokenizer_digest(path) != before
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext.corpus.reading.batches import joined
+from pdl_ext.corpus.reading.chats import are_chats
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.supervised import SupervisedEncoder
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
 
@@ -26,7 +28,8 @@ _KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean
 class _JsonLinesSource(LineSource):
     """A line's text or ids are what policy.column names. Blank lines are skipped.
 
-    policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only.
+    policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only; policy.learn: lines are rows of
+    supervised finetuning instead.
     """
 
     def __init__(self, path: Path, options: ReadOptions) -> None:
@@ -39,9 +42,21 @@ class _JsonLinesSource(LineSource):
             self._columns = (options.policy.column,)
         elif options.tokenizer is not None:
             self._columns = (TEXT_COLUMN, *TOKEN_COLUMNS)
+        self._supervised = None if options.policy.learn is None else SupervisedEncoder(options, path)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        if self._policy.packing != "wrapped":
+            yield from super().parts(size)
+        elif self.size:
+            # Where a sequence begins follows from all lines before it.
+            yield Part(0, self.size, self.size)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        items = (self._item(line) for line in self.lines(part) if line.content.strip())
+        lines = (line for line in self.lines(part) if line.content.strip())
+        if self._supervised is not None:
+            yield from self._supervised.batches((self.place(line.offset), self._record(line)) for line in lines)
+            return
+        items = map(self._item, lines)
         # All lines of a file are of one kind, but in odd ones.
         for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
             batches = self._encoder.batches if is_text else joined
@@ -51,8 +66,7 @@ class _JsonLinesSource(LineSource):
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self._options, self.path)
 
-    def _item(self, line: Line) -> Any:
-        """What a line holds: a text, or a batch of tokens."""
+    def _record(self, line: Line) -> dict[str, Any]:
         place = self.place(line.offset)
         text = self.decode(line)
         try:
@@ -62,13 +76,19 @@ class _JsonLinesSource(LineSource):
             raise ValueError(f"{place}: is no line of JSON ({error}), expected an object a line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
+        return record
+
+    def _item(self, line: Line) -> Any:
+        """What a line holds: a text, or a batch of tokens."""
+        place = self.place(line.offset)
+        record = self._record(line)
         there = [name for name in self._columns if name in record]
         # Others may use these names for something else, such as a number of tokens.
         column = next((name for name in there if _may_be_read(record[name])), next(iter(there), None))
         if column is None:
+            remedy = "tell by --learn what is learned" if are_chats(record) else "name another with --column"
             raise ValueError(
-                f"{place}: has none of {', '.join(map(repr, self._columns))}, but {_names(record)}: name another with "
-                "--column"
+                f"{place}: has none of {', '.join(map(repr, self._columns))}, but {_names(record)}: {remedy}"
             )
         value = _value(record, column, place)
         if isinstance(value, str):

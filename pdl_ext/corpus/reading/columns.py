@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext._optional import require
+from pdl_ext.corpus.reading.chats import are_chats, columns_to_learn
+from pdl_ext.corpus.reading.supervised import SupervisedEncoder
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable, as_signed, check_stated_dtype, count_dtype
 
@@ -47,7 +49,7 @@ class Columns:
     """Which columns of a file are read, and how their rows become batches.
 
     A column of tokens holds lists of integers, each a sequence, or an integer a row, of no sequence; with
-    options.tokenizer also texts.
+    options.tokenizer also texts. With options.policy.learn the columns are those of supervised finetuning.
 
     names: the columns read; dtype: of the tokens, a name in TOKEN_DTYPES, or "text".
     Raises ValueError that names the file, if a column is missing or does not hold what it should.
@@ -60,6 +62,11 @@ class Columns:
         self._schema = schema
         for option in ("column", "mask", "skip_prompt"):
             self._check_is_one(option)
+        self._supervised = None
+        if self._policy.learn is not None:
+            self._supervised = SupervisedEncoder(options, path)
+            self.names, self.dtype = self._found_to_learn(), "text"
+            return
         self._tokens = self._policy.column or self._found()
         kind, numbers = self._kind(self._tokens)
         if kind is None:
@@ -95,7 +102,9 @@ class Columns:
 
         Raises ValueError that names file, column and row: for nulls, and lists of different lengths in one row.
         """
-        if self.dtype == "text":
+        if self._supervised is not None:
+            yield from self._supervised.batches(self._rows_to_learn(rows))
+        elif self.dtype == "text":
             yield from TextEncoder(self._options, self._path).batches(self._texts(rows))
         else:
             for some in rows:
@@ -115,11 +124,22 @@ class Columns:
             flat = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("flat", "integer")]
             # Which may be ids as well as how many there are.
             named = f"--column {flat[0]} takes it for an id a row" if flat else "name another with --column"
+            if are_chats(self._schema.names):
+                named = "tell by --learn what is learned"
             raise ValueError(
                 f"{self._path}: got the columns {', '.join(got) or '(none)'}, expected lists of token ids in one of "
                 f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: {named}"
             )
         return tokens[0]
+
+    def _found_to_learn(self) -> list[str]:
+        names = columns_to_learn(list(filter(self._is_unique, self._schema.names)), self._options)
+        if not names:
+            raise ValueError(
+                f"{self._path}: got the columns {', '.join(self._schema.names) or '(none)'}, expected those of chats, "
+                f"or of prompts and completions, or text to learn all of, for learn {self._policy.learn} (--learn)"
+            )
+        return names
 
     def _check_is_one(self, option: str) -> None:
         name = getattr(self._policy, option)
@@ -158,6 +178,14 @@ class Columns:
             texts = self._array(some, self._tokens)
             for start in range(0, len(texts), _TEXTS):
                 yield from texts.slice(start, _TEXTS).to_pylist()
+
+    def _rows_to_learn(self, rows: Iterable[Rows]) -> Iterator[tuple[str, dict[str, Any]]]:
+        for some in rows:
+            columns = [self._valid(some, name) for name in self.names]
+            for start in range(0, some.batch.num_rows, _TEXTS):
+                lists = [column.slice(start, _TEXTS).to_pylist() for column in columns]
+                for row, values in enumerate(zip(*lists, strict=True), start):
+                    yield f"{self._path}: {self._row(some, row)}", dict(zip(self.names, values, strict=True))
 
     def _batches(self, rows: Rows) -> Iterator[Batch]:
         tokens, offsets = self._values(rows, self._tokens)
@@ -204,9 +232,7 @@ class Columns:
 
     def _array(self, rows: Rows, name: str) -> Any:
         pa = require("pyarrow", "corpus")
-        array = rows.batch.column(name)
-        # Reading trusts the file: without this, a wrong offset is read from memory that is another's.
-        array.validate(full=True)
+        array = self._valid(rows, name)
         while True:
             if isinstance(array.type, pa.BaseExtensionType):
                 array = array.storage
@@ -218,6 +244,12 @@ class Columns:
             raise ValueError(
                 f"{self._path}: column {name!r} is null in {self._row(rows, _first_null(array))}, expected no nulls"
             )
+        return array
+
+    def _valid(self, rows: Rows, name: str) -> Any:
+        array = rows.batch.column(name)
+        # Reading trusts the file: without this, a wrong offset is read from memory that is another's.
+        array.validate(full=True)
         return array
 
     def _row(self, rows: Rows, row: int) -> str:

@@ -1,22 +1,22 @@
-"""From texts to tokens, through a file of the `tokenizers` library."""
+"""From texts to tokens, a bounded number at a time."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
-from pdl_ext._optional import require
-from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
+from pdl_ext.corpus.reading.pretrained import errors_told_as, load_tokenizer
+from pdl_ext.corpus.source import Batch, ReadOptions
 
-__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
+__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "in_chunks"]
+
+_Text = TypeVar("_Text")
 
 # A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
 MAX_TEXT_BYTES = 2**24
@@ -46,47 +46,31 @@ class TextEncoder:
     def __init__(self, options: ReadOptions, path: Path | None = None) -> None:
         self._prefix = "" if path is None else f"{path}: "
         if options.tokenizer is None:
-            raise ValueError(f"{self._prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json")
+            raise ValueError(
+                f"{self._prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json, or with the "
+                "folder of a transformers tokenizer"
+            )
+        if options.policy.learn is not None:
+            raise ValueError(
+                f"{self._prefix}got texts, and learn {options.policy.learn} (--learn), expected rows of JSON lines, "
+                "Parquet or Arrow for it"
+            )
         self._path = options.tokenizer
-        self._tokenizer = _load(options.tokenizer, Stamp.of(options.tokenizer))
+        self._tokenizer = load_tokenizer(options)
         self._special_tokens = options.policy.special_tokens
         self._shifted = options.policy.targets == "shifted"
-        entries = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        if entries > options.vocab_size:
-            warnings.warn(
-                f"{options.tokenizer}: has {entries} entries, and the vocabulary {options.vocab_size}: ids beyond it "
-                "count as out of range",
-                stacklevel=2,
-            )
 
     def batches(self, texts: Iterable[str]) -> Iterator[Batch]:
         """The tokens of the texts, a thread's share of CHUNK_CHARACTERS or one text at a time.
 
         Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters.
         """
-        chunk: list[str] = []
-        characters = 0
-        # Of the first one: other threads may be about to begin.
-        most = CHUNK_CHARACTERS // 16
-        with _one_more_encodes():
-            for text in texts:
-                if len(text) > MAX_TEXT_BYTES:
-                    raise ValueError(
-                        f"{self._prefix}got a text of {len(text):,} characters, expected {MAX_TEXT_BYTES:,} at most"
-                    )
-                size = len(text) + _CHARACTERS_PER_TEXT
-                if chunk and characters + size > most:
-                    yield self.encode(chunk)
-                    chunk, characters = [], 0
-                    most = CHUNK_CHARACTERS // _threads_encoding
-                chunk.append(text)
-                characters += size
-            if chunk:
-                yield self.encode(chunk)
+        for chunk in in_chunks(texts, len, self._prefix):
+            yield self.encode(chunk)
 
     def encode(self, texts: list[str]) -> Batch:
         """The tokens of all texts, uint32. Raises ValueError for a text that the tokenizer refuses."""
-        with _errors_told_as(f"{self._prefix}cannot be encoded by {self._path}"):
+        with errors_told_as(f"{self._prefix}cannot be encoded by {self._path}"):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
         ids = array("I")
         for encoding in encodings:
@@ -100,18 +84,29 @@ class TextEncoder:
         return Batch(tokens, is_target)
 
 
-def text_of_token(path: Path) -> Callable[[int], str]:
-    """What gives the text of an id by a tokenizer's file.
+def in_chunks(texts: Iterable[_Text], characters: Callable[[_Text], int], prefix: str) -> Iterator[list[_Text]]:
+    """Texts to encode at once: a thread's share of CHUNK_CHARACTERS, or one text.
 
-    Raises ValueError for a file that is damaged or none of them, and later for an id that it refuses.
+    characters: of a text. Raises ValueError, which begins with `prefix`, for one of more than MAX_TEXT_BYTES.
     """
-    tokenizer = _load(path, Stamp.of(path))
-
-    def text(token: int) -> str:
-        with _errors_told_as(f"{path}: cannot decode the id {token}"):
-            return str(tokenizer.decode([token], skip_special_tokens=False))
-
-    return text
+    chunk: list[_Text] = []
+    total = 0
+    # Of the first one: other threads may be about to begin.
+    most = CHUNK_CHARACTERS // 16
+    with _one_more_encodes():
+        for text in texts:
+            number = characters(text)
+            if number > MAX_TEXT_BYTES:
+                raise ValueError(f"{prefix}got a text of {number:,} characters, expected {MAX_TEXT_BYTES:,} at most")
+            size = number + _CHARACTERS_PER_TEXT
+            if chunk and total + size > most:
+                yield chunk
+                chunk, total = [], 0
+                most = CHUNK_CHARACTERS // _threads_encoding
+            chunk.append(text)
+            total += size
+        if chunk:
+            yield chunk
 
 
 @contextlib.contextmanager
@@ -124,28 +119,3 @@ def _one_more_encodes() -> Iterator[None]:
     finally:
         with _lock:
             _threads_encoding -= 1
-
-
-@contextlib.contextmanager
-def _errors_told_as(message: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        # The library raises nothing more special, and where it panics not even an Exception.
-        raise ValueError(f"{message} ({error})") from error
-
-
-@functools.lru_cache(maxsize=1)
-def _load(path: Path, stamp: Stamp) -> Any:
-    # By its stamp, so that a file which was replaced is loaded again.
-    tokenizers = require("tokenizers", "corpus")
-    with _errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    # The file may ask for these.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if getattr(tokenizer.model, "dropout", None) is not None:
-        tokenizer.model.dropout = None
-    return tokenizer

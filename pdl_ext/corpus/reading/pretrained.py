@@ -1,0 +1,165 @@
+"""Tokenizers on disk: a file of the `tokenizers` library, or a folder of a transformers tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pdl_ext._optional import require
+from pdl_ext.corpus.source import ReadOptions, Stamp
+
+__all__ = [
+    "chat_template_digest",
+    "errors_told_as",
+    "load_pretrained",
+    "load_tokenizer",
+    "text_of_token",
+    "tokenizer_digest",
+    "tokenizer_stamps",
+]
+
+_Stamps = tuple[tuple[Path, Stamp], ...]
+
+# Of what transformers may read for a tokenizer, the model's configuration among it, and of no weights.
+_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+
+
+def tokenizer_stamps(path: Path) -> _Stamps:
+    """The files of a tokenizer, as they are now.
+
+    Raises ValueError for one that cannot be read or is no file, and for a folder without any.
+    """
+    files = [path]
+    if path.is_dir():
+        found = [*path.glob("*"), *path.glob("additional_chat_templates/*")]
+        files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise ValueError(f"{path}: got a folder without a tokenizer, expected one that save_pretrained wrote")
+    return tuple((file, Stamp.of(file)) for file in files)
+
+
+def load_tokenizer(options: ReadOptions) -> Any:
+    """The `tokenizers` object of options.tokenizer, which is not None, without truncation, padding and dropout.
+
+    Threads may share it.
+    Raises ValueError for one that is damaged or none, ImportError if the library is missing; warns of one with more
+    entries than options.vocab_size.
+    """
+    assert options.tokenizer is not None
+    tokenizer = _load(options.tokenizer, tokenizer_stamps(options.tokenizer))
+    entries = tokenizer.get_vocab_size(with_added_tokens=True)
+    if entries > options.vocab_size:
+        warnings.warn(
+            f"{options.tokenizer}: has {entries} entries, and the vocabulary {options.vocab_size}: ids beyond it "
+            "count as out of range",
+            stacklevel=2,
+        )
+    return tokenizer
+
+
+def load_pretrained(folder: Path) -> Any:
+    """The transformers tokenizer of a folder. No code in the folder is run, and no network is asked.
+
+    Raises ValueError that names a folder which is damaged or holds no tokenizer, and for one that is no fast tokenizer.
+    Raises ImportError if transformers or Jinja is missing.
+    """
+    return _load_pretrained(folder, tokenizer_stamps(folder))
+
+
+def text_of_token(path: Path) -> Callable[[int], str]:
+    """What gives the text of an id by a tokenizer's file or folder.
+
+    Raises ValueError for one that is damaged or none, and later for an id that it refuses.
+    """
+    tokenizer = _load(path, tokenizer_stamps(path))
+
+    def text(token: int) -> str:
+        with errors_told_as(f"{path}: cannot decode the id {token}"):
+            return str(tokenizer.decode([token], skip_special_tokens=False))
+
+    return text
+
+
+def tokenizer_digest(path: Path) -> str:
+    """A digest of a tokenizer, 32 hexadecimal digits: of all of its file, or of what transformers makes of a folder.
+
+    The chat template is no part of it. Raises ValueError for a tokenizer that cannot be read.
+    """
+    if path.is_dir():
+        tokenizer = load_pretrained(path)
+        special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+        return _digest((tokenizer.backend_tokenizer.to_str() + special).encode())
+    try:
+        return _digest(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def chat_template_digest(folder: Path) -> str | None:
+    """A digest of the chat template of a folder's tokenizer, 32 hexadecimal digits; None without one.
+
+    Raises ValueError as load_pretrained does.
+    """
+    template = load_pretrained(folder).chat_template
+    return None if template is None else _digest(json.dumps(template, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def errors_told_as(message: str) -> Iterator[None]:
+    """Turns what a library raises into a ValueError that begins with a message."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        # The library raises nothing more special, and where it panics not even an Exception.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{message} ({reason})") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: Path, stamps: _Stamps) -> Any:
+    # By its stamps, so that a file which was replaced is loaded again.
+    if path.is_dir():
+        return _load_pretrained(path, stamps).backend_tokenizer
+    tokenizers = require("tokenizers", "corpus")
+    with errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
+        return _plain(tokenizers.Tokenizer.from_file(str(path)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_pretrained(folder: Path, stamps: _Stamps) -> Any:
+    transformers = require("transformers", "chat")
+    # Which transformers asks for only when a template is used.
+    require("jinja2", "chat")
+    with errors_told_as(f"{folder}: is damaged or no folder of a transformers tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{folder}: got a {type(tokenizer).__name__}, expected a fast tokenizer, which has a tokenizer.json"
+        )
+    # As transformers sets it before each call.
+    tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
+    _plain(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def _plain(tokenizer: Any) -> Any:
+    # The file may ask for these.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
