@@ -127,10 +127,10 @@ def count_corpus(
     check_group(group)
 
     tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
-    source, data = opened_object(data, options)
-    if source is not None:
-        _check_for_objects(source, format, checkpoint, group)
-    sources = open_sources(data, format, options, output) if source is None else [source]
+    in_memory, data = opened_object(data, options)
+    if in_memory is not None:
+        _check_for_objects(in_memory, format, checkpoint, group)
+    sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
@@ -169,11 +169,11 @@ def count_corpus(
             for left in ranks.checkpoints(Path(checkpoint)):
                 left.unlink(missing_ok=True)
         more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
-        where = f" in {sources[0].path}{more}" if source is None else ""
+        where = f" in {sources[0].path}{more}" if in_memory is None else ""
         raise ValueError(f"data: got no token{where}, expected some")
     frequency = state.frequency
-    if isinstance(source, StreamedSource):
-        provenance = dataclasses.replace(provenance, shards=(source.shard_of(frequency),))
+    if isinstance(in_memory, StreamedSource):
+        provenance = dataclasses.replace(provenance, shards=(in_memory.shard_of(frequency),))
     frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency
 

@@ -161,7 +161,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": []}, "data: got []"),
         ({"data": "a.bin"}, "data: got 'a.bin', expected a list"),
         ({"data": 5}, "data: got 5, expected a list"),
-        ({"data": [1]}, "data: got 1 of type int, expected a path"),
+        ({"data": ["a.bin", 1]}, "data: got 1 of type int, expected a path"),
         ({"data": [b"a.bin"]}, "data: got b'a.bin' of type bytes, expected a path"),
         ({"data": np.array("a.bin")}, "data: got array('a.bin', dtype='<U5'), expected a list"),
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),

@@ -122,7 +122,7 @@ def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
 def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
     (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
     (tmp_path / name).write_bytes(b"others'")
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: (its format cannot be told|is a file of safe)"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: (its format cannot be told|got 7 bytes, expected a header of)"):
         total(tmp_path, dtype="uint16")
 
 

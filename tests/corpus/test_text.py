@@ -149,7 +149,7 @@ def test_damaged_compressed_data(tmp_path, tokenizer, suffix, damage):
         "garbage after": whole + b"the quick brown fox\n",
     }
     path.write_bytes(damaged[damage])
-    message = f"got 0 bytes, expected {suffix} data" if damage == "empty" else "cannot be decompressed as (gzip|zstd)"
+    message = "got 0 bytes, expected (gzip|zstd) data" if damage == "empty" else "cannot be decompressed as (gzip|zstd)"
     with pytest.raises(ValueError, match=rf"a\.txt\{suffix}: {message}"):
         count(path, tokenizer)
 
@@ -167,7 +167,8 @@ def test_zstd_without_pyarrow(tmp_path, tokenizer, monkeypatch):
 def test_invalid_utf8(tmp_path, tokenizer, name, mark, sample_by):
     before = mark + "Größe\nna".encode()
     compress(tmp_path / name, before + b"\xefve\n")
-    place = rf"{name}: byte {len(before)}" + (" of what it decompresses to" if name.endswith(".gz") else "")
+    unit = " of what it decompresses to" if name.endswith(".gz") else ""
+    place = rf"{name}: line 2 \(byte {len(before)}{unit}\)"
     with pytest.raises(ValueError, match=rf"{place}: is not UTF-8 \(invalid continuation byte\)"):
         count(tmp_path / name, tokenizer, sample_by=sample_by)
 
@@ -177,7 +178,7 @@ def test_a_line_that_is_too_long(tmp_path, tokenizer, monkeypatch, name):
     monkeypatch.setattr(lines, "MAX_TEXT_BYTES", 10)
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 4)
     compress(tmp_path / name, b"a\n" + b"b" * 10 + b"\n" + b"c" * 11 + b"\n")
-    with pytest.raises(ValueError, match=rf"{name}: byte 13.*: got a line above 10 bytes, expected shorter ones"):
+    with pytest.raises(ValueError, match=rf"{name}: line 3 \(byte 13.*\): got a line above 10 bytes, expected shorter ones"):
         count(tmp_path / name, tokenizer)
     compress(tmp_path / name, b"a\n" + b"b" * 10)
     assert count(tmp_path / name, tokenizer).sum() > 0

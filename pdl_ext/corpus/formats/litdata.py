@@ -35,8 +35,8 @@ _INDEX = "index.json"
 _TENSORS = {11: "uint8", 12: "int8", 13: "int16", 14: "int16", 15: "int32", 16: "int32", 17: "int64", 18: "int64"}
 _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
-# What a chunk begins with whose items are compressed some at a time: magic, version, flags, and the numbers of items, of
-# items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
+# What a chunk begins with whose items are compressed some at a time: magic, version, flags, and the numbers of items,
+# of items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
 _BATCHES = struct.Struct("<8sHHIII")
 _BATCHES_MAGIC, _BATCHES_VERSION = b"LDFZ01\0\0", 1
 _BATCH_BYTES = 24
@@ -172,7 +172,7 @@ def _encoding(form: str) -> Encoding:
 def _prefix(
     dtypes: dict[int, str], first: bytes, dtype: np.dtype[Any] | None
 ) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]:
-    """The number of the dtype, that of the axes, and their lengths, all u32: of tensors big-endian in newer versions."""
+    """The dtype's number, the number of axes, and their lengths, all u32: of tensors big-endian in newer versions."""
     for order in "<>":
         number, axes = struct.unpack_from(f"{order}II", first) if len(first) >= 8 else (-1, 0)
         end = 8 + 4 * axes

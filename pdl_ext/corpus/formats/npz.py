@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.arrays import ZIP_MAGIC, chosen_array, row_batches, zip_names
+from pdl_ext.corpus.reading.arrays import ZIP_ERRORS, ZIP_MAGIC, chosen_array, row_batches, zip_names
 from pdl_ext.corpus.reading.npy_header import HEAD_BYTES, NpyHeader, npy_header
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, token_dtype
 
@@ -21,7 +20,6 @@ __all__ = ["FORMAT"]
 
 _SUFFIX = ".npy"
 _PIECE_BYTES = 2**20
-_ERRORS = (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError)
 # Others may take as much memory as they ask for. NumPy writes none of them.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -86,7 +84,7 @@ class _NpzSource(Source):
 def _named(path: Path) -> Iterator[None]:
     try:
         yield
-    except _ERRORS as error:
+    except ZIP_ERRORS as error:
         raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
 
 

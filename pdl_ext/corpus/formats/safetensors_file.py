@@ -33,8 +33,11 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
         header = json.loads(read_head(path, 8 + header_bytes)[8:])
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
         axes = {name: len(tensor["shape"]) for name, tensor in tensors.items() if tensor["dtype"] in _DTYPES}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        last = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: is damaged or no file of safetensors ({error!r})") from error
+    if last != size - 8 - header_bytes:
+        raise ValueError(f"{path}: got {size} bytes, expected {8 + header_bytes} and the {last} of its tensors")
     refused = {
         name: ValueError(f"{path}: {name!r} is a tensor of {tensors[name]['dtype']}, expected one of integers")
         for name in tensors
@@ -42,7 +45,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     }
     name = chosen_array(path, axes, refused, options)
     dtype, shape, begin, end = _places(path, name, tensors[name])
-    if begin + math.prod(shape) * token_dtype(dtype).itemsize != end or 8 + header_bytes + end > size:
+    if begin + math.prod(shape) * token_dtype(dtype).itemsize != end or end > last:
         raise ValueError(f"{path}: got {name!r} in bytes {begin} to {end} of {size}, expected {shape} of {dtype}")
 
     def row_starts(start: int, stop: int) -> NDArray[np.int64]:
@@ -56,7 +59,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
             options,
             first_byte=8 + header_bytes + begin,
             tokens=math.prod(shape),
-            bytes_behind=size - 8 - header_bytes - end,
+            bytes_behind=last - end,
             starts_between=row_starts if len(shape) > 1 else None,
             has_columns=True,
         )

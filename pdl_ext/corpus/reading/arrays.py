@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,15 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.columns import TOKEN_COLUMNS
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable
 
-__all__ = ["ZIP_MAGIC", "array_batches", "chosen_array", "row_batches", "zip_names"]
+__all__ = ["ZIP_ERRORS", "ZIP_MAGIC", "array_batches", "chosen_array", "row_batches", "zip_names"]
 
 ZIP_MAGIC = b"PK\3\4"
+# What Python's zipfile raises of damaged archives.
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, OSError, EOFError, zlib.error, struct.error, UnicodeDecodeError, OverflowError),
+    # Of methods and encryption that it does not know.
+    *(NotImplementedError, RuntimeError),
+)
 # As many as a core's cache holds while they are counted.
 _BATCH_TOKENS = 2**18
 
@@ -73,6 +81,6 @@ def chosen_array(path: Path, axes: Mapping[str, int], refused: Mapping[str, Valu
 
 def zip_names(path: Path) -> list[str]:
     """What a zip archive holds; nothing of a file that is none."""
-    with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(path) as archive:
+    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
         return archive.namelist()
     return []

@@ -19,7 +19,9 @@ __all__ = ["Line", "LineSource", "Place", "has_suffix"]
 # Encoding is slow: seconds of it, and no more, are lost at a crash.
 _PART_BYTES = 2**22
 _BLOCK_BYTES = 2**18
+# Of a compressed file: of its texts, and of what tells how much it was compressed.
 _SAMPLE_BYTES = 2**18
+_UNPACKED_BYTES = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -88,7 +90,7 @@ class LineSource(Source):
         unpacked = 0
         for block in decompressed(self.path, self._compression, read):
             unpacked += len(block)
-            if unpacked >= _SAMPLE_BYTES:
+            if unpacked >= _UNPACKED_BYTES:
                 break
         stop = min(unpacked, _SAMPLE_BYTES)
         tokens = sum(batch.tokens.size for batch in self.batches(Part(0, stop, 0)))
