@@ -39,7 +39,7 @@ def count_labels(batches: Any, vocab_size: int, *, shift: bool, key: str | int =
         raise TypeError(f"batches: got {type(batches).__name__}, expected an iterable of batches, or a Trainer")
     frequency = TokenFrequency(vocab_size)
     for batch in batches:
-        for labels in _rows(_entry(batch, key)):
+        for labels in filter(Tensor.numel, _rows(_entry(batch, key))):
             if shift and labels.dim() == 0:
                 raise ValueError(f"batches: got {key!r} of shape [], expected [..., T] with shift=True")
             # Loaders may leave batches where the model is.
@@ -68,7 +68,7 @@ def _entry(batch: Any, key: str | int) -> Any:
 def _rows(labels: Any) -> Iterator[Tensor]:
     """The labels as one tensor or, of lists of different lengths, one a row."""
     if isinstance(labels, Sequence) and len(lengths := set(map(_length, labels))) > 1 and None not in lengths:
-        yield from (torch.as_tensor(row) for row in labels if len(row))
+        yield from map(torch.as_tensor, labels)
     else:
         yield torch.as_tensor(labels)
 

@@ -95,7 +95,7 @@ def count_corpus(
         tokenizer: a file of the `tokenizers` library, for text.
         strict: an id outside [0, V) is an error, and so is a file that looks like another dtype or kind than what it is
             read as; otherwise the one is counted as out of range and the other is warned of.
-        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
+        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 4,096 bytes
             a warning.
         threads: as many as there are processors if None.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is

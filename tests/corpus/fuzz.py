@@ -9,7 +9,9 @@ again.
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import shutil
 import sys
 import tempfile
@@ -25,6 +27,8 @@ with atheris.instrument_imports(include=["pdl_ext"]):
 import flat_files
 import pyarrow as pa
 import pyarrow.parquet
+import safetensors.numpy
+import torch
 from text_tokenizer import save_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -53,6 +57,11 @@ def write_files(folder: Path) -> list[Path]:
         ("hf-indices", "indices.arrow"),
         ("mds-columns", "shard*.mds"),
         ("mds-columns", "index.json"),
+        ("mds-gz", "shard*.gz"),
+        ("litdata-columns", "*.bin"),
+        ("litdata-columns", "index.json"),
+        ("litdata-zstd-batch", "*.bin"),
+        ("litdata-zstd-chunk", "*.bin"),
     ]:
         copy = folder / f"{golden}-{len(files)}"
         shutil.copytree(GOLDEN / golden, copy)
@@ -61,19 +70,25 @@ def write_files(folder: Path) -> list[Path]:
     pyarrow.parquet.write_table(table, new("parquet") / "a.parquet", row_group_size=2)
     with pa.OSFile(str(new("arrow") / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, 2)
+    ids = np.concatenate(documents).reshape(1, -1)
+    np.savez(new("npz") / "a.npz", tokens=ids)
+    np.savez_compressed(new("deflated") / "b.npz", tokens=ids)
+    safetensors.numpy.save_file({"tokens": ids, "others": np.ones(3)}, new("safetensors") / "a.safetensors")
+    torch.save({"tokens": torch.from_numpy(ids)}, new("torch") / "a.pt")
+    files += [folder / name for name in ("npz/a.npz", "deflated/b.npz", "safetensors/a.safetensors", "torch/a.pt")]
     lines = b'{"text": "the fox"}\n{"input_ids": [1, 2]}\n'
     for name, content in [
         ("a.txt", "the quick fox\r\n\né\n".encode()),
         ("a.txt.gz", gzip.compress(b"the fox\n")),
         ("a.txt.zst", pa.compress(b"the fox\n", "zstd", asbytes=True)),
+        ("a.txt.bz2", bz2.compress(b"the fox\n")),
+        ("a.txt.xz", lzma.compress(b"the fox\n")),
+        ("a.txt.lz4", pa.compress(b"the fox\n", "lz4", asbytes=True)),
         ("a.jsonl", lines),
     ]:
         (new(name) / name).write_bytes(content)
-    return (
-        files
-        + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
-        + [folder / name / name for name in ("a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl")]
-    )
+        files.append(folder / name / name)
+    return files + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
 
 
 def main() -> None:

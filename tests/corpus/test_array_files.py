@@ -1,4 +1,4 @@
-"""Files of named arrays, .npz, .safetensors and what torch.save wrote: counted as the arrays are, and nothing is run."""
+"""Files of named arrays, .npz, .safetensors and torch.save's: counted as the arrays are, and nothing is run."""
 
 from __future__ import annotations
 
@@ -147,7 +147,10 @@ def test_nothing_that_could_run_is_loaded(tmp_path, monkeypatch):
     torch.save({"tokens": Bomb()}, data / "old.pt", _use_new_zipfile_serialization=False)
     for name, message in [
         ("a.pt", r"cannot be read by torch\.load\(weights_only=True\)"),
-        ("a.npy", r"got an array of object, expected one of .*: it holds pickles: give the rows, as arrays of integers"),
+        (
+            "a.npy",
+            r"got an array of object, expected one of .*: it holds pickles: give the rows, as arrays of integers",
+        ),
         ("a.npz", r"tokens: got an array of object, expected one of .*: it holds pickles"),
         ("a.pkl", r"is a pickle, which is not read: it runs whatever it holds: load it where you trust it"),
         ("old.pt", r"is a file of PyTorch, which is not read: count it in Python: count_corpus\(\[torch\.load"),

@@ -8,9 +8,11 @@ import lzma
 import random
 import re
 import struct
+import zlib
 
 import numpy as np
 import pytest
+from column_files import check_damaged
 from text_tokenizer import counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
@@ -71,8 +73,8 @@ def test_damage_is_an_error_that_names_the_file(suffix, damage, tmp_path):
         return
     name = compression.SUFFIXES[suffix]
     if damage == "changed" and suffix in (".zst", ".zstd"):
-        # Frames of pyarrow carry no checksum: found where the change breaks what follows.
-        assert pytest.raises(ValueError, read, path) if read_or_none(path) is None else read(path) != CONTENT
+        # pyarrow's frames carry no checksum, so that the change is found where it breaks what follows.
+        assert read_or_none(path) != CONTENT
         return
     with pytest.raises(ValueError, match=rf"a{re.escape(suffix)}: cannot be decompressed as {name} \("):
         read(path)
@@ -101,7 +103,7 @@ def test_memory_that_a_file_asks_for_is_limited(tmp_path):
     place = content.index(bytes([0x21, 0x01])) + 2
     content[place] = 2 * (29 - 12)
     end = 12 + 4 * (content[12] + 1) - 4
-    content[end : end + 4] = struct.pack("<I", __import__("zlib").crc32(content[12:end]))
+    content[end : end + 4] = struct.pack("<I", zlib.crc32(content[12:end]))
     xz.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.xz: cannot be decompressed as xz \(Memory usage limit exceeded\)"):
         read(xz)
@@ -140,7 +142,4 @@ def test_random_damage_gives_errors_alone(suffix, tmp_path):
         for _ in range(generator.randint(1, 4)):
             damaged[generator.randrange(len(damaged))] = generator.randrange(256)
         path.write_bytes(damaged[: generator.choice([len(damaged), generator.randrange(len(damaged))])])
-        try:
-            read(path)
-        except ValueError as error:
-            assert str(path) in str(error)
+        check_damaged(lambda: read(path), str(path))

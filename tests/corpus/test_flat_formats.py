@@ -532,7 +532,11 @@ BAD = {
         {},
         r"index\.json: got items of \['no_header_tensor:1+'\] for None, expected those of one tensor",
     ),
-    "litdata, formats": (_litdata(config={"data_format": [5]}), {}, r"index\.json: got items of \[5\], expected a list"),
+    "litdata, formats": (
+        _litdata(config={"data_format": [5]}),
+        {},
+        r"index\.json: got items of \[5\], expected a list",
+    ),
     "litdata, pickles": (
         _litdata(config={"data_format": ["pickle"]}),
         {},

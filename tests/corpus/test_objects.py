@@ -96,7 +96,7 @@ def test_a_count_of_a_dataset_goes_on_from_its_checkpoint(dataset, tmp_path, mon
 def test_a_dataset_with_a_transform_is_refused(dataset):
     with pytest.raises(ValueError, match=r"data: got a Dataset with a transform, .*: map it, or give the ids alone"):
         count(dataset.with_transform(lambda batch: batch))
-    assert_counts(count((row["input_ids"] for row in dataset.with_format("numpy"))), joined(ROWS), joined(ROWS).size)
+    assert_counts(count(row["input_ids"] for row in dataset.with_format("numpy")), joined(ROWS), joined(ROWS).size)
 
 
 @pytest.mark.parametrize("is_typed", [False, True])
@@ -134,7 +134,12 @@ def test_splits_are_refused_with_the_way_out(datasets, dataset):
 
 def test_tables(monkeypatch):
     table = pa.table(COLUMNS)
-    expected = [token for row, marks in zip(ROWS, COLUMNS["mask"], strict=True) for token, mark in zip(row, marks, strict=True) if mark]
+    expected = [
+        token
+        for row, marks in zip(ROWS, COLUMNS["mask"], strict=True)
+        for token, mark in zip(row, marks, strict=True)
+        if mark
+    ]
     for data in (table, pa.concat_tables([table[:10], table[10:]]), table.to_batches()[0]):
         frequency = count(data, mask="mask")
         assert_counts(frequency, np.array(expected), joined(ROWS).size)
@@ -249,7 +254,11 @@ def test_one_array_is_one_sequence():
         ([np.array(3)], TypeError, r"data: got ndarray as item 0 of int64 in 0 axes"),
         ([torch.ones(3)], TypeError, r"data: got Tensor as item 0 of torch\.float32, expected integers"),
         ([torch.ones(3, dtype=torch.bfloat16)], TypeError, r"data: got Tensor as item 0 of torch\.bfloat16"),
-        ([{"input_ids": [1]}], TypeError, r"data: got dict as item 0, .*row\['input_ids'\] for row in data.*count_labels"),
+        (
+            [{"input_ids": [1]}],
+            TypeError,
+            r"data: got dict as item 0, .*row\['input_ids'\] for row in data.*count_labels",
+        ),
         ({"input_ids": [1]}, TypeError, r"data: got dict with 'input_ids', expected one of its values"),
         (7, TypeError, r"data: got 7, expected a list of files"),
         ([], ValueError, r"data: got \[\], expected a list of files"),

@@ -1,4 +1,4 @@
-"""Compressed shards of MDS and litdata, and litdata's items with columns: as their own writers wrote them, and damaged."""
+"""Compressed shards of MDS and litdata, and litdata's items with columns: as their writers wrote them, and damaged."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from text_tokenizer import counts_of, save_tokenizer
 from pdl_ext.corpus import count_corpus
 from pdl_ext.corpus.formats import litdata, mds
 from pdl_ext.corpus.reading import samples
+from pdl_ext.corpus.reading.compression import decompressed
 from pdl_ext.corpus.source import ReadOptions
 
 pa = pytest.importorskip("pyarrow")
@@ -77,7 +78,9 @@ def test_chunks_that_litdata_wrote(tmp_path):
         folder = GOLDEN / name
         assert_counts(count(folder), joined(ROWS), joined(ROWS).size)
         assert_counts(count(folder, skip_prompt="labels"), ANSWERS, joined(ROWS).size)
-        assert_counts(count(folder, column="grid", targets="shifted"), joined(row[1:] for row in ROWS), joined(ROWS).size)
+        assert_counts(
+            count(folder, column="grid", targets="shifted"), joined(row[1:] for row in ROWS), joined(ROWS).size
+        )
         pairs = joined(row[1:] for row in ROWS for _ in range(2))
         assert_counts(count(folder, column="pair", targets="shifted"), pairs, 2 * joined(ROWS).size)
         texts = count_corpus([folder], 320, tokenizer=tokenizer).counts.numpy()
@@ -121,7 +124,8 @@ def test_other_compressions_are_named_with_the_way_out(tmp_path, name):
         entry["compression"] = name
     (folder / "index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ValueError, match=rf"is compressed \({name}\), expected zstd or gz or bz2, or shard.*: decompress it into its folder"
+        ValueError,
+        match=rf"is compressed \({name}\), expected zstd or gz or bz2, or shard.*: decompress it into its folder",
     ):
         count(folder, dtype="int32")
 
@@ -167,7 +171,9 @@ def test_tensors_with_a_header_of_either_order(order):
 def test_what_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch, limit):
     folder = pack_mds(write_tokens(tmp_path / "data", sequences(60)))
     monkeypatch.setattr(samples, limit, 30)
-    with pytest.raises(ValueError, match=r"00000\.mds\.zstd: got \d+ bytes .* in a compressed shard: decompress it first"):
+    with pytest.raises(
+        ValueError, match=r"00000\.mds\.zstd: got \d+ bytes .* in a compressed shard: decompress it first"
+    ):
         count(folder, dtype="int32")
 
 
@@ -201,7 +207,8 @@ def test_damaged_shards_give_errors_alone(tmp_path, name):
     file = next(path for path in sorted(folder.iterdir()) if path.name != "index.json")
     whole, generator = file.read_bytes(), random.Random(name)
     packs = {"mds-gz": PACK["gz"], "mds-zstd": PACK["zstd"], "litdata-zstd-chunk": PACK["zstd"]}
-    unpacked = b"".join(samples_of(file, name)) if name in packs else b""
+    compression = "gzip" if name == "mds-gz" else "zstd"
+    unpacked = b"".join(decompressed(file, compression)) if name in packs else b""
     for number in range(120):
         if unpacked and number % 2:
             file.write_bytes(packs[name](damaged_bytes(generator, unpacked)))
@@ -213,16 +220,6 @@ def test_damaged_shards_give_errors_alone(tmp_path, name):
             (folder / "index.json").write_text(json.dumps(index))
         options = {"targets": ["all", "shifted"][number % 3 // 2]}
         check_damaged(lambda options=options: count(folder, **options), str(folder))
-
-
-def samples_of(file, name):
-    return samples_reader(file, "gzip" if name == "mds-gz" else "zstd")
-
-
-def samples_reader(file, name):
-    from pdl_ext.corpus.reading.compression import decompressed
-
-    return decompressed(file, name)
 
 
 def test_a_sample_tells_how_many_tokens_there_are():

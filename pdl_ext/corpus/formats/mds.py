@@ -153,9 +153,9 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     if entry["format"] != "mds":
         raise ValueError(f"{index}: got shards of format {entry['format']!r}, expected 'mds'")
     raw, packed = entry["raw_data"], entry.get("zip_data")
-    is_packed = bool(packed) and not os.path.isfile(index.parent / str(raw["basename"]))
-    compression = _compression(index, entry) if is_packed else None
-    listed = packed if is_packed else raw
+    listed, compression = raw, None
+    if packed and not os.path.isfile(index.parent / str(raw["basename"])):
+        listed, compression = packed, _compression(index, entry)
     path = listed_file(index, listed["basename"])
     unpack = functools.partial(decompressed, path, compression) if compression else None
     if type(raw["bytes"]) is not int or type(entry["samples"]) is not int:

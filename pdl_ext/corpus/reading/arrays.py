@@ -68,7 +68,7 @@ def chosen_array(path: Path, axes: Mapping[str, int], refused: Mapping[str, Valu
         usual = [column for column in TOKEN_COLUMNS if axes.get(column)]
         found = usual[:1] or [array for array in axes if axes[array]]
         name = found[0] if len(found) == 1 else next(iter(refused)) if not axes and len(refused) == 1 else None
-    if name in refused:
+    if name is not None and name in refused:
         raise refused[name]
     if name is None or not axes.get(name):
         names = ", ".join(map(repr, [*axes, *refused][:10])) or "none"

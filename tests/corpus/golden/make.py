@@ -1,4 +1,4 @@
-"""Writes the golden files of a library, which must be installed: python make.py datasets | datasets-indices | mds | litdata."""
+"""Writes the golden files of a library, which must be installed: python make.py NAME, one of KINDS."""
 
 from __future__ import annotations
 
