@@ -119,6 +119,8 @@ class _RowsSource(_ObjectSource):
 class StreamedSource(_ObjectSource):
     """What can be read once and from the beginning only: one part, of which nothing is known before."""
 
+    _unit = "rows"
+
     def __init__(self, format_name: str, dtype: str) -> None:
         super().__init__(format_name, dtype, 0)
         self._read = 0
@@ -126,10 +128,10 @@ class StreamedSource(_ObjectSource):
     def shard(self) -> Shard:
         return Shard(self.format, 0, "", self.format, self.dtype)
 
-    def shard_of(self, frequency: TokenFrequency, unit: str = "rows") -> Shard:
+    def shard_of(self, frequency: TokenFrequency) -> Shard:
         """What the provenance says of it when it is counted: its digest is that of the counts."""
         digest = hashlib.blake2b(frequency.table.packed().numpy().data, digest_size=16).hexdigest()
-        return Shard(f"{self.format}: {self._read} {unit}", self._size, digest, self.format, self.dtype)
+        return Shard(f"{self.format}: {self._read} {self._unit}", self._size, digest, self.format, self.dtype)
 
     def parts(self, size: int) -> Iterator[Part]:
         yield Part(0, 1, 0)
@@ -137,6 +139,8 @@ class StreamedSource(_ObjectSource):
 
 class _Arrays(StreamedSource):
     """Arrays of ids, one after the other: each, or each row of its last axis, is a sequence."""
+
+    _unit = "arrays"
 
     def __init__(self, arrays: Iterable[Any], options: ReadOptions, kind: str) -> None:
         for name in ("column", "mask", "skip_prompt"):
@@ -151,19 +155,17 @@ class _Arrays(StreamedSource):
         self._arrays = arrays
         self._shifted = options.policy.targets == "shifted"
 
-    def shard_of(self, frequency: TokenFrequency, unit: str = "arrays") -> Shard:
-        return super().shard_of(frequency, unit)
-
     def batches(self, part: Part) -> Iterator[Batch]:
         # Copies, since who makes arrays may use their memory again.
         return copied(batch for array in self._ids() for batch in array_batches(array, self._shifted))
 
     def _ids(self) -> Iterator[NDArray[Any]]:
-        dtypes: set[str] = set()
+        dtypes: set[np.dtype[Any]] = set()
         for item in self._arrays:
             array = _ids_of(item, self._read)
-            dtypes.add(array.dtype.name)
-            self.dtype = ", ".join(sorted(dtypes))
+            if array.dtype not in dtypes:
+                dtypes.add(array.dtype)
+                self.dtype = ", ".join(sorted(dtype.name for dtype in dtypes))
             self._read += 1
             self._size += array.nbytes
             yield array
@@ -248,26 +250,38 @@ def _arrow_errors() -> Iterator[None]:
 
 def _ids_of(item: Any, number: int) -> NDArray[Any]:
     """An array of ids of what an iterable gives. Raises TypeError or ValueError that names it by its number."""
-    place = f"data: got {type(item).__name__} as item {number}"
+    array = item
+    if isinstance(item, Tensor):
+        # NumPy has not all of its dtypes.
+        if item.is_floating_point() or item.is_complex():
+            raise TypeError(f"{_place(item, number)} of {item.dtype}, expected integers")
+        array = item.detach().cpu().numpy()
+    elif not isinstance(item, np.ndarray):
+        array = _as_array(item, number)
+    if array.ndim == 0 or array.dtype.kind not in "iu":
+        # Of objects each could be anything, also what runs when it is asked for its value.
+        raise TypeError(
+            f"{_place(item, number)} of {array.dtype} in {array.ndim} axes, expected integers in one axis or more"
+        )
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
+def _as_array(item: Any, number: int) -> NDArray[Any]:
+    place = _place(item, number)
     if isinstance(item, Mapping):
         raise TypeError(
             f"{place}, expected an array of ids: pass one entry of each, as (row['input_ids'] for row in data), or "
             "count a loader's batches by pdl_ext.count_labels"
         )
-    if isinstance(item, Tensor):
-        # NumPy has not all of its dtypes.
-        if item.is_floating_point() or item.is_complex():
-            raise TypeError(f"{place} of {item.dtype}, expected integers")
-        item = item.detach().cpu().numpy()
-    elif isinstance(item, (str, bytes)) or not (hasattr(item, "__len__") or hasattr(item, "__array__")):
+    if isinstance(item, (str, bytes)) or not (hasattr(item, "__len__") or hasattr(item, "__array__")):
         raise TypeError(f"{place}, expected an array of ids: [data] is one, of ids that are one sequence")
     try:
         array = np.asarray(item)
     except ValueError as error:
         raise ValueError(f"{place}, expected an array of ids, one axis of the same length in all its rows") from error
-    if not array.size and not isinstance(item, np.ndarray):
-        array = array.astype(np.int64)
-    if array.ndim == 0 or array.dtype.kind not in "iu":
-        # Of objects each could be anything, also what runs when it is asked for its value.
-        raise TypeError(f"{place} of {array.dtype} in {array.ndim} axes, expected integers in one axis or more")
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+    # Of an empty list nothing tells that it is one of integers.
+    return array if array.size else array.astype(np.int64)
+
+
+def _place(item: Any, number: int) -> str:
+    return f"data: got {type(item).__name__} as item {number}"

@@ -178,7 +178,9 @@ def test_a_line_that_is_too_long(tmp_path, tokenizer, monkeypatch, name):
     monkeypatch.setattr(lines, "MAX_TEXT_BYTES", 10)
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 4)
     compress(tmp_path / name, b"a\n" + b"b" * 10 + b"\n" + b"c" * 11 + b"\n")
-    with pytest.raises(ValueError, match=rf"{name}: line 3 \(byte 13.*\): got a line above 10 bytes, expected shorter ones"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: line 3 \(byte 13.*\): got a line above 10 bytes, expected shorter ones"
+    ):
         count(tmp_path / name, tokenizer)
     compress(tmp_path / name, b"a\n" + b"b" * 10)
     assert count(tmp_path / name, tokenizer).sum() > 0
