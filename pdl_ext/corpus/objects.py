@@ -32,6 +32,7 @@ _PIECE_BYTES = 2**22
 _STREAMED_ROWS = 1000
 # Rows of a table's beginning and of its end, by which two tables are told apart.
 _DIGESTED_ROWS = 64
+_DIGESTED_BYTES = 2**14
 
 
 def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
@@ -63,12 +64,11 @@ def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
     except TypeError:
         return None, data
     some = list(itertools.islice(iterator, 1))
-    kind = type(data).__name__
-    if iterator is data:
-        data = itertools.chain(some, iterator)
+    # Not from the beginning once more: a loader would shuffle anew.
+    rest = itertools.chain(some, iterator)
     if not some or isinstance(some[0], (str, bytes, os.PathLike)):
-        return None, data
-    return _Arrays(data, options, kind), data
+        return None, rest if iterator is data else data
+    return _Arrays(rest, options, type(data).__name__), data
 
 
 class _ObjectSource(Source):
@@ -87,15 +87,18 @@ class _ObjectSource(Source):
 class _RowsSource(_ObjectSource):
     """Rows of columns, any range of which can be had as a table. A part is a range of rows.
 
-    name: what the provenance calls them; digest: what tells them from others.
+    name: what the provenance calls them; telling: what tells them from others.
     """
 
-    def __init__(self, name: str, digest: bytes, columns: Columns, table: Any, size: int) -> None:
+    def __init__(self, name: str, telling: Iterable[Any], columns: Columns, table: Any, size: int) -> None:
         super().__init__(name.partition(" ")[0], columns.dtype, size)
         self._columns, self._table = columns, table
         self._rows = len(table)
         self._name = f"{name}: {self._rows} rows of {', '.join(columns.names)}"
-        self._digest = hashlib.blake2b(digest, digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for content in telling:
+            digest.update(content)
+        self._digest = digest.hexdigest()
 
     def shard(self) -> Shard:
         return Shard(self._name, self.size, self._digest, self.format, self.dtype)
@@ -179,11 +182,11 @@ class _StreamedDataset(StreamedSource):
         self._dataset, self._options = dataset, options
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        columns = None
         for table in self._dataset.with_format("arrow").iter(_STREAMED_ROWS):
             # Of a dataset that does not tell what its columns hold, any table may be of another schema.
             columns = Columns(_DATA, table.schema, self._options)
             self.dtype = columns.dtype
+            self._unit = f"rows of {', '.join(columns.names)}"
             with _arrow_errors():
                 table = table.select(columns.names)
                 yield from columns.batches(_record_batches(table, self._read))
@@ -203,9 +206,8 @@ def _dataset_source(dataset: Any, options: ReadOptions) -> Source:
     # Of rows that are chosen by indices the table has the others, too.
     size = chosen.data.nbytes * len(chosen) // max(len(chosen.data), 1)
     name = f"datasets.Dataset {dataset._fingerprint}"
-    return _RowsSource(
-        name, repr((name, len(chosen), columns.names)).encode(), columns, chosen.with_format("arrow"), size
-    )
+    telling = [repr((name, len(chosen), columns.names)).encode()]
+    return _RowsSource(name, telling, columns, chosen.with_format("arrow"), size)
 
 
 def _table_source(data: Any, options: ReadOptions) -> Source:
@@ -216,21 +218,21 @@ def _table_source(data: Any, options: ReadOptions) -> Source:
         raise TypeError(f"data: got {type(data).__name__}, expected a table of Arrow ({error})") from error
     columns = Columns(_DATA, table.schema, options)
     table = table.select(columns.names)
+    # As many bytes as of files, or a row that has more.
+    rows = max(1, min(_DIGESTED_ROWS, len(table) * _DIGESTED_BYTES // max(table.nbytes, 1)))
     with _arrow_errors():
-        digest = repr((len(table), table.nbytes)).encode() + b"".join(
-            _serialised(table[start : start + _DIGESTED_ROWS]) for start in (0, max(0, len(table) - _DIGESTED_ROWS))
-        )
-    name = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}"
-    return _RowsSource(name, digest, columns, table, table.nbytes)
+        pieces = (_serialised(table[start : start + rows]) for start in (0, max(0, len(table) - rows)))
+        name = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}"
+        telling = itertools.chain([repr((len(table), table.nbytes)).encode()], pieces)
+        return _RowsSource(name, telling, columns, table, table.nbytes)
 
 
-def _serialised(table: Any) -> bytes:
-    """The rows of a table as a stream, whatever chunks it has."""
-    pa = require("pyarrow", "corpus")
-    sink = pa.BufferOutputStream()
+def _serialised(table: Any) -> Any:
+    """A buffer with the rows of a table as a stream, whatever chunks it has."""
+    sink = require("pyarrow", "corpus").BufferOutputStream()
     with require("pyarrow.ipc", "corpus").new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    return bytes(sink.getvalue())
+    return sink.getvalue()
 
 
 def _record_batches(table: Any, first: int) -> Iterator[Rows]:

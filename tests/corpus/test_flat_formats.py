@@ -552,6 +552,11 @@ BAD = {
         {},
         r"chunk-0-0\.bin: sample 0 is damaged: got bytes 16 to 20 of 32",
     ),
+    "litdata, loader": (
+        _litdata(config={"item_loader": "ParquetLoader"}),
+        {},
+        r"index\.json: got items for 'ParquetLoader', expected those for TokensLoader or PyTreeLoader",
+    ),
     "litdata, float": (
         _litdata(config={"data_format": ["no_header_tensor:1"]}),
         {},

@@ -114,7 +114,10 @@ def test_a_streamed_dataset(datasets, dataset, is_typed, monkeypatch):
         (shard,) = frequency.provenance.shards
         # A map makes a typed one untyped.
         dtype = "int32" if is_typed and data.features else "int64"
-        assert (shard.name, shard.dtype) == ("datasets.IterableDataset: 40 rows", dtype)
+        assert (shard.name, shard.dtype) == (
+            "datasets.IterableDataset: 40 rows of input_ids, labels",
+            dtype,
+        )
         assert shard.size > 4 * joined(ROWS).size
     assert count(streamed.take(5)).total == joined(ROWS[:5]).size
     for name in ("checkpoint", "group"):
@@ -152,6 +155,20 @@ def test_tables(monkeypatch):
     with pytest.raises(ValueError, match="got the same content as"):
         first.merge(count(pa.concat_tables([table[:10], table[10:]])))
     first.merge(count(table[1:]))
+
+
+@pytest.mark.parametrize("place", [0, 5000, 9999])
+def test_tables_are_told_apart_by_their_ends(place):
+    """As files are, by size, head and tail."""
+    ids = np.arange(10_000) % VOCAB
+    first = count(pa.table({"tokens": pa.array(ids.reshape(-1, 100).tolist())}))
+    ids[place] += 1
+    second = count(pa.table({"tokens": pa.array(ids.reshape(-1, 100).tolist())}))
+    if place == 5000:
+        with pytest.raises(ValueError, match="got the same content as"):
+            first.merge(second)
+    else:
+        first.merge(second)
 
 
 def test_frames_of_pandas():
@@ -292,6 +309,20 @@ def test_names_of_files_may_come_from_any_iterable(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(5))
     for data in ((str(path) for path in tmp_path.iterdir()), {tmp_path / "a.npy"}, np.array([str(tmp_path / "a.npy")])):
         assert count(data).total == 5
+
+
+def test_a_loader_of_tensors_is_begun_once():
+    begun = []
+
+    class Loader:
+        def __iter__(self):
+            begun.append(True)
+            return iter(torch.arange(12).reshape(3, 4))
+
+    frequency = count(Loader(), targets="shifted")
+    assert_counts(frequency, np.array([1, 2, 3, 5, 6, 7, 9, 10, 11]), 12)
+    assert frequency.provenance.shards[0].name == "Loader: 3 arrays"
+    assert len(begun) == 1
 
 
 def test_errors_of_the_data_themselves_come_through():

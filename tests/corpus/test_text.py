@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
-from pdl_ext.corpus.reading import lines
+from pdl_ext.corpus.reading import compression, lines
 from pdl_ext.corpus.reading.lines import LineSource
 from pdl_ext.corpus.source import Part
 from pdl_ext.provenance import TargetPolicy
@@ -218,6 +218,27 @@ def test_a_file_that_became_shorter(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"a\.txt: cannot be read at byte 0 \(No such file"):
         list(source.lines(Part(0, 80, 80)))
+
+
+def test_a_place_of_a_file_that_is_gone_is_told_by_its_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\nb\n")
+    place = Lines(path).place(2)
+    assert str(place) == f"{path}: line 2 (byte 2)"
+    path.unlink()
+    assert str(place) == f"{path}: byte 2"
+
+
+@pytest.mark.parametrize("block", [1, 3, 2**18])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_lines_are_numbered_as_editors_do(tmp_path, monkeypatch, name, block):
+    for module in (lines, compression):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", block)
+    content = b"a\r\n\nbc\nd"
+    compress(tmp_path / name, content)
+    source = Lines(tmp_path / name)
+    found = [source.line_number(offset) for offset in range(len(content))]
+    assert found == [1, 1, 1, 2, 3, 3, 3, 4]
 
 
 def test_without_a_tokenizer(tmp_path):

@@ -139,6 +139,8 @@ def _index(path: Path, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int |
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")
     if not isinstance(data_format, list) or not all(isinstance(name, str) for name in data_format):
         raise ValueError(f"{path}: got items of {data_format!r}, expected a list of their formats")
+    if loader not in (None, "TokensLoader", "PyTreeLoader"):
+        raise ValueError(f"{path}: got items for {loader!r}, expected those for TokensLoader or PyTreeLoader")
     # An item's size stands before it, unless it is for TokensLoader, or a tensor of a time before loaders were told of.
     is_stream = loader == "TokensLoader" or (
         loader is None and len(data_format) == 1 and data_format[0].startswith("no_header_tensor:")
