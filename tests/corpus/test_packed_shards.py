@@ -19,7 +19,7 @@ from text_tokenizer import counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
 from pdl_ext.corpus.formats import litdata, mds
-from pdl_ext.corpus.reading import samples
+from pdl_ext.corpus.reading import compression, samples
 from pdl_ext.corpus.reading.compression import decompressed
 from pdl_ext.corpus.source import ReadOptions
 
@@ -114,6 +114,16 @@ def test_a_raw_shard_is_read_where_both_are_there(tmp_path):
     with pytest.warns(UserWarning, match=r"does not list .*shard\.00000\.mds\.zstd"):
         frequency = count(folder, dtype="int32")
     assert_counts(frequency, joined(rows), joined(rows).size)
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 5000])
+@pytest.mark.parametrize("name", ["mds-gz", "litdata-zstd-batch", "litdata-zstd-chunk"])
+def test_blocks_end_anywhere(monkeypatch, name, block):
+    """Inside of a number, of what is not read between two samples, of what tells of the samples."""
+    monkeypatch.setattr(compression, "_BLOCK_BYTES", block)
+    assert_counts(count(GOLDEN / name, targets="shifted"), joined(row[1:] for row in ROWS), joined(ROWS).size)
+    if name != "litdata-zstd-chunk":
+        assert_counts(count(GOLDEN / name, skip_prompt="labels"), ANSWERS, joined(ROWS).size)
 
 
 @pytest.mark.parametrize("name", ["br", "snappy"])

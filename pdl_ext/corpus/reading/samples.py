@@ -214,28 +214,35 @@ class _Unpacked:
         self.drop_before(size)
 
     def drop_before(self, offset: int) -> None:
-        """Holds what is before that byte no longer."""
+        """Holds what is before that byte no longer. Raises ValueError if what the file holds ends before it."""
+        while self._start + len(self._held) < offset:
+            self._start += len(self._held)
+            self._held.clear()
+            self._hold_more(offset)
         if offset > self._start:
             del self._held[: offset - self._start]
             self._start = offset
 
     def read(self, offset: int, size: int) -> NDArray[np.uint8]:
-        """Some bytes. Raises ValueError if they were dropped, or if what it holds ends before."""
+        """Some bytes. Raises ValueError if they were dropped, or if what the file holds ends before."""
         end = offset + size
         if end <= self._head.size:
             return self._head[offset:end]
-        while self._start + len(self._held) < end:
-            block = next(self._blocks, None)
-            if block is None:
-                raise ValueError(
-                    f"{self._path}: ends at byte {self._start + len(self._held)} of what it decompresses to, expected "
-                    f"{end} or more"
-                )
-            self._held += block
         if offset < self._start:
             raise ValueError(f"{self._path}: got a sample at byte {offset} behind those of {self._start}")
+        while self._start + len(self._held) < end:
+            self._hold_more(end)
         begin = offset - self._start
         return np.frombuffer(memoryview(self._held)[begin : begin + size], np.uint8).copy()
+
+    def _hold_more(self, expected: int) -> None:
+        block = next(self._blocks, None)
+        if block is None:
+            raise ValueError(
+                f"{self._path}: ends at byte {self._start + len(self._held)} of what it decompresses to, expected "
+                f"{expected} or more"
+            )
+        self._held += block
 
     def check_end(self, size: int) -> None:
         """Raises ValueError that names the file unless it decompresses to so many bytes."""
