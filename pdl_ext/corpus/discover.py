@@ -29,6 +29,7 @@ from pdl_ext.corpus.formats import (
     torch_file,
 )
 from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.compression import compression_of
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of, kind_of_content
 from pdl_ext.corpus.reading.huggingface_cache import cached_datasets, is_about_data
 from pdl_ext.corpus.reading.index_maps import is_index_map
@@ -273,6 +274,8 @@ def _warn_of_others(folder: Path, known: Container[str]) -> None:
         and not any(part.startswith((".", "_", "cache-")) for part in path.relative_to(folder).parts)
         and path.is_file()
         and os.path.realpath(path) not in known
+        # MosaicML keeps a shard as it came beside what it was decompressed to.
+        and (compression_of(path) is None or os.path.realpath(path.with_suffix("")) not in known)
     ]
     if others:
         warnings.warn(
