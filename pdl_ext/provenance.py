@@ -21,8 +21,9 @@ TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
 LEARNED = ("completions", "assistant", "all")
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# Smaller files are the same by chance: a document a file, of a few tokens or words.
-_LEAST_COMPARED_BYTES = 1024
+# Smaller files are the same by chance: a document a file, of a few tokens or words, with one to three KB around them in
+# some formats.
+_LEAST_COMPARED_BYTES = 4096
 # Of the beginning and of the end: a change that keeps both and the size is not seen.
 _DIGESTED_BYTES = 16 * 1024
 
@@ -175,7 +176,7 @@ def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
 def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:
     """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`.
 
-    Of shards below 1,024 bytes it warns, once, unless all are of `among`.
+    Of shards below 4,096 bytes it warns, once, unless all are of `among`.
     """
     seen = {(shard.size, shard.digest): shard.name for shard in among or ()}
     # Empty ones overlap nowhere.

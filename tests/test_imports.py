@@ -62,6 +62,8 @@ OTHERS_NAMES = {
     # Of a tensor: what it is a view of, and how often it was written to. PyTorch tells them nowhere else.
     "_base",
     "_version",
+    # Of a datasets.Dataset: what tells it from others.
+    "_fingerprint",
     # Of torch.autograd.forward_ad: how deep forward-mode differentiation is nested. There is no public name.
     "_current_level",
 }

@@ -10,7 +10,7 @@ import pytest
 
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, shard_digest
 
-A, B = (Shard(f"{name}.bin", 1024, name * 32, "raw", "uint16") for name in "ab")
+A, B = (Shard(f"{name}.bin", 4096, name * 32, "raw", "uint16") for name in "ab")
 FIRST = Provenance((A,), 5, TargetPolicy(), "f" * 32, "0.1")
 
 
@@ -145,7 +145,7 @@ def test_a_shards_digest_depends_on_head_tail_and_size(tmp_path):
 
 
 def test_small_shards_are_the_same_by_chance():
-    small = tuple(Shard(f"{number}.bin", 1023, "c" * 32, "raw", "uint16") for number in range(3))
+    small = tuple(Shard(f"{number}.bin", 4095, "c" * 32, "raw", "uint16") for number in range(3))
     with pytest.warns(
         UserWarning, match=r"^1\.bin: has the same content as 0\.bin, and 1 other files like it: each is c"
     ):

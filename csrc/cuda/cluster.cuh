@@ -14,8 +14,9 @@ namespace pdl::cuda {
 
 namespace ptx = ::cuda::ptx;
 
+// Of blocks that share a row.
 #if !defined(PDL_LEAST_CLUSTER)
-#define PDL_LEAST_CLUSTER 1
+#define PDL_LEAST_CLUSTER 2
 #endif
 constexpr int kLeastCluster = PDL_LEAST_CLUSTER, kMaxCluster = 16;
 

@@ -212,7 +212,7 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
   const int64_t packs = vocab_size / kVector<T>;
   // Where a row cannot be cut so far, two of them a multiprocessor are still better than a second pass over L2.
   for (int resident = kRowsOfMultiprocessor; resident >= 2; --resident) {
-    for (int blocks = is_hopper ? kLeastCluster : 1; blocks <= (is_hopper ? kMaxCluster : 1); blocks *= 2) {
+    for (int blocks = 1; blocks <= (is_hopper ? kMaxCluster : 1); blocks *= blocks == 1 ? kLeastCluster : 2) {
       const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
       // A grid has no more blocks, and a cluster has one row.
       constexpr int64_t kMostBlocks = 0x7fffffff;

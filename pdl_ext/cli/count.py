@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pdl_ext.cli.streams import report, tell
+from pdl_ext.cli.streams import report, tell, write
 
 __all__ = ["add_parser"]
 
@@ -23,6 +23,7 @@ examples:
   pdl-ext count chats.jsonl --tokenizer model/ --learn assistant --vocab-size 151936 -o counts.safetensors
   pdl-ext count tokenised/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
   pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
+  pdl-ext count corpus/ --vocab-size 128256 --dry-run
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
 An interrupted count leaves OUTPUT.checkpoint-*; the same command goes on from there.
@@ -42,7 +43,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "data", nargs="+", metavar="DATA", help="files, folders, patterns, or .list files with one of these a line"
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="counts, as safetensors")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="counts, as safetensors")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the files, formats, dtypes and about how many tokens, and end"
+    )
     parser.add_argument("--format", metavar="NAME", help="of the files, where it cannot be told from them")
     parser.add_argument("--dtype", metavar="NAME", help="of ids in files that do not tell theirs: uint16, uint32, ...")
     parser.add_argument("--column", metavar="NAME", help="of the ids or the text, in formats with columns")
@@ -104,9 +108,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output
     from pdl_ext.cli.memory import is_out_of_memory
     from pdl_ext.corpus.ranks import checkpoints
+    from pdl_ext.storage.file_lock import only_writer
     from pdl_ext.storage.whole_file import partial_files
 
-    check_counts_output(arguments.output)
+    if arguments.output is None and not arguments.dry_run:
+        raise ValueError("output: got none, expected a file for the counts (-o FILE)")
+    if arguments.output is not None:
+        check_counts_output(arguments.output)
+    if arguments.dry_run:
+        return _dry_run(arguments)
     checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
     group = None
     if dist.is_torchelastic_launched():
@@ -118,12 +128,13 @@ def _run(arguments: argparse.Namespace) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
-        frequency = _count(arguments, checkpoint, group, is_first)
-        if is_first:
-            frequency.save(arguments.output)
-        if group is not None:
-            dist.barrier(group)
-        _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
+        with only_writer(arguments.output) if is_first else contextlib.nullcontext():
+            frequency = _count(arguments, checkpoint, group, is_first)
+            if is_first:
+                frequency.save(arguments.output)
+            if group is not None:
+                dist.barrier(group)
+            _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
     except KeyboardInterrupt:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
         tell(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}")
@@ -147,9 +158,30 @@ def _remove(files: list[Path]) -> None:
         path.unlink(missing_ok=True)
 
 
-def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:
-    from pdl_ext.cli.progress import ProgressLine
-    from pdl_ext.corpus import TargetPolicy, count_corpus
+def _dry_run(arguments: argparse.Namespace) -> int:
+    from pdl_ext.corpus.counting import preview_corpus
+
+    files = preview_corpus(arguments.data, arguments.vocab_size, output=arguments.output, **_read_arguments(arguments))
+    lines = [("file", "bytes", "format", "dtype", "tokens")]
+    for file in files:
+        about = "" if file.is_exact else "about "
+        lines.append((file.name, f"{file.size:,}", file.format, file.dtype, f"{about}{file.tokens:,}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    about = "" if all(file.is_exact for file in files) else "about "
+    write(
+        *(
+            f"{name:{widths[0]}}  {size:>{widths[1]}}  {format_name:{widths[2]}}  {dtype:{widths[3]}}  "
+            f"{tokens:>{widths[4]}}"
+            for name, size, format_name, dtype, tokens in lines
+        ),
+        f"{about}{sum(file.tokens for file in files):,} tokens in {len(files):,} files; nothing was counted",
+    )
+    return 0
+
+
+def _read_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What tells how the data are read."""
+    from pdl_ext.corpus import TargetPolicy
 
     policy = TargetPolicy(
         targets=arguments.targets,
@@ -163,17 +195,26 @@ def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first
         max_length=arguments.max_length,
         packing=arguments.packing,
     )
+    return {
+        "format": arguments.format,
+        "dtype": arguments.dtype,
+        "policy": policy,
+        "tokenizer": arguments.tokenizer,
+        "strict": arguments.strict,
+        "allow_overlap": arguments.allow_overlap,
+    }
+
+
+def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:
+    from pdl_ext.cli.progress import ProgressLine
+    from pdl_ext.corpus import count_corpus
+
     line = ProgressLine(sys.stderr) if is_first else None
     try:
         return count_corpus(
             arguments.data,
             arguments.vocab_size,
-            format=arguments.format,
-            dtype=arguments.dtype,
-            policy=policy,
-            tokenizer=arguments.tokenizer,
-            strict=arguments.strict,
-            allow_overlap=arguments.allow_overlap,
+            **_read_arguments(arguments),
             threads=arguments.threads,
             checkpoint=checkpoint,
             checkpoint_every=arguments.checkpoint_every,

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,17 @@ from pdl_ext._checks import (
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
+from pdl_ext.corpus.objects import StreamedSource, opened_object
+from pdl_ext.corpus.preview import FilePreview, previewed
 from pdl_ext.corpus.reading.pretrained import chat_template_digest, tokenizer_digest, tokenizer_stamps
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
-from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, shard_digest
+from pdl_ext.provenance import Provenance, TargetPolicy, check_distinct
 from pdl_ext.storage.tensor_file import check_fits
 
-__all__ = ["Progress", "count_corpus"]
+__all__ = ["Progress", "count_corpus", "preview_corpus"]
 
 # Large enough that a table is added to the totals seldom, small enough to be lost at a crash; less of a small corpus,
 # so that threads have even shares.
@@ -66,7 +68,7 @@ class Progress:
 # A caller's inference_mode is none of the threads', and tables are written to by both.
 @torch.inference_mode(False)
 def count_corpus(
-    data: Sequence[str | os.PathLike[str]],
+    data: Iterable[Any],
     vocab_size: int,
     *,
     format: str | None = None,
@@ -82,10 +84,12 @@ def count_corpus(
     progress: Callable[[Progress], None] | None = None,
     group: Any = None,
 ) -> TokenFrequency:
-    """Counts the tokens of files, of any size and in any format that docs/corpora.md lists.
+    """Counts the tokens of files, of any size and in any format that docs/corpora.md lists, or of data in memory.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line.
+        data: files, folders, glob patterns, and files that end in .list with one of these a line; or a
+            datasets.Dataset or IterableDataset, a table of Arrow, or an iterable of integer arrays (NumPy's, tensors,
+            lists), of which each row of the last axis is a sequence.
         vocab_size: V.
         format: what the files are, where it cannot be told from them.
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
@@ -94,7 +98,7 @@ def count_corpus(
             for policy.learn.
         strict: an id outside [0, V) is an error, and so is a file that looks like another dtype or kind than what it is
             read as; otherwise the one is counted as out of range and the other is warned of.
-        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
+        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 4,096 bytes
             a warning.
         threads: as many as there are processors if None.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
@@ -105,25 +109,18 @@ def count_corpus(
         progress: called some times a second, from the calling thread.
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
+    What can be read once only, an IterableDataset or an iterable, takes neither checkpoint nor group.
+
     Returns the counts with their provenance, on the CPU, on every rank the same.
     Raises TypeError or ValueError that names the argument, or the file and the place in it, also for data without a
     token, ignored or not; OSError for a checkpoint that cannot be written; KeyboardInterrupt, after a checkpoint.
     """
-    check_vocab_size(vocab_size)
-    if policy is None:
-        policy = TargetPolicy()
-    elif not isinstance(policy, TargetPolicy):
-        raise TypeError(f"policy: got {type(policy).__name__}, expected TargetPolicy")
-    if dtype is not None:
-        check_choice("dtype", dtype, TOKEN_DTYPES)
-    check_flag("strict", strict)
+    options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
     if threads is None:
         threads = _processors()
     check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
-    if tokenizer is not None:
-        check_path("tokenizer", tokenizer)
     if checkpoint is not None:
         check_path("checkpoint", checkpoint)
     if output is not None:
@@ -131,10 +128,12 @@ def count_corpus(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {progress!r}, expected a function or None")
     check_group(group)
-    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
 
     stamps = () if options.tokenizer is None else tokenizer_stamps(options.tokenizer)
-    sources = open_sources(data, format, options, output)
+    in_memory, data = opened_object(data, options)
+    if in_memory is not None:
+        _check_for_objects(in_memory, format, checkpoint, group)
+    sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
@@ -143,12 +142,12 @@ def count_corpus(
         check_fits("data", f"{len(sources)} files", provenance.to_json())
     # By the files alone, and not by the threads of this run.
     part_bytes = min(PART_BYTES, max(_LEAST_PART_BYTES, sum(source.size for source in sources) // _PARTS))
-    if policy.packing == "wrapped":
+    if options.policy.packing == "wrapped":
         # Where a sequence begins follows from all rows before it.
         part_bytes = sys.maxsize
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
     identity = _identity(sources, provenance, options, part_bytes, len(parts))
-    state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
+    state = State.empty(vocab_size, options.policy.ignore_index, len(parts), identity)
     path = None if checkpoint is None else Path(checkpoint)
     todo = ranks.share(state, [part.size for _, part in parts], path, group)
     if strict and int(state.frequency.out_of_range):
@@ -176,10 +175,69 @@ def count_corpus(
             for left in ranks.checkpoints(Path(checkpoint)):
                 left.unlink(missing_ok=True)
         more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
-        raise ValueError(f"data: got no token in {sources[0].path}{more}, expected some")
+        where = f" in {sources[0].path}{more}" if in_memory is None else ""
+        raise ValueError(f"data: got no token{where}, expected some")
     frequency = state.frequency
+    if isinstance(in_memory, StreamedSource):
+        provenance = dataclasses.replace(provenance, shards=(in_memory.shard_of(frequency),))
     frequency.provenance = dataclasses.replace(provenance, tokens=tokens)
     return frequency
+
+
+def preview_corpus(
+    data: Iterable[str | os.PathLike[str]],
+    vocab_size: int,
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
+    policy: TargetPolicy | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    strict: bool = False,
+    allow_overlap: bool = False,
+    output: str | os.PathLike[str] | None = None,
+) -> list[FilePreview]:
+    """What count_corpus would count of files, each with its format, its dtype and about how many tokens it has.
+
+    The arguments are those of count_corpus. Raises and warns as it does before it counts.
+    """
+    options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
+    check_flag("allow_overlap", allow_overlap)
+    sources = open_sources(data, format, options, output)
+    if not allow_overlap:
+        check_distinct(_provenance(sources, options).shards)
+    return list(previewed(sources))
+
+
+def _checked_options(
+    vocab_size: int,
+    dtype: str | None,
+    policy: TargetPolicy | None,
+    tokenizer: str | os.PathLike[str] | None,
+    strict: bool,
+) -> ReadOptions:
+    check_vocab_size(vocab_size)
+    if policy is None:
+        policy = TargetPolicy()
+    elif not isinstance(policy, TargetPolicy):
+        raise TypeError(f"policy: got {type(policy).__name__}, expected TargetPolicy")
+    if dtype is not None:
+        check_choice("dtype", dtype, TOKEN_DTYPES)
+    check_flag("strict", strict)
+    if tokenizer is not None:
+        check_path("tokenizer", tokenizer)
+    return ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
+
+
+def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any) -> None:
+    """Raises ValueError for arguments that are for files, or for what can be read again."""
+    if format is not None:
+        raise ValueError(f"format: got {format!r} with data in memory, expected None: it is for files")
+    for name, value in (("checkpoint", checkpoint), ("group", group)):
+        if value is not None and isinstance(source, StreamedSource):
+            raise ValueError(
+                f"{name}: got one with {source.format}, which is read once from its beginning, expected None: on "
+                "several ranks count each one's own, and call all_reduce on the result"
+            )
 
 
 def _processors() -> int:
@@ -189,10 +247,7 @@ def _processors() -> int:
 
 def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
     try:
-        shards = tuple(
-            Shard(str(source.path), source.size, shard_digest(source.path), source.format, source.dtype)
-            for source in sources
-        )
+        shards = tuple(source.shard() for source in sources)
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     tokenizer = template = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,17 @@ from pdl_ext.corpus.formats import (
     mds,
     megatron,
     npy,
+    npz,
     parquet,
     raw,
+    safetensors_file,
     text,
+    torch_file,
 )
 from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.compression import compression_of
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of, kind_of_content
+from pdl_ext.corpus.reading.huggingface_cache import cached_datasets, is_about_data
 from pdl_ext.corpus.reading.index_maps import is_index_map
 from pdl_ext.corpus.reading.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
@@ -37,7 +42,10 @@ __all__ = ["FORMATS", "open_sources"]
 # In the order in which they are asked: what is told by its first bytes before what is told by its name.
 FORMATS = {
     module.FORMAT.name: module.FORMAT
-    for module in (npy, megatron, llmc, parquet, arrow, huggingface, mds, litdata, datatrove, jsonl, text, raw)
+    for module in (
+        *(npy, npz, torch_file, safetensors_file, megatron, llmc, parquet, arrow),
+        *(huggingface, mds, litdata, datatrove, jsonl, text, raw),
+    )
 }
 _LIST_SUFFIX = ".list"
 _COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
@@ -47,7 +55,7 @@ _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl",
 
 
 def open_sources(
-    data: Sequence[str | os.PathLike[str]],
+    data: Iterable[str | os.PathLike[str]],
     format_name: str | None,
     options: ReadOptions,
     output: str | os.PathLike[str] | None = None,
@@ -182,9 +190,14 @@ def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> 
         yield folder
         return
     try:
+        cached = cached_datasets(folder)
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
+    if cached is not None:
+        for path in cached:
+            yield from _walk(path, left_out, (*parents, real))
+        return
     names = {os.fspath(Path(entry.path)) for entry in entries}
     for entry in entries:
         path = Path(entry.path)
@@ -200,7 +213,7 @@ def _if_data(path: Path, among: Container[str], left_out: list[Path]) -> Iterato
     """A file that nobody named, unless it is known to hold no tokens of its own. among: what is found with it."""
     if is_index_map(path):
         left_out.append(path)
-    elif not _is_companion(path, among) and not _is_lock(path):
+    elif not _is_companion(path, among) and not _is_lock(path) and not is_about_data(path):
         yield path
 
 
@@ -262,6 +275,8 @@ def _warn_of_others(folder: Path, known: Container[str]) -> None:
         and not any(part.startswith((".", "_", "cache-")) for part in path.relative_to(folder).parts)
         and path.is_file()
         and os.path.realpath(path) not in known
+        # MosaicML keeps a shard as it came beside what it was decompressed to.
+        and (compression_of(path) is None or os.path.realpath(path.with_suffix("")) not in known)
     ]
     if others:
         warnings.warn(

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.provenance import TargetPolicy
+from pdl_ext.provenance import Shard, TargetPolicy, shard_digest
 
 __all__ = [
+    "SAMPLE_TOKENS",
     "TOKEN_DTYPES",
     "Batch",
     "Format",
     "Part",
     "ReadOptions",
+    "Sample",
     "Source",
     "Stamp",
     "as_countable",
@@ -41,6 +43,10 @@ TOKEN_DTYPES = {
     "int32": np.int32,
     "int64": np.int64,
 }
+
+# Enough to tell how many there are in the rest, and encoded in a fraction of a second.
+SAMPLE_TOKENS = 2**15
+_SAMPLE_BYTES = 2**16
 
 
 def token_dtype(name: str) -> np.dtype[Any]:
@@ -112,6 +118,13 @@ class Part(NamedTuple):
     size: int
 
 
+class Sample(NamedTuple):
+    """How many tokens some bytes of a source hold."""
+
+    tokens: int
+    size: int
+
+
 class Stamp(NamedTuple):
     """What tells that a file has changed."""
 
@@ -163,9 +176,27 @@ class Source(ABC):
         """All files, as they were when the source was made."""
         return dict(self._stamps)
 
+    def shard(self) -> Shard:
+        """What the provenance says of it. Raises OSError if the file cannot be read."""
+        return Shard(str(self.path), self.size, shard_digest(self.path), self.format, self.dtype)
+
     def doubt(self) -> str | None:
         """What in the file speaks against how it is read, if anything does: a warning that names it."""
         return None
+
+    def stated_tokens(self) -> int | None:
+        """How many tokens the file states that it holds, or its size; None if only reading it tells."""
+        return None
+
+    def sample(self) -> Sample:
+        """Some tokens from its beginning: all of a small source. Raises ValueError as reading it does."""
+        tokens = size = 0
+        for part in self.parts(_SAMPLE_BYTES):
+            tokens += sum(batch.tokens.size for batch in self.batches(part))
+            size += part.size
+            if tokens >= SAMPLE_TOKENS:
+                break
+        return Sample(tokens, size)
 
     def check_unchanged(self) -> None:
         """Raises ValueError that names a file which is no longer what it was when the source was made."""

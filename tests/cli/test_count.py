@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
+import subprocess
 import sys
 
+import fresh_python
 import numpy as np
 import pytest
 import torch
@@ -218,3 +221,63 @@ def test_progress(is_terminal):
             " 56.0 %  12.0M tokens  1.00M tokens/s  01:28 left",
             " 75.0 %  50.0M tokens  1.00M tokens/s  00:50 left",
         ]
+
+
+HOLD_THE_LOCK = """
+import sys
+from pathlib import Path
+from pdl_ext.storage.file_lock import only_writer
+with only_writer(Path("counts.safetensors")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_count_to_one_output_is_told(corpus, tmp_path, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "counts.safetensors").symlink_to("real/c")
+    with fresh_python.popen("-c", HOLD_THE_LOCK, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        # By whatever name.
+        for name in ("counts.safetensors", "real/c"):
+            assert main([*COUNT[:4], "-o", name, "--vocab-size", "50"]) == 1
+            holder = rf"process {other.pid} on \S+ is going to write"
+            error = rf"pdl-ext: output: got {name}, which {holder}, expected another file, or to wait for it\n"
+            assert re.fullmatch(error, capsys.readouterr().err)
+        assert not list(tmp_path.glob("*checkpoint*"))
+        assert main([*COUNT[:4], "-o", "other", "--vocab-size", "50"]) == 0
+        # However it ends.
+        other.kill()
+    assert (tmp_path / "real" / ".c.lock").exists()
+    assert main([*COUNT, "50"]) == 0
+    assert torch.equal(TokenFrequency.load("counts.safetensors").counts, corpus)
+    assert not (tmp_path / "real" / ".c.lock").exists()
+
+
+def test_a_file_system_without_locks_is_written_to(corpus, monkeypatch):
+    from pdl_ext.storage import file_lock
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
+    assert main([*COUNT, "50"]) == 0
+
+
+def test_a_lock_that_is_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Between the two calls of this process the other one may end, and its file with it."""
+    from pdl_ext.storage import file_lock
+
+    flock, calls = file_lock.fcntl.flock, []
+
+    def removed_before(descriptor, how):
+        calls.append(how)
+        if len(calls) == 1:
+            (tmp_path / ".c.lock").unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", removed_before)
+    with file_lock.only_writer(tmp_path / "c"):
+        assert len(calls) == 2
+        assert str(os.getpid()) in (tmp_path / ".c.lock").read_text()
+    assert not list(tmp_path.iterdir())

@@ -9,8 +9,10 @@ again.
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import shutil
 import sys
 import tempfile
@@ -26,6 +28,8 @@ with atheris.instrument_imports(include=["pdl_ext"]):
 import flat_files
 import pyarrow as pa
 import pyarrow.parquet
+import safetensors.numpy
+import torch
 from chat_tokenizer import save_chat_tokenizer
 from text_tokenizer import save_tokenizer
 
@@ -55,6 +59,11 @@ def write_files(folder: Path) -> list[Path]:
         ("hf-indices", "indices.arrow"),
         ("mds-columns", "shard*.mds"),
         ("mds-columns", "index.json"),
+        ("mds-gz", "shard*.gz"),
+        ("litdata-columns", "*.bin"),
+        ("litdata-columns", "index.json"),
+        ("litdata-zstd-batch", "*.bin"),
+        ("litdata-zstd-chunk", "*.bin"),
     ]:
         copy = folder / f"{golden}-{len(files)}"
         shutil.copytree(GOLDEN / golden, copy)
@@ -66,20 +75,26 @@ def write_files(folder: Path) -> list[Path]:
     chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "é"}]
     said = [{"from": "human", "value": "why?"}, {"from": "gpt", "value": "the fox"}]
     chats = [{"messages": chat, "tools": []}, {"conversations": said}, {"prompt": chat[:1], "completion": chat[1:]}]
+    ids = np.concatenate(documents).reshape(1, -1)
+    np.savez(new("npz") / "a.npz", tokens=ids)
+    np.savez_compressed(new("deflated") / "b.npz", tokens=ids)
+    safetensors.numpy.save_file({"tokens": ids, "others": np.ones(3)}, new("safetensors") / "a.safetensors")
+    torch.save({"tokens": torch.from_numpy(ids)}, new("torch") / "a.pt")
+    files += [folder / name for name in ("npz/a.npz", "deflated/b.npz", "safetensors/a.safetensors", "torch/a.pt")]
     lines = b'{"text": "the fox"}\n{"input_ids": [1, 2]}\n'
     for name, content in [
         ("a.txt", "the quick fox\r\n\né\n".encode()),
         ("a.txt.gz", gzip.compress(b"the fox\n")),
         ("a.txt.zst", pa.compress(b"the fox\n", "zstd", asbytes=True)),
+        ("a.txt.bz2", bz2.compress(b"the fox\n")),
+        ("a.txt.xz", lzma.compress(b"the fox\n")),
+        ("a.txt.lz4", pa.compress(b"the fox\n", "lz4", asbytes=True)),
         ("a.jsonl", lines),
         ("chats.jsonl", "".join(json.dumps(row) + "\n" for row in chats).encode()),
     ]:
         (new(name) / name).write_bytes(content)
-    return (
-        files
-        + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
-        + [folder / name / name for name in ("a.txt", "a.txt.gz", "a.txt.zst", "a.jsonl", "chats.jsonl")]
-    )
+        files.append(folder / name / name)
+    return files + [folder / name for name in ("parquet/a.parquet", "arrow/a.arrow")]
 
 
 def main() -> None:

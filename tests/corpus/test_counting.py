@@ -109,12 +109,12 @@ def test_data_may_be_files_folders_patterns_and_lists(tmp_path):
 
 
 def test_the_same_content_twice_is_refused(tmp_path):
-    write(tmp_path / "a.bin", zipf(512))
-    write(tmp_path / "b.bin", zipf(512))
+    write(tmp_path / "a.bin", zipf(2048))
+    write(tmp_path / "b.bin", zipf(2048))
     with pytest.raises(ValueError, match=r"b.bin: got the same content as .*a.bin"):
         count_corpus([tmp_path], V, dtype="uint16")
     frequency = count_corpus([tmp_path], V, dtype="uint16", allow_overlap=True)
-    assert torch.equal(frequency.counts, 2 * expected(zipf(512)))
+    assert torch.equal(frequency.counts, 2 * expected(zipf(2048)))
 
 
 def test_small_files_may_be_the_same(tmp_path):
@@ -161,7 +161,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": []}, "data: got []"),
         ({"data": "a.bin"}, "data: got 'a.bin', expected a list"),
         ({"data": 5}, "data: got 5, expected a list"),
-        ({"data": [1]}, "data: got 1 of type int, expected a path"),
+        ({"data": ["a.bin", 1]}, "data: got 1 of type int, expected a path"),
         ({"data": [b"a.bin"]}, "data: got b'a.bin' of type bytes, expected a path"),
         ({"data": np.array("a.bin")}, "data: got array('a.bin', dtype='<U5'), expected a list"),
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),

@@ -24,7 +24,10 @@ LISTINGS = {
     "hf-splits/dataset_dict.json": {},
     "litdata-tensors/index.json": {},
     "litdata-arrays/index.json": {},
+    "litdata-columns/index.json": {},
+    "litdata-zstd-batch/index.json": {},
     "mds-bytes/index.json": {"dtype": "uint16"},
+    "mds-gz/index.json": {},
     "mds-columns/index.json": {},
     "mds-fixed/index.json": {},
 }

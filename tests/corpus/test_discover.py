@@ -122,7 +122,9 @@ def test_counts_and_checkpoints_are_no_corpus(tmp_path, data):
 def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
     (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
     (tmp_path / name).write_bytes(b"others'")
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: (its format cannot be told|is a file of safe)"):
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)}: (its format cannot be told|got 7 bytes, expected a header of)"
+    ):
         total(tmp_path, dtype="uint16")
 
 
@@ -221,12 +223,12 @@ def test_labels_that_wrapped(tmp_path):
 
 
 def test_a_link_is_a_copy_like_any_other(tmp_path):
-    np.repeat(np.arange(3, dtype="<u2"), 200).tofile(tmp_path / "a.bin")
+    np.repeat(np.arange(3, dtype="<u2"), 700).tofile(tmp_path / "a.bin")
     (tmp_path / "b.bin").symlink_to("a.bin")
     with pytest.raises(ValueError, match=r"b\.bin: got the same content as .*a\.bin"):
         count_corpus([tmp_path], 3, dtype="uint16")
-    assert count_corpus([tmp_path], 3, dtype="uint16", allow_overlap=True).counts.tolist() == [400] * 3
-    assert count_corpus([tmp_path / "a.bin", f"{tmp_path}/./a.bin"], 3, dtype="uint16").counts.tolist() == [200] * 3
+    assert count_corpus([tmp_path], 3, dtype="uint16", allow_overlap=True).counts.tolist() == [1400] * 3
+    assert count_corpus([tmp_path / "a.bin", f"{tmp_path}/./a.bin"], 3, dtype="uint16").counts.tolist() == [700] * 3
 
 
 @pytest.mark.parametrize("column", ["input_ids", "tokens", "token_ids"])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import torch
 from flat_files import write_datatrove, write_litdata, write_llmc, write_megatron, write_npy, write_raw
 from test_arrow import write as write_arrow
 from test_huggingface import save as save_dataset
@@ -16,6 +18,7 @@ from test_mds import write_tokens as write_mds_tokens
 from test_parquet import write as write_parquet
 from test_text import compress
 
+from pdl_ext import count_labels
 from pdl_ext.cli.demo.data import verse_pairs
 from pdl_ext.corpus import TargetPolicy, count_corpus
 
@@ -122,6 +125,21 @@ def write_id_lines(folder, rows):
     return path
 
 
+def write_npz(folder, rows):
+    np.savez_compressed(folder / "a.npz", tokens=np.concatenate(rows))
+    return folder / "a.npz"
+
+
+def write_safetensors(folder, rows):
+    safetensors.numpy.save_file({"tokens": np.concatenate(rows)}, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+def write_torch(folder, rows):
+    torch.save(torch.from_numpy(np.concatenate(rows)), folder / "a.pt")
+    return folder / "a.pt"
+
+
 # Each with what its files do not tell, and whether it tells where a text begins.
 IDS = {
     "raw": (write_raw, {"dtype": "uint16"}, False),
@@ -138,6 +156,9 @@ IDS = {
     "mds": (lambda folder, rows: write_mds_tokens(folder / "mds", rows), {"dtype": "uint16"}, True),
     "arrow file": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "file", 1000), {}, True),
     "arrow stream": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 1000), {}, True),
+    "npz": (write_npz, {}, False),
+    "torch": (write_torch, {}, False),
+    "safetensors": (write_safetensors, {}, False),
     "parquet": (lambda folder, rows: write_parquet(folder / "a.parquet", rows, row_group_size=1500), {}, True),
     "huggingface": (
         lambda folder, rows: save_dataset(folder / "hf", [rows[: len(rows) // 3], rows[len(rows) // 3 :]]),
@@ -157,3 +178,45 @@ def test_ids(name, tmp_path, rows):
     if knows_texts:
         frequency = count_corpus([path], V, policy=SHIFTED, **options)
         np.testing.assert_array_equal(frequency.counts.numpy(), bincount([row[1:] for row in rows]))
+
+
+def batches_of(rows):
+    """What a loader gives of padded rows."""
+    longest = max(map(len, rows))
+    labels = np.full((len(rows), longest), -100)
+    for number, row in enumerate(rows):
+        labels[number, : len(row)] = row
+    return {"labels": torch.from_numpy(labels)}
+
+
+# In memory, each from the rows.
+OBJECTS = {
+    "Dataset": lambda datasets, rows: datasets.Dataset.from_dict({"input_ids": rows}),
+    "chosen Dataset": lambda datasets, rows: datasets.Dataset.from_dict({"input_ids": rows}).shuffle(seed=0),
+    "IterableDataset": lambda datasets, rows: datasets.Dataset.from_dict({"input_ids": rows}).to_iterable_dataset(),
+    "table": lambda datasets, rows: pa.table({"input_ids": rows}),
+    "arrays": lambda datasets, rows: iter(rows),
+    "tensors": lambda datasets, rows: map(torch.from_numpy, rows),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_objects(name, rows):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'pdl_ext[trl]'")
+    for policy, kept in ((TargetPolicy(), rows), (SHIFTED, [row[1:] for row in rows])):
+        frequency = count_corpus(OBJECTS[name](datasets, rows), V, policy=policy)
+        np.testing.assert_array_equal(frequency.counts.numpy(), bincount(kept))
+
+
+def test_a_loader(rows):
+    loader = torch.utils.data.DataLoader(rows, batch_size=16, collate_fn=batches_of)
+    frequency = count_labels(loader, V, shift=True)
+    np.testing.assert_array_equal(frequency.counts.numpy(), bincount([row[1:] for row in rows]))
+
+
+@pytest.mark.parametrize("target", ["Dataset", "texts"])
+def test_texts_of_a_dataset(target, texts, tokenizer, rows):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'pdl_ext[trl]'")
+    data = datasets.Dataset.from_dict({"text": texts}) if target == "Dataset" else pa.table({"text": texts})
+    frequency = count_corpus(data, V, tokenizer=tokenizer)
+    np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))

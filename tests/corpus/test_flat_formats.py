@@ -498,9 +498,19 @@ BAD = {
         r"index\.json: lists chunk-0-0\.bin 2 times, expected each chunk once",
     ),
     "litdata, compressed": (
+        _litdata(config={"compression": "gzip"}),
+        {},
+        r"index\.json: got chunks with compression 'gzip' of each chunk, expected 'zstd'",
+    ),
+    "litdata, not compressed": (
         _litdata(config={"compression": "zstd"}),
         {},
-        r"index\.json: got chunks with compression 'zstd'",
+        r"chunk-0-0\.bin: cannot be decompressed as zstd",
+    ),
+    "litdata, not in batches": (
+        _litdata(config={"compression": "zstd", "compression_level": "batch"}),
+        {},
+        r"chunk-0-0\.bin: begins with .*, expected litdata's mark of compressed batches",
     ),
     "litdata, encrypted": (
         _litdata(config={"encryption": {"level": "chunk"}}),
@@ -510,28 +520,47 @@ BAD = {
     "litdata, columns": (
         _litdata(config={"data_format": ["no_header_tensor:16", "int"]}),
         {},
-        r"index\.json: got items of \['no_header_t",
+        r"index\.json: got the columns 0, 1, expected arrays or bytes in one of input_ids, tokens",
+    ),
+    "litdata, a column": (
+        _litdata(config={"data_format": ["no_header_tensor:16", "int"]}),
+        {"policy": TargetPolicy(column="0")},
+        r"chunk-0-0\.bin: sample 0 is damaged: got bytes 16 to 20 of 32",
     ),
     "litdata, digits": (
         _litdata(config={"data_format": ["no_header_tensor:" + "1" * 5000]}),
         {},
-        r"index\.json: got items of 'no_header_tensor:1+', a dtype that is not one of",
+        r"index\.json: got items of \['no_header_tensor:1+'\] for None, expected those of one tensor",
     ),
-    "litdata, pickles": (_litdata(config={"data_format": ["pickle"]}), {}, r"index\.json: got items of \['pickle'\]"),
+    "litdata, formats": (
+        _litdata(config={"data_format": [5]}),
+        {},
+        r"index\.json: got items of \[5\], expected a list",
+    ),
+    "litdata, pickles": (
+        _litdata(config={"data_format": ["pickle"]}),
+        {},
+        r"index\.json: got the columns tokens \(pickle\), expected arrays",
+    ),
     "litdata, arrays": (
         _litdata(config={"data_format": ["no_header_numpy:2"]}),
         {},
-        r"index\.json: got items of \['no_header_numpy:2'\]",
+        r"chunk-0-0\.bin: sample 0 is damaged: got bytes 16 to 20 of 32",
     ),
     "litdata, sizes": (
         _litdata(config={"item_loader": "PyTreeLoader"}),
         {},
-        r"index\.json: got items of \['no_header_tensor:16'\] for PyTreeLoader, expected those of one tensor",
+        r"chunk-0-0\.bin: sample 0 is damaged: got bytes 16 to 20 of 32",
+    ),
+    "litdata, loader": (
+        _litdata(config={"item_loader": "ParquetLoader"}),
+        {},
+        r"index\.json: got items for 'ParquetLoader', expected those for TokensLoader or PyTreeLoader",
     ),
     "litdata, float": (
         _litdata(config={"data_format": ["no_header_tensor:1"]}),
         {},
-        r"index\.json: got items of 'no_header_tensor:1', a dt",
+        r"index\.json: got items of \['no_header_tensor:1'\] for None, expected .* that is one of",
     ),
     "litdata, elsewhere": (
         _litdata(listed={"filename": "../chunk-0-0.bin"}),

@@ -168,7 +168,7 @@ def test_gzip_and_a_byte_order_mark(tmp_path):
 )
 def test_bad_lines(write, line, message):
     path = write({"input_ids": [1]}, "", line)
-    place = "" if "tokenizer" in message else r" byte 20:"
+    place = "" if "tokenizer" in message else r" line 3 \(byte 20\):"
     with pytest.raises(ValueError, match=rf"a\.jsonl:{place} ({message})"):
         count(path)
 
@@ -186,7 +186,7 @@ def test_bad_lines(write, line, message):
 )
 def test_bad_masks(write, name, value, message):
     path = write({"input_ids": [1, 2], "marks": value})
-    with pytest.raises(ValueError, match=rf"a\.jsonl: byte 0: {message}"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 1 \(byte 0\): {message}"):
         count(path, policy=TargetPolicy(**{name: "marks"}))
 
 
@@ -201,7 +201,7 @@ def test_missing_masks_and_masks_of_text(write, tokenizer, name):
 
 def test_invalid_utf8(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"input_ids": [1]}\n{"input_ids": [1], "a": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl: byte 44: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2 \(byte 44\): is not UTF-8"):
         count(tmp_path / "a.jsonl")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 
@@ -88,7 +89,28 @@ def worker(rank, folder):
     # Ranks that see different files are told so, all of them.
     with pytest.raises(ValueError, match="data: got different files or options over the ranks"):
         count_corpus([folder / "corpus" / f"{rank}.bin"], V, dtype="uint16", group=dist.group.WORLD)
+
+    if importlib.util.find_spec("pyarrow") is not None:
+        check_table()
     dist.destroy_process_group()
+
+
+def check_table():
+    """Of a table in memory each rank reads a share."""
+    import pyarrow as pa
+
+    ids = np.random.default_rng(0).integers(0, V, (100, 90))
+    read = []
+    frequency = count_corpus(
+        pa.table({"tokens": ids.tolist()}),
+        V,
+        progress=lambda progress: read.append(progress.tokens),
+        group=dist.group.WORLD,
+    )
+    np.testing.assert_array_equal(frequency.counts.numpy(), np.bincount(ids.reshape(-1), minlength=V))
+    assert read[-1] == pytest.approx(ids.size / RANKS, rel=0.1)
+    with pytest.raises(ValueError, match="group: got one with list, which is read once from its beginning"):
+        count_corpus(ids.tolist(), V, group=dist.group.WORLD)
 
 
 @pytest.fixture(scope="module")

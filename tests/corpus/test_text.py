@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus
-from pdl_ext.corpus.reading import lines
+from pdl_ext.corpus.reading import compression, lines
 from pdl_ext.corpus.reading.lines import LineSource
 from pdl_ext.corpus.source import Part
 from pdl_ext.provenance import TargetPolicy
@@ -149,7 +149,7 @@ def test_damaged_compressed_data(tmp_path, tokenizer, suffix, damage):
         "garbage after": whole + b"the quick brown fox\n",
     }
     path.write_bytes(damaged[damage])
-    message = f"got 0 bytes, expected {suffix} data" if damage == "empty" else "cannot be decompressed as (gzip|zstd)"
+    message = "got 0 bytes, expected (gzip|zstd) data" if damage == "empty" else "cannot be decompressed as (gzip|zstd)"
     with pytest.raises(ValueError, match=rf"a\.txt\{suffix}: {message}"):
         count(path, tokenizer)
 
@@ -167,7 +167,8 @@ def test_zstd_without_pyarrow(tmp_path, tokenizer, monkeypatch):
 def test_invalid_utf8(tmp_path, tokenizer, name, mark, sample_by):
     before = mark + "Größe\nna".encode()
     compress(tmp_path / name, before + b"\xefve\n")
-    place = rf"{name}: byte {len(before)}" + (" of what it decompresses to" if name.endswith(".gz") else "")
+    unit = " of what it decompresses to" if name.endswith(".gz") else ""
+    place = rf"{name}: line 2 \(byte {len(before)}{unit}\)"
     with pytest.raises(ValueError, match=rf"{place}: is not UTF-8 \(invalid continuation byte\)"):
         count(tmp_path / name, tokenizer, sample_by=sample_by)
 
@@ -177,7 +178,9 @@ def test_a_line_that_is_too_long(tmp_path, tokenizer, monkeypatch, name):
     monkeypatch.setattr(lines, "MAX_TEXT_BYTES", 10)
     monkeypatch.setattr(lines, "_BLOCK_BYTES", 4)
     compress(tmp_path / name, b"a\n" + b"b" * 10 + b"\n" + b"c" * 11 + b"\n")
-    with pytest.raises(ValueError, match=rf"{name}: byte 13.*: got a line above 10 bytes, expected shorter ones"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: line 3 \(byte 13.*\): got a line above 10 bytes, expected shorter ones"
+    ):
         count(tmp_path / name, tokenizer)
     compress(tmp_path / name, b"a\n" + b"b" * 10)
     assert count(tmp_path / name, tokenizer).sum() > 0
@@ -215,6 +218,27 @@ def test_a_file_that_became_shorter(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"a\.txt: cannot be read at byte 0 \(No such file"):
         list(source.lines(Part(0, 80, 80)))
+
+
+def test_a_place_of_a_file_that_is_gone_is_told_by_its_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\nb\n")
+    place = Lines(path).place(2)
+    assert str(place) == f"{path}: line 2 (byte 2)"
+    path.unlink()
+    assert str(place) == f"{path}: byte 2"
+
+
+@pytest.mark.parametrize("block", [1, 3, 2**18])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_lines_are_numbered_as_editors_do(tmp_path, monkeypatch, name, block):
+    for module in (lines, compression):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", block)
+    content = b"a\r\n\nbc\nd"
+    compress(tmp_path / name, content)
+    source = Lines(tmp_path / name)
+    found = [source.line_number(offset) for offset in range(len(content))]
+    assert found == [1, 1, 1, 2, 3, 3, 3, 4]
 
 
 def test_without_a_tokenizer(tmp_path):

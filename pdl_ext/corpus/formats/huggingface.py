@@ -138,7 +138,7 @@ class _Indices:
             while times.any():
                 chosen = np.flatnonzero(times)
                 batch = rows.batch if chosen.size == times.size else rows.batch.take(pa.array(chosen))
-                yield Rows(batch, np.asarray(rows.numbers)[chosen], rows.place)
+                yield Rows(batch, np.asarray(rows.numbers)[chosen], rows.place, rows.end)
                 times[chosen] -= 1
         if number == len(self._data_files) - 1 and self._largest >= end:
             raise ValueError(

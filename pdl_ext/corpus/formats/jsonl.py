@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.batches import joined
 from pdl_ext.corpus.reading.chats import are_chats
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.reading.lines import Line, LineSource, has_suffix, is_compressed
+from pdl_ext.corpus.reading.compression import compression_of
+from pdl_ext.corpus.reading.lines import Line, LineSource, Place, has_suffix
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
@@ -72,8 +73,9 @@ class _JsonLinesSource(LineSource):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            # The error's own position is in characters of the line.
-            raise ValueError(f"{place}: is no line of JSON ({error}), expected an object a line") from error
+            # The error's own line is always the first.
+            reason = f"{error.msg}: character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{place}: is no line of JSON ({reason}), expected an object a line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
         return record
@@ -96,7 +98,7 @@ class _JsonLinesSource(LineSource):
             return value
         return self._tokens(record, column, place)
 
-    def _check_text(self, text: str, column: str, place: str) -> None:
+    def _check_text(self, text: str, column: str, place: Place) -> None:
         for name in ("mask", "skip_prompt"):
             if getattr(self._policy, name) is not None:
                 raise ValueError(
@@ -108,7 +110,7 @@ class _JsonLinesSource(LineSource):
             # JSON can escape half of a surrogate pair.
             raise ValueError(f"{place}: {column!r} is no Unicode text ({error.reason})") from error
 
-    def _tokens(self, record: dict[str, Any], column: str, place: str) -> Batch:
+    def _tokens(self, record: dict[str, Any], column: str, place: Place) -> Batch:
         ids = _integers(record, column, {int}, place, "a string or a list of integers")
         is_target = np.ones(ids.size, np.bool_)
         if self._policy.targets == "shifted":
@@ -124,7 +126,7 @@ class _JsonLinesSource(LineSource):
         return Batch(ids, is_target)
 
 
-def _value(record: dict[str, Any], name: str, place: str) -> Any:
+def _value(record: dict[str, Any], name: str, place: Place) -> Any:
     if name not in record:
         raise ValueError(f"{place}: has no {name!r}, but {_names(record)}")
     return record[name]
@@ -141,7 +143,7 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(map(repr, itertools.islice(record, 10))) or "nothing"
 
 
-def _integers(record: dict[str, Any], name: str, types: set[type], place: str, expected: str) -> NDArray[np.int64]:
+def _integers(record: dict[str, Any], name: str, types: set[type], place: Place, expected: str) -> NDArray[np.int64]:
     values = _value(record, name, place)
     if not isinstance(values, list):
         raise ValueError(f"{place}: {name!r} is {_kind(values)}, expected {expected}")
@@ -166,7 +168,8 @@ def _recognises(path: Path, head: bytes) -> bool:
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
     # Other JSON is seldom compressed; plain, it may be an array.
-    return has_suffix(path, ".json") and (is_compressed(path) or head.startswith((b"{", b"\xef\xbb\xbf{")))
+    is_compressed = compression_of(path) is not None
+    return has_suffix(path, ".json") and (is_compressed or head.startswith((b"{", b"\xef\xbb\xbf{")))
 
 
 FORMAT = Format("jsonl", _open, _recognises)

@@ -1,25 +1,31 @@
-"""litdata's folders of token streams: chunks of items one after the other, each a sequence, and index.json.
+"""litdata's folders: chunks of items one after the other, each a sequence, and index.json, which tells what they are.
 
 A chunk: the number of items (u32), the byte that each begins at and the one where the last ends (u32), then the items.
-index.json tells what an item is; only those that are nothing but tokens are read.
+Those for its TokensLoader are nothing but tokens. Others are samples with columns, the leaves of what was an object in
+Python, by their keys in it. A chunk may be compressed by zstd, as a whole or some items at a time.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import json
 import os
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext.corpus.reading.access import read_array, read_head
+from pdl_ext.corpus.reading.compression import decompressed
 from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
 from pdl_ext.corpus.reading.listing import read_json
+from pdl_ext.corpus.reading.samples import Column, Encoding, Layout, SampleSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp, token_dtype
 
 __all__ = ["FORMAT"]
@@ -29,6 +35,13 @@ _INDEX = "index.json"
 _TENSORS = {11: "uint8", 12: "int8", 13: "int16", 14: "int16", 15: "int32", 16: "int32", 17: "int64", 18: "int64"}
 _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
+# What a chunk begins with whose items are compressed some at a time: magic, version, flags, and the numbers of items,
+# of items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
+_BATCHES = struct.Struct("<8sHHIII")
+_BATCHES_MAGIC, _BATCHES_VERSION = b"LDFZ01\0\0", 1
+_BATCH_BYTES = 24
+# Read at once of the places.
+_OFFSETS = 2**16
 
 
 def _recognises(path: Path, head: bytes) -> bool:
@@ -61,72 +74,169 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
         raise ValueError(f"{index_file}: is missing, expected it beside litdata's chunk {path.name}")
-    dtype, chunks = _index(index_file, Stamp.of(index_file))
+    items, chunks = _index(index_file, Stamp.of(index_file))
     if path.suffix == ".bin":
         if path.name not in chunks:
             raise ValueError(f"{path}: is not among the {len(chunks)} chunks of {index_file}")
         chunks = {path.name: chunks[path.name]}
+    if items.stream is not None and items.packing is None:
+        return [
+            _token_stream(_chunk(index_file, name), number, tokens, items.stream, index_file, options)
+            for name, (number, tokens) in chunks.items()
+        ]
+    encodings = list(map(_encoding, items.formats))
+    columns = [Column(name, form, None) for name, form in zip(_names(items, encodings), items.formats, strict=True)]
+    layout = Layout(index_file, columns, encodings, options, bare=items.stream is not None)
     return [
-        _source(index_file.with_name(name), items, tokens, dtype, index_file, options)
-        for name, (items, tokens) in chunks.items()
+        SampleSource("litdata", index_file, path, number, layout, options, unpack=_unpack(path, items.packing))
+        for path, number in ((_chunk(index_file, name), number) for name, (number, _) in chunks.items())
     ]
 
 
+class _Items(NamedTuple):
+    """What the items of all chunks are.
+
+    stream: the dtype of items that are nothing but tokens, None for others; formats: of each leaf; spec: where in an
+    object the leaves are; packing: what is compressed at once, a "chunk" or a "batch" of items, None for nothing.
+    """
+
+    stream: str | None
+    formats: list[str]
+    spec: Any
+    packing: str | None
+
+
 @functools.lru_cache(maxsize=1)
-def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | None]]]:
-    """The dtype of the tokens, and of each chunk by its name the number of items and, where it is told, of tokens."""
+def _index(path: Path, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int | None]]]:
+    """What items are, and of each chunk by its name the number of items and, where it is told, of tokens."""
     index = read_json(path)
     try:
         config = index["config"]
         data_format, compression = config["data_format"], config["compression"]
-        encryption, loader = config.get("encryption"), config.get("item_loader")
+        encryption, loader, spec = (config.get(name) for name in ("encryption", "item_loader", "data_spec"))
+        # Older versions knew no other.
+        packing = (config.get("compression_level") or "chunk") if compression else None
         chunks = {
             str(chunk["filename"]): (int(chunk["chunk_size"]), None if chunk["dim"] is None else int(chunk["dim"]))
             for chunk in index["chunks"]
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged or no index of litdata ({type(error).__name__}: {error})") from error
-    for name, value in (("compression", compression), ("encryption", encryption)):
-        if value:
-            raise ValueError(f"{path}: got chunks with {name} {value!r}, expected none: write them anew without it")
+    if encryption:
+        raise ValueError(
+            f"{path}: got chunks with encryption {encryption!r}, expected none: write them anew without it"
+        )
+    if compression and (str(compression).partition(":")[0] != "zstd" or packing not in ("chunk", "batch")):
+        raise ValueError(
+            f"{path}: got chunks with compression {compression!r} of each {packing}, expected 'zstd' of a chunk or a "
+            "batch: write them anew so, or without it"
+        )
     if len(chunks) != len(index["chunks"]):
         ((name, times),) = collections.Counter(str(chunk["filename"]) for chunk in index["chunks"]).most_common(1)
         raise ValueError(f"{path}: lists {name} {times} times, expected each chunk once")
     for name in chunks:
         if not name or name != Path(name).name:
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")
-    return _dtype(path, data_format, loader), chunks
-
-
-def _dtype(path: Path, data_format: Any, loader: Any) -> str:
-    kind, _, number = data_format[0].partition(":") if _is_one_name(data_format) else ("", "", "")
+    if not isinstance(data_format, list) or not all(isinstance(name, str) for name in data_format):
+        raise ValueError(f"{path}: got items of {data_format!r}, expected a list of their formats")
+    if loader not in (None, "TokensLoader", "PyTreeLoader"):
+        raise ValueError(f"{path}: got items for {loader!r}, expected those for TokensLoader or PyTreeLoader")
     # An item's size stands before it, unless it is for TokensLoader, or a tensor of a time before loaders were told of.
-    is_bare = loader == "TokensLoader" or (loader is None and kind == "no_header_tensor")
-    known = {"no_header_tensor": _TENSORS, "no_header_numpy": _ARRAYS} if is_bare else {}
-    if kind not in known or not number.isdecimal():
+    is_stream = loader == "TokensLoader" or (
+        loader is None and len(data_format) == 1 and data_format[0].startswith("no_header_tensor:")
+    )
+    return _Items(_stream_dtype(path, data_format, loader) if is_stream else None, data_format, spec, packing), chunks
+
+
+def _stream_dtype(path: Path, data_format: list[str], loader: Any) -> str:
+    encoding = _encoding(data_format[0]) if len(data_format) == 1 else Encoding("")
+    if encoding.dtype is None:
         raise ValueError(
             f"{path}: got items of {data_format!r} for {loader}, expected those of one tensor or array of one "
-            "dimension for TokensLoader"
+            f"dimension, of a dtype that is one of {', '.join(TOKEN_DTYPES)} (those have the numbers "
+            f"{sorted(_TENSORS)} and {sorted(_ARRAYS)})"
         )
-    dtypes = {str(of_torch): name for of_torch, name in known[kind].items()}
-    if number not in dtypes:
-        raise ValueError(
-            f"{path}: got items of {data_format[0]!r}, a dtype that is not one of {', '.join(TOKEN_DTYPES)} "
-            f"(those have the numbers {sorted(known[kind])})"
-        )
-    return dtypes[number]
+    return encoding.dtype.name
 
 
-def _is_one_name(data_format: Any) -> bool:
-    return isinstance(data_format, list) and len(data_format) == 1 and isinstance(data_format[0], str)
+def _encoding(form: str) -> Encoding:
+    """How a leaf is read, by the name that litdata has for it."""
+    kind, _, number = form.partition(":")
+    if kind in ("str", "bytes"):
+        return Encoding("text" if kind == "str" else kind)
+    if kind in ("tensor", "numpy"):
+        return Encoding("array", prefix=functools.partial(_prefix, _TENSORS if kind == "tensor" else _ARRAYS))
+    known = {"no_header_tensor": _TENSORS, "no_header_numpy": _ARRAYS}.get(kind, {})
+    dtypes = {str(of_litdata): name for of_litdata, name in known.items()}
+    return Encoding("array", token_dtype(dtypes[number]), (-1,)) if number in dtypes else Encoding("")
 
 
-def _source(
-    path: Path, items: int, tokens: int | None, dtype: str, index_file: Path, options: ReadOptions
-) -> FlatSource:
+def _prefix(
+    dtypes: dict[int, str], first: bytes, dtype: np.dtype[Any] | None
+) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]:
+    """The dtype's number, the number of axes, and their lengths, all u32: of tensors big-endian in newer versions."""
+    for order in "<>":
+        number, axes = struct.unpack_from(f"{order}II", first) if len(first) >= 8 else (-1, 0)
+        end = 8 + 4 * axes
+        if number in dtypes and axes and end <= len(first):
+            return token_dtype(dtypes[number]), struct.unpack_from(f"{order}{axes}I", first, 8), end
+    return None, None, 0
+
+
+def _names(items: _Items, encodings: list[Encoding]) -> list[str]:
+    """Keys and positions on the way to each leaf; of one that is all of an item, the name that such a column has."""
+    names = None
+    with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, RecursionError):
+        names = list(_leaves(json.loads(items.spec)[1], ""))
+    if names is None or len(names) != len(encodings) or len(set(names)) != len(names):
+        names = list(map(str, range(len(encodings)))) if len(encodings) != 1 else [""]
+    return ["text" if encodings[0].kind == "text" else "tokens"] if names == [""] else names
+
+
+def _leaves(spec: dict[str, Any], name: str) -> Iterator[str]:
+    if spec["type"] is None:
+        yield name
+        return
+    children = spec["children_spec"]
+    keys = json.loads(spec["context"])
+    if not isinstance(keys, list) or len(keys) != len(children):
+        keys = range(len(children))
+    for key, child in zip(keys, children, strict=True):
+        yield from _leaves(child, f"{name}.{key}" if name else str(key))
+
+
+def _chunk(index_file: Path, name: str) -> Path:
+    path = index_file.with_name(name)
     # Also of a name that none can have.
     if not os.path.isfile(path):
         raise ValueError(f"{path}: is missing, expected it beside {index_file}, which lists it")
+    return path
+
+
+def _unpack(path: Path, packing: str | None) -> Callable[[], Iterator[bytes]] | None:
+    if packing is None:
+        return None
+    return functools.partial(_batches, path) if packing == "batch" else functools.partial(decompressed, path, "zstd")
+
+
+def _batches(path: Path) -> Iterator[bytes]:
+    """A chunk whose items are compressed some at a time, as the chunk that it would be without."""
+    head = read_head(path, _BATCHES.size)
+    fields = _BATCHES.unpack(head) if len(head) == _BATCHES.size else (b"", 0, 0, 0, 0, 0)
+    magic, version, _, items, _, batches = fields
+    if magic != _BATCHES_MAGIC or version != _BATCHES_VERSION:
+        raise ValueError(f"{path}: begins with {head!r}, expected litdata's mark of compressed batches, version 1")
+    first = 4 * (items + 2)
+    yield np.array([items], "<u4").tobytes()
+    for start in range(0, items + 1, _OFFSETS):
+        count = min(_OFFSETS, items + 1 - start)
+        yield (read_array(path, "<u4", _BATCHES.size + 4 * start, count) + np.uint32(first % 2**32)).tobytes()
+    yield from decompressed(path, "zstd", start=_BATCHES.size + 4 * (items + 1) + _BATCH_BYTES * batches)
+
+
+def _token_stream(
+    path: Path, items: int, tokens: int | None, dtype: str, index_file: Path, options: ReadOptions
+) -> FlatSource:
     size = Stamp.of(path).size
     first_byte = 4 * (items + 2)
     if items < 0 or size < first_byte:

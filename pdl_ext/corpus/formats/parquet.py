@@ -8,7 +8,7 @@ from typing import Any
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.source import SAMPLE_TOKENS, Batch, Format, Part, ReadOptions, Sample, Source
 
 __all__ = ["FORMAT"]
 
@@ -55,6 +55,16 @@ class _ParquetSource(Source):
             end = group_end
         if start < len(self._decoded):
             yield Part(start, len(self._decoded), end - begin)
+
+    def sample(self) -> Sample:
+        tokens = rows = 0
+        with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:
+            for some in self._rows(file, Part(0, len(self._rows_of), 0)):
+                tokens += sum(batch.tokens.size for batch in self._columns.batches([some]))
+                rows += some.batch.num_rows
+                if tokens >= SAMPLE_TOKENS:
+                    break
+        return Sample(tokens, self.size * rows // max(sum(self._rows_of), 1))
 
     def batches(self, part: Part) -> Iterator[Batch]:
         with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdl_ext.corpus.reading.lines import LineSource, has_suffix
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
-from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Sample, Source
 
 __all__ = ["FORMAT"]
 
@@ -36,6 +36,10 @@ class _DocumentSource(_TextSource):
     def parts(self, size: int) -> Iterator[Part]:
         if self.size:
             yield Part(0, self.size, self.size)
+
+    def sample(self) -> Sample:
+        # No part of it is a text.
+        return Source.sample(self)
 
     def _texts(self, part: Part) -> Iterator[str]:
         yield self.decode(self.whole()).replace("\r\n", "\n")

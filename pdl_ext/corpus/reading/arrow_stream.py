@@ -8,7 +8,7 @@ from typing import Any
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
-from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source
+from pdl_ext.corpus.source import SAMPLE_TOKENS, Batch, Part, ReadOptions, Sample, Source
 
 __all__ = ["CONTINUATION", "StreamSource", "arrow_file", "read_options", "read_stream"]
 
@@ -40,6 +40,17 @@ class StreamSource(Source):
     def parts(self, size: int) -> Iterator[Part]:
         yield Part(0, 1, self.size)
 
+    def sample(self) -> Sample:
+        tokens = 0
+        size = self.size
+        with arrow_errors(self.path, "Arrow"):
+            for some in self._choose(read_stream(self.path, self._columns.names)):
+                tokens += sum(batch.tokens.size for batch in self._columns.batches([some]))
+                if tokens >= SAMPLE_TOKENS:
+                    size = min(size, some.end or size)
+                    break
+        return Sample(tokens, size)
+
     def batches(self, part: Part) -> Iterator[Batch]:
         with arrow_errors(self.path, "Arrow"):
             yield from self._columns.batches(self._choose(read_stream(self.path, self._columns.names)))
@@ -54,7 +65,7 @@ def read_stream(path: Path, names: Sequence[str] = ()) -> Iterator[Rows]:
         first = 0
         with _stream_reader(path, file, fields) as reader:
             for batch in reader:
-                yield Rows(batch, range(first, first + batch.num_rows), "the file")
+                yield Rows(batch, range(first, first + batch.num_rows), "the file", file.tell())
                 first += batch.num_rows
         if file.tell() != file.size():
             raise ValueError(f"{path}: got {file.size()} bytes, expected {file.tell()}, where its stream ends")

@@ -8,10 +8,12 @@ import numpy as np
 
 from pdl_ext.corpus.source import Batch, as_countable
 
-__all__ = ["BATCH_TOKENS", "joined"]
+__all__ = ["BATCH_TOKENS", "copied", "joined"]
 
 # Few enough to stay in a core's cache, enough to outweigh a call.
 BATCH_TOKENS = 2**16
+# Also of empty ones.
+_HELD = 2**14
 
 
 def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -26,6 +28,23 @@ def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
         size += batch.tokens.size
     if held:
         yield _join(held)
+
+
+def copied(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same tokens, small batches joined, of views that hold only until the next one is asked for."""
+    held: list[Batch] = []
+    size = 0
+    for batch in batches:
+        if batch.tokens.size >= BATCH_TOKENS:
+            # It is counted before the next one is asked for.
+            yield batch
+            continue
+        held.append(Batch(batch.tokens.copy(), batch.is_target))
+        size += batch.tokens.size
+        if size >= BATCH_TOKENS or len(held) >= _HELD:
+            yield from joined(held)
+            held, size = [], 0
+    yield from joined(held)
 
 
 def _join(batches: list[Batch]) -> Batch:

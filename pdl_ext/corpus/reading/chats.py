@@ -53,6 +53,17 @@ class Chat(NamedTuple):
     template_options: Mapping[str, Any] = MappingProxyType({})
 
 
+class _MessagePlace(NamedTuple):
+    """Where a message is, as errors print it: a row's place may look for its line only then."""
+
+    of_row: object
+    number: int
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.of_row}: message {self.number} of {self.column!r}"
+
+
 def are_chats(names: Collection[str]) -> bool:
     """Whether rows with these columns are chats or prompts with completions."""
     return any(all(name in names for name in layout) for layout in _LAYOUTS if layout != _TEXT)
@@ -66,10 +77,10 @@ def columns_to_learn(names: Collection[str], options: ReadOptions) -> list[str]:
     return [name for name in names if name in wanted or name in _BESIDE]
 
 
-def example_of(row: Mapping[str, Any], options: ReadOptions, place: str, *, has_template: bool) -> Chat | Text:
+def example_of(row: Mapping[str, Any], options: ReadOptions, place: object, *, has_template: bool) -> Chat | Text:
     """What is to be learned of a row. A column that is null is not there.
 
-    place: of the row, for errors; has_template: whether Alpaca's rows become chats, and not texts.
+    place: of the row, which errors print; has_template: whether Alpaca's rows become chats, and not texts.
     Raises ValueError that names the place and the column, for a row that has none, or holds something else in it.
     """
     row = {name: value for name, value in row.items() if value is not None}
@@ -102,17 +113,17 @@ def _layouts(options: ReadOptions) -> list[tuple[str, ...]]:
     return [layout for layout in _LAYOUTS if layout != _TEXT or options.policy.learn == "all"]
 
 
-def _content(row: Mapping[str, Any], name: str, place: str) -> Messages | str:
+def _content(row: Mapping[str, Any], name: str, place: object) -> Messages | str:
     value = row[name]
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else type(value).__name__
         raise ValueError(f"{place}: {name!r} is {kind}, expected a text or a list of messages")
-    return [_message(message, f"{place}: message {number} of {name!r}") for number, message in enumerate(value)]
+    return [_message(message, _MessagePlace(place, number, name)) for number, message in enumerate(value)]
 
 
-def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
+def _tools(row: Mapping[str, Any], place: object) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
@@ -124,14 +135,14 @@ def _tools(row: Mapping[str, Any], place: str) -> list[Any] | None:
     return tools
 
 
-def _template_options(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+def _template_options(row: Mapping[str, Any], place: object) -> Mapping[str, Any]:
     options = row.get("chat_template_kwargs", {})
     if not isinstance(options, dict):
         raise ValueError(f"{place}: 'chat_template_kwargs' is {type(options).__name__}, expected an object")
     return options
 
 
-def _message(message: Any, place: str) -> dict[str, Any]:
+def _message(message: Any, place: object) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {type(message).__name__}, expected an object with role and content")
     # Columns have all keys in all rows.
@@ -149,7 +160,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     return message
 
 
-def _check_content(message: Mapping[str, Any], place: str) -> None:
+def _check_content(message: Mapping[str, Any], place: object) -> None:
     content = message.get("content")
     # What calls a tool may say nothing.
     if isinstance(content, str) or (content is None and "tool_calls" in message):
@@ -162,7 +173,7 @@ def _check_content(message: Mapping[str, Any], place: str) -> None:
             raise ValueError(f"{place} has a part of type {kind!r}, expected text alone")
 
 
-def _alpaca(row: Mapping[str, Any], place: str, has_template: bool) -> Chat | Text:
+def _alpaca(row: Mapping[str, Any], place: object, has_template: bool) -> Chat | Text:
     for name in ("system", "history"):
         if row.get(name):
             raise ValueError(f"{place}: got {name!r} beside 'instruction', expected a chat under 'messages' for it")

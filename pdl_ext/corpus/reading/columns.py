@@ -27,11 +27,15 @@ _TEXTS = 64
 
 
 class Rows(NamedTuple):
-    """Some rows of a file: a record batch, the number of each row, and what the numbers count from, for errors."""
+    """Some rows of a file: a record batch, the number of each row, and what the numbers count from, for errors.
+
+    end: the byte of the file where they end, of what is read from front to back.
+    """
 
     batch: Any
     numbers: Sequence[int] | NDArray[np.int64]
     place: str
+    end: int | None = None
 
 
 @contextlib.contextmanager

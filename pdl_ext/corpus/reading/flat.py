@@ -21,12 +21,12 @@ BUFFER_BYTES = 2**21
 
 
 class FlatSource(Source):
-    """Tokens [first_byte, first_byte + tokens * itemsize) of a file, which end where it ends.
+    """Tokens [first_byte, first_byte + tokens * itemsize) of a file, with so many bytes behind them.
 
     tokens: as many as the file states, None if it does not. starts_between(a, b): the positions in [a, b) of the tokens
     that begin a sequence, whose first token is no target with policy.targets "shifted", the first of all left out or
     not; None: the file is one sequence. mask: a file with one byte a token, 0 where it is no target. is_given: whether
-    the dtype is the user's word, and no file's.
+    the dtype is the user's word, and no file's. has_columns: whether policy.column named the tokens.
 
     A part is a range of tokens.
     """
@@ -40,14 +40,16 @@ class FlatSource(Source):
         *,
         first_byte: int = 0,
         tokens: int | None = None,
+        bytes_behind: int = 0,
         starts_between: Callable[[int, int], NDArray[np.int64]] | None = None,
         mask: Path | None = None,
         companions: Sequence[Path] = (),
         is_given: bool = False,
+        has_columns: bool = False,
     ) -> None:
         for name in ("column", "mask", "skip_prompt"):
             value = getattr(options.policy, name)
-            if value is not None:
+            if value is not None and not has_columns:
                 raise ValueError(f"{path}: got {name} {value!r}, expected None: a file of {format_name} has no columns")
         if mask is not None:
             companions = (*companions, mask)
@@ -61,10 +63,10 @@ class FlatSource(Source):
                 raise ValueError(
                     f"{path}: got {self.size} bytes, expected a multiple of {itemsize}: its tokens are {dtype}"
                 )
-        elif first_byte + tokens * itemsize != self.size:
+        elif (expected := first_byte + tokens * itemsize + bytes_behind) != self.size:
             raise ValueError(
-                f"{path}: got {self.size} bytes, expected {first_byte + tokens * itemsize}: it states {tokens} tokens "
-                f"of {dtype} from byte {first_byte} on"
+                f"{path}: got {self.size} bytes, expected {expected}: it states {tokens} tokens of {dtype} from byte "
+                f"{first_byte} on"
             )
         if mask is not None and self.stamps[mask].size != tokens:
             raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
@@ -75,6 +77,9 @@ class FlatSource(Source):
         self._shifted = options.policy.targets == "shifted"
         self._starts_between = starts_between
         self._mask = mask
+
+    def stated_tokens(self) -> int:
+        return self.tokens
 
     def doubt(self) -> str | None:
         if not self._is_given:

@@ -68,13 +68,24 @@ def _is_utf_16(head: bytes) -> bool:
 
 
 _DECOMPRESS = "decompress it first"
-_LOAD = "load it and give its tokens to TokenFrequency.update"
+# In Python, with `path` and `vocab_size`.
+_IN_PYTHON = "count it in Python: "
+_TORCH = _IN_PYTHON + "count_corpus([torch.load(path, weights_only=True)], vocab_size)"
+_TAR = _IN_PYTHON + (
+    'count_corpus((json.load(tar.extractfile(m))["input_ids"] for m in tar if m.name.endswith(".json")), vocab_size) '
+    "with tar = tarfile.open(path)"
+)
+_TFRECORD = _IN_PYTHON + (
+    'count_corpus((e["input_ids"] for e in tfrecord.tfrecord_loader(path, None)), vocab_size) with the package tfrecord'
+)
+_HDF5 = _IN_PYTHON + 'count_corpus([h5py.File(path)["input_ids"][:]], vocab_size)'
+_PICKLE = "it runs whatever it holds: load it where you trust it, and give its arrays of ids to count_corpus"
 _CONVERT = "convert it to JSON lines or Parquet"
 
 KINDS = (
     Kind(
         "a chunk of lit-gpt's PackedDataset",
-        "give what is behind its header of 24 bytes to TokenFrequency.update",
+        _IN_PYTHON + "count_corpus([numpy.fromfile(path, dtype, offset=24)], vocab_size)",
         recognises=lambda head: head.startswith(b"LITPKDS") and head[8:15] == bytes(7),
     ),
     Kind(
@@ -93,28 +104,28 @@ KINDS = (
     Kind("xz data", _DECOMPRESS, (".xz", ".lzma"), _starts(b"\xfd7zXZ\0")),
     Kind("LZ4 data", _DECOMPRESS, (".lz4",), _starts(b"\x04\x22\x4d\x18")),
     Kind("snappy data", _DECOMPRESS, (".snappy", ".sz"), _starts(b"\xff\x06\0\0sNaPpY")),
-    Kind("a file of PyTorch", _LOAD, (".pt", ".pth", ".ckpt"), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
-    Kind("NumPy's archive of arrays", _LOAD, (".npz",)),
-    Kind("a zip archive, as PyTorch's and NumPy's are", _LOAD, (".zip",), _starts(b"PK\3\4", b"PK\5\6")),
+    # Since its version 1.6 PyTorch writes zip archives, which are read.
+    Kind("a file of PyTorch", _TORCH, (".pt", ".pth", ".ckpt"), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+    Kind("a zip archive", "unpack it first", (".zip",), _starts(b"PK\3\4", b"PK\5\6")),
     Kind("a 7z archive", _DECOMPRESS, (".7z",), _starts(b"7z\xbc\xaf\x27\x1c")),
     Kind(
-        "a tar archive",
-        "unpack it first",
+        "a tar archive, as WebDataset's are",
+        _TAR,
         (".tar", ".tgz"),
         lambda head: head[257:262] == b"ustar" and b"\0" in head[:257],
     ),
-    Kind("a pickle", _LOAD, (".pkl", ".pickle"), _is_pickle),
-    Kind("a file of safetensors", _LOAD, (".safetensors",), _is_safetensors),
+    Kind("a pickle", _PICKLE, (".pkl", ".pickle"), _is_pickle),
+    Kind("a file of safetensors", "give format safetensors, or that suffix", recognises=_is_safetensors),
     Kind(
         "a model in GGUF",
         "name the corpus instead",
         (".gguf",),
         _starts(*(b"GGUF%c\0\0\0" % version for version in range(1, 10))),
     ),
-    Kind("TFRecords", _CONVERT, (".tfrecord", ".tfrecords")),
+    Kind("TFRecords", _TFRECORD, (".tfrecord", ".tfrecords")),
     Kind("an SQLite database", _CONVERT, (".sqlite", ".sqlite3", ".db"), _starts(b"SQLite format 3\0")),
     Kind("an LMDB database", _CONVERT, (".mdb", ".lmdb")),
-    Kind("a file of HDF5", _LOAD, (".h5", ".hdf5"), _starts(b"\x89HDF\r\n\x1a\n")),
+    Kind("a file of HDF5", _HDF5, (".h5", ".hdf5"), _starts(b"\x89HDF\r\n\x1a\n")),
     Kind("a file of Avro", _CONVERT, (".avro",), _starts(b"Obj\x01")),
     Kind("a file of ORC", _CONVERT, (".orc",)),
     Kind("comma-separated values", _CONVERT, (".csv",)),

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pdl_ext._optional import require
 from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.compression import SUFFIXES, BytesRead, compression_of, decompressed
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_lines
 from pdl_ext.corpus.reading.tokenizer import MAX_TEXT_BYTES
-from pdl_ext.corpus.source import Part, Source
+from pdl_ext.corpus.source import Part, Sample, Source
 
-__all__ = ["Line", "LineSource", "has_suffix", "is_compressed"]
+__all__ = ["Line", "LineSource", "Place", "has_suffix"]
 
 # Encoding is slow: seconds of it, and no more, are lost at a crash.
 _PART_BYTES = 2**22
 _BLOCK_BYTES = 2**18
-_COMPRESSED = (".gz", ".zst", ".zstd")
+# Of a compressed file: of its texts, and of what tells how much it was compressed.
+_SAMPLE_BYTES = 2**18
+_UNPACKED_BYTES = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-def is_compressed(path: Path) -> bool:
-    """Whether a name ends in .gz, .zst or .zstd."""
-    return path.suffix.lower() in _COMPRESSED
 
 
 def has_suffix(path: Path, *suffixes: str) -> bool:
     """Whether a name ends in one of the suffixes, with or without that of a compression behind it."""
     name = path.name.lower()
-    for suffix in _COMPRESSED:
+    for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
     return name.endswith(suffixes)
 
@@ -45,8 +40,24 @@ class Line(NamedTuple):
     content: bytes
 
 
+class Place:
+    """A byte of a file. As text it names the line, which is looked for only then: few lines are in error."""
+
+    def __init__(self, source: LineSource, offset: int) -> None:
+        self._source, self._offset = source, offset
+
+    def __str__(self) -> str:
+        source, offset = self._source, self._offset
+        byte = f"byte {offset}{' of what it decompresses to' if source.is_compressed else ''}"
+        try:
+            return f"{source.path}: line {source.line_number(offset)} ({byte})"
+        except ValueError:
+            # The file is gone by now, or another.
+            return f"{source.path}: {byte}"
+
+
 class LineSource(Source):
-    """A file of UTF-8, with or without a byte order mark, or .gz, .zst or .zstd of it; lines end in \\n or \\r\\n.
+    """A file of UTF-8, with or without a byte order mark, or compressed; lines end in \\n or \\r\\n.
 
     Raises ValueError that names one which begins as something else does.
     A part is a range of bytes, and of the lines that begin in it; or the whole file if that is compressed.
@@ -54,11 +65,9 @@ class LineSource(Source):
 
     def __init__(self, format_name: str, path: Path) -> None:
         super().__init__(format_name, path, "text")
-        self._compression = path.suffix.lower() if is_compressed(path) else None
+        self._compression = compression_of(path)
         if self._compression and not self.size:
             raise ValueError(f"{path}: got 0 bytes, expected {self._compression} data")
-        if self._compression in (".zst", ".zstd"):
-            require("pyarrow", "corpus")
         head = next(self._blocks(0, self.size), b"") if self._compression else read_head(path, HEAD_BYTES)
         kind = kind_of_lines(head[:HEAD_BYTES])
         if kind is not None:
@@ -66,16 +75,30 @@ class LineSource(Source):
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._compression:
-            yield Part(0, self.size, self.size)
+            # In bytes of what it decompresses to, of which nothing tells the number.
+            yield Part(0, sys.maxsize, self.size)
             return
         per_part = min(size, _PART_BYTES)
         for start in range(0, self.size, per_part):
             stop = min(start + per_part, self.size)
             yield Part(start, stop, stop - start)
 
+    def sample(self) -> Sample:
+        if not self._compression:
+            return super().sample()
+        read = BytesRead()
+        unpacked = 0
+        for block in decompressed(self.path, self._compression, read):
+            unpacked += len(block)
+            if unpacked >= _UNPACKED_BYTES:
+                break
+        stop = min(unpacked, _SAMPLE_BYTES)
+        tokens = sum(batch.tokens.size for batch in self.batches(Part(0, stop, 0)))
+        return Sample(tokens, read.number * stop // max(unpacked, 1))
+
     def lines(self, part: Part) -> Iterator[Line]:
         """The lines of a part. Raises ValueError for one above MAX_TEXT_BYTES, or data that cannot be decompressed."""
-        stop = sys.maxsize if self._compression else part.stop
+        stop = part.stop
         begin = self._first_line(part.start, stop)
         if begin >= stop:
             return
@@ -109,15 +132,30 @@ class LineSource(Source):
         return _unmarked(Line(0, bytes(content)))
 
     def decode(self, line: Line) -> str:
-        """The text of a line. Raises ValueError that names the byte at which it is no UTF-8."""
+        """The text of a line. Raises ValueError that names the line and the byte at which it is no UTF-8."""
         try:
             return line.content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.place(line.offset + error.start)}: is not UTF-8 ({error.reason})") from error
 
-    def place(self, offset: int) -> str:
+    def place(self, offset: int) -> Place:
         """The file and a byte in it, for an error."""
-        return f"{self.path}: byte {offset}" + (" of what it decompresses to" if self._compression else "")
+        return Place(self, offset)
+
+    def line_number(self, offset: int) -> int:
+        """The number of the line, from 1 on, that a byte is in: the file is read again up to it."""
+        newlines = begin = 0
+        for block in self._blocks(0, offset):
+            newlines += block.count(b"\n", 0, max(0, offset - begin))
+            begin += len(block)
+            if begin >= offset:
+                break
+        return newlines + 1
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether offsets are those of what the file decompresses to."""
+        return self._compression is not None
 
     def _first_line(self, start: int, stop: int) -> int:
         """Where the first line begins that begins in [start, stop), or stop if none does."""
@@ -138,9 +176,7 @@ class LineSource(Source):
 
     def _blocks(self, begin: int, end: int) -> Iterator[bytes]:
         """Bytes [begin, end) of the file, or all that it decompresses to, a bounded number at a time."""
-        if self._compression == ".gz":
-            return self._gzip_blocks()
-        return self._zstd_blocks() if self._compression else self._plain_blocks(begin, end)
+        return decompressed(self.path, self._compression) if self._compression else self._plain_blocks(begin, end)
 
     def _plain_blocks(self, begin: int, end: int) -> Iterator[bytes]:
         try:
@@ -153,23 +189,6 @@ class LineSource(Source):
                     begin += len(block)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read at byte {begin} ({error.strerror})") from error
-
-    def _gzip_blocks(self) -> Iterator[bytes]:
-        try:
-            with gzip.open(self.path) as file:
-                while block := file.read(_BLOCK_BYTES):
-                    yield block
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{self.path}: cannot be decompressed as gzip ({error})") from error
-
-    def _zstd_blocks(self) -> Iterator[bytes]:
-        pyarrow = require("pyarrow", "corpus")
-        try:
-            with pyarrow.OSFile(str(self.path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    yield block
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{self.path}: cannot be decompressed as zstd ({error})") from error
 
 
 def _unmarked(line: Line) -> Line:

@@ -111,8 +111,8 @@ def chat_template_digest(folder: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def errors_told_as(message: str) -> Iterator[None]:
-    """Turns what a library raises into a ValueError that begins with a message."""
+def errors_told_as(message: str, place: object = None) -> Iterator[None]:
+    """Turns what a library raises into a ValueError that begins with a message, behind a place if one is given."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -120,7 +120,8 @@ def errors_told_as(message: str) -> Iterator[None]:
     except BaseException as error:
         # The library raises nothing more special, and where it panics not even an Exception.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{message} ({reason})") from error
+        # A place may look for its line only now.
+        raise ValueError(f"{'' if place is None else f'{place}: '}{message} ({reason})") from error
 
 
 @functools.lru_cache(maxsize=1)

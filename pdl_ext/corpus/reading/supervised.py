@@ -35,7 +35,7 @@ class _Rendered(NamedTuple):
     is_chat: whether the template has written the special tokens.
     """
 
-    place: str
+    place: object
     text: str
     prompt: str | None
     spans: list[tuple[int, int]]
@@ -71,11 +71,11 @@ class SupervisedEncoder:
         if self._learn == "assistant":
             self._check_marks()
 
-    def batches(self, rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[Batch]:
+    def batches(self, rows: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[Batch]:
         """The tokens of rows that follow one another, uint32, and which of them are learned.
 
-        rows: each with its place. Raises ValueError that names it, for a row that holds something else or that the
-        template refuses. Where only the assistant is learned, so does one in which it says nothing.
+        rows: each with its place, which errors print. Raises ValueError that names it, for a row that holds something
+        else or that the template refuses. Where only the assistant is learned, so does one in which it says nothing.
         """
         sequences = _Sequences(self._options)
         rendered = (self._rendered(place, row) for place, row in rows)
@@ -95,7 +95,7 @@ class SupervisedEncoder:
                 "trl.chat_template_utils.get_training_chat_template(tokenizer), or learn completions"
             )
 
-    def _rendered(self, place: str, row: Mapping[str, Any]) -> _Rendered:
+    def _rendered(self, place: object, row: Mapping[str, Any]) -> _Rendered:
         example = example_of(row, self._options, place, has_template=self._has_template)
         if example.prompt is None and self._learn == "completions":
             raise ValueError(
@@ -104,7 +104,7 @@ class SupervisedEncoder:
             )
         return self._of_chat(example, place) if isinstance(example, Chat) else self._of_text(example, place)
 
-    def _of_chat(self, chat: Chat, place: str) -> _Rendered:
+    def _of_chat(self, chat: Chat, place: object) -> _Rendered:
         if not self._has_template:
             raise ValueError(
                 f"{place}: got a chat, and {self._folder} has no chat template, expected the tokenizer of a chat model"
@@ -115,7 +115,7 @@ class SupervisedEncoder:
             prompt, _ = self._from_template(chat.prompt, chat, place, add_generation_prompt=True)
         return _Rendered(place, _unicode(text, place), prompt, spans, is_chat=True)
 
-    def _of_text(self, example: Text, place: str) -> _Rendered:
+    def _of_text(self, example: Text, place: object) -> _Rendered:
         if self._learn == "assistant":
             raise ValueError(f"{place}: got a text, expected messages for learn assistant (--learn)")
         end = self._pretrained.eos_token
@@ -126,10 +126,10 @@ class SupervisedEncoder:
         return _Rendered(place, _unicode((example.prompt or "") + text, place), prompt, [], is_chat=False)
 
     def _from_template(
-        self, messages: Messages, chat: Chat, place: str, *, add_generation_prompt: bool = False
+        self, messages: Messages, chat: Chat, place: object, *, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         marked = self._learn == "assistant" and not add_generation_prompt
-        with _rendering, errors_told_as(f"{place}: cannot be rendered by the chat template of {self._folder}"):
+        with _rendering, errors_told_as(f"cannot be rendered by the chat template of {self._folder}", place):
             (text,), spans = self._render_template(
                 conversations=[messages],
                 tools=chat.tools,
@@ -193,7 +193,7 @@ def _characters(row: _Rendered) -> int:
     return len(row.text) + len(row.prompt or "")
 
 
-def _unicode(text: str, place: str) -> str:
+def _unicode(text: str, place: object) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:

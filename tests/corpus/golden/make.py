@@ -1,4 +1,4 @@
-"""Writes the golden files of a library, which must be installed: python make.py datasets | datasets-indices | mds."""
+"""Writes the golden files of a library, which must be installed: python make.py NAME, one of KINDS."""
 
 from __future__ import annotations
 
@@ -81,7 +81,52 @@ def write_mds():
                 writer.write(sample(i))
     with MDSWriter(out=str(fresh("mds-zstd")), columns={"tokens": "ndarray:int32"}, compression="zstd") as writer:
         writer.write({"tokens": np.array(ROWS[5], np.int32)})
+    encodings, sample = kinds["mds-columns"]
+    with MDSWriter(out=str(fresh("mds-gz")), columns=encodings, size_limit=1500, compression="gz:9") as writer:
+        for i in range(len(ROWS)):
+            writer.write(sample(i))
 
+
+def write_litdata():
+    import torch
+    from litdata.streaming.item_loader import TokensLoader
+    from litdata.streaming.writer import BinaryWriter
+
+    def columns(i):
+        return {
+            "text": TEXTS[i],
+            "input_ids": torch.tensor(ROWS[i], dtype=torch.int32),
+            "labels": np.array(LABELS[i], np.int64),
+            "grid": torch.tensor([ROWS[i]]),
+            "pair": np.array([ROWS[i], ROWS[i]], np.uint16),
+            "id": i,
+        }
+
+    def tokens(i):
+        return torch.tensor(ROWS[i])
+
+    kinds = {
+        "litdata-columns": (columns, {}),
+        "litdata-zstd-batch": (columns, {"compression": "zstd", "compression_batch_size": 16}),
+        "litdata-zstd-chunk": (
+            tokens,
+            {"compression": "zstd", "compression_level": "chunk", "item_loader": TokensLoader()},
+        ),
+    }
+    for name, (item, options) in kinds.items():
+        writer = BinaryWriter(str(fresh(name)), chunk_bytes=4000, **options)
+        for i in range(len(ROWS)):
+            writer[i] = item(i)
+        writer.done()
+        writer.merge()
+
+
+KINDS = {
+    "datasets": write_datasets,
+    "datasets-indices": write_datasets_indices,
+    "mds": write_mds,
+    "litdata": write_litdata,
+}
 
 if __name__ == "__main__":
-    {"datasets": write_datasets, "datasets-indices": write_datasets_indices, "mds": write_mds}[sys.argv[1]]()
+    KINDS[sys.argv[1]]()

@@ -1,0 +1,102 @@
+"""NumPy's .npz: a zip archive of .npy files, of which one is read, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext.corpus.reading.arrays import ZIP_ERRORS, ZIP_MAGIC, chosen_array, row_batches, zip_names
+from pdl_ext.corpus.reading.npy_header import HEAD_BYTES, NpyHeader, npy_header
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, token_dtype
+
+__all__ = ["FORMAT"]
+
+_SUFFIX = ".npy"
+_PIECE_BYTES = 2**20
+# Others may take as much memory as they ask for. NumPy writes none of them.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+
+class _NpzSource(Source):
+    """The whole file is one part."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        headers, refused = self._headers(path)
+        self._name = chosen_array(path, {name: len(header.shape) for name, header in headers.items()}, refused, options)
+        self._header = headers[self._name]
+        self._header.check_rows(f"{path}: {self._name}", options)
+        super().__init__("npz", path, self._header.dtype)
+        check_stated_dtype(path, self._header.dtype, options)
+        self._shifted = options.policy.targets == "shifted"
+
+    def stated_tokens(self) -> int:
+        return math.prod(self._header.shape)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        yield Part(0, 1, self.size)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        row = self._header.shape[-1]
+        return row_batches(self._pieces(), row, self._shifted)
+
+    def _headers(self, path: Path) -> tuple[dict[str, NpyHeader], dict[str, ValueError]]:
+        """By its name each array's header, or why it is none of integers."""
+        headers, refused = {}, {}
+        with _named(path), zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(_SUFFIX)
+                if name == member.filename:
+                    continue
+                if member.compress_type not in _METHODS:
+                    raise ValueError(
+                        f"{path}: got {name!r} of method {member.compress_type}, expected stored or deflated"
+                    )
+                with archive.open(member) as file:
+                    try:
+                        headers[name] = npy_header(f"{path}: {name}", file.read(HEAD_BYTES))
+                    except ValueError as error:
+                        refused[name] = error
+        return headers, refused
+
+    def _pieces(self) -> Iterator[NDArray[Any]]:
+        dtype = token_dtype(self._header.dtype)
+        left = self.stated_tokens() * dtype.itemsize
+        with _named(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._name + _SUFFIX) as file:
+            file.read(self._header.first_byte)
+            while left and (piece := file.read(min(left, _PIECE_BYTES))) and not len(piece) % dtype.itemsize:
+                yield np.frombuffer(piece, dtype)
+                left -= len(piece)
+            # Read to its end, where the checksum is compared.
+            if left or file.read(1):
+                raise ValueError(
+                    f"{self.path}: {self._name!r} is not as long as it states: {self._header.shape} of {dtype.name}"
+                )
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ZIP_ERRORS as error:
+        raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    if path.suffix.lower() == ".npz":
+        return True
+    names = zip_names(path) if head.startswith(ZIP_MAGIC) else []
+    return bool(names) and all(name.endswith(_SUFFIX) for name in names)
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    return [_NpzSource(path, options)]
+
+
+FORMAT = Format("npz", _open, _recognises, has_header=True)

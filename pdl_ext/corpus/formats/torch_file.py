@@ -1,0 +1,100 @@
+"""What torch.save wrote: a tensor, or a dict or list of tensors. It is held in memory as a whole."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pdl_ext.corpus.reading.arrays import ZIP_MAGIC, array_batches, chosen_array, zip_names
+from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, count_dtype
+
+__all__ = ["FORMAT"]
+
+
+class _TorchSource(Source):
+    """The whole file is one part. Of a dict one tensor is read, of a list all."""
+
+    def __init__(self, path: Path, options: ReadOptions) -> None:
+        # Of which no more than the names and shapes is read here.
+        arrays = _arrays(path, options, mapped=True)
+        dtypes = {count_dtype(array.dtype.name) for array in arrays}
+        super().__init__("torch", path, dtypes.pop() if len(dtypes) == 1 else "int64")
+        check_stated_dtype(path, self.dtype, options)
+        self._options = options
+        self._tokens = sum(array.size for array in arrays)
+
+    def stated_tokens(self) -> int:
+        return self._tokens
+
+    def parts(self, size: int) -> Iterator[Part]:
+        yield Part(0, 1, self.size)
+
+    def batches(self, part: Part) -> Iterator[Batch]:
+        for array in _arrays(self.path, self._options, mapped=False):
+            yield from array_batches(array, self._options.policy.targets == "shifted")
+
+
+def _arrays(path: Path, options: ReadOptions, *, mapped: bool) -> list[NDArray[Any]]:
+    content = _loaded(path, mapped)
+    is_list = isinstance(content, (list, tuple))
+    items = dict(enumerate(content)) if is_list else content if isinstance(content, dict) else {"tokens": content}
+    arrays: dict[str, NDArray[Any]] = {}
+    refused: dict[str, ValueError] = {}
+    for key, item in items.items():
+        if (reason := _why_no_ids(item)) is None:
+            arrays[str(key)] = item.numpy()
+        else:
+            refused[str(key)] = ValueError(f"{path}: {key!r} is {reason}, expected a tensor of integers")
+    if is_list and not arrays | refused:
+        raise ValueError(f"{path}: got an empty list, expected tensors of integers")
+    if is_list and refused:
+        raise next(iter(refused.values()))
+    names = arrays if is_list else [chosen_array(path, {key: arrays[key].ndim for key in arrays}, refused, options)]
+    return [arrays[name].copy(order="C") if not arrays[name].flags.c_contiguous else arrays[name] for name in names]
+
+
+def _why_no_ids(item: Any) -> str | None:
+    """What something is that is no tensor of ids with an axis; None of such a tensor."""
+    if not isinstance(item, Tensor):
+        return f"a {type(item).__name__}"
+    if item.layout != torch.strided or item.dtype.is_floating_point or item.dtype.is_complex or item.is_quantized:
+        return f"a tensor of {item.dtype}"
+    if item.dtype == torch.bool or not item.dim():
+        return f"a tensor of {item.dtype} with {item.dim()} axes"
+    # Of axes that repeat what is there once, a file of any size may have as many numbers as it likes.
+    if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+        return "a tensor with more numbers than the file"
+    return None
+
+
+def _loaded(path: Path, mapped: bool) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                # Which PyTorch does not write, and would take as much memory as it asks for.
+                raise ValueError("it is compressed")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        # Many kinds come out of damaged files.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path}: cannot be read by torch.load(weights_only=True), which loads tensors and nothing that could run "
+            f"({reason})"
+        ) from error
+
+
+def _recognises(path: Path, head: bytes) -> bool:
+    return head.startswith(ZIP_MAGIC) and any(name.endswith("/data.pkl") for name in zip_names(path))
+
+
+def _open(path: Path, options: ReadOptions) -> list[Source]:
+    return [_TorchSource(path, options)]
+
+
+FORMAT = Format("torch", _open, _recognises, has_header=True)

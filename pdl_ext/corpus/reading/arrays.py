@@ -1,0 +1,86 @@
+"""Arrays of ids as batches of tokens, and files that hold some by their names."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdl_ext.corpus.reading.columns import TOKEN_COLUMNS
+from pdl_ext.corpus.source import Batch, ReadOptions, as_countable
+
+__all__ = ["ZIP_ERRORS", "ZIP_MAGIC", "array_batches", "chosen_array", "row_batches", "zip_names"]
+
+ZIP_MAGIC = b"PK\3\4"
+# What Python's zipfile raises of damaged archives.
+ZIP_ERRORS = (
+    *(zipfile.BadZipFile, OSError, EOFError, zlib.error, struct.error, UnicodeDecodeError, OverflowError),
+    # Of methods and encryption that it does not know.
+    *(NotImplementedError, RuntimeError),
+)
+# As many as a core's cache holds while they are counted.
+_BATCH_TOKENS = 2**18
+
+
+def array_batches(array: NDArray[Any], shifted: bool) -> Iterator[Batch]:
+    """The ids of a contiguous array of one axis or more, views of it; shifted: as in row_batches."""
+    tokens = array.reshape(-1)
+    pieces = (tokens[start : start + _BATCH_TOKENS] for start in range(0, tokens.size, _BATCH_TOKENS))
+    return row_batches(pieces, array.shape[-1], shifted)
+
+
+def row_batches(pieces: Iterable[NDArray[Any]], row: int, shifted: bool) -> Iterator[Batch]:
+    """The ids of rows of a length, which come in pieces of any size, one after the other.
+
+    shifted: whether the first id of each row is no target.
+    """
+    start = 0
+    for piece in pieces:
+        is_target = None
+        if shifted:
+            is_target = np.ones(piece.size, np.bool_)
+            is_target[-start % row :: row] = False
+        yield Batch(as_countable(piece), is_target)
+        start += piece.size
+
+
+def chosen_array(path: Path, axes: Mapping[str, int], refused: Mapping[str, ValueError], options: ReadOptions) -> str:
+    """The name of the array with the tokens, of those in a file.
+
+    axes: how many each array of integers has, by its name; refused: of what is none, why.
+    Raises ValueError that names the file, if none is there or several may be meant, or for columns beside the tokens.
+    """
+    policy = options.policy
+    for option in ("mask", "skip_prompt"):
+        if getattr(policy, option) is not None:
+            raise ValueError(
+                f"{path}: got {option} {getattr(policy, option)!r}, expected None: of a file of arrays one is read"
+            )
+    name = policy.column
+    if name is None:
+        usual = [column for column in TOKEN_COLUMNS if axes.get(column)]
+        found = usual[:1] or [array for array in axes if axes[array]]
+        name = found[0] if len(found) == 1 else next(iter(refused)) if not axes and len(refused) == 1 else None
+    if name is not None and name in refused:
+        raise refused[name]
+    if name is None or not axes.get(name):
+        names = ", ".join(map(repr, [*axes, *refused][:10])) or "none"
+        raise ValueError(
+            f"{path}: got the arrays {names}, expected one of integers in one axis or more: name it with --column, or "
+            "leave the file out by a pattern"
+        )
+    return name
+
+
+def zip_names(path: Path) -> list[str]:
+    """What a zip archive holds; nothing of a file that is none."""
+    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+    return []

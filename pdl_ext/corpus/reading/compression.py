@@ -1,0 +1,99 @@
+"""Compressed files as blocks of what they hold, in a memory that no file can make larger."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pdl_ext._optional import require
+
+__all__ = ["SUFFIXES", "BytesRead", "compression_of", "decompressed"]
+
+# By the names that files end in.
+SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
+_BLOCK_BYTES = 2**18
+# What a file may ask for to be decompressed: xz -9 takes half of it. Of zstd it is the library's own limit; the others
+# have none above 8 MiB.
+_MEMORY_BYTES = 2**27
+
+
+def compression_of(path: Path) -> str | None:
+    """The compression that a name tells, one of SUFFIXES; None if it tells none."""
+    return SUFFIXES.get(path.suffix.lower())
+
+
+class BytesRead:
+    """How many bytes of a compressed file were read so far: somewhat more than those of the blocks they made."""
+
+    number = 0
+
+
+def decompressed(path: Path, compression: str, read: BytesRead | None = None, start: int = 0) -> Iterator[bytes]:
+    """What a file holds from a byte on, in blocks of 256 KiB at most, with 128 MiB of memory at most.
+
+    read: is told with each block how much of the file was read.
+    Raises ValueError that names a file which cannot be read, is damaged or cut off, or asks for more memory.
+    """
+    if compression in ("zstd", "lz4"):
+        require("pyarrow", "corpus")
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            stream = _stream(file, compression)
+            while block := stream.read(_BLOCK_BYTES):
+                if read is not None:
+                    read.number = file.tell()
+                yield block
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, MemoryError) as error:
+        # pyarrow's errors are OSErrors without a number.
+        raise ValueError(f"{path}: cannot be decompressed as {compression} ({error})") from error
+
+
+def _stream(file: Any, compression: str) -> Any:
+    if compression == "gzip":
+        return gzip.GzipFile(fileobj=file)
+    if compression == "bzip2":
+        return _Streams(file, bz2.BZ2Decompressor)
+    if compression == "xz":
+        return _Streams(file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_BYTES), padding=b"\0")
+    return require("pyarrow", "corpus").CompressedInputStream(file, compression)
+
+
+class _Streams:
+    """Streams one after the other, with some padding between them, read like any file.
+
+    Python's own LZMAFile takes as much memory as a file asks for, and its BZ2File leaves out what follows a stream
+    without a word.
+    """
+
+    def __init__(self, file: Any, new: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._new, self._padding = file, new, padding
+        self._decompressor = new()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, none only at the end. Raises EOFError for a file that is cut off."""
+        data = b""
+        while True:
+            if self._decompressor.eof:
+                data = self._behind_padding(self._decompressor.unused_data)
+                if not data:
+                    return b""
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input:
+                data = self._file.read(_BLOCK_BYTES)
+                if not data:
+                    raise EOFError("it ends before its end-of-stream mark")
+            if block := self._decompressor.decompress(data, size):
+                return bytes(block)
+            data = b""
+
+    def _behind_padding(self, data: bytes) -> bytes:
+        data = data.lstrip(self._padding)
+        while not data and (more := self._file.read(_BLOCK_BYTES)):
+            data = more.lstrip(self._padding)
+        return data

@@ -1,0 +1,118 @@
+"""Hugging Face's caches: which of their folders hold data, and what lies there that is none.
+
+The root has hub/, files as they were downloaded, and datasets/, tables that were made of them. In hub/ a repository is
+a folder as datasets--owner--name, where snapshots/REVISION has links to the files of blobs/; in datasets/ a table lies
+three or four folders deep, and downloads/ has what it was made of.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Container
+from pathlib import Path
+
+__all__ = ["cached_datasets", "is_about_data"]
+
+_REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
+# What lies beside the data in a repository.
+_ABOUT_DATA = re.compile(r"(README|LICENSE|CITATION)(\..*)?|dataset_infos\.json|.*\.py", re.IGNORECASE)
+_SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
+
+
+def cached_datasets(folder: Path) -> list[Path] | None:
+    """The folders with data of a cache, of its hub or tables, or of a repository in it; None for any other folder.
+
+    Warns of what is left out. Raises ValueError that names a repository with several revisions or splits.
+    """
+    hub, tables = folder / "hub", folder / "datasets"
+    # Nothing else is looked into there: a token lies beside them.
+    if _is_hub(hub) or (folder.name == "huggingface" and _is_tables(tables)):
+        made = _tables(tables) if tables.is_dir() else []
+        # Of what there are tables, the files are the same data once more.
+        return _snapshots(hub, without={path.name.lower() for path in made}) + made
+    if _is_hub(folder):
+        return _snapshots(folder)
+    if _is_tables(folder):
+        return _tables(folder)
+    if _is_repository(folder):
+        return _snapshot(folder)
+    return None
+
+
+def is_about_data(path: Path) -> bool:
+    """Whether a file in a repository of the hub is its card, licence or code."""
+    return _ABOUT_DATA.fullmatch(path.name) is not None and any(
+        _is_repository(parent.parent) for parent in path.absolute().parents if parent.name == "snapshots"
+    )
+
+
+def _is_repository(folder: Path) -> bool:
+    return _REPOSITORY.fullmatch(folder.name) is not None and (folder / "snapshots").is_dir()
+
+
+def _is_hub(folder: Path) -> bool:
+    return folder.is_dir() and any(_is_repository(path) for path in folder.iterdir())
+
+
+def _is_tables(folder: Path) -> bool:
+    # One of the two is there; the search, of four levels, is not for any folder.
+    is_likely = (folder / "downloads").is_dir() or any(folder.glob("*.lock"))
+    return is_likely and any(any(folder.glob(f"{levels}/dataset_info.json")) for levels in ("*/*/*", "*/*/*/*"))
+
+
+def _tables(folder: Path) -> list[Path]:
+    others = ("downloads", ".", "_")
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(others))
+
+
+def _snapshots(hub: Path, without: Container[str] = ()) -> list[Path]:
+    repositories = sorted(filter(_is_repository, hub.iterdir())) if hub.is_dir() else []
+    others = [path for path in repositories if not path.name.startswith("datasets--")]
+    if others:
+        more = f" and {len(others) - 1} other repositories" if len(others) > 1 else ""
+        warnings.warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}", stacklevel=2)
+    found: list[Path] = []
+    for path in repositories:
+        name = path.name.removeprefix("datasets--").replace("--", "___").lower()
+        if path not in others and name not in without:
+            found += _snapshot(path)
+    return found
+
+
+def _snapshot(repository: Path) -> list[Path]:
+    """The only revision, or the one that `main` is."""
+    revisions = sorted(path for path in (repository / "snapshots").iterdir() if path.is_dir())
+    if len(revisions) > 1:
+        main = repository / "refs" / "main"
+        name = main.read_text().strip() if main.is_file() else ""
+        chosen = [path for path in revisions if path.name == name]
+        if not chosen:
+            raise ValueError(
+                f"{repository}: holds the revisions {', '.join(path.name for path in revisions)}, expected one: name "
+                f"its folder, as {revisions[0]}"
+            )
+        warnings.warn(
+            f"{repository}: holds {len(revisions)} revisions, of which {name} is counted, that of refs/main: name "
+            "the folder of another one to count that",
+            stacklevel=2,
+        )
+        revisions = chosen
+    for revision in revisions:
+        _check_splits(revision)
+    return revisions
+
+
+def _check_splits(revision: Path) -> None:
+    splits: dict[str, Path] = {}
+    for path in sorted(revision.rglob("*")):
+        split = re.split(r"[-._]", path.name.lower())[0]
+        if split in _SPLITS and path.is_file():
+            splits.setdefault(split, path)
+    if len(splits) > 1:
+        first = splits.get("train") or next(iter(splits.values()))
+        pattern = f"{first.parent}/{re.split(r'[-._]', first.name)[0]}*"
+        raise ValueError(
+            f"{revision}: holds the splits {', '.join(splits)}, expected one: name the files of the one that is "
+            f"trained on, as {pattern}"
+        )
