@@ -21,8 +21,8 @@ TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
 LEARNED = ("completions", "assistant", "all")
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# Smaller files are the same by chance: a document a file, of a few tokens or words, with one to three KB around them in
-# some formats.
+# Smaller files are the same by chance: a document a file, of a few tokens or words. Some formats have one to three KB
+# around them.
 _LEAST_COMPARED_BYTES = 4096
 # Of the beginning and of the end: a change that keeps both and the size is not seen.
 _DIGESTED_BYTES = 16 * 1024

@@ -87,9 +87,9 @@ def count_corpus(
     """Counts the tokens of files, of any size and in any format that docs/corpora.md lists, or of data in memory.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line; or a
-            datasets.Dataset or IterableDataset, a table of Arrow, or an iterable of integer arrays (NumPy's, tensors,
-            lists), of which each row of the last axis is a sequence.
+        data: files, folders, glob patterns, and files that end in .list with one of these a line. Or an object: a
+            datasets.Dataset or IterableDataset, a table of Arrow, an iterable of integer arrays. Those are NumPy's,
+            tensors or lists, and each row of their last axis is a sequence.
         vocab_size: V.
         format: what the files are, where it cannot be told from them.
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".

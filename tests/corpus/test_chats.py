@@ -181,7 +181,7 @@ def test_what_is_refused_names_file_and_place(name, tmp_path, tokenizer):
     row, message = REFUSED[name]
     path = write(tmp_path / "a.jsonl", [CHATS[0], row])
     place = path.read_bytes().index(b"\n") + 1
-    with pytest.raises(ValueError, match=rf"a\.jsonl: byte {place}: {message}") as raised:
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 2 \(byte {place}\): {message}") as raised:
         count(path, tokenizer)
     assert "\n" not in str(raised.value)
 
@@ -220,7 +220,7 @@ def test_a_place_in_columns(tmp_path, tokenizer):
     ],
 )
 def test_what_the_policy_finds_nothing_in(rows, learn, message, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=rf"a\.jsonl: byte 0: {message}"):
+    with pytest.raises(ValueError, match=rf"a\.jsonl: line 1 \(byte 0\): {message}"):
         count(write(tmp_path / "a.jsonl", rows), tokenizer, TargetPolicy(learn=learn))
 
 

@@ -282,7 +282,7 @@ def test_one_array_is_one_sequence():
         (iter(()), ValueError, r"data: got .*, expected a list of files"),
         ([[], []], ValueError, r"^data: got no token, expected some$"),
     ],
-    ids=str,
+    ids=range(17),
 )
 def test_what_is_no_data_is_refused_with_the_way_out(data, error, message):
     with pytest.raises(error, match=message):

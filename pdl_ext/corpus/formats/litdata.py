@@ -35,8 +35,8 @@ _INDEX = "index.json"
 _TENSORS = {11: "uint8", 12: "int8", 13: "int16", 14: "int16", 15: "int32", 16: "int32", 17: "int64", 18: "int64"}
 _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
-# What a chunk begins with whose items are compressed some at a time: magic, version, flags, and the numbers of items,
-# of items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
+# The beginning of a chunk whose items are compressed some at a time. It is magic, version, flags, and the numbers of
+# items, of items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
 _BATCHES = struct.Struct("<8sHHIII")
 _BATCHES_MAGIC, _BATCHES_VERSION = b"LDFZ01\0\0", 1
 _BATCH_BYTES = 24
@@ -94,15 +94,15 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 class _Items(NamedTuple):
-    """What the items of all chunks are.
+    """What the items of all chunks are."""
 
-    stream: the dtype of items that are nothing but tokens, None for others; formats: of each leaf; spec: where in an
-    object the leaves are; packing: what is compressed at once, a "chunk" or a "batch" of items, None for nothing.
-    """
-
+    # The dtype of items that are nothing but tokens, None for others.
     stream: str | None
+    # Of each leaf.
     formats: list[str]
+    # Where in an object the leaves are.
     spec: Any
+    # What is compressed at once, a "chunk" or a "batch" of items, None for nothing.
     packing: str | None
 
 

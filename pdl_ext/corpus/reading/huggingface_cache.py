@@ -1,7 +1,7 @@
 """Hugging Face's caches: which of their folders hold data, and what lies there that is none.
 
 The root has hub/, files as they were downloaded, and datasets/, tables that were made of them. In hub/ a repository is
-a folder as datasets--owner--name, where snapshots/REVISION has links to the files of blobs/; in datasets/ a table lies
+a folder as datasets--owner--name, where snapshots/REVISION has links to the files of blobs/. In datasets/ a table lies
 three or four folders deep, and downloads/ has what it was made of.
 """
 

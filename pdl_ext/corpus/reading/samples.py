@@ -1,8 +1,8 @@
 """Shards of samples with columns: what MDS and litdata have in common.
 
-A shard: the number of samples (u32), the byte that each begins at and the one where the last ends (u32), something of
-the format's own, then the samples. A sample: the sizes (u32) of those columns that have no fixed one, then what is in
-each column. It may be compressed as a whole.
+A shard begins with the number of samples and the byte that each begins at, then that where the last ends, all u32.
+Something of the format's own follows, then the samples. A sample: the sizes (u32) of those columns that have no fixed
+one, then what is in each column. It may be compressed as a whole.
 """
 
 from __future__ import annotations
@@ -58,16 +58,15 @@ class Column(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How what a column holds is read.
+    """How what a column holds is read."""
 
-    kind: "array", "bytes", "text", or "" for what is neither tokens nor text; dtype: of an array's numbers, None if
-    each sample tells; shape: of the arrays, None if each sample tells, (-1,) for one axis of any length.
-    prefix(first bytes, dtype): what each sample tells: dtype and shape, None where damaged, and how many bytes tell it.
-    """
-
+    # "array", "bytes", "text", or "" for what is neither tokens nor text.
     kind: str
+    # Of an array's numbers, None if each sample tells.
     dtype: np.dtype[Any] | None = None
+    # Of the arrays, None if each sample tells, (-1,) for one axis of any length.
     shape: tuple[int, ...] | None = None
+    # Of the first bytes and the dtype, what each sample tells: dtype and shape, None where damaged, and of how many bytes.
     prefix: Callable[[bytes, np.dtype[Any] | None], tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]] = (
         lambda first, dtype: (dtype, None, 0)
     )
@@ -257,8 +256,9 @@ Reader: TypeAlias = _Window | _Unpacked
 class SampleSource(Source):
     """A part is a range of samples, of which each is a sequence; or the whole shard if that is compressed.
 
-    listing: the file that lists the shard with so many samples; unpack: what gives a compressed shard from its
-    beginning, block by block; unpacked_size: of a compressed shard, None if nothing tells.
+    listing: the file that lists the shard with so many samples.
+    unpack: what gives a compressed shard from its beginning, block by block.
+    unpacked_size: of a compressed shard, None if nothing tells.
     """
 
     def __init__(
