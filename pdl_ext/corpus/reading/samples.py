@@ -66,7 +66,7 @@ class Encoding(NamedTuple):
     dtype: np.dtype[Any] | None = None
     # Of the arrays, None if each sample tells, (-1,) for one axis of any length.
     shape: tuple[int, ...] | None = None
-    # Of the first bytes and the dtype, what each sample tells: dtype and shape, None where damaged, and of how many bytes.
+    # Of the first bytes and the dtype: dtype and shape as the sample tells them, None where damaged, by how many bytes.
     prefix: Callable[[bytes, np.dtype[Any] | None], tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]] = (
         lambda first, dtype: (dtype, None, 0)
     )
