@@ -20,16 +20,19 @@ _LOOK_FOR_TORCH = """
 import importlib.util, json, os, sys
 spec = importlib.util.find_spec("torch")
 own = [] if spec is None or spec.origin is None else [os.path.dirname(os.path.dirname(spec.origin))]
-print(json.dumps(own and [*filter(None, sys.path), *own]))
+print("\\n" + json.dumps(own and [*filter(None, sys.path), *own]))
 """
 
 
 def find_torch() -> bool:
     """Makes the environment's PyTorch importable, also from inside pip's isolated build; False if there is none."""
-    if importlib.util.find_spec("torch") is not None:
+    spec = importlib.util.find_spec("torch")
+    # What an uninstall has left behind is a folder without a beginning.
+    if spec is not None and spec.origin is not None:
         return True
     found = subprocess.run([sys.executable, "-E", "-c", _LOOK_FOR_TORCH], cwd=os.sep, capture_output=True, text=True)
-    folders = json.loads(found.stdout) if found.returncode == 0 else []
+    # What else Python runs at its start may have printed something.
+    folders = json.loads(found.stdout.splitlines()[-1]) if found.returncode == 0 else []
     sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
     return bool(folders)
 

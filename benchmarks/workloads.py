@@ -115,16 +115,27 @@ class LossInputs:
         return total, gradient
 
     def error(self, result: tuple[Tensor | None, Tensor | None], weighted: bool) -> float:
-        """The larger error of the loss and of the whole gradient, of which either may be missing."""
+        """The largest error of the loss, of the gradient at a target, and of any row's gradient off it.
+
+        Either may be missing. Off the target it is that of the row's norm, relative to the truth's: the target's
+        element would hide it.
+        """
         loss, gradient = result
         true_loss, true_gradient = self.truth(weighted)
         errors = []
         if loss is not None:
             errors.append(harness.relative_error(loss, true_loss))
         if gradient is not None:
-            size = float(true_gradient.abs().max())
-            parts = zip(gradient.split(256), true_gradient.split(256), strict=True)
-            errors += [float((one.detach().double() - truth).abs().max()) / size for one, truth in parts]
+            size = true_gradient.abs().max()
+            for part in torch.arange(len(gradient), device=gradient.device).split(256):
+                off = gradient[part].detach().double() - true_gradient[part]
+                counted = self.targets[0][part] != IGNORED
+                # Of an ignored row all is 0, whichever element it is.
+                target = torch.where(counted, self.targets[0][part], 0).unsqueeze(1)
+                errors.append(float((off.gather(1, target).abs() / size).max()))
+                truth = true_gradient[part].scatter(1, target, 0).norm(dim=1)
+                off = off.scatter(1, target, 0).norm(dim=1)
+                errors.append(float(torch.where(counted, off / truth, off / size).max()))
         return harness.largest(errors)
 
     def restore(self) -> None:

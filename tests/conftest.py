@@ -175,21 +175,6 @@ class Case:
         return summed["grad_row_weight"].abs() / float(summed["weight"].sum() if normalizer is None else normalizer)
 
 
-class _Computed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, leaf):
-        return leaf.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-def computed(leaf: Tensor) -> Tensor:
-    """The leaf's memory as what a model computed, which may be written to: for tensors too large to copy."""
-    return _Computed.apply(leaf)
-
-
 def relative_error(got: Tensor, truth: Tensor, size: Tensor) -> float:
     if got.numel() == 0:
         return 0.0

@@ -143,13 +143,23 @@ class TestGpuPlan:
 
 
 class TestWorkloads:
-    @pytest.mark.parametrize("place", [None, (0, 0), (9, 66), (20, 33)], ids=str)
-    def test_one_wrong_element_is_seen(self, clock, place):
-        inputs = workloads.LossInputs(clock, 21, 67, torch.float32, peaked=False, ignored=0.1)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("wrong", [None, "element", "columns", "factor", "ignored row"])
+    def test_what_is_wrong_anywhere_is_seen(self, clock, wrong, dtype):
+        inputs = workloads.LossInputs(clock, 21, 3000, dtype, peaked=False, ignored=0.1)
+        inputs.targets[0][7] = workloads.IGNORED
         loss, gradient = (result.clone() for result in inputs.truth(True))
-        if place is not None:
-            gradient[place] += 1e-4 * gradient.abs().max()
-        assert (inputs.error((loss.float(), gradient.float()), True) < 1e-5) == (place is None)
+        if wrong == "element":
+            gradient[20, 2999] += gradient[20].abs().median() * 10
+        elif wrong == "columns":
+            gradient[9, 1000:1300] = 0
+        elif wrong == "factor":
+            # What the largest element hides: a sixteenth off the targets alone.
+            gradient[gradient > 0] *= 1.0625
+        elif wrong:
+            gradient[7, 5] = gradient.abs().max() / 10
+        error = inputs.error((loss.float(), gradient.to(dtype)), True)
+        assert (error <= workloads.loss_limit(dtype)) == (wrong is None)
 
     def test_only_what_is_ours_may_fail_a_run(self, tmp_path):
         report = report_of(tmp_path)

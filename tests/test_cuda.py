@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import computed
+from computed import computed
 
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
 from pdl_ext.engine import host_stream

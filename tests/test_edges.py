@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 import torch
-from conftest import computed
+from computed import computed
 
 from pdl_ext import PDLLoss, functional, reference
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gpu_check import devices, machine, plan, stand_ins, variants
 from gpu_check.check import Check, Setting
 
-BUDGET = 350.0
+BUDGET = 340.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(filter(None, options.only.split(",")))
     # All need the build, which comes first.
     parts = [part for part in parts if part is parts[0] or not words or any(word in part.name for word in words)]
-    check = Check(folder, found, options.budget - (time.monotonic() - start), parts, setting, options.command)
+    name = options.command if options.variant == variants.RELEASE else f"{options.command}-{options.variant}"
+    check = Check(folder, found, options.budget - (time.monotonic() - start), parts, setting, name)
     print(f"{found['device']}, PyTorch {found['torch']}, results in {check.folder}", flush=True)
     return 0 if check.run() else 1
 

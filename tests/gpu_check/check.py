@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ class Check:
         for number, part in enumerate(self.parts):
             self._run_part(part, reserved=sum(later.least for later in self.parts[number + 1 :]))
             self.write()
+        shutil.rmtree(self.running, ignore_errors=True)
         print(self.table(), flush=True)
         return all(part.status == "passed" for part in self.parts)
 
@@ -106,7 +108,9 @@ class Check:
         start = time.monotonic()
         build = self.parts[0]
         limit = min(part.most, max(self.remaining - reserved, part.least))
-        if part is not build and build.status != "passed":
+        shutil.rmtree(self.running, ignore_errors=True)
+        self.running.mkdir()
+        if part is not build and build.status != "passed" and part.variant not in build.results:
             part.status, part.detail = "left out", "there is no build to check"
         elif self.remaining < part.least:
             part.status, part.detail = "left out", f"{max(self.remaining, 0):.0f} s were left of {self.budget:.0f}"
@@ -119,10 +123,23 @@ class Check:
                 part.run(part, self, limit)
             except Exception as error:
                 part.status, part.detail = "failed", f"{type(error).__name__}: {error}"
+            self._take_in(part)
             if limit < part.most:
                 part.detail += f" (allowed {limit:.0f} s of its {part.most:.0f})"
         part.seconds = round(time.monotonic() - start, 1)
         print(f"{part.name}: {part.status}, {part.seconds} s, {part.detail}", flush=True)
+
+    @property
+    def running(self) -> Path:
+        """Where the part that runs leaves files: what it knew, if all is cut off."""
+        return self.folder / "running"
+
+    def _take_in(self, part: Part) -> None:
+        """Puts the part's files of JSON into its results, since not every machine gives back many files."""
+        for path in sorted(self.running.glob("*.json")):
+            # One that was being written when its time was up is left to the log.
+            with contextlib.suppress(ValueError):
+                part.results[path.stem] = json.loads(path.read_text(encoding="utf-8"))
 
     @property
     def path(self) -> str:

@@ -11,8 +11,9 @@ from pdl_ext.engine import ops
 CARD, EMULATED = "cuda", "emulated"
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=(CARD, EMULATED), default=CARD, help="default: %(default)s")
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="no shape is begun after it")
 
 
 def prepare(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from gpu_check import parts
+from gpu_check import ROOT, parts
 from gpu_check.check import Part, Setting
 from gpu_check.devices import EMULATED
 from gpu_check.variants import RELEASE
@@ -20,7 +20,19 @@ RESIDENCY = ("cluster_8", "cluster_8_resident_5")
 COUNTING = (RELEASE, "batches_2")
 # By importance: whoever is cut off has the first ones.
 FIRST_TESTS = ("test_cuda", "test_loss_and_gradient", "test_memory")
-LINKED, BUILT_HERE, EMULATED_ON_FEW_CORES = (50, 20), (150, 60), (900, 60)
+THEN = ("test_edges", "test_layouts", "test_frequency")
+# What has nothing to do with a card, or runs kernels elsewhere.
+NO_TESTS_OF_A_CARD = ("test_build", "test_cuda_emulator", "test_cuda_compile", "test_gpu_check")
+# Of each variant that is linked: two processes that import PyTorch, and once the compilation of one source.
+SECONDS_TO_LINK, SECONDS_BEFORE = 20, 25
+BUILT_HERE, EMULATED_ON_FEW_CORES = 150, 900
+
+
+def other_tests() -> list[str]:
+    """Files of tests besides the first ones, in their order."""
+    names = sorted(path.stem for path in (ROOT / "tests").glob("test_*.py"))
+    before = (*FIRST_TESTS, *THEN)
+    return [*THEN, *(name for name in names if name not in (*before, *NO_TESTS_OF_A_CARD))]
 
 
 def _variants(setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -29,9 +41,12 @@ def _variants(setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if there or name == RELEASE)
 
 
-def _build(setting: Setting) -> Part:
-    limits = LINKED if setting.built else BUILT_HERE
-    return Part("build", *(EMULATED_ON_FEW_CORES if setting.device == EMULATED else limits), parts.build)
+def _with_build(setting: Setting, planned: list[Part]) -> list[Part]:
+    """The parts, behind that which makes what they import."""
+    most = EMULATED_ON_FEW_CORES if setting.device == EMULATED else BUILT_HERE
+    if setting.built:
+        most = SECONDS_BEFORE + SECONDS_TO_LINK * len({part.variant for part in planned})
+    return [Part("build", most, min(most, 60), parts.build), *planned]
 
 
 def first(setting: Setting) -> list[Part]:
@@ -39,15 +54,15 @@ def first(setting: Setting) -> list[Part]:
     dry = setting.device == EMULATED
     names = _variants(setting, EXCHANGES)
     kernels, others = ("emulated and few_rows", "emulated and empty") if dry else ("cuda and not emulated",) * 2
-    return [
-        _build(setting),
-        *(Part(f"equal bits, {name}", 60, 15, parts.script("equal_bits"), name) for name in names),
-        Part("tests of the kernels", 75, 30, parts.run_tests(kernels, *FIRST_TESTS)),
-        Part("other tests", 75, 20, parts.run_tests(others, *(["test_edges"] if dry else []), but=FIRST_TESTS)),
-        *(Part(f"times, {name}", 40, 15, parts.script("step_times"), name) for name in names),
-        Part("launches", 30, 15, parts.script("launches")),
-        Part("counters", 40, 15, parts.counters(128256)),
+    planned = [
+        Part("launches", 30, 12, parts.script("launches")),
+        *(Part(f"equal bits, {name}", 45, 15, parts.script("equal_bits"), name) for name in names),
+        Part("tests of the kernels", 60, 25, parts.run_tests(kernels, *FIRST_TESTS)),
+        Part("other tests", 60, 20, parts.run_tests(others, *(["test_edges"] if dry else other_tests()))),
+        *(Part(f"times, {name}", 35, 15, parts.script("step_times"), name) for name in names),
+        Part("counters", 30, 12, parts.counters(128256)),
     ]
+    return _with_build(setting, planned)
 
 
 def second(setting: Setting) -> list[Part]:
@@ -56,8 +71,7 @@ def second(setting: Setting) -> list[Part]:
     long_rows = ("--vocab-size", "128256", "256000")
     cut = parts.script("step_times", *long_rows)
     count = parts.script("step_times", "--dtype", "float32", "--count", *long_rows)
-    return [
-        _build(setting),
+    planned = [
         Part("equal bits", 45, 15, parts.script("equal_bits"), ours),
         *(Part(f"long rows, {name}", 25, 10, cut, name) for name in _variants(setting, (ours, *RESIDENCY))),
         *(Part(f"float32 and counting, {name}", 40, 15, count, name) for name in _variants(setting, COUNTING)),
@@ -66,6 +80,7 @@ def second(setting: Setting) -> list[Part]:
         # The last one, which has use for all that is left.
         Part("bench", math.inf, parts.BENCH_OVERRUN + 20, parts.bench("--compile-groups", "1"), ours),
     ]
+    return _with_build(setting, planned)
 
 
 COMMANDS = {"first": first, "second": second}

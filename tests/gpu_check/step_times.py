@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
     parser.add_argument("--vocab-size", nargs="+", type=int, default=VOCAB_SIZES, metavar="V")
     parser.add_argument("--count", action="store_true", help="also the histogram, in each dtype of its ids")
-    devices.add_argument(parser)
+    devices.add_arguments(parser)
     options = parser.parse_args()
     device = devices.prepare(options.device)
     small = options.device == devices.EMULATED
@@ -50,9 +50,9 @@ def main() -> int:
     report = harness.Report(
         options.output, "pdl_ext: times of the kernels", about, BRIEF if small else PROTOCOL, not small
     )
-    harness.run(groups, clock, report, budget=600, copy_bytes=2**20 if small else 2**31)
+    harness.run(groups, clock, report, budget=options.budget, copy_bytes=2**20 if small else 2**31)
     broken = failures(report)
-    print("\n".join([*broken, f"{len(report.rows)} rows, {len(broken)} broken"]))
+    print("\n".join([*broken, f"{len(report.rows)} rows, {len(broken)} broken, {len(report.left_out)} left out"]))
     return int(bool(broken))
 
 

@@ -1,0 +1,23 @@
+"""The memory of a leaf as what a model computed, which may be written to: for tensors too large to copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["computed"]
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def computed(leaf: Tensor) -> Tensor:
+    """The leaf's memory, whose gradient is the leaf's."""
+    return _Computed.apply(leaf)
