@@ -39,7 +39,6 @@ LAYERS = (
         ("pdl_ext.storage.*",),
         ("pdl_ext._array",),
         ("pdl_ext._lock",),
-        ("pdl_ext._optional",),
         ("pdl_ext._outside_graphs",),
         ("pdl_ext._version",),
     ),

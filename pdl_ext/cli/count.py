@@ -22,6 +22,7 @@ examples:
   pdl-ext count corpus/ 'more/**/*.parquet' --vocab-size 128256 --column input_ids -o counts.safetensors
   pdl-ext count chats/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
   pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
+  pdl-ext count s3://bucket/tokens/ --vocab-size 128256 -o s3://bucket/counts.safetensors
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
 An interrupted count leaves OUTPUT.checkpoint-*; the same command goes on from there.
@@ -38,10 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "data", nargs="+", metavar="DATA", help="files, folders, patterns, or .list files with one of these a line"
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="files, folders, patterns, or .list files with one of these a line; URLs, too (s3://, hf://, ...)",
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="counts, as safetensors")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="counts, as safetensors")
     parser.add_argument("--format", metavar="NAME", help="of the files, where it cannot be told from them")
     parser.add_argument("--dtype", metavar="NAME", help="of ids in files that do not tell theirs: uint16, uint32, ...")
     parser.add_argument("--column", metavar="NAME", help="of the ids or the text, in formats with columns")
@@ -56,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="WHICH",
         help="all, or shifted: without the first token of each sequence, which nothing predicts (default: all)",
     )
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, for text")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json, for text")
     parser.add_argument(
         "--no-special-tokens", action="store_true", help="what the tokenizer adds to a text is left out"
     )
@@ -87,10 +91,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output
     from pdl_ext.cli.memory import is_out_of_memory
     from pdl_ext.corpus.ranks import checkpoints
+    from pdl_ext.storage.place import address, place
     from pdl_ext.storage.whole_file import partial_files
 
-    check_counts_output(arguments.output)
-    checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
+    output = place("output", arguments.output)
+    check_counts_output(output)
+    checkpoint = output.with_name(f"{output.name}.checkpoint")
     group = None
     if dist.is_torchelastic_launched():
         # Ranks wait for the slowest, whose share may take hours longer.
@@ -101,12 +107,12 @@ def _run(arguments: argparse.Namespace) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
-        frequency = _count(arguments, checkpoint, group, is_first)
+        frequency = _count(arguments, address(checkpoint), group, is_first)
         if is_first:
             frequency.save(arguments.output)
         if group is not None:
             dist.barrier(group)
-        _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
+        _remove([*checkpoints(checkpoint), *partial_files(output)])
     except KeyboardInterrupt:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
         tell(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}")
@@ -120,17 +126,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if group is not None:
         dist.destroy_process_group()
     if is_first:
-        _report(frequency, arguments.output)
+        _report(frequency, output)
     return 0
 
 
-def _remove(files: list[Path]) -> None:
+def _remove(files: list[Any]) -> None:
     for path in files:
         # Another rank of this machine may be first.
         path.unlink(missing_ok=True)
 
 
-def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:
+def _count(arguments: argparse.Namespace, checkpoint: str, group: Any, is_first: bool) -> Any:
     from pdl_ext.cli.progress import ProgressLine
     from pdl_ext.corpus import TargetPolicy, count_corpus
 
@@ -178,7 +184,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _report(frequency: Any, output: Path) -> None:
+def _report(frequency: Any, output: Any) -> None:
     provenance = frequency.provenance
     unseen = int((frequency.counts == 0).sum())
     if int(frequency.out_of_range):

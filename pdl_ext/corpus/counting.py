@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +30,13 @@ from pdl_ext._checks import (
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
+from pdl_ext.corpus.reading.at_once import in_order
 from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, Shard, TargetPolicy, check_distinct, file_digest, shard_digest
+from pdl_ext.storage.place import Place, place
 from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus"]
@@ -45,6 +46,7 @@ __all__ = ["Progress", "count_corpus"]
 PART_BYTES = 2**26
 _LEAST_PART_BYTES = 2**22
 _PARTS = 64
+_THREADS_OF_A_STORE = 8
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
@@ -83,7 +85,8 @@ def count_corpus(
     """Counts the tokens of files, of any size and in any format that docs/corpora.md lists.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line.
+        data: files, folders, glob patterns, and files that end in .list with one of these a line; on disk, or as URLs
+            that fsspec takes.
         vocab_size: V.
         format: what the files are, where it cannot be told from them.
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
@@ -93,7 +96,7 @@ def count_corpus(
             read as; otherwise the one is counted as out of range and the other is warned of.
         allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
             a warning.
-        threads: as many as there are processors if None.
+        threads: as many as there are processors if None, and 8 or more of them for data in a store.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
@@ -115,23 +118,24 @@ def count_corpus(
         check_choice("dtype", dtype, TOKEN_DTYPES)
     check_flag("strict", strict)
     check_flag("allow_overlap", allow_overlap)
-    if threads is None:
-        threads = _processors()
-    check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
+    if threads is not None:
+        check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
-    if tokenizer is not None:
-        check_path("tokenizer", tokenizer)
-    if checkpoint is not None:
-        check_path("checkpoint", checkpoint)
+    path = None if checkpoint is None else place("checkpoint", checkpoint)
     if output is not None:
         check_path("output", output)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: got {progress!r}, expected a function or None")
     check_group(group)
-    options = ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
+    tokenizer_file = None if tokenizer is None else place("tokenizer", tokenizer)
+    options = ReadOptions(vocab_size, policy, dtype, tokenizer_file, strict)
 
     tokenizer_stamp = None if options.tokenizer is None else Stamp.of(options.tokenizer)
     sources = open_sources(data, format, options, output)
+    at_once = any(source.is_remote for source in sources)
+    if threads is None:
+        # Of a store's many small files, a thread has one at a time.
+        threads = max(_processors(), _THREADS_OF_A_STORE) if at_once else _processors()
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
@@ -143,31 +147,30 @@ def count_corpus(
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
     identity = _identity(sources, provenance, options, part_bytes, len(parts))
     state = State.empty(vocab_size, policy.ignore_index, len(parts), identity)
-    path = None if checkpoint is None else Path(checkpoint)
     todo = ranks.share(state, [part.size for _, part in parts], path, group)
     if strict and int(state.frequency.out_of_range):
         raise ValueError(
             f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside [0, {vocab_size}), expected none: "
             "it was counted without strict"
         )
-    path = ranks.checkpoint_of_rank(path, group)
+    own = ranks.checkpoint_of_rank(path, group)
 
-    if path is not None:
+    if own is not None:
         # A path that cannot be written to is found out before hours of counting.
-        state.save(path)
+        state.save(own)
 
     def check_tokenizer() -> None:
         if options.tokenizer is not None and tokenizer_stamp is not None:
             tokenizer_stamp.check(options.tokenizer)
 
-    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
-    for source in sources:
-        source.check_unchanged()
+    _Count(parts, todo, state, strict, threads, own, checkpoint_every, progress, check_tokenizer).run()
+    for _ in in_order(Source.check_unchanged, sources, at_once=at_once):
+        pass
     tokens = ranks.total(state, group)
     if not tokens:
-        if checkpoint is not None:
+        if path is not None:
             # They hold nothing that another count could go on from.
-            for left in ranks.checkpoints(Path(checkpoint)):
+            for left in ranks.checkpoints(path):
                 left.unlink(missing_ok=True)
         more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
         raise ValueError(f"data: got no token in {sources[0].path}{more}, expected some")
@@ -183,9 +186,11 @@ def _processors() -> int:
 
 def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
     try:
+        at_once = any(source.is_remote for source in sources)
+        digests = in_order(shard_digest, [source.path for source in sources], at_once=at_once)
         shards = tuple(
-            Shard(str(source.path), source.size, shard_digest(source.path), source.format, source.dtype)
-            for source in sources
+            Shard(str(source.path), source.size, digest, source.format, source.dtype)
+            for source, digest in zip(sources, digests, strict=True)
         )
         tokenizer = None if options.tokenizer is None else file_digest(options.tokenizer)
     except OSError as error:
@@ -210,7 +215,7 @@ class _Count:
         state: State,
         strict: bool,
         threads: int,
-        checkpoint: Path | None,
+        checkpoint: Place | None,
         checkpoint_every: float,
         progress: Callable[[Progress], None] | None,
         check_tokenizer: Callable[[], None],
@@ -327,6 +332,7 @@ class _Worker(threading.Thread):
         self._count = count
         self._table = count.new_table()
         self._finished: list[int] = []
+        self._unchecked: list[Source] = []
         self._merged = time.monotonic()
         self.tokens_read = 0
         self.bytes_done = 0
@@ -349,7 +355,8 @@ class _Worker(threading.Thread):
     def _count_part(self, index: int) -> bool:
         """Whether the part was counted to its end."""
         source, part = self._count.part(index)
-        source.check_unchanged()
+        if not source.is_remote:
+            source.check_unchanged()
         for batch in source.batches(part):
             if self._count.must_abandon:
                 return False
@@ -358,7 +365,10 @@ class _Worker(threading.Thread):
             except IndexError as error:
                 raise ValueError(f"{source.path}: {error}") from None
             self.tokens_read += batch.tokens.size
-        source.check_unchanged()
+        if source.is_remote:
+            self._unchecked.append(source)
+        else:
+            source.check_unchanged()
         # Which each part may load anew.
         self._count.check_tokenizer()
         self.bytes_done += part.size
@@ -366,6 +376,11 @@ class _Worker(threading.Thread):
         return True
 
     def _merge(self) -> None:
+        # What is in the table counts for nothing before. A store is asked seldom, and of many files at once.
+        unchecked = list(dict.fromkeys(self._unchecked))
+        self._unchecked.clear()
+        for _ in in_order(Source.check_unchanged, unchecked, at_once=True):
+            pass
         self._count.finish(self._table, self._finished)
         self._finished = []
         self._merged = time.monotonic()

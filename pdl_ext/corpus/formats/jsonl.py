@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.lines import Line, LineSource, has_suffix, is_compressed
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -29,7 +29,7 @@ class _JsonLinesSource(LineSource):
     policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only.
     """
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         super().__init__("jsonl", path)
         self._options = options
         self._policy = options.policy
@@ -138,11 +138,11 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_JsonLinesSource(path, options)]
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
     # Other JSON is seldom compressed; plain, it may be an array.

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import collections
 import functools
-import os
 import re
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from pdl_ext.corpus.reading.access import read_array, read_head
 from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
 from pdl_ext.corpus.reading.listing import read_json
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["FORMAT"]
 
@@ -31,12 +31,12 @@ _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Without its index a chunk is refused: its header would pass for ids.
     return _is_index(_index_file(path)) or (path.suffix == ".bin" and _is_chunk(path, head))
 
 
-def _is_chunk(path: Path, head: bytes) -> bool:
+def _is_chunk(path: Place, head: bytes) -> bool:
     """Whether a file has the header of a chunk, which hardly any ids are by chance."""
     items, begin = np.frombuffer(head[:8], "<u4").tolist() if len(head) > 8 else (0, 0)
     if items == 0 or begin != 4 * (items + 2) or begin > Stamp.of(path).size:
@@ -47,17 +47,17 @@ def _is_chunk(path: Path, head: bytes) -> bool:
         return False
 
 
-def _index_file(path: Path) -> Path:
+def _index_file(path: Place) -> Place:
     """The index of a folder, of a chunk, or the index itself."""
     return path / _INDEX if path.is_dir() else path.with_name(_INDEX) if path.suffix == ".bin" else path
 
 
-def _is_index(path: Path) -> bool:
+def _is_index(path: Place) -> bool:
     # MosaicML's index.json has shards instead.
     return path.name == _INDEX and path.is_file() and re.search(rb'"chunks"\s*:', read_head(path, 4096)) is not None
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
         raise ValueError(f"{index_file}: is missing, expected it beside litdata's chunk {path.name}")
@@ -73,7 +73,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 
 
 @functools.lru_cache(maxsize=1)
-def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | None]]]:
+def _index(path: Place, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | None]]]:
     """The dtype of the tokens, and of each chunk by its name the number of items and, where it is told, of tokens."""
     index = read_json(path)
     try:
@@ -93,12 +93,12 @@ def _index(path: Path, stamp: Stamp) -> tuple[str, dict[str, tuple[int, int | No
         ((name, times),) = collections.Counter(str(chunk["filename"]) for chunk in index["chunks"]).most_common(1)
         raise ValueError(f"{path}: lists {name} {times} times, expected each chunk once")
     for name in chunks:
-        if not name or name != Path(name).name:
+        if not name or name != PurePath(name).name:
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")
     return _dtype(path, data_format, loader), chunks
 
 
-def _dtype(path: Path, data_format: Any, loader: Any) -> str:
+def _dtype(path: Place, data_format: Any, loader: Any) -> str:
     kind, _, number = data_format[0].partition(":") if _is_one_name(data_format) else ("", "", "")
     # An item's size stands before it, unless it is for TokensLoader, or a tensor of a time before loaders were told of.
     is_bare = loader == "TokensLoader" or (loader is None and kind == "no_header_tensor")
@@ -122,10 +122,10 @@ def _is_one_name(data_format: Any) -> bool:
 
 
 def _source(
-    path: Path, items: int, tokens: int | None, dtype: str, index_file: Path, options: ReadOptions
+    path: Place, items: int, tokens: int | None, dtype: str, index_file: Place, options: ReadOptions
 ) -> FlatSource:
     # Also of a name that none can have.
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise ValueError(f"{path}: is missing, expected it beside {index_file}, which lists it")
     size = Stamp.of(path).size
     first_byte = 4 * (items + 2)
@@ -154,7 +154,7 @@ def _source(
 
 
 def _item_starts(
-    path: Path, offsets: AscendingNumbers, first_byte: int, itemsize: int
+    path: Place, offsets: AscendingNumbers, first_byte: int, itemsize: int
 ) -> Callable[[int, int], NDArray[np.int64]]:
     def starts(start: int, stop: int) -> NDArray[np.int64]:
         begins = offsets.distinct_between(first_byte + start * itemsize, first_byte + stop * itemsize) - first_byte

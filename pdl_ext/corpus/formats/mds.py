@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import math
 import operator
-import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import opened, read_at
+from pdl_ext.corpus.reading.access import OpenFile, opened, read_at, read_head
 from pdl_ext.corpus.reading.batches import BATCH_TOKENS, joined
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.listing import listed_file, read_json
@@ -34,6 +32,7 @@ from pdl_ext.corpus.source import (
     check_stated_dtype,
     count_dtype,
 )
+from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["FORMAT"]
 
@@ -81,7 +80,7 @@ class _Layout:
     Raises ValueError that names the index, for columns that are missing or hold neither tokens nor text.
     """
 
-    def __init__(self, index: Path, columns: list[_Column], options: ReadOptions) -> None:
+    def __init__(self, index: Place, columns: list[_Column], options: ReadOptions) -> None:
         self.columns = columns
         self._index = index
         self._options = options
@@ -161,8 +160,8 @@ class _Layout:
 class _Window:
     """A file, read from front to back in larger pieces than it is asked for."""
 
-    def __init__(self, descriptor: int, size: int, path: Path, ahead: int = _WINDOW_BYTES) -> None:
-        self.descriptor, self._size, self._path, self._ahead = descriptor, size, path, ahead
+    def __init__(self, file: OpenFile, size: int, path: Place, ahead: int = _WINDOW_BYTES) -> None:
+        self.file, self._size, self._path, self._ahead = file, size, path, ahead
         self._bytes = np.empty(0, np.uint8)
         self._start = 0
 
@@ -172,7 +171,7 @@ class _Window:
         if size > 0 and (begin < 0 or begin + size > self._bytes.size):
             # A new buffer, as what was read from the old one may still be in use.
             self._bytes = np.empty(max(min(self._ahead, self._size - offset), size), np.uint8)
-            read_at(self.descriptor, self._bytes, offset, self._path)
+            read_at(self.file, self._bytes, offset, self._path)
             self._start, begin = offset, 0
         return self._bytes[begin : begin + size]
 
@@ -180,7 +179,7 @@ class _Window:
 class _Shard(Source):
     """A part is a range of samples, of which each is a sequence."""
 
-    def __init__(self, index: Path, path: Path, samples: int, layout: _Layout, options: ReadOptions) -> None:
+    def __init__(self, index: Place, path: Place, samples: int, layout: _Layout, options: ReadOptions) -> None:
         super().__init__("mds", path, "text", (index,))
         self._layout = layout
         self._options = options
@@ -226,7 +225,7 @@ class _Shard(Source):
                 pieces = (piece for sample in self._read(windows[0], part) for piece in self._pieces(windows, *sample))
                 yield from joined(pieces)
 
-    def _check_head(self, window: _Window, index: Path) -> None:
+    def _check_head(self, window: _Window, index: Place) -> None:
         (samples,) = _integers(window, 0, 1) if self.size >= 8 else (0,)
         end_of_offsets = 8 + 4 * samples
         if samples != self._samples or end_of_offsets > self.size:
@@ -265,7 +264,7 @@ class _Shard(Source):
         sizes = [column.size for column in self._layout.columns]
         varying = sizes.count(None)
         first = 8 + 4 * self._samples
-        offsets_window = _Window(window.descriptor, self.size, self.path, 4 * _OFFSETS)
+        offsets_window = _Window(window.file, self.size, self.path, 4 * _OFFSETS)
         for start in range(part.start, part.stop, _OFFSETS):
             stop = min(start + _OFFSETS, part.stop)
             offsets = _integers(offsets_window, 4 + 4 * start, stop - start + 1)
@@ -381,22 +380,21 @@ def _columns(config: dict[str, Any]) -> list[_Column]:
     return columns
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     index = _index_file(path)
     if index.name != _INDEX or not index.is_file():
         # Nothing else is called so, and without its index it is refused.
         return path.suffix == _SUFFIX and not path.is_dir()
     # litdata's index.json has chunks instead.
-    with opened(index) as file:
-        return b'"shards"' in os.pread(file, _HEAD_BYTES, 0)
+    return b'"shards"' in read_head(index, _HEAD_BYTES)
 
 
-def _index_file(path: Path) -> Path:
+def _index_file(path: Place) -> Place:
     """The index of a folder, of a shard, or the index itself."""
     return path / _INDEX if path.is_dir() else path.with_name(_INDEX) if path.suffix == _SUFFIX else path
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
         raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards, of which it tells the columns")
@@ -416,11 +414,11 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     return sources
 
 
-def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
+def _shard(index: Place, entry: dict[str, Any], options: ReadOptions) -> Source:
     if entry["format"] != "mds":
         raise ValueError(f"{index}: got shards of format {entry['format']!r}, expected 'mds'")
     raw, packed = entry["raw_data"], entry.get("zip_data")
-    if packed and not os.path.isfile(index.parent / raw["basename"]):
+    if packed and not is_file(index.parent / raw["basename"]):
         raise ValueError(
             f"{index.parent / packed['basename']}: is compressed ({entry['compression']}), expected "
             f"{raw['basename']}: decompress it into its folder first"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.access import read_array, read_head
 from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource, distinct
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, count_dtype, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -32,12 +32,12 @@ _OTHER_MAGICS = {
 _BLOCK = 2**15
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Whatever the .idx holds: if that is damaged, the .bin alone would pass for raw ids.
     return head.startswith(_MAGIC) or (path.suffix == ".bin" and path.with_suffix(".idx").is_file())
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     tokens_file, index_file = path.with_suffix(".bin"), path.with_suffix(".idx")
     for file in (index_file, tokens_file):
         if not file.is_file():
@@ -59,7 +59,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 class _Index:
     """A valid .idx of a .bin of `size` bytes. Raises ValueError that names what in it is wrong."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Place, size: int) -> None:
         self._path = path
         header = read_head(path, _HEADER.size)
         other = next((what for magic, what in _OTHER_MAGICS.items() if header.startswith(magic)), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from pathlib import Path
 from tokenize import TokenError
 from typing import Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, count_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -23,7 +23,7 @@ _HEAD_BYTES = 12 + 10_000
 _VERSIONS = ((1, 0), (2, 0), (3, 0))
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     shape, fortran_order, dtype, first_byte = _header(path)
     if dtype.byteorder == ">":
         raise ValueError(f"{path}: got big-endian {dtype.name}, expected little-endian tokens")
@@ -48,12 +48,12 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     ]
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Also with a damaged first byte, or the header would pass for raw ids.
     return head[1:6] == npy_format.MAGIC_PREFIX[1:] and (head[0] == npy_format.MAGIC_PREFIX[0] or head[7:8] == b"\0")
 
 
-def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _header(path: Place) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether in Fortran's order, dtype, and where the array begins."""
     # NumPy gets the header's bytes alone, so that no length that is stated in it makes anything large.
     file = io.BytesIO(read_head(path, _HEAD_BYTES))

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gzip
-import os
 import sys
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from pdl_ext._optional import require
-from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.access import opened, read_at, read_head
+from pdl_ext.corpus.reading.arrow_stream import arrow_file
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_lines
 from pdl_ext.corpus.reading.tokenizer import MAX_TEXT_BYTES
 from pdl_ext.corpus.source import Part, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["Line", "LineSource", "has_suffix", "is_compressed"]
 
@@ -25,12 +27,12 @@ _COMPRESSED = (".gz", ".zst", ".zstd")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def is_compressed(path: Path) -> bool:
+def is_compressed(path: Place) -> bool:
     """Whether a name ends in .gz, .zst or .zstd."""
     return path.suffix.lower() in _COMPRESSED
 
 
-def has_suffix(path: Path, *suffixes: str) -> bool:
+def has_suffix(path: Place, *suffixes: str) -> bool:
     """Whether a name ends in one of the suffixes, with or without that of a compression behind it."""
     name = path.name.lower()
     for suffix in _COMPRESSED:
@@ -52,7 +54,7 @@ class LineSource(Source):
     A part is a range of bytes, and of the lines that begin in it; or the whole file if that is compressed.
     """
 
-    def __init__(self, format_name: str, path: Path) -> None:
+    def __init__(self, format_name: str, path: Place) -> None:
         super().__init__(format_name, path, "text")
         self._compression = path.suffix.lower() if is_compressed(path) else None
         if self._compression and not self.size:
@@ -143,20 +145,16 @@ class LineSource(Source):
         return self._zstd_blocks() if self._compression else self._plain_blocks(begin, end)
 
     def _plain_blocks(self, begin: int, end: int) -> Iterator[bytes]:
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                while begin < end:
-                    block = os.pread(file.fileno(), min(end - begin, _BLOCK_BYTES), begin)
-                    if not block:
-                        raise ValueError(f"{self.path}: ends at byte {begin}, expected {end - begin} bytes more")
-                    yield block
-                    begin += len(block)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read at byte {begin} ({error.strerror})") from error
+        with opened(self.path) as file:
+            while begin < end:
+                block = np.empty(min(end - begin, _BLOCK_BYTES), np.uint8)
+                read_at(file, block, begin, self.path)
+                yield block.tobytes()
+                begin += block.size
 
     def _gzip_blocks(self) -> Iterator[bytes]:
         try:
-            with gzip.open(self.path) as file:
+            with self.path.open("rb") as packed, gzip.open(packed) as file:
                 while block := file.read(_BLOCK_BYTES):
                     yield block
         except (OSError, EOFError, zlib.error) as error:
@@ -165,7 +163,7 @@ class LineSource(Source):
     def _zstd_blocks(self) -> Iterator[bytes]:
         pyarrow = require("pyarrow", "corpus")
         try:
-            with pyarrow.OSFile(str(self.path)) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
+            with arrow_file(self.path) as file, pyarrow.CompressedInputStream(file, "zstd") as stream:
                 while block := stream.read(_BLOCK_BYTES):
                     yield block
         except (OSError, pyarrow.ArrowException) as error:

@@ -8,13 +8,13 @@ import threading
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
+from pdl_ext.storage.place import Place
 
 __all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
 
@@ -27,6 +27,8 @@ CHUNK_CHARACTERS = 2**18
 _CHARACTERS_PER_TEXT = 8
 
 _lock = threading.Lock()
+# Or each of several threads would load one for itself.
+_loading = threading.Lock()
 _threads_encoding = 0
 
 
@@ -43,12 +45,13 @@ class TextEncoder:
     one with more entries than options.vocab_size.
     """
 
-    def __init__(self, options: ReadOptions, path: Path | None = None) -> None:
+    def __init__(self, options: ReadOptions, path: Place | None = None) -> None:
         self._prefix = "" if path is None else f"{path}: "
         if options.tokenizer is None:
             raise ValueError(f"{self._prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json")
         self._path = options.tokenizer
-        self._tokenizer = _load(options.tokenizer, Stamp.of(options.tokenizer))
+        with _loading:
+            self._tokenizer = _load(options.tokenizer, Stamp.of(options.tokenizer))
         self._special_tokens = options.policy.special_tokens
         self._shifted = options.policy.targets == "shifted"
         entries = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -100,7 +103,7 @@ class TextEncoder:
         return Batch(tokens, is_target)
 
 
-def text_of_token(path: Path) -> Callable[[int], str]:
+def text_of_token(path: Place) -> Callable[[int], str]:
     """What gives the text of an id by a tokenizer's file.
 
     Raises ValueError for a file that is damaged or none of them, and later for an id that it refuses.
@@ -138,11 +141,11 @@ def _errors_told_as(message: str) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: Path, stamp: Stamp) -> Any:
+def _load(path: Place, stamp: Stamp) -> Any:
     # By its stamp, so that a file which was replaced is loaded again.
     tokenizers = require("tokenizers", "corpus")
     with _errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     # The file may ask for these.
     tokenizer.no_truncation()
     tokenizer.no_padding()
