@@ -23,12 +23,12 @@ def test_snippets_run(tmp_path, monkeypatch):
 
 def test_snippets_of_corpora_run(tmp_path, monkeypatch):
     page = (README.parent / "docs" / "corpora.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.bin").write_bytes(bytes([1, 0, 7, 0, 7, 0]))
     namespace = {}
-    exec(compile(snippet, "corpora.md", "exec"), namespace)
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet, "corpora.md", "exec"), namespace)
     assert namespace["loss_fn"].frequency.counts[:8].tolist() == [0, 0, 0, 0, 0, 0, 0, 2]
 
 

@@ -58,8 +58,10 @@ def open_sources(
 ) -> list[Source]:
     """The sources of everything named, in order, each file once.
 
-    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line;
-    all of them on disk or as URLs. output: a file that is none of them if it is empty.
+    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
+    Each is a path or a URL.
+
+    output: a file that is none of them if it is empty.
     Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
     try:
@@ -149,8 +151,9 @@ def _expand(
 ) -> Iterator[Place]:
     """The files and folders that a name stands for.
 
-    left_out: takes the index maps among them, which only a name of their own with a format opens; stores: those that
-    URLs are in; lists: the .list files that it stands in.
+    left_out: takes the index maps among them, which only a name of their own with a format opens.
+
+    stores: those that URLs are in. lists: the .list files that it stands in.
     """
     path = place("data", name, stores)
     if isinstance(path, RemotePath) and "*" in name:
@@ -233,13 +236,18 @@ def _if_data(path: Place, among: Container[str], left_out: list[Place]) -> Itera
     """A file that nobody named, unless it is known to hold no tokens of its own. among: what is found with it."""
     if is_index_map(path):
         left_out.append(path)
-    elif not _is_companion(path, among) and not _is_lock(path):
+    elif not _is_companion(path, among) and not _is_lock(path) and not _is_card(path):
         yield path
 
 
 def _is_lock(path: Place) -> bool:
     """Whether a file is what keeps two processes out of each other's way, as Hugging Face's cache has them."""
     return path.suffix == ".lock" and path.is_file() and not Stamp.of(path).size
+
+
+def _is_card(path: Place) -> bool:
+    """Whether a file is what every repository at Hugging Face says of itself."""
+    return isinstance(path, RemotePath) and path.protocol == "hf" and path.name in ("README.md", "dataset_infos.json")
 
 
 def _warn_of_left_out(paths: Sequence[Place]) -> None:

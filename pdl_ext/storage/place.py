@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from pdl_ext._checks import check_path
 from pdl_ext.storage.ranges import RangedFile
-from pdl_ext.storage.store import Store, file_system
+from pdl_ext.storage.store import EDGE_BYTES, Store, file_system
 
 __all__ = [
     "Place",
@@ -32,7 +32,6 @@ __all__ = [
 
 # Not a single letter, as which Windows has its drives.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_BUFFER_BYTES = 2**18
 
 
 class RemotePath:
@@ -60,6 +59,11 @@ class RemotePath:
 
     def __lt__(self, other: RemotePath) -> bool:
         return self.address < other.address
+
+    @property
+    def protocol(self) -> str:
+        """What the URL begins with, before "://"."""
+        return self._store.protocol
 
     @property
     def address(self) -> str:
@@ -143,7 +147,7 @@ class RemotePath:
         """To read bytes alone."""
         if mode != "rb":
             raise ValueError(f"mode: got {mode!r}, expected 'rb'")
-        return io.BufferedReader(self.ranges(), _BUFFER_BYTES)
+        return io.BufferedReader(self.ranges(), EDGE_BYTES)
 
     def ranges(self) -> RangedFile:
         """An unbuffered file, which reads by position and ahead."""

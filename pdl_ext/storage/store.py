@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import errno
 import functools
 import random
 import re
@@ -67,8 +68,9 @@ def _without_credentials(url: re.Match[str]) -> str:
 class Store:
     """A file system of fsspec's, and what of it is known.
 
-    An object is told by its key: its name as the file system itself has it, for http the URL. keeps: whether what was
-    seen of objects holds for as long as this object lives, as for a corpus, which is listed once.
+    An object is told by its key: its name as the file system itself has it, for http the URL.
+
+    keeps: whether what was seen of objects holds while this object lives. So a corpus is listed once.
 
     Methods raise OSError, whose text has no credentials in it.
     """
@@ -119,11 +121,11 @@ class Store:
         if info is None or not any(info.get(name) for name in _DIGESTS):
             info = self._asked(key)
         if info is None:
-            raise FileNotFoundError(2, "No such object")
+            raise FileNotFoundError(errno.ENOENT, "No such object")
         if info.get("type") == "directory":
-            raise IsADirectoryError(21, "Is a folder")
+            raise IsADirectoryError(errno.EISDIR, "Is a folder")
         if not isinstance(info.get("size"), int):
-            raise OSError(5, "its server tells no size")
+            raise OSError(errno.EIO, "its server tells no size")
         name = next((name for name in (*_DIGESTS, *_OTHERS) if info.get(name)), None)
         return info["size"], "" if name is None else f"{name} {info[name]}"
 
@@ -173,6 +175,9 @@ class Store:
 
     def write(self, key: str, content: bytes) -> None:
         """Puts an object, which appears whole or not at all."""
+        if self.is_http:
+            # Some answer as if they had.
+            raise OSError(errno.EROFS, "A web server takes no files")
         self._call("pipe_file", key, content)
 
     def delete(self, key: str) -> None:
@@ -227,7 +232,7 @@ class Store:
 
         content = await _tried(once)
         if len(content) > stop - start:
-            raise OSError(5, f"got {len(content)} bytes for {stop - start}: its server gives no ranges of a file")
+            raise OSError(errno.EIO, f"got {len(content)} bytes for {stop - start}: its server gives no ranges of a file")
         return content
 
     def _call(self, name: str, *arguments: Any, limited: bool = True, **options: Any) -> Any:
@@ -319,7 +324,7 @@ def _told(error: Exception) -> OSError:
     reason = text if isinstance(error, EOFError) else f"{type(error).__name__}: {text}"
     is_missing = isinstance(error, (FileNotFoundError, NotADirectoryError)) and status is None
     if is_missing or status in (404, 410):
-        return FileNotFoundError(2, reason)
+        return FileNotFoundError(errno.ENOENT, reason)
     if status in (401, 403) or isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return PermissionError(13, f"{reason}; credentials are taken from the store's own configuration")
-    return OSError(5, reason)
+        return PermissionError(errno.EACCES, f"{reason}; credentials are taken from the store's own configuration")
+    return OSError(errno.EIO, reason)
