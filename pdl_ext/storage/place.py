@@ -121,15 +121,15 @@ class RemotePath:
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What matches in this folder."""
-        if self._store.keeps:
-            return (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
-        return iter(RemotePath(self._store, f"{glob.escape(self._path)}/{pattern}").matches())
+        with self._told():
+            keys = self._store.matches(self._path, pattern.split("/"))
+        return (RemotePath(self._store, key) for key in keys)
 
     def matches(self) -> list[RemotePath]:
         """What matches this path as a pattern, sorted."""
-        with self._told():
-            keys = self._store.glob(self._key)
-        return [RemotePath(self._store, key) for key in keys]
+        *parts, name = self._path.split("/")
+        first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        return list(RemotePath(self._store, "/".join(parts[:first])).glob("/".join([*parts[first:], name])))
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """The objects in this folder and those in it, by their names."""

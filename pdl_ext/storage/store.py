@@ -10,11 +10,13 @@ import asyncio
 import collections
 import concurrent.futures
 import errno
+import fnmatch
 import functools
+import glob
 import random
 import re
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from pdl_ext._optional import require
@@ -30,6 +32,7 @@ _SECONDS_A_TRY = 60.0
 # Of a file's beginning and end, which several readers look at before it is counted.
 EDGE_BYTES = 2**16
 _EDGES = 128
+_LISTED_AT_ONCE = 32
 # fsspec names the package of a store, but not always as pip does.
 _PACKAGES = {
     "s3": "s3fs",
@@ -130,7 +133,7 @@ class Store:
         return info["size"], "" if name is None else f"{name} {info[name]}"
 
     def children(self, folder: str) -> list[str]:
-        """What lies in a folder, sorted."""
+        """What lies in a folder, sorted; all below it is listed with it."""
         with self._lock:
             is_known = folder in self._children
         if not is_known:
@@ -142,18 +145,27 @@ class Store:
         """All objects in a folder and in those in it, sorted."""
         found = []
         for child in self.children(folder):
-            with self._lock:
-                is_folder = child in self._children
-            found += self.below(child) if is_folder else [child]
+            found += self.below(child) if self._is_folder(child) else [child]
         return found
 
-    def glob(self, pattern: str) -> list[str]:
-        """The objects and folders whose keys a pattern matches, sorted."""
-        found: dict[str, dict[str, Any]] = self._call("glob", pattern, detail=True, limited=False)
-        if self.keeps:
-            with self._lock:
-                self._infos.update({_key(name): info for name, info in found.items()})
-        return sorted(map(_key, found))
+    def matches(self, folder: str, pattern: list[str]) -> list[str]:
+        """The objects and folders below a folder that a pattern of names matches, as glob.glob has it."""
+        first, *rest = pattern
+        if first == "**":
+            # Which matches no folder, too.
+            found = self.matches(folder, rest) if rest else []
+            for child in self.children(folder):
+                if not child.rpartition("/")[2].startswith("."):
+                    found += [] if rest else [child]
+                    found += self.matches(child, pattern) if self._is_folder(child) else []
+            return sorted(set(found))
+        if glob.has_magic(first):
+            keys = [key for key in self._level(folder) if _is_match(key.rpartition("/")[2], first)]
+        else:
+            keys = [f"{folder}/{first}"]
+        if rest:
+            return [match for key in keys if self._is_folder(key) for match in self.matches(key, rest)]
+        return [key for key in keys if self.info(key) is not None]
 
     def fetch(self, key: str, start: int, stop: int) -> concurrent.futures.Future[bytes]:
         """The bytes [start, stop) of an object, once they are there; its result may raise OSError."""
@@ -184,22 +196,65 @@ class Store:
         """Deletes an object."""
         self._call("rm_file", key)
 
+    def _is_folder(self, key: str) -> bool:
+        info = self.info(key)
+        return info is not None and info.get("type") == "directory"
+
+    def _level(self, folder: str) -> list[str]:
+        """What lies in a folder, sorted, without what lies in those in it."""
+        with self._lock:
+            if folder in self._children:
+                return sorted(self._children[folder])
+        try:
+            found = self._result(self._submit(self._entries(folder)))
+        except FileNotFoundError:
+            return []
+        if self.keeps:
+            with self._lock:
+                self._infos.update(found)
+        return sorted(found)
+
     def _list(self, folder: str) -> None:
-        address = f"{folder}/" if self.is_http else folder
-        found: dict[str, dict[str, Any]] = self._call("find", address, detail=True, limited=False)
+        # Flat listings, which raise what goes wrong. Others leave a folder out that cannot be listed.
+        is_flat = self.protocol in ("s3", "s3a", "gs", "gcs", "hf")
+        found = self._result(self._submit(self._all_below(folder) if is_flat else self._walked(folder)))
         with self._lock:
             self._children.setdefault(folder, set())
-            for name, info in found.items():
-                key = _key(name)
-                # What is put into a store for a folder to be seen.
-                if info.get("type") == "directory" or name.endswith("/") or not key.startswith(f"{folder}/"):
-                    continue
-                self._infos[key] = {**info, "type": "file"}
+            for key, info in found.items():
+                self._infos[key] = info
                 while key != folder:
                     parent = key.rpartition("/")[0]
                     self._children.setdefault(parent, set()).add(key)
                     key = parent
             self._listed.append(folder)
+
+    async def _all_below(self, folder: str) -> dict[str, dict[str, Any]]:
+        await self._forget(None)
+        found = await _tried(functools.partial(self._coroutine, "find", folder, detail=True), limited=False)
+        return {key: info for key, info in _entries(folder, found.values()) if info["type"] != "directory"}
+
+    async def _walked(self, folder: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        folders = [folder]
+        while folders:
+            some, folders = folders[:_LISTED_AT_ONCE], folders[_LISTED_AT_ONCE:]
+            for entries in await asyncio.gather(*map(self._entries, some)):
+                folders += [key for key, info in entries.items() if info["type"] == "directory"]
+                found |= {key: info for key, info in entries.items() if info["type"] != "directory"}
+        return found
+
+    async def _entries(self, folder: str) -> dict[str, dict[str, Any]]:
+        await self._forget(folder)
+        address = f"{folder}/" if self.is_http else folder
+        found = await _tried(functools.partial(self._coroutine, "ls", address, detail=True), limited=False)
+        return dict(_entries(folder, found))
+
+    async def _forget(self, key: str | None) -> None:
+        """Of what the file system has listed before. That of Hugging Face's may ask its server for it."""
+        if self._fs.async_impl:
+            self._fs.invalidate_cache(key)
+        else:
+            await self._coroutine("invalidate_cache", key)
 
     def _asked(self, key: str) -> dict[str, Any] | None:
         try:
@@ -208,11 +263,7 @@ class Store:
             return None
 
     async def _info_now(self, key: str) -> Any:
-        # File systems have answers from when they listed a folder.
-        if self._fs.async_impl:
-            self._fs.invalidate_cache(key)
-        else:
-            await self._coroutine("invalidate_cache", key)
+        await self._forget(key)
         try:
             return await self._coroutine("info", key)
         except FileNotFoundError as error:
@@ -232,12 +283,11 @@ class Store:
 
         content = await _tried(once)
         if len(content) > stop - start:
-            raise OSError(errno.EIO, f"got {len(content)} bytes for {stop - start}: its server gives no ranges of a file")
+            raise OSError(errno.EIO, f"got {len(content)} bytes for {stop - start}: its server gives no ranges")
         return content
 
-    def _call(self, name: str, *arguments: Any, limited: bool = True, **options: Any) -> Any:
-        call = functools.partial(self._coroutine, name, *arguments, **options)
-        return self._result(self._submit(_tried(call, limited=limited)))
+    def _call(self, name: str, *arguments: Any) -> None:
+        self._result(self._submit(_tried(functools.partial(self._coroutine, name, *arguments))))
 
     def _coroutine(self, name: str, *arguments: Any, **options: Any) -> Awaitable[Any]:
         """A method of the file system, in fsspec's own loop."""
@@ -287,6 +337,20 @@ def file_system(url: str) -> tuple[Any, str, str]:
 
 def _key(name: str) -> str:
     return name.rstrip("/")
+
+
+def _entries(folder: str, listed: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a listing has below a folder: keys, and what is known of them."""
+    for info in listed:
+        key = _key(info["name"])
+        # What is put into a store for a folder to be seen is none.
+        is_mark = info["name"].endswith("/") and info.get("type") != "directory"
+        if key.startswith(f"{folder}/") and not is_mark:
+            yield key, info
+
+
+def _is_match(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) and name.startswith(".") <= pattern.startswith(".")
 
 
 async def _tried(call: Callable[[], Awaitable[T]], *, limited: bool = True) -> T:
