@@ -24,6 +24,7 @@ __all__ = [
     "address",
     "beside",
     "is_file",
+    "is_folder",
     "is_there",
     "on_disk",
     "place",
@@ -229,6 +230,11 @@ def is_url(name: str) -> bool:
 def is_file(path: Place) -> bool:
     """Whether a file is there; of a name that none can have, it is not."""
     return path.is_file() if isinstance(path, RemotePath) else os.path.isfile(path)
+
+
+def is_folder(path: Place) -> bool:
+    """Whether a folder is there; of a name that none can have, it is not."""
+    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
 
 
 def is_there(path: Place) -> bool:

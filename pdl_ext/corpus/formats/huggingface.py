@@ -20,7 +20,7 @@ from pdl_ext.corpus.reading.arrow_stream import StreamSource, read_stream
 from pdl_ext.corpus.reading.columns import Rows
 from pdl_ext.corpus.reading.listing import listed_file, read_json
 from pdl_ext.corpus.source import Format, ReadOptions, Source
-from pdl_ext.storage.place import Place
+from pdl_ext.storage.place import Place, is_folder
 
 __all__ = ["FORMAT"]
 
@@ -58,7 +58,7 @@ def _only_split(folder: Place) -> Place:
             f"{folder}: holds the splits {', '.join(splits)}, expected one: name the folder of the one that is trained "
             f"on, as {folder / splits[0]}"
         )
-    if not (folder / splits[0]).is_dir():
+    if not is_folder(folder / splits[0]):
         raise ValueError(f"{folder / splits[0]}: is no folder, which {_SPLITS} lists")
     return folder / splits[0]
 

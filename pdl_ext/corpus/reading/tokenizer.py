@@ -14,7 +14,7 @@ import numpy as np
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import Batch, ReadOptions, Stamp
-from pdl_ext.storage.place import Place
+from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "text_of_token"]
 
@@ -145,7 +145,10 @@ def _load(path: Place, stamp: Stamp) -> Any:
     # By its stamp, so that a file which was replaced is loaded again.
     tokenizers = require("tokenizers", "corpus")
     with _errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
-        tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        if isinstance(path, RemotePath):
+            tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        else:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
     # The file may ask for these.
     tokenizer.no_truncation()
     tokenizer.no_padding()
