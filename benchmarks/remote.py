@@ -67,6 +67,9 @@ def serve(file: Path, latency: float, rate: float) -> None:
 
         def answer(self, start: int, stop: int, body: bool) -> None:
             time.sleep(latency)
+            if not self.path.endswith(f"/{file.name}"):
+                self.send_error(404)
+                return
             self.send_response(200 if stop - start == size else 206)
             self.send_header("Content-Length", str(stop - start))
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
@@ -132,9 +135,10 @@ def main() -> None:
             command = [sys.executable, __file__, "--serve", str(file), str(latency), str(rate)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
                 assert server.stdout is not None
-                port = int(server.stdout.readline())
-                row(f"s3://bucket/{file.name}", latency, rate, threads, port)
-                server.kill()
+                try:
+                    row(f"s3://bucket/{file.name}", latency, rate, threads, int(server.stdout.readline()))
+                finally:
+                    server.kill()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.server
 import importlib
 import io
+import json
 import re
 import shutil
+import threading
+import urllib.parse
 from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 import fresh_python
 import numpy as np
@@ -217,6 +223,18 @@ def test_a_store_without_its_package_or_credentials(s3, key, monkeypatch):
         count_corpus(["gs://bucket/a.bin"], V)
     with pytest.raises(ValueError, match=r"^foo://bucket: cannot be opened \(ValueError: Protocol not known: foo\)"):
         count_corpus(["foo://me:hush@bucket"], V)
+
+
+def test_missing_credentials_are_told_at_once():
+    tried = []
+
+    async def once():
+        tried.append(1)
+        raise importlib.import_module("botocore.exceptions").NoCredentialsError
+
+    with pytest.raises(PermissionError, match=r"Unable to locate credentials; credentials are taken from the store's"):
+        asyncio.run(store._tried(once))
+    assert len(tried) == 1
 
 
 # How it is read.
@@ -470,3 +488,70 @@ def test_damaged_files_are_told_as_they_are_on_disk(memory, tmp_path):
         on_disk = outcome(str(path.parent), str(path.parent), tokenizer)
         assert outcome(f"memory:/{remote}", f"memory:/{remote}", tokenizer) == on_disk, path
         path.write_bytes(whole)
+
+
+# Hugging Face.
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Answers for one repository, as far as reading goes."""
+
+    FILES: ClassVar = {"README.md": b"# A card", "data/a.bin": bytes(range(200)), "data/sub/b.bin": b"\1\0" * 50}
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        folder = re.fullmatch(r"/api/datasets/some/set/tree/main/?(.*)", path)
+        file = re.fullmatch(r"/datasets/some/set/resolve/main/(.*)", path)
+        if path == "/api/datasets/some/set":
+            self.answer(json.dumps({"id": "some/set", "sha": "0" * 40, "siblings": []}).encode())
+        elif folder:
+            self.answer(json.dumps(self.entries(folder[1], "recursive=true" in self.path)).encode())
+        elif file and file[1] in self.FILES:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            self.answer(self.FILES[file[1]][first : last + 1], 206)
+        else:
+            self.answer(b"{}", 404)
+
+    def entries(self, folder: str, recursive: bool) -> list[dict[str, object]]:
+        found = {}
+        for name, content in self.FILES.items():
+            parts = Path(name).relative_to(folder).parts if Path(name).is_relative_to(folder) else ()
+            for depth in range(1, len(parts) + 1 if recursive else min(2, len(parts) + 1)):
+                kind = "file" if depth == len(parts) else "directory"
+                path = str(Path(folder, *parts[:depth]))
+                found[path] = {"type": kind, "oid": "1", "size": len(content) if kind == "file" else 0, "path": path}
+        return list(found.values())
+
+    def answer(self, content: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed: pip install 'pdl_ext[demo]'")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": f"http://127.0.0.1:{server.server_port}"})
+        yield
+        server.shutdown()
+
+
+def test_a_repository_of_hugging_face(hub):
+    for name, files in [
+        ("hf://datasets/some/set", ["data/a.bin", "data/sub/b.bin"]),
+        ("hf://datasets/some/set/data/*.bin", ["data/a.bin"]),
+        ("hf://datasets/some/set/data/sub/b.bin", ["data/sub/b.bin"]),
+    ]:
+        frequency = count_corpus([name], 2**16, dtype="uint16")
+        tokens = np.concatenate([np.frombuffer(Hub.FILES[file], "<u2") for file in files])
+        assert torch.equal(frequency.counts, torch.from_numpy(np.bincount(tokens, minlength=2**16)))
+        shards = [shard.name for shard in frequency.provenance.shards]
+        assert shards == [f"hf://datasets/some/set/{file}" for file in files]
+    with pytest.raises(ValueError, match="data: got hf://datasets/some/other, expected a file, a folder or a pattern"):
+        count_corpus(["hf://datasets/some/other"], 2**16, dtype="uint16")
