@@ -50,6 +50,7 @@ _THREADS_OF_A_STORE = 8
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
+_SECONDS_FOR_A_STORE = 10.0
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ class _Count:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped_at = 0.0
+        # A store may answer never, and what is under way counts for nothing.
+        self._patience = _SECONDS_FOR_A_STORE if any(source.is_remote for source, _ in parts) else None
         self._error: BaseException | None = None
         sizes = [part.size for _, part in parts]
         self._bytes_before = sum(size for size, done in zip(sizes, state.finished.tolist(), strict=True) if done)
@@ -265,7 +268,7 @@ class _Count:
             for worker in self._workers:
                 # An interruption may come before the last of them is started.
                 if worker.ident is not None:
-                    worker.done.wait()
+                    worker.done.wait(self._patience)
             # All of this process' share, if it came so far: whatever happens to another rank, that is done.
             if self._checkpoint is not None:
                 self._save()

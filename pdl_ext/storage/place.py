@@ -238,8 +238,14 @@ def is_folder(path: Place) -> bool:
 
 
 def is_there(path: Place) -> bool:
-    """Whether anything is there, also a link to what is not."""
-    return path.exists() if isinstance(path, RemotePath) else os.path.lexists(path)
+    """Whether anything is there now, also a link to what is not."""
+    if not isinstance(path, RemotePath):
+        return os.path.lexists(path)
+    try:
+        path.version(fresh=True)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def beside(path: Place, name: str) -> str:

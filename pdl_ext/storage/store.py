@@ -273,8 +273,13 @@ class Store:
             raise
 
     async def _fetched(self, key: str, start: int, stop: int) -> bytes:
+        options: dict[str, Any] = {}
+        if self.is_http:
+            # Servers that compress what they send have no ranges of it.
+            options["headers"] = {**self._fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+
         async def once() -> bytes:
-            content: bytes = await self._coroutine("cat_file", key, start=start, end=stop)
+            content: bytes = await self._coroutine("cat_file", key, start=start, end=stop, **options)
             if len(content) < stop - start:
                 raise EOFError(
                     f"ends at byte {start + len(content)}, expected {stop - start - len(content)} bytes more"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pdl_ext.storage.place import Place, RemotePath
 
-__all__ = ["OpenFile", "opened", "read_array", "read_at", "read_head"]
+__all__ = ["OpenFile", "opened", "read_array", "read_at", "read_head", "read_numbers"]
 
 
 class OpenFile(Protocol):
@@ -70,12 +70,17 @@ def read_at(file: OpenFile, buffer: NDArray[Any], offset: int, path: Place) -> N
         done += got
 
 
-def read_array(path: Place, dtype: str, offset: int, count: int) -> NDArray[Any]:
-    """`count` numbers of a file from a byte offset on. Raises ValueError that names the file if it is too short."""
+def read_numbers(file: OpenFile, dtype: str, offset: int, count: int, path: Place) -> NDArray[Any]:
+    """`count` numbers of a file from a byte offset on. Raises ValueError that names a file that is too short."""
     numbers = np.empty(count, dtype)
-    with opened(path) as file:
-        read_at(file, numbers, offset, path)
+    read_at(file, numbers, offset, path)
     return numbers
+
+
+def read_array(path: Place, dtype: str, offset: int, count: int) -> NDArray[Any]:
+    """What `read_numbers` gives of a file that is opened for it."""
+    with opened(path) as file:
+        return read_numbers(file, dtype, offset, count, path)
 
 
 def read_head(path: Place, size: int) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import opened, read_at
+from pdl_ext.corpus.reading.access import opened, read_at, read_numbers
 from pdl_ext.corpus.reading.width import BLOCK_BYTES, block_starts, doubt_of_width
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, as_countable, check_stated_dtype, token_dtype
 from pdl_ext.storage.place import Place
@@ -162,9 +162,9 @@ class AscendingNumbers:
         with opened(self._path) as file:
             file.read_ahead(self._first_byte + start * itemsize, self._first_byte + stop * itemsize)
             for block in range(start, stop, per_block):
-                numbers = np.empty(min(per_block, stop - block), self._dtype)
-                read_at(file, numbers, self._first_byte + block * itemsize, self._path)
-                yield block, numbers.astype(np.int64)
+                count = min(per_block, stop - block)
+                offset = self._first_byte + block * itemsize
+                yield block, read_numbers(file, self._dtype, offset, count, self._path).astype(np.int64)
 
     def between(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """The numbers in [low, high), as pairs of a position and those from there on, none of which is empty."""
