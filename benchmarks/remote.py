@@ -29,11 +29,11 @@ COUNT = """
 import json, re, sys, time
 from pathlib import Path
 from pdl_ext.corpus import count_corpus
-begin = time.perf_counter()
+begin, processor = time.perf_counter(), time.process_time()
 count_corpus([sys.argv[1]], int(sys.argv[2]), dtype="uint16", threads=int(sys.argv[3]))
 seconds = time.perf_counter() - begin
 status = dict(re.findall(r"(VmHWM|RssFile):\\s*(\\d+) kB", Path("/proc/self/status").read_text()))
-print(json.dumps([seconds, (int(status["VmHWM"]) - int(status["RssFile"])) / 1024]))
+print(json.dumps([seconds, time.process_time() - processor, (int(status["VmHWM"]) - int(status["RssFile"])) / 1024]))
 """
 
 
@@ -95,13 +95,13 @@ def serve(file: Path, latency: float, rate: float) -> None:
     server.serve_forever()
 
 
-def measured(name: str, threads: int, port: int | None = None) -> tuple[float, float]:
-    """Seconds and mebibytes of a count in a process of its own."""
+def measured(name: str, threads: int, port: int | None = None) -> list[float]:
+    """Seconds, processor seconds and mebibytes of a count in a process of its own."""
     environment = {**os.environ, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "none", "AWS_REGION": "us-east-1"}
     environment |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_EC2_METADATA_DISABLED": "true"}
     command = [sys.executable, "-c", COUNT, name, str(VOCAB_SIZE), str(threads)]
-    seconds, peak = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-    return seconds, peak
+    found: list[float] = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    return found
 
 
 def main() -> None:
@@ -113,16 +113,17 @@ def main() -> None:
         file, latency, rate = options.serve
         serve(Path(file), float(latency), float(rate))
         return
-    print("| from | latency | a connection | threads | MB/s | peak MiB |\n|---|---|---|---|---|---|")
+    print(
+        "| from | latency | a connection | threads | MB/s | processor s/GB | peak MiB |\n|---|---|---|---|---|---|---|"
+    )
 
     def row(name: str, latency: float, rate: float, threads: int, port: int | None) -> None:
-        seconds, peak = measured(name, threads, port)
+        seconds, processor, peak = measured(name, threads, port)
+        gigabytes = options.mebibytes * 2**20 / 1e9
         connection = f"{rate / 1e6:.0f} MB/s" if rate else "free"
-        where = name.partition(":")[0] if port else "disk, cached"
-        speed = options.mebibytes * 2**20 / seconds / 1e6
-        print(
-            f"| {where} | {1000 * latency:.0f} ms | {connection} | {threads} | {speed:,.0f} | {peak:,.0f} |", flush=True
-        )
+        case = f"| {'s3' if port else 'disk, cached'} | {1000 * latency:.0f} ms | {connection} | {threads} "
+        found = f"| {1000 * gigabytes / seconds:,.0f} | {processor / gigabytes:.2f} | {peak:,.0f} |"
+        print(case + found, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "ids.bin"

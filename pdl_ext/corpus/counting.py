@@ -137,7 +137,7 @@ def count_corpus(
     if threads is None:
         # Of a store's many small files, a thread has one at a time.
         threads = max(_processors(), _THREADS_OF_A_STORE) if at_once else _processors()
-    provenance = _provenance(sources, options)
+    provenance = _provenance(sources, options, at_once)
     if not allow_overlap:
         check_distinct(provenance.shards)
     if output is not None:
@@ -185,9 +185,8 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
+def _provenance(sources: list[Source], options: ReadOptions, at_once: bool) -> Provenance:
     try:
-        at_once = any(source.is_remote for source in sources)
         digests = in_order(shard_digest, [source.path for source in sources], at_once=at_once)
         shards = tuple(
             Shard(str(source.path), source.size, digest, source.format, source.dtype)

@@ -122,8 +122,11 @@ class RemotePath:
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What matches in this folder."""
-        with self._told():
-            keys = self._store.matches(self._path, pattern.split("/"))
+        try:
+            with self._told():
+                keys = self._store.matches(self._path, pattern.split("/"))
+        except FileNotFoundError:
+            keys = []
         return (RemotePath(self._store, key) for key in keys)
 
     def matches(self) -> list[RemotePath]:

@@ -47,6 +47,8 @@ _PACKAGES = {
 # the object itself; times may be rounded in one of the two.
 _DIGESTS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "xet_hash")
 _OTHERS = ("Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
+# Marks what an object has told itself.
+_ASKED = "asked by pdl_ext"
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError)
 # Of the statuses from 400 to 499, those that pass.
 _PASSING = (408, 425, 429)
@@ -120,9 +122,12 @@ class Store:
 
         Raises OSError also if it is not there, or its server tells no size.
         """
-        info = None if fresh else self.info(key)
-        if info is None or not any(info.get(name) for name in _DIGESTS):
+        info = self._asked(key) if fresh else self.info(key)
+        if info is not None and not info.get(_ASKED) and not any(info.get(name) for name in _DIGESTS):
             info = self._asked(key)
+            if self.keeps:
+                with self._lock:
+                    self._infos[key] = info
         if info is None:
             raise FileNotFoundError(errno.ENOENT, "No such object")
         if info.get("type") == "directory":
@@ -258,9 +263,10 @@ class Store:
 
     def _asked(self, key: str) -> dict[str, Any] | None:
         try:
-            return dict(self._result(self._submit(_tried(functools.partial(self._info_now, key)))))
+            info = self._result(self._submit(_tried(functools.partial(self._info_now, key))))
         except FileNotFoundError:
             return None
+        return {**info, _ASKED: True}
 
     async def _info_now(self, key: str) -> Any:
         await self._forget(key)
@@ -348,9 +354,10 @@ def _entries(folder: str, listed: Iterable[dict[str, Any]]) -> Iterator[tuple[st
     """What a listing has below a folder: keys, and what is known of them."""
     for info in listed:
         key = _key(info["name"])
-        # What is put into a store for a folder to be seen is none.
+        name = key.removeprefix(f"{folder}/")
+        # Not what is put into a store for a folder to be seen, and no links of a page to itself in another order.
         is_mark = info["name"].endswith("/") and info.get("type") != "directory"
-        if key.startswith(f"{folder}/") and not is_mark:
+        if name != key and not is_mark and not name.startswith(("?", "#")):
             yield key, info
 
 

@@ -101,7 +101,7 @@ class Faults:
         below = {name.removeprefix(prefix).partition("/")[0:2] for name in names if name.startswith(prefix)}
         links = "".join(f'<a href="{"".join(parts)}">{parts[0]}</a>' for parts in sorted(below))
         start_response("200 OK", [("Content-Type", "text/html")])
-        return [f"<html>{links}</html>".encode()]
+        return [f'<html><a href="?C=N;O=D">by name</a>{links}</html>'.encode()]
 
 
 class Quiet(WSGIRequestHandler):

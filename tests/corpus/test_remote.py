@@ -97,8 +97,9 @@ def test_a_folder_a_pattern_a_list_and_a_file_of_a_store(s3, key, tmp_path):
     assert counted(f"{url}/b/c.bin") == {1: 10}
     with pytest.warns(UserWarning, match=rf"{url}/b/h_doc_idx\.npy: is a trainer's own"):
         assert counted(f"{url}/b/") == {1: 10, 2: 100}
-    with pytest.raises(ValueError, match=rf"data: got {url}/none, expected a file, a folder or a pattern"):
-        counted(f"{url}/none")
+    for name in (f"{url}/none", f"{url}/none/*.bin", "memory://none/**/*.bin"):
+        with pytest.raises(ValueError, match=rf"data: got {re.escape(name)}, expected a file, a folder or a pattern"):
+            counted(name)
 
 
 def test_a_folder_of_a_web_server(s3, key):
