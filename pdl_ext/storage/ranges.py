@@ -102,7 +102,10 @@ class RangedFile(io.RawIOBase):
 
     def read_ahead(self, start: int, stop: int) -> None:
         """Fetches the bytes [start, stop), which will be read one after the other, as far ahead as may be."""
-        stream = _Stream(start, min(stop, self._size), _RANGE_BYTES * _MOST_AHEAD)
+        stop = min(stop, self._size)
+        if self._store.keeps and stop <= EDGE_BYTES:
+            return
+        stream = _Stream(start, stop, _RANGE_BYTES * _MOST_AHEAD)
         self._keep(stream)
         self._fetch_ahead(stream, start, start)
 

@@ -31,7 +31,7 @@ _FIRST_PAUSE = 0.1
 _SECONDS_A_TRY = 60.0
 # Of a file's beginning and end, which several readers look at before it is counted.
 EDGE_BYTES = 2**16
-_EDGES = 128
+_EDGES_BYTES = 2**24
 _LISTED_AT_ONCE = 32
 # fsspec names the package of a store, but not always as pip does.
 _PACKAGES = {
@@ -43,8 +43,7 @@ _PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
 }
-# By which of its properties an object is told from what was there before. Of the first ones a listing tells the same as
-# the object itself; times may be rounded in one of the two.
+# By which of its properties an object is told from what was there before. Those that listings tell, and then others.
 _DIGESTS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "xet_hash")
 _OTHERS = ("Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
 # Marks what an object has told itself.
@@ -89,10 +88,19 @@ class Store:
         self._children: dict[str, set[str]] = {}
         self._listed: list[str] = []
         self._edges: collections.OrderedDict[tuple[str, int], bytes] = collections.OrderedDict()
+        self._edges_bytes = 0
 
     @property
     def is_http(self) -> bool:
         return self.protocol in ("http", "https")
+
+    @property
+    def _is_flat(self) -> bool:
+        """Whether all below a folder is listed at once, with what objects tell themselves, and what fails is raised.
+
+        Elsewhere fsspec leaves out what it cannot list.
+        """
+        return self.protocol in ("s3", "s3a", "gs", "gcs", "hf")
 
     def note_folder(self, key: str) -> None:
         """Takes a key for that of a folder, which a server tells from a page by the slash at its end alone."""
@@ -123,7 +131,8 @@ class Store:
         Raises OSError also if it is not there, or its server tells no size.
         """
         info = self._asked(key) if fresh else self.info(key)
-        if info is not None and not info.get(_ASKED) and not any(info.get(name) for name in _DIGESTS):
+        is_told = self._is_flat and info is not None and any(info.get(name) for name in _DIGESTS)
+        if info is not None and not info.get(_ASKED) and not is_told:
             info = self._asked(key)
             if self.keeps:
                 with self._lock:
@@ -185,9 +194,11 @@ class Store:
         found = self._result(self.fetch(key, start, stop))
         if self.keeps:
             with self._lock:
-                self._edges[key, start] = found
-                while len(self._edges) > _EDGES:
-                    self._edges.popitem(last=False)
+                if (key, start) not in self._edges:
+                    self._edges[key, start] = found
+                    self._edges_bytes += len(found)
+                while self._edges_bytes > _EDGES_BYTES:
+                    self._edges_bytes -= len(self._edges.popitem(last=False)[1])
         return found
 
     def write(self, key: str, content: bytes) -> None:
@@ -220,9 +231,7 @@ class Store:
         return sorted(found)
 
     def _list(self, folder: str) -> None:
-        # Flat listings, which raise what goes wrong. Others leave a folder out that cannot be listed.
-        is_flat = self.protocol in ("s3", "s3a", "gs", "gcs", "hf")
-        found = self._result(self._submit(self._all_below(folder) if is_flat else self._walked(folder)))
+        found = self._result(self._submit(self._all_below(folder) if self._is_flat else self._walked(folder)))
         with self._lock:
             self._children.setdefault(folder, set())
             for key, info in found.items():

@@ -263,7 +263,10 @@ def test_many_small_files_are_read_at_once(s3, key):
         s3.put(f"{key}/{number}.bin", tokens_of(500 + number).tobytes())
     s3.faults(latency=0.05)
     assert count_corpus([s3.url(key)], V, dtype="uint16").total == sum(range(500, 560))
-    assert s3.faults()["at_once"] > 8
+    seen = s3.faults()
+    assert seen["at_once"] > 8
+    # Each once, for all that looks at it.
+    assert len(seen["ranges"]) == 60
 
 
 class Bytes:
