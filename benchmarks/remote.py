@@ -24,7 +24,7 @@ import numpy as np
 VOCAB_SIZE = 50257
 PACE_BYTES = 2**18
 # Latency in seconds, bytes a second and connection (0: as many as there are), threads.
-CASES = ((0, 0, 2), (0, 0, 8), (0.05, 0, 2), (0.05, 0, 8), (0.05, 1e8, 1), (0.05, 1e8, 2), (0.05, 1e8, 8))
+CASES = ((0, 0, 2), (0, 0, 4), (0.05, 0, 2), (0.05, 0, 4), (0.05, 1e8, 1), (0.05, 1e8, 2), (0.05, 1e8, 4))
 COUNT = """
 import json, re, sys, time
 from pathlib import Path

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,8 @@ from pdl_ext._checks import (
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
-from pdl_ext.corpus.reading.at_once import in_order
-from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source, Stamp
+from pdl_ext.corpus.reading.at_once import begun, in_order
+from pdl_ext.corpus.source import TOKEN_DTYPES, Batch, Part, ReadOptions, Source, Stamp
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
@@ -46,7 +46,7 @@ __all__ = ["Progress", "count_corpus"]
 PART_BYTES = 2**26
 _LEAST_PART_BYTES = 2**22
 _PARTS = 64
-_THREADS_OF_A_STORE = 8
+_THREADS_OF_A_STORE = 4
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
@@ -97,7 +97,7 @@ def count_corpus(
             read as; otherwise the one is counted as out of range and the other is warned of.
         allow_overlap: files with the same content are each counted; otherwise an error, or of files below 1,024 bytes
             a warning.
-        threads: as many as there are processors if None, and 8 or more of them for data in a store.
+        threads: as many as there are processors if None, and 4 or more of them for data in a store.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
@@ -135,7 +135,7 @@ def count_corpus(
     sources = open_sources(data, format, options, output)
     at_once = any(source.is_remote for source in sources)
     if threads is None:
-        # Of a store's many small files, a thread has one at a time.
+        # Of a store's many small files, a thread has two at a time.
         threads = max(_processors(), _THREADS_OF_A_STORE) if at_once else _processors()
     provenance = _provenance(sources, options, at_once)
     if not allow_overlap:
@@ -231,8 +231,8 @@ class _Count:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped_at = 0.0
-        # A store may answer never, and what is under way counts for nothing.
-        self._patience = _SECONDS_FOR_A_STORE if any(source.is_remote for source, _ in parts) else None
+        self._left = len(todo)
+        self._is_remote = any(source.is_remote for source, _ in parts)
         self._error: BaseException | None = None
         sizes = [part.size for _, part in parts]
         self._bytes_before = sum(size for size, done in zip(sizes, state.finished.tolist(), strict=True) if done)
@@ -267,7 +267,8 @@ class _Count:
             for worker in self._workers:
                 # An interruption may come before the last of them is started.
                 if worker.ident is not None:
-                    worker.done.wait(self._patience)
+                    # A store may answer never, and what is under way counts for nothing.
+                    worker.done.wait(_SECONDS_FOR_A_STORE if self._is_remote else None)
             # All of this process' share, if it came so far: whatever happens to another rank, that is done.
             if self._checkpoint is not None:
                 self._save()
@@ -298,7 +299,16 @@ class _Count:
 
     def next(self) -> int | None:
         with self._lock:
+            self._left -= 1
             return None if self._stop.is_set() else next(self._todo, None)
+
+    def next_ahead(self) -> int | None:
+        """The part that a worker counts after the one that it has, if it is a store's, and others have enough to do."""
+        return self.next() if self._is_remote and self._left > len(self._workers) else None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
 
     def part(self, index: int) -> tuple[Source, Part]:
         return self._parts[index]
@@ -342,24 +352,37 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            while (index := self._count.next()) is not None:
-                if not self._count_part(index):
+            taken = self._take(self._count.next())
+            while taken is not None:
+                following = self._take(self._count.next_ahead())
+                if not self._count_part(*taken):
                     # What is in the table is no whole number of parts any more.
                     return
                 if time.monotonic() - self._merged >= _SECONDS_BETWEEN_MERGES:
                     self._merge()
+                taken = self._take(self._count.next()) if following is None else following
+                if self._count.is_stopped:
+                    break
             self._merge()
         except BaseException as error:
             self._count.fail(error)
         finally:
             self.done.set()
 
-    def _count_part(self, index: int) -> bool:
+    def _take(self, index: int | None) -> tuple[int, Iterator[Batch]] | None:
+        """A part with its batches, of which a store begins to answer for the first one."""
+        if index is None:
+            return None
+        source, part = self._count.part(index)
+        batches = source.batches(part)
+        return index, begun(batches) if source.is_remote else batches
+
+    def _count_part(self, index: int, batches: Iterator[Batch]) -> bool:
         """Whether the part was counted to its end."""
         source, part = self._count.part(index)
         if not source.is_remote:
             source.check_unchanged()
-        for batch in source.batches(part):
+        for batch in batches:
             if self._count.must_abandon:
                 return False
             try:
