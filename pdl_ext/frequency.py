@@ -316,6 +316,8 @@ class TokenFrequency(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes counts and provenance as a safetensors file with metadata; the file appears whole or not at all.
 
+        path: also a URL that fsspec takes.
+
         Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
         saved under: none is negative, with the ignored and the out of range they are as many as the tokens seen, and
         files have not given more than these.
@@ -339,7 +341,7 @@ class TokenFrequency(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
-        """Reads a file that `save` wrote, onto the CPU.
+        """Reads a file that `save` wrote, onto the CPU. path: also a URL.
 
         Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is no counts file.
         """
