@@ -18,7 +18,7 @@ __all__ = ["RangedFile"]
 _RANGE_BYTES = 2**22
 _MOST_AHEAD = 8
 # Over all files that are open, which bounds what is held in memory.
-_ALL_AHEAD = 32
+_ALL_AHEAD = 16
 # Windows into different places of one file, as columns have.
 _STREAMS = 4
 
