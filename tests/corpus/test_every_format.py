@@ -18,6 +18,7 @@ from test_arrow import write as write_arrow
 from test_huggingface import save as save_dataset
 from test_mds import write as write_mds
 from test_mds import write_tokens as write_mds_tokens
+from test_packed_shards import pack_litdata, pack_mds
 from test_parquet import write as write_parquet
 from test_text import compress
 
@@ -174,6 +175,12 @@ IDS = {
     "datatrove": (write_datatrove, {"dtype": "uint16"}, True),
     "litdata": (write_litdata, {}, True),
     "mds": (lambda folder, rows: write_mds_tokens(folder / "mds", rows), {"dtype": "uint16"}, True),
+    "mds in zstd": (
+        lambda folder, rows: pack_mds(write_mds_tokens(folder / "mds", rows)),
+        {"dtype": "uint16"},
+        True,
+    ),
+    "litdata in zstd": (lambda folder, rows: pack_litdata(write_litdata(folder, rows)), {}, True),
     "arrow file": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "file", 1000), {}, True),
     "arrow stream": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 1000), {}, True),
     "npz": (write_npz, {}, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
 import http.server
 import importlib
 import io
@@ -18,6 +19,7 @@ from typing import ClassVar
 import fresh_python
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from flat_files import write_datatrove, write_llmc, write_megatron, write_npy, write_raw
 from s3 import BUCKET, SECRET, started
@@ -26,6 +28,7 @@ from safetensors import safe_open
 from pdl_ext import TokenFrequency
 from pdl_ext.cli.main import main
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting
+from pdl_ext.corpus.reading.compression import compression_of, decompressed
 from pdl_ext.storage import ranges, store
 from pdl_ext.storage.place import place
 from pdl_ext.storage.ranges import RangedFile
@@ -71,6 +74,59 @@ def tokens_of(size: int) -> np.ndarray:
 
 def counts_of(tokens: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.bincount(tokens, minlength=V))
+
+
+# What is read.
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_chats_of_a_store(name, s3, key, tmp_path):
+    chats = importlib.import_module("test_chats")
+    tokenizer = chats.save_chat_tokenizer(tmp_path / "tokenizer")
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        chats.pq.write_table(chats.pa.Table.from_pylist(chats.CHATS), path, row_group_size=100)
+    else:
+        chats.write(path, chats.CHATS)
+    url = s3.put(f"{key}/{name}", path.read_bytes())
+    of_disk, frequency = (chats.count(where, tokenizer) for where in (path, url))
+    assert torch.equal(frequency.counts, of_disk.counts)
+    assert of_disk.total > 1000
+    ours, theirs = frequency.provenance, of_disk.provenance
+    assert ours.shards[0].digest == theirs.shards[0].digest
+    assert (ours.tokens, ours.tokenizer, ours.chat_template) == (theirs.tokens, theirs.tokenizer, theirs.chat_template)
+    s3.put_folder(f"{key}/tokenizer", tokenizer)
+    with pytest.raises(ValueError, match=rf"{key}/tokenizer: got a folder in a store, expected a tokenizer\.json"):
+        chats.count(path, s3.url(f"{key}/tokenizer/"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json, expected --tokenizer with the folder of a transformers"):
+        chats.count(url, s3.url(f"{key}/tokenizer/tokenizer.json"))
+
+
+def test_texts_by_a_tokenizer_of_a_store(s3, key, tmp_path):
+    text_tokenizer = pytest.importorskip("text_tokenizer")
+    tokenizer = text_tokenizer.save_tokenizer(tmp_path / "tokenizer.json")
+    url = s3.put(f"{key}/tokenizer.json", tokenizer.read_bytes())
+    text = s3.put(f"{key}/a.txt", b"the fox\nthe dog\n")
+    frequency, by_disk = (count_corpus([text], 512, tokenizer=where) for where in (url, tokenizer))
+    assert torch.equal(frequency.counts, by_disk.counts)
+    assert frequency.provenance.tokenizer == by_disk.provenance.tokenizer is not None
+
+
+def test_compressed_files_of_a_store(s3, key):
+    of_disk = pytest.importorskip("test_compression")
+    for suffix, compress in of_disk.COMPRESS.items():
+        path = place("data", s3.put(f"{key}/a{suffix}", compress(of_disk.CONTENT)))
+        assert b"".join(decompressed(path, compression_of(path))) == of_disk.CONTENT
+
+
+@pytest.mark.parametrize("name", ["mds-gz", "litdata-zstd-batch", "litdata-columns", "hf-saved"])
+def test_a_count_and_a_dry_run_of_shards_in_a_store(name, s3, key):
+    url = s3.put_folder(key, GOLDEN / name)
+    of_disk, of_store = (count_corpus([where], 512, policy=SHIFTED) for where in (GOLDEN / name, url))
+    assert torch.equal(of_store.counts, of_disk.counts)
+    of_disk, of_store = (counting.preview_corpus([where], 512) for where in (GOLDEN / name, url))
+    assert [file._replace(name="") for file in of_store] == [file._replace(name="") for file in of_disk]
+    assert [file.name for file in of_store] == [f"{url}{Path(file.name).name}" for file in of_disk]
 
 
 # What is there.
@@ -487,8 +543,13 @@ def test_damaged_files_are_told_as_they_are_on_disk(memory, tmp_path):
     pytest.importorskip("pyarrow")
     tokenizer = text_tokenizer.save_tokenizer(tmp_path / "tokenizer.json")
     generator = np.random.default_rng(0)
+    of_arrays = io.BytesIO()
+    np.savez(of_arrays, tokens=ROWS[0])
     files = []
-    for name in ("datatrove-uint16", "litdata-tensors", "hf-saved", "hf-indices", "mds-columns"):
+    for name in (
+        *("datatrove-uint16", "litdata-tensors", "litdata-zstd-batch", "hf-saved", "hf-indices", "mds-columns"),
+        "mds-gz",
+    ):
         shutil.copytree(GOLDEN / name, tmp_path / "all" / name)
         files += [path for path in (tmp_path / "all" / name).iterdir() if path.stat().st_size]
     for write in (write_llmc, write_npy, write_megatron):
@@ -499,6 +560,9 @@ def test_damaged_files_are_told_as_they_are_on_disk(memory, tmp_path):
     for name, content in (
         ("a.txt", b"the fox\r\n\nit\n"),
         ("a.jsonl", b'{"text": "the fox"}\n{"input_ids": [1, 2]}\n'),
+        ("a.txt.bz2", bz2.compress(b"the fox\n")),
+        ("a.npz", of_arrays.getvalue()),
+        ("a.safetensors", safetensors.numpy.save({"tokens": ROWS[0]})),
     ):
         (tmp_path / "all" / name).mkdir()
         path = tmp_path / "all" / name / name
