@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdl_ext.cli.streams import write
@@ -29,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "show", help="print what counts hold, and what one needs to choose alpha", description="Prints a counts file."
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the counts, to print tokens as text")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to print tokens as text")
     parser.add_argument("--alpha", type=float, nargs="+", metavar="A", help="exponents of the power law to compare")
     parser.add_argument(
         "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"

@@ -102,7 +102,7 @@ def test_chats_of_a_store(name, s3, key, tmp_path):
         chats.count(url, s3.url(f"{key}/tokenizer/tokenizer.json"))
 
 
-def test_texts_by_a_tokenizer_of_a_store(s3, key, tmp_path):
+def test_texts_by_a_tokenizer_of_a_store(s3, key, tmp_path, capsys):
     text_tokenizer = pytest.importorskip("text_tokenizer")
     tokenizer = text_tokenizer.save_tokenizer(tmp_path / "tokenizer.json")
     url = s3.put(f"{key}/tokenizer.json", tokenizer.read_bytes())
@@ -110,6 +110,14 @@ def test_texts_by_a_tokenizer_of_a_store(s3, key, tmp_path):
     frequency, by_disk = (count_corpus([text], 512, tokenizer=where) for where in (url, tokenizer))
     assert torch.equal(frequency.counts, by_disk.counts)
     assert frequency.provenance.tokenizer == by_disk.provenance.tokenizer is not None
+    counts = s3.url(f"{key}/counts.safetensors")
+    frequency.save(counts)
+    assert main(["show", counts, "--tokenizer", url, "--top", "5"]) == 0
+    told = capsys.readouterr()
+    assert "fox" in told.out
+    assert told.err == ""
+    assert main(["explore", counts, "--tokenizer", url, "-o", str(tmp_path / "page.html")]) == 0
+    assert counts.encode() in (tmp_path / "page.html").read_bytes()
 
 
 def test_compressed_files_of_a_store(s3, key):

@@ -24,7 +24,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=f"a {_SUFFIX} file")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the counts, to show tokens as text")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to show tokens as text")
     parser.set_defaults(run=_run)
 
 

@@ -39,17 +39,27 @@ def tokenizer_stamps(path: Place) -> _Stamps:
 
     Raises ValueError for one that cannot be read or is no file, for a folder without any, and for a store's folder.
     """
-    if isinstance(path, RemotePath) and path.is_dir():
-        raise ValueError(
-            f"{path}: got a folder in a store, expected a tokenizer.json there, or a folder on disk: copy it to one"
-        )
-    files: list[Place] = [path]
-    if _is_folder(path):
+    if isinstance(path, RemotePath):
+        return ((path, _stamp_in_store(path)),)
+    files = [path]
+    if path.is_dir():
         found = [*path.glob("*"), *path.glob("additional_chat_templates/*")]
         files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{path}: got a folder without a tokenizer, expected one that save_pretrained wrote")
     return tuple((file, Stamp.of(file)) for file in files)
+
+
+def _stamp_in_store(path: RemotePath) -> Stamp:
+    try:
+        return Stamp.of(path)
+    except ValueError:
+        # Asked only now: each part of a corpus asks for the stamp.
+        if path.is_dir():
+            raise ValueError(
+                f"{path}: got a folder in a store, expected a tokenizer.json there, or a folder on disk: copy it to one"
+            ) from None
+        raise
 
 
 def load_tokenizer(options: ReadOptions) -> Any:
@@ -60,8 +70,9 @@ def load_tokenizer(options: ReadOptions) -> Any:
     entries than options.vocab_size.
     """
     assert options.tokenizer is not None
+    stamps = tokenizer_stamps(options.tokenizer)
     with _loading:
-        tokenizer = _load(options.tokenizer, tokenizer_stamps(options.tokenizer))
+        tokenizer = _load(options.tokenizer, stamps)
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
     if entries > options.vocab_size:
         warnings.warn(
