@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from pdl_ext._checks import (
     check_group,
     check_ignore_index,
     check_integer,
-    check_path,
     check_vocab_size,
     default_device,
     is_traced,
@@ -28,6 +26,7 @@ from pdl_ext._lock import Exclusion, exclusive
 from pdl_ext.counts import CountTable, check_count_values, check_counts
 from pdl_ext.engine import host_stream
 from pdl_ext.provenance import Provenance
+from pdl_ext.storage.place import place
 from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
 __all__ = ["TokenFrequency", "unpacked"]
@@ -317,12 +316,13 @@ class TokenFrequency(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes counts and provenance as a safetensors file with metadata; the file appears whole or not at all.
 
+        path: also a URL that fsspec takes.
+
         Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
         saved under: none is negative, with the ignored and the out of range they are as many as the tokens seen, and
         files have not given more than these.
         """
-        check_path("path", path)
-        write_tensors(Path(path), *self._for_a_file())
+        write_tensors(place("path", path), *self._for_a_file())
 
     @exclusive
     def _for_a_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -341,12 +341,11 @@ class TokenFrequency(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
-        """Reads a file that `save` wrote, onto the CPU.
+        """Reads a file that `save` wrote, onto the CPU. path: also a URL.
 
         Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is no counts file.
         """
-        check_path("path", path)
-        tensors, metadata = read_tensors(Path(path), "path", _FORMAT)
+        tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
         try:
             vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])
             if tensors["counts"].shape != (vocab_size,):

@@ -10,10 +10,10 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_integer
+from pdl_ext.storage.place import Place
 
 __all__ = ["Provenance", "Shard", "TargetPolicy", "shard_digest"]
 
@@ -204,11 +204,12 @@ def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None
         )
 
 
-def shard_digest(path: Path) -> str:
+def shard_digest(path: Place) -> str:
     """A digest of a file's size, head and tail, 32 hexadecimal digits. Raises OSError if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         digest.update(size.to_bytes(8, "little"))
         digest.update(file.read(_DIGESTED_BYTES))
         if size > _DIGESTED_BYTES:

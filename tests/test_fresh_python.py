@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
 WHERE = "import pdl_ext; print(pdl_ext.__file__)"
 # Those that are about the source folder itself: its build, and the checks that build it in place.
-OF_THE_SOURCES = {"fresh_python.py", "gpu_check", "test_gpu_check", "test_build.py", "emulated_tests.py"}
+OF_THE_SOURCES = {"fresh_python.py", "gpu_check", "test_gpu_check.py", "test_build.py", "emulated_tests.py"}
 
 
 @pytest.fixture(autouse=True)
@@ -62,5 +62,5 @@ def test_another_package_in_the_way_is_an_error(tmp_path):
 
 def test_no_test_starts_python_otherwise():
     starts = re.compile(r"sys\.executable|\[[\"'](python3?|pytest|torchrun|pdl-ext)[\"']")
-    found = {path.name for path in TESTS.rglob("*.py") if starts.search(path.read_text())}
-    assert found - OF_THE_SOURCES == set()
+    found = (path.relative_to(TESTS) for path in TESTS.rglob("*.py") if starts.search(path.read_text()))
+    assert [path for path in found if OF_THE_SOURCES.isdisjoint(path.parts)] == []

@@ -39,12 +39,11 @@ LAYERS = (
         ("pdl_ext.storage.*",),
         ("pdl_ext._array",),
         ("pdl_ext._lock",),
-        ("pdl_ext._optional",),
         ("pdl_ext._outside_graphs",),
         ("pdl_ext._version",),
     ),
     (("pdl_ext.modulation",),),
-    (("pdl_ext._checks",), ("pdl_ext._C",)),
+    (("pdl_ext._checks",), ("pdl_ext._optional",), ("pdl_ext._C",)),
 )
 
 # What an integration may use beside public names: checks of arguments, and what tells of a missing package.

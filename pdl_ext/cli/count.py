@@ -24,6 +24,7 @@ examples:
   pdl-ext count tokenised/ --vocab-size 151936 --skip-prompt labels --targets shifted -o counts.safetensors
   pdl-ext count texts.jsonl.gz --tokenizer tokenizer.json --vocab-size 32000 -o counts.safetensors
   pdl-ext count corpus/ --vocab-size 128256 --dry-run
+  pdl-ext count s3://bucket/tokens/ --vocab-size 128256 -o s3://bucket/counts.safetensors
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
 An interrupted count leaves OUTPUT.checkpoint-*; the same command goes on from there.
@@ -40,10 +41,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "data", nargs="+", metavar="DATA", help="files, folders, patterns, or .list files with one of these a line"
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="files, folders, patterns, or .list files with one of these a line; URLs, too (s3://, hf://, ...)",
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="counts, as safetensors")
+    parser.add_argument("-o", "--output", metavar="FILE", help="counts, as safetensors")
     parser.add_argument(
         "--dry-run", action="store_true", help="list the files, formats, dtypes and about how many tokens, and end"
     )
@@ -63,7 +67,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
         metavar="PATH",
         help="for text: a tokenizer.json, or the folder of a transformers tokenizer",
     )
@@ -109,15 +112,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.memory import is_out_of_memory
     from pdl_ext.corpus.ranks import checkpoints
     from pdl_ext.storage.file_lock import only_writer
+    from pdl_ext.storage.place import address, place
     from pdl_ext.storage.whole_file import partial_files
 
     if arguments.output is None and not arguments.dry_run:
         raise ValueError("output: got none, expected a file for the counts (-o FILE)")
-    if arguments.output is not None:
-        check_counts_output(arguments.output)
-    if arguments.dry_run:
+    output = None if arguments.output is None else place("output", arguments.output)
+    if output is not None:
+        check_counts_output(output)
+    if output is None or arguments.dry_run:
         return _dry_run(arguments)
-    checkpoint = arguments.output.with_name(f"{arguments.output.name}.checkpoint")
+    checkpoint = output.with_name(f"{output.name}.checkpoint")
     group = None
     if dist.is_torchelastic_launched():
         # Ranks wait for the slowest, whose share may take hours longer.
@@ -128,13 +133,14 @@ def _run(arguments: argparse.Namespace) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
     try:
-        with only_writer(arguments.output) if is_first else contextlib.nullcontext():
-            frequency = _count(arguments, checkpoint, group, is_first)
+        # A store has no locks.
+        with only_writer(output) if is_first and isinstance(output, Path) else contextlib.nullcontext():
+            frequency = _count(arguments, address(checkpoint), group, is_first)
             if is_first:
                 frequency.save(arguments.output)
             if group is not None:
                 dist.barrier(group)
-            _remove([*checkpoints(checkpoint), *partial_files(arguments.output)])
+            _remove([*checkpoints(checkpoint), *partial_files(output)])
     except KeyboardInterrupt:
         kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
         tell(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}")
@@ -148,11 +154,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if group is not None:
         dist.destroy_process_group()
     if is_first:
-        _report(frequency, arguments.output)
+        _report(frequency, output)
     return 0
 
 
-def _remove(files: list[Path]) -> None:
+def _remove(files: list[Any]) -> None:
     for path in files:
         # Another rank of this machine may be first.
         path.unlink(missing_ok=True)
@@ -205,7 +211,7 @@ def _read_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _count(arguments: argparse.Namespace, checkpoint: Path, group: Any, is_first: bool) -> Any:
+def _count(arguments: argparse.Namespace, checkpoint: str, group: Any, is_first: bool) -> Any:
     from pdl_ext.cli.progress import ProgressLine
     from pdl_ext.corpus import count_corpus
 
@@ -239,7 +245,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _report(frequency: Any, output: Path) -> None:
+def _report(frequency: Any, output: Any) -> None:
     provenance = frequency.provenance
     unseen = int((frequency.counts == 0).sum())
     if int(frequency.out_of_range):

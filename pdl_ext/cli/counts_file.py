@@ -8,33 +8,34 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pdl_ext import TokenFrequency
+    from pdl_ext.storage.place import Place
 
 __all__ = ["check_counts_output", "check_output_folder", "load_counts"]
 
 
-def load_counts(path: Path) -> TokenFrequency:
+def load_counts(path: Place) -> TokenFrequency:
     """What a file of counts holds. Raises ValueError that names the argument, for what cannot be read as one."""
     from pdl_ext import TokenFrequency
+    from pdl_ext.storage.place import address
 
     try:
-        return TokenFrequency.load(path)
+        return TokenFrequency.load(address(path))
     except FileNotFoundError as error:
         raise ValueError(f"counts: no file at {path}, expected one that `pdl-ext count` wrote") from error
     except ValueError as error:
         raise ValueError(f"counts: {str(error).removeprefix('path: ')}") from error
 
 
-def check_output_folder(path: Path) -> None:
+def check_output_folder(path: Place) -> None:
     """Raises ValueError unless the folder exists that a file is to be written to."""
-    from pdl_ext._checks import check_path
+    from pdl_ext.storage.place import RemotePath
 
-    check_path("output", path)
-    # A link is written through.
-    if not Path(os.path.realpath(path)).parent.is_dir():
+    # A link is written through. A store has no folders but by what is in them.
+    if not isinstance(path, RemotePath) and not Path(os.path.realpath(path)).parent.is_dir():
         raise ValueError(f"output: got {path}, expected a file in a folder that exists")
 
 
-def check_counts_output(path: Path) -> None:
+def check_counts_output(path: Place) -> None:
     """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
     from pdl_ext.corpus.reading.access import read_head
     from pdl_ext.storage.tensor_file import format_of

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pdl_ext.cli.streams import report
+from pdl_ext.storage.place import Place, place
 
 __all__ = ["add_parser"]
 
@@ -18,8 +19,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="add up counts files",
         description="Adds up counts of the same vocabulary, tokenizer and policy, of shards that are all different.",
     )
-    parser.add_argument("counts", nargs="+", type=Path, metavar="COUNTS", help="files that `pdl-ext count` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="where the sum is written")
+    parser.add_argument("counts", nargs="+", metavar="COUNTS", help="files that `pdl-ext count` wrote")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="where the sum is written")
     parser.add_argument("--allow-overlap", action="store_true", help="count a shard again that was counted before")
     parser.set_defaults(run=_run)
 
@@ -27,8 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output, load_counts
 
-    check_counts_output(arguments.output)
-    first, *others = arguments.counts
+    output = place("output", arguments.output)
+    check_counts_output(output)
+    first, *others = (place("counts", name) for name in arguments.counts)
     frequency = load_counts(first)
     seen = {_identity(first)}
     for path in others:
@@ -43,10 +45,12 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{path}: does not go with {before}: {str(error).removeprefix('other: ')}") from error
         seen.add(_identity(path))
     frequency.save(arguments.output)
-    report(f"{arguments.output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
+    report(f"{output}: {frequency.total:,} tokens of {len(arguments.counts)} files")
     return 0
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Place) -> object:
+    if not isinstance(path, Path):
+        return path
     status = path.stat()
     return status.st_dev, status.st_ino

@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="draw counts and weights over ranks",
         description="Draws how often types occur, over their ranks, with the weights of some alphas.",
     )
-    parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
+    parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg file")
     parser.add_argument("--alpha", type=float, nargs="+", default=_ALPHAS, metavar="A", help="exponents of the weights")
     parser.set_defaults(run=_run)
@@ -31,15 +31,17 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._optional import require
     from pdl_ext.cli.counts_file import check_output_folder, load_counts
+    from pdl_ext.storage.place import place
     from pdl_ext.storage.whole_file import whole_file
 
     output = arguments.output
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
     check_output_folder(output)
-    frequency = load_counts(arguments.counts)
+    counts = place("counts", arguments.counts)
+    frequency = load_counts(counts)
     if frequency.total == 0:
-        raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
+        raise ValueError(f"counts: got {counts}, in which nothing was counted, expected some tokens")
     figure = _figure(frequency, arguments.alpha)
     file_format = output.suffix[1:].lower()
     # Without a date and with names that are not random, the same counts give the same file.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdl_ext.cli.streams import write
@@ -28,8 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "show", help="print what counts hold, and what one needs to choose alpha", description="Prints a counts file."
     )
-    parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the counts, to print tokens as text")
+    parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to print tokens as text")
     parser.add_argument("--alpha", type=float, nargs="+", metavar="A", help="exponents of the power law to compare")
     parser.add_argument(
         "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"
@@ -41,11 +40,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._checks import check_integer
     from pdl_ext.cli.counts_file import load_counts
+    from pdl_ext.storage.place import place
 
     check_integer("top", arguments.top, 1, 2**31 - 1, "an int >= 1")
     if arguments.alpha is not None and arguments.weighting != "power-law":
         raise ValueError(f"alpha: got one with --weighting {arguments.weighting}, expected none: only power-law has it")
-    frequency = load_counts(arguments.counts)
+    frequency = load_counts(place("counts", arguments.counts))
     text = literals_of_tokens(arguments.tokenizer, frequency.provenance)
     # All of it is computed before the first line is printed.
     lines = [

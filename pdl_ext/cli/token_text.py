@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdl_ext.cli.streams import tell
@@ -14,16 +13,18 @@ if TYPE_CHECKING:
 __all__ = ["literals_of_tokens"]
 
 
-def literals_of_tokens(path: Path | None, provenance: Provenance | None) -> Callable[[int], str]:
-    """What gives the text of an id as a Python literal, by the tokenizer at `path`; without one, an empty string.
+def literals_of_tokens(tokenizer: str | None, provenance: Provenance | None) -> Callable[[int], str]:
+    """What gives the text of an id as a Python literal, by a tokenizer, a path or URL; without one, an empty string.
 
     Says so on standard error where it is not the tokenizer of the provenance. Raises ValueError for one that is
     damaged, later for an id that it refuses, ImportError where the tokenizers library is missing.
     """
-    if path is None:
+    if tokenizer is None:
         return lambda token: ""
     from pdl_ext.corpus.reading.pretrained import text_of_token, tokenizer_digest
+    from pdl_ext.storage.place import place
 
+    path = place("tokenizer", tokenizer)
     text = text_of_token(path)
     if provenance is not None and provenance.tokenizer not in (None, tokenizer_digest(path)):
         tell(f"pdl-ext: warning: {path} is not the tokenizer of the counts")

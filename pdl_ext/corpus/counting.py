@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
 from pdl_ext.corpus.objects import StreamedSource, opened_object
 from pdl_ext.corpus.preview import FilePreview, previewed
+from pdl_ext.corpus.reading.at_once import begun, in_order
 from pdl_ext.corpus.reading.pretrained import chat_template_digest, tokenizer_digest, tokenizer_stamps
-from pdl_ext.corpus.source import TOKEN_DTYPES, Part, ReadOptions, Source
+from pdl_ext.corpus.source import TOKEN_DTYPES, Batch, Part, ReadOptions, Source
 from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, TargetPolicy, check_distinct
+from pdl_ext.storage.place import Place, place
 from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus", "preview_corpus"]
@@ -49,9 +51,11 @@ __all__ = ["Progress", "count_corpus", "preview_corpus"]
 PART_BYTES = 2**26
 _LEAST_PART_BYTES = 2**22
 _PARTS = 64
+_THREADS_OF_A_STORE = 4
 _SECONDS_BETWEEN_MERGES = 1.0
 _SECONDS_BETWEEN_REPORTS = 0.2
 _SECONDS_TO_FINISH_A_PART = 1.0
+_SECONDS_FOR_A_STORE = 10.0
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,9 @@ def count_corpus(
     """Counts the tokens of files, of any size and in any format that docs/corpora.md lists, or of data in memory.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line. Or an object: a
-            datasets.Dataset or IterableDataset, a table of Arrow, an iterable of integer arrays. Those are NumPy's,
-            tensors or lists, and each row of their last axis is a sequence.
+        data: files, folders, glob patterns, and files that end in .list with one of these a line; on disk, or as URLs
+            that fsspec takes. Or an object: a datasets.Dataset or IterableDataset, a table of Arrow, an iterable of
+            integer arrays. Those are NumPy's, tensors or lists, and each row of their last axis is a sequence.
         vocab_size: V.
         format: what the files are, where it cannot be told from them.
         dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
@@ -100,7 +104,7 @@ def count_corpus(
             read as; otherwise the one is counted as out of range and the other is warned of.
         allow_overlap: files with the same content are each counted; otherwise an error, or of files below 4,096 bytes
             a warning.
-        threads: as many as there are processors if None.
+        threads: as many as there are processors if None, and 4 or more of them for data in a store.
         checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
             interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
             other ranks, whose names begin with it.
@@ -117,12 +121,10 @@ def count_corpus(
     """
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
-    if threads is None:
-        threads = _processors()
-    check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
+    if threads is not None:
+        check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
-    if checkpoint is not None:
-        check_path("checkpoint", checkpoint)
+    path = None if checkpoint is None else place("checkpoint", checkpoint)
     if output is not None:
         check_path("output", output)
     if progress is not None and not callable(progress):
@@ -134,6 +136,10 @@ def count_corpus(
     if in_memory is not None:
         _check_for_objects(in_memory, format, checkpoint, group)
     sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
+    at_once = _is_remote(sources)
+    if threads is None:
+        # Of a store's many small files, a thread has two at a time.
+        threads = max(_processors(), _THREADS_OF_A_STORE) if at_once else _processors()
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
@@ -148,31 +154,30 @@ def count_corpus(
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
     identity = _identity(sources, provenance, options, part_bytes, len(parts))
     state = State.empty(vocab_size, options.policy.ignore_index, len(parts), identity)
-    path = None if checkpoint is None else Path(checkpoint)
     todo = ranks.share(state, [part.size for _, part in parts], path, group)
     if strict and int(state.frequency.out_of_range):
         raise ValueError(
             f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside [0, {vocab_size}), expected none: "
             "it was counted without strict"
         )
-    path = ranks.checkpoint_of_rank(path, group)
+    own = ranks.checkpoint_of_rank(path, group)
 
-    if path is not None:
+    if own is not None:
         # A path that cannot be written to is found out before hours of counting.
-        state.save(path)
+        state.save(own)
 
     def check_tokenizer() -> None:
         for file, stamp in stamps:
             stamp.check(file)
 
-    _Count(parts, todo, state, strict, threads, path, checkpoint_every, progress, check_tokenizer).run()
-    for source in sources:
-        source.check_unchanged()
+    _Count(parts, todo, state, strict, threads, own, checkpoint_every, progress, check_tokenizer).run()
+    for _ in in_order(Source.check_unchanged, sources, at_once=at_once):
+        pass
     tokens = ranks.total(state, group)
     if not tokens:
-        if checkpoint is not None:
+        if path is not None:
             # They hold nothing that another count could go on from.
-            for left in ranks.checkpoints(Path(checkpoint)):
+            for left in ranks.checkpoints(path):
                 left.unlink(missing_ok=True)
         more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
         where = f" in {sources[0].path}{more}" if in_memory is None else ""
@@ -223,9 +228,8 @@ def _checked_options(
     if dtype is not None:
         check_choice("dtype", dtype, TOKEN_DTYPES)
     check_flag("strict", strict)
-    if tokenizer is not None:
-        check_path("tokenizer", tokenizer)
-    return ReadOptions(vocab_size, policy, dtype, None if tokenizer is None else Path(tokenizer), strict)
+    tokenizer_path = None if tokenizer is None else place("tokenizer", tokenizer)
+    return ReadOptions(vocab_size, policy, dtype, tokenizer_path, strict)
 
 
 def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any) -> None:
@@ -245,15 +249,21 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _is_remote(sources: list[Source]) -> bool:
+    return any(source.is_remote for source in sources)
+
+
 def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
     try:
-        shards = tuple(source.shard() for source in sources)
+        shards = tuple(in_order(lambda source: source.shard(), sources, at_once=_is_remote(sources)))
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     tokenizer = template = None
     if options.tokenizer is not None:
         tokenizer = tokenizer_digest(options.tokenizer)
-        template = None if options.policy.learn is None else chat_template_digest(options.tokenizer)
+        # Of a folder on disk.
+        if options.policy.learn is not None and isinstance(options.tokenizer, Path):
+            template = chat_template_digest(options.tokenizer)
     return Provenance(shards, 0, options.policy, tokenizer, __version__, template)
 
 
@@ -274,7 +284,7 @@ class _Count:
         state: State,
         strict: bool,
         threads: int,
-        checkpoint: Path | None,
+        checkpoint: Place | None,
         checkpoint_every: float,
         progress: Callable[[Progress], None] | None,
         check_tokenizer: Callable[[], None],
@@ -290,6 +300,8 @@ class _Count:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped_at = 0.0
+        self._left = len(todo)
+        self._is_remote = any(source.is_remote for source, _ in parts)
         self._error: BaseException | None = None
         sizes = [part.size for _, part in parts]
         self._bytes_before = sum(size for size, done in zip(sizes, state.finished.tolist(), strict=True) if done)
@@ -324,7 +336,8 @@ class _Count:
             for worker in self._workers:
                 # An interruption may come before the last of them is started.
                 if worker.ident is not None:
-                    worker.done.wait()
+                    # A store may answer never, and what is under way counts for nothing.
+                    worker.done.wait(_SECONDS_FOR_A_STORE if self._is_remote else None)
             # All of this process' share, if it came so far: whatever happens to another rank, that is done.
             if self._checkpoint is not None:
                 self._save()
@@ -355,7 +368,16 @@ class _Count:
 
     def next(self) -> int | None:
         with self._lock:
+            self._left -= 1
             return None if self._stop.is_set() else next(self._todo, None)
+
+    def next_ahead(self) -> int | None:
+        """The part that a worker counts after the one that it has, if it is a store's, and others have enough to do."""
+        return self.next() if self._is_remote and self._left > len(self._workers) else None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
 
     def part(self, index: int) -> tuple[Source, Part]:
         return self._parts[index]
@@ -391,6 +413,7 @@ class _Worker(threading.Thread):
         self._count = count
         self._table = count.new_table()
         self._finished: list[int] = []
+        self._unchecked: list[Source] = []
         self._merged = time.monotonic()
         self.tokens_read = 0
         self.bytes_done = 0
@@ -398,23 +421,37 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         try:
-            while (index := self._count.next()) is not None:
-                if not self._count_part(index):
+            taken = self._take(self._count.next())
+            while taken is not None:
+                following = self._take(self._count.next_ahead())
+                if not self._count_part(*taken):
                     # What is in the table is no whole number of parts any more.
                     return
                 if time.monotonic() - self._merged >= _SECONDS_BETWEEN_MERGES:
                     self._merge()
+                taken = self._take(self._count.next()) if following is None else following
+                if self._count.is_stopped:
+                    break
             self._merge()
         except BaseException as error:
             self._count.fail(error)
         finally:
             self.done.set()
 
-    def _count_part(self, index: int) -> bool:
+    def _take(self, index: int | None) -> tuple[int, Iterator[Batch]] | None:
+        """A part with its batches, of which a store begins to answer for the first one."""
+        if index is None:
+            return None
+        source, part = self._count.part(index)
+        batches = source.batches(part)
+        return index, begun(batches) if source.is_remote else batches
+
+    def _count_part(self, index: int, batches: Iterator[Batch]) -> bool:
         """Whether the part was counted to its end."""
         source, part = self._count.part(index)
-        source.check_unchanged()
-        for batch in source.batches(part):
+        if not source.is_remote:
+            source.check_unchanged()
+        for batch in batches:
             if self._count.must_abandon:
                 return False
             try:
@@ -422,7 +459,10 @@ class _Worker(threading.Thread):
             except IndexError as error:
                 raise ValueError(f"{source.path}: {error}") from None
             self.tokens_read += batch.tokens.size
-        source.check_unchanged()
+        if source.is_remote:
+            self._unchecked.append(source)
+        else:
+            source.check_unchanged()
         # Which each part may load anew.
         self._count.check_tokenizer()
         self.bytes_done += part.size
@@ -430,6 +470,11 @@ class _Worker(threading.Thread):
         return True
 
     def _merge(self) -> None:
+        # What is in the table counts for nothing before. A store is asked seldom, and of many files at once.
+        unchecked = list(dict.fromkeys(self._unchecked))
+        self._unchecked.clear()
+        for _ in in_order(Source.check_unchanged, unchecked, at_once=True):
+            pass
         self._count.finish(self._table, self._finished)
         self._finished = []
         self._merged = time.monotonic()

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,12 +30,15 @@ from pdl_ext.corpus.formats import (
     torch_file,
 )
 from pdl_ext.corpus.reading.access import read_head
+from pdl_ext.corpus.reading.at_once import in_order
 from pdl_ext.corpus.reading.compression import compression_of
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of, kind_of_content
 from pdl_ext.corpus.reading.huggingface_cache import cached_datasets, is_about_data
 from pdl_ext.corpus.reading.index_maps import is_index_map
 from pdl_ext.corpus.reading.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.place import Place, RemotePath, absolute_name, beside, is_file, is_there, place, real_name
+from pdl_ext.storage.store import Store, redacted
 from pdl_ext.storage.tensor_file import format_of
 
 __all__ = ["FORMATS", "open_sources"]
@@ -62,50 +66,48 @@ def open_sources(
 ) -> list[Source]:
     """The sources of everything named, in order, each file once.
 
-    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line;
+    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
+    Each is a path or a URL.
+
     output: a file that is none of them if it is empty.
     Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
     """
     try:
         names = [] if isinstance(data, (str, bytes, os.PathLike)) else list(data)
     except TypeError as error:
-        raise TypeError(f"data: got {data!r}, expected a list of files, folders or patterns") from error
+        raise TypeError(f"data: got {redacted(repr(data))}, expected a list of files, folders or patterns") from error
     if not names:
-        raise ValueError(f"data: got {data!r}, expected a list of files, folders or patterns")
+        raise ValueError(f"data: got {redacted(repr(data))}, expected a list of files, folders or patterns")
     for name in names:
         check_path("data", name)
     if format_name is not None:
         check_choice("format", format_name, FORMATS)
     sources: list[Source] = []
     seen: dict[str, Source] = {}
-    folders: list[Path] = []
-    left_out: list[Path] = []
-    own = None
+    folders: list[Place] = []
+    left_out: list[Place] = []
+    stores: dict[Any, Store] = {}
     # Data are not left out in silence.
-    if output is not None and os.path.isfile(output) and os.path.getsize(output) == 0:
-        own = os.path.realpath(output)
+    own = None if output is None else _empty_file(place("output", output))
+    written = [os.fspath(name) for name in names]
     try:
-        paths = [(os.fspath(name), path) for name in names for path in _expand(os.fspath(name), format_name, left_out)]
+        paths = [(name, path) for name in written for path in _expand(name, format_name, left_out, stores)]
     except OSError as error:
         raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error
     of_name: dict[str, list[Source]] = {}
-    for name, path in paths:
+
+    def opened_at(path: Place) -> list[Source]:
+        return _opened(path, format_name, options, own)
+
+    at_once = bool(stores)
+    of_path = in_order(opened_at, [path for _, path in paths], at_once=at_once)
+    for (name, path), opened in zip(paths, of_path, strict=True):
         if path.is_dir():
             folders.append(path)
-        elif os.path.realpath(path) == own or (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT)):
-            # Counts and checkpoints, which may be written to where patterns find them.
-            continue
-        try:
-            opened = _format_of(path, format_name, options).open(path, options)
-        except ValueError:
-            # A checkpoint of another count in the folder is gone when that ends; anything else was to be counted.
-            if ".checkpoint-" not in path.name or os.path.lexists(path):
-                raise
-            continue
         for source in opened:
             # Of a file and its companion, both named, the second is the first again; of a link to it not, which is a
             # copy like any other.
-            first = seen.setdefault(os.path.abspath(source.path), source)
+            first = seen.setdefault(absolute_name(source.path), source)
             if first is source:
                 sources.append(source)
                 of_name.setdefault(name, []).append(source)
@@ -116,29 +118,58 @@ def open_sources(
                     f"{source.path}: got it as {first.format} and as {source.format}, expected one: name the folder or "
                     "the file, not both"
                 )
-    known = {os.path.realpath(file) for source in sources for file in source.stamps}
+    known = {real_name(file) for source in sources for file in source.stamps}
     for folder in folders:
         _warn_of_others(folder, known)
     _warn_of_left_out(left_out)
     if not sources:
-        raise ValueError(f"data: got nothing to count in {', '.join(map(str, names))}")
+        raise ValueError(f"data: got nothing to count in {redacted(', '.join(map(str, names)))}")
     for name, some in of_name.items():
-        _warn_of_formats(name, some)
+        _warn_of_formats(redacted(name), some)
     _check_texts(sources, options)
     _warn_of_narrow(sources, options.vocab_size)
-    _report_doubts(sources, format_name, options.strict)
+    _report_doubts(sources, format_name, options.strict, at_once)
     return sources
 
 
-def _expand(name: str, format_name: str | None, left_out: list[Path], lists: tuple[str, ...] = ()) -> Iterator[Path]:
+def _empty_file(path: Place) -> str | None:
+    """The real name of a file without a byte in it; None for anything else."""
+    return real_name(path) if is_file(path) and Stamp.of(path, fresh=True).size == 0 else None
+
+
+def _opened(path: Place, format_name: str | None, options: ReadOptions, own: str | None) -> list[Source]:
+    """The sources of a file or folder. own: the real name of a file that is none of the data."""
+    if not path.is_dir() and (real_name(path) == own or (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT))):
+        # Counts and checkpoints, which may be written to where patterns find them.
+        return []
+    try:
+        return _format_of(path, format_name, options).open(path, options)
+    except ValueError:
+        # A checkpoint of another count in the folder is gone when that ends; anything else was to be counted.
+        if ".checkpoint-" not in path.name or is_there(path):
+            raise
+        return []
+
+
+def _expand(
+    name: str,
+    format_name: str | None,
+    left_out: list[Place],
+    stores: dict[Any, Store],
+    lists: tuple[str, ...] = (),
+) -> Iterator[Place]:
     """The files and folders that a name stands for.
 
-    left_out: takes the index maps among them, which only a name of their own with a format opens; lists: the .list
-    files that it stands in.
+    left_out: takes the index maps among them, which only a name of their own with a format opens.
+
+    stores: those that URLs are in. lists: the .list files that it stands in.
     """
-    path = Path(name)
-    if path.suffix == _LIST_SUFFIX and path.is_file():
-        yield from _listed(path, format_name, left_out, lists)
+    path = place("data", name, stores)
+    if isinstance(path, RemotePath) and "*" in name:
+        # Of which no server is asked whether it is a file.
+        yield from _matches(name, path.matches(), left_out)
+    elif path.suffix == _LIST_SUFFIX and path.is_file():
+        yield from _listed(path, format_name, left_out, stores, lists)
     elif path.is_dir():
         yield from _walk(path, left_out)
     elif path.exists():
@@ -151,21 +182,28 @@ def _expand(name: str, format_name: str | None, left_out: list[Path], lists: tup
                 "give its format"
             )
         yield path
+    elif isinstance(path, RemotePath):
+        yield from _matches(name, path.matches(), left_out)
     else:
-        found = sorted(glob.glob(name, recursive=True))
-        if not found:
-            raise ValueError(f"data: got {name}, expected a file, a folder or a pattern that some file matches")
-        matches = [Path(match) for match in found]
-        names = set(map(os.fspath, matches))
-        for match in matches:
-            if match.is_dir():
-                yield from _walk(match, left_out)
-            else:
-                yield from _if_data(match, names, left_out)
+        yield from _matches(name, [Path(match) for match in sorted(glob.glob(name, recursive=True))], left_out)
 
 
-def _listed(path: Path, format_name: str | None, left_out: list[Path], lists: tuple[str, ...]) -> Iterator[Path]:
-    real = os.path.realpath(path)
+def _matches(name: str, matches: Sequence[Place], left_out: list[Place]) -> Iterator[Place]:
+    """The files and folders in what a pattern matches."""
+    if not matches:
+        raise ValueError(f"data: got {redacted(name)}, expected a file, a folder or a pattern that some file matches")
+    names = set(map(str, matches))
+    for match in matches:
+        if match.is_dir():
+            yield from _walk(match, left_out)
+        else:
+            yield from _if_data(match, names, left_out)
+
+
+def _listed(
+    path: Place, format_name: str | None, left_out: list[Place], stores: dict[Any, Store], lists: tuple[str, ...]
+) -> Iterator[Place]:
+    real = real_name(path)
     if real in lists:
         raise ValueError(f"{path}: lists itself, expected other files")
     try:
@@ -175,15 +213,15 @@ def _listed(path: Path, format_name: str | None, left_out: list[Path], lists: tu
     for line in map(str.strip, lines):
         if line and not line.startswith("#"):
             # As a shell would: what a list names is relative to the list.
-            yield from _expand(os.path.join(path.parent, line), format_name, left_out, (*lists, real))
+            yield from _expand(beside(path, line), format_name, left_out, stores, (*lists, real))
 
 
-def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> Iterator[Path]:
+def _walk(folder: Place, left_out: list[Place], parents: tuple[str, ...] = ()) -> Iterator[Place]:
     """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
 
     Links to `parents` are left out.
     """
-    real = os.path.realpath(folder)
+    real = real_name(folder)
     if real in parents:
         return
     if _recognised_format(folder):
@@ -191,17 +229,16 @@ def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> 
         return
     try:
         cached = cached_datasets(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entries: list[Place] = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
     if cached is not None:
-        for path in cached:
-            yield from _walk(path, left_out, (*parents, real))
+        for dataset in cached:
+            yield from _walk(dataset, left_out, (*parents, real))
         return
-    names = {os.fspath(Path(entry.path)) for entry in entries}
-    for entry in entries:
-        path = Path(entry.path)
-        if entry.name.startswith((".", "_")):
+    names = set(map(str, entries))
+    for path in entries:
+        if path.name.startswith((".", "_")):
             continue
         if path.is_dir():
             yield from _walk(path, left_out, (*parents, real))
@@ -209,7 +246,7 @@ def _walk(folder: Path, left_out: list[Path], parents: tuple[str, ...] = ()) -> 
             yield from _if_data(path, names, left_out)
 
 
-def _if_data(path: Path, among: Container[str], left_out: list[Path]) -> Iterator[Path]:
+def _if_data(path: Place, among: Container[str], left_out: list[Place]) -> Iterator[Place]:
     """A file that nobody named, unless it is known to hold no tokens of its own. among: what is found with it."""
     if is_index_map(path):
         left_out.append(path)
@@ -217,15 +254,15 @@ def _if_data(path: Path, among: Container[str], left_out: list[Path]) -> Iterato
         yield path
 
 
-def _is_lock(path: Path) -> bool:
+def _is_lock(path: Place) -> bool:
     """Whether a file is what keeps two processes out of each other's way, as Hugging Face's cache has them."""
-    return path.suffix == ".lock" and path.is_file() and not path.stat().st_size
+    return path.suffix == ".lock" and path.is_file() and not Stamp.of(path).size
 
 
-def _warn_of_left_out(paths: Sequence[Path]) -> None:
+def _warn_of_left_out(paths: Sequence[Place]) -> None:
     """Warns of index maps that were found and not counted."""
     # One may be found by several names.
-    different = set(map(os.path.abspath, paths))
+    different = set(map(absolute_name, paths))
     if different:
         others = f", and {len(different) - 1} other files like it" if len(different) > 1 else ""
         warnings.warn(f"{paths[0]}: is {_INDEX_MAP}: it was left out{others}", stacklevel=2)
@@ -233,7 +270,7 @@ def _warn_of_left_out(paths: Sequence[Path]) -> None:
 
 def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
     """Warns of a name that stands for files of several formats, of which some may be no data."""
-    paths: dict[str, list[Path]] = {}
+    paths: dict[str, list[Place]] = {}
     for source in sources:
         # Not apart, those that have a mask and those that have none.
         paths.setdefault(source.format.partition(" ")[0], []).append(source.path)
@@ -246,18 +283,18 @@ def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
         )
 
 
-def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: bool) -> None:
+def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: bool, at_once: bool) -> None:
     """Warns, once, of files that do not look like what they are read as. Raises ValueError instead if `strict`."""
-    doubts = []
-    for source in sources:
+
+    def doubt_of(source: Source) -> str | None:
         found = None
         if format_name == raw.FORMAT.name:
             found = _recognised_format(source.path, read_head(source.path, HEAD_BYTES))
         if found is not None and found.has_header:
-            name, dtype = found.name, source.dtype
-            doubts.append(f"{source.path}: is of format {name}, and all of it is counted as ids of {dtype}")
-        elif (doubt := source.doubt()) is not None:
-            doubts.append(doubt)
+            return f"{source.path}: is of format {found.name}, and all of it is counted as ids of {source.dtype}"
+        return source.doubt()
+
+    doubts = list(filter(None, in_order(doubt_of, sources, at_once=at_once)))
     if doubts:
         others = f"; {len(doubts) - 1} other files are in doubt, too" if len(doubts) > 1 else ""
         if strict:
@@ -265,18 +302,19 @@ def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: b
         warnings.warn(doubts[0] + others, stacklevel=2)
 
 
-def _warn_of_others(folder: Path, known: Container[str]) -> None:
+def _warn_of_others(folder: Place, known: Container[str]) -> None:
     """Warns of what looks like data in the folder of a dataset, but is not among the files `known`."""
+    below: list[Any] = sorted(folder.rglob("*"), key=str)
     others = [
         path
-        for path in sorted(folder.rglob("*"))
+        for path in below
         if has_suffix(path, *_DATA_SUFFIXES)
         # What _walk leaves out, and what transforms leave in a cache.
         and not any(part.startswith((".", "_", "cache-")) for part in path.relative_to(folder).parts)
         and path.is_file()
-        and os.path.realpath(path) not in known
+        and real_name(path) not in known
         # MosaicML keeps a shard as it came beside what it was decompressed to.
-        and (compression_of(path) is None or os.path.realpath(path.with_suffix("")) not in known)
+        and (compression_of(path) is None or real_name(path.with_suffix("")) not in known)
     ]
     if others:
         warnings.warn(
@@ -298,7 +336,7 @@ def _check_texts(sources: Sequence[Source], options: ReadOptions) -> None:
 
 def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
     """Warns, once for each dtype, of tokens that cannot hold all of a vocabulary."""
-    paths: dict[str, list[Path]] = {}
+    paths: dict[str, list[Place]] = {}
     for source in sources:
         paths.setdefault(source.dtype, []).append(source.path)
     paths.pop("text", None)
@@ -313,9 +351,9 @@ def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
             )
 
 
-def _is_companion(path: Path, among: Container[str]) -> bool:
+def _is_companion(path: Place, among: Container[str]) -> bool:
     """Whether a path belongs to one that is there, too."""
-    name = os.fspath(path)
+    name = str(path)
     return any(
         name.endswith(suffix) and name.removesuffix(suffix) + owner in among
         for format in FORMATS.values()
@@ -323,7 +361,7 @@ def _is_companion(path: Path, among: Container[str]) -> bool:
     )
 
 
-def _recognised_format(path: Path, head: bytes = b"") -> Format | None:
+def _recognised_format(path: Place, head: bytes = b"") -> Format | None:
     """The format that a folder, or a file that begins with `head`, can be told to be of."""
     # The folder of a file's parts may be named as the file would be.
     is_folder = path.is_dir()
@@ -331,7 +369,7 @@ def _recognised_format(path: Path, head: bytes = b"") -> Format | None:
     return next((format for format in asked if format.recognises(path, head)), None)
 
 
-def _format_of(path: Path, name: str | None, options: ReadOptions) -> Format:
+def _format_of(path: Place, name: str | None, options: ReadOptions) -> Format:
     is_folder = path.is_dir()
     if not is_folder:
         # Before it is opened, which waits for ever for a pipe that nobody writes to.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pdl_ext.corpus.state import State
+from pdl_ext.storage.place import Place
 
 __all__ = ["checkpoint_of_rank", "checkpoints", "share", "total"]
 
 
-def checkpoint_of_rank(checkpoint: Path | None, group: Any) -> Path | None:
+def checkpoint_of_rank(checkpoint: Place | None, group: Any) -> Place | None:
     """The path of this rank's own checkpoint."""
     return None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}-{_rank(group)}")
 
 
-def checkpoints(checkpoint: Path) -> list[Path]:
+def checkpoints(checkpoint: Place) -> list[Place]:
     """The checkpoints of all ranks that this machine sees."""
-    pattern = glob.escape(str(checkpoint)) + "-*"
-    found = {path.rsplit("-", 1)[1]: Path(path) for path in glob.glob(pattern)}
+    found = {path.name.rpartition("-")[2]: path for path in checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}-*")}
     return [found[rank] for rank in sorted(filter(str.isdecimal, found), key=int)]
 
 
-def share(state: State, sizes: list[int], checkpoint: Path | None, group: Any) -> list[int]:
+def share(state: State, sizes: list[int], checkpoint: Place | None, group: Any) -> list[int]:
     """The parts that this rank has to count: an even share of those that none has finished.
 
     Each rank's state goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
@@ -72,7 +71,7 @@ def total(state: State, group: Any) -> int:
     return state.frequency.tokens_seen
 
 
-def _take_over(state: State, checkpoint: Path) -> None:
+def _take_over(state: State, checkpoint: Place) -> None:
     own = checkpoint_of_rank(checkpoint, None)
     others = checkpoints(checkpoint)
     for path in others:

@@ -7,7 +7,6 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext.provenance import Shard, TargetPolicy, shard_digest
+from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = [
     "SAMPLE_TOKENS",
@@ -75,7 +75,7 @@ def count_dtype(dtype: str) -> str:
     return "int64" if dtype == "uint64" else dtype
 
 
-def check_stated_dtype(path: Path, dtype: str, options: ReadOptions) -> None:
+def check_stated_dtype(path: Place, dtype: str, options: ReadOptions) -> None:
     """Raises ValueError unless the dtype that a file states is counted as the one that is given, or none is."""
     if options.dtype not in (None, count_dtype(dtype)):
         raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
@@ -93,7 +93,7 @@ class ReadOptions:
     vocab_size: int
     policy: TargetPolicy = field(default_factory=TargetPolicy)
     dtype: str | None = None
-    tokenizer: Path | None = None
+    tokenizer: Place | None = None
     strict: bool = False
 
 
@@ -126,15 +126,20 @@ class Sample(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """What tells that a file has changed."""
+    """What tells that a file has changed: its size, and when it was modified, in ns, or what a store tells it by."""
 
     size: int
-    mtime_ns: int
+    version: int | str
 
     @classmethod
-    def of(cls, path: Path) -> Stamp:
-        """The stamp of a file now. Raises ValueError that names one which cannot be read or is no file."""
+    def of(cls, path: Place, *, fresh: bool = False) -> Stamp:
+        """The stamp of a file, of an object of a store as it was listed or, `fresh`, as it is now.
+
+        Raises ValueError that names one which cannot be read or is no file.
+        """
         try:
+            if isinstance(path, RemotePath):
+                return cls(*path.version(fresh=fresh))
             status = os.stat(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
@@ -143,14 +148,15 @@ class Stamp(NamedTuple):
             raise ValueError(f"{path}: is no regular file, expected one")
         return cls(status.st_size, status.st_mtime_ns)
 
-    def check(self, path: Path) -> None:
+    def check(self, path: Place) -> None:
         """Raises ValueError that names a file whose stamp is another by now."""
-        now = Stamp.of(path)
-        if now != self:
-            raise ValueError(
-                f"{path}: changed while it was counted, from {self.size} bytes to {now.size}, modified "
-                f"{(now.mtime_ns - self.mtime_ns) / 1e9:+.3f} s later"
-            )
+        now = Stamp.of(path, fresh=True)
+        if now == self:
+            return
+        what = "another object by now"
+        if isinstance(now.version, int) and isinstance(self.version, int):
+            what = f"modified {(now.version - self.version) / 1e9:+.3f} s later"
+        raise ValueError(f"{path}: changed while it was counted, from {self.size} bytes to {now.size}, {what}")
 
 
 class Source(ABC):
@@ -160,7 +166,7 @@ class Source(ABC):
     is read with; dtype: the tokens' name in TOKEN_DTYPES, or "text".
     """
 
-    def __init__(self, format_name: str, path: Path, dtype: str, companions: Sequence[Path] = ()) -> None:
+    def __init__(self, format_name: str, path: Place, dtype: str, companions: Sequence[Place] = ()) -> None:
         self.format = format_name
         self.path = path
         self.dtype = dtype
@@ -172,9 +178,14 @@ class Source(ABC):
         return self._stamps[self.path].size
 
     @property
-    def stamps(self) -> dict[Path, Stamp]:
+    def stamps(self) -> dict[Place, Stamp]:
         """All files, as they were when the source was made."""
         return dict(self._stamps)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in a store, which takes its time to answer."""
+        return any(isinstance(path, RemotePath) for path in self._stamps)
 
     def shard(self) -> Shard:
         """What the provenance says of it. Raises OSError if the file cannot be read."""
@@ -223,8 +234,8 @@ class Format(NamedTuple):
     """
 
     name: str
-    open: Callable[[Path, ReadOptions], list[Source]]
-    recognises: Callable[[Path, bytes], bool]
+    open: Callable[[Place, ReadOptions], list[Source]]
+    recognises: Callable[[Place, bytes], bool]
     companions: Mapping[str, str] = MappingProxyType({})
     has_folders: bool = False
     has_header: bool = False

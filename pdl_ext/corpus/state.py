@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
+from pdl_ext.storage.place import Place
 from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
 __all__ = ["State"]
@@ -51,14 +50,14 @@ class State:
         elif both != int(other.finished.sum()):
             raise ValueError("checkpoint: got two that counted the same part, expected each part in one")
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Place) -> None:
         """Raises OSError that names the path, which then holds what it held before."""
         tensors = {f"frequency.{name}": buffer for name, buffer in self.frequency.state_dict().items()}
         tensors["finished"] = self.finished
         write_tensors(path, tensors, {"format": _FORMAT, "identity": self.identity})
 
     @classmethod
-    def load(cls, path: Path, like: State) -> State:
+    def load(cls, path: Place, like: State) -> State:
         """The state that was saved of the same count as `like`.
 
         Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.

@@ -8,7 +8,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pdl_ext._checks import names_of
+from pdl_ext.storage.place import Place, RemotePath, on_disk
 from pdl_ext.storage.whole_file import whole_file
 
 __all__ = ["check_fits", "format_of", "read_tensors", "write_tensors"]
@@ -32,7 +32,7 @@ _HEADER_OF_THE_REST = 4096
 _DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Place, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
 
     metadata: its "format" first. The same tensors and metadata give the same bytes.
@@ -63,10 +63,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             f"{largest}: got {len(metadata[largest])} characters, expected fewer: a file's header of {len(head)} bytes "
             f"is above {_LARGEST_HEADER}"
         )
+    pieces: list[Any] = [len(head).to_bytes(8, "little") + head, *(arrays[name].reshape(-1).data for name in names)]
+    if isinstance(path, RemotePath):
+        path.write_bytes(b"".join(pieces))
+        return
     with whole_file(path) as partial, open(partial, "wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
-            file.write(arrays[name].reshape(-1).data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
 
@@ -81,7 +84,7 @@ def check_fits(name: str, what: str, text: str) -> None:
         )
 
 
-def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Place, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that write_tensors wrote, whose metadata has this "format".
 
     name: what errors begin with. Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or
@@ -89,18 +92,19 @@ def read_tensors(path: Path, name: str, file_format: str) -> tuple[dict[str, Ten
     """
     try:
         # A pipe would be waited for.
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        if not isinstance(path, RemotePath) and not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError(f"{name}: {path} is no regular file, expected one")
-        # The library takes any file that it cannot open for absent.
-        with open(path, "rb") as head:
-            head.read(1)
-        # Not as PyTorch's, which the library opens by names in UTF-8 alone.
-        with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
-            # Before the tensors, which in other files may be of dtypes that NumPy does not know.
-            if metadata.get("format") != file_format:
-                raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
-            tensors = {key: _read(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+        with on_disk(path) as there:
+            # The library takes any file that it cannot open for absent.
+            with open(there, "rb") as head:
+                head.read(1)
+            # Not as PyTorch's, which the library opens by names in UTF-8 alone.
+            with safe_open(there, framework="np") as file:
+                metadata = dict(file.metadata() or {})
+                # Before the tensors, which in other files may be of dtypes that NumPy does not know.
+                if metadata.get("format") != file_format:
+                    raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
+                tensors = {key: _read(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no file at {path}") from error
     except OSError as error:
@@ -121,13 +125,13 @@ def _read(tensor: Any) -> Tensor:
     return torch.from_numpy(tensor[()])
 
 
-def format_of(path: Path) -> str | None:
+def format_of(path: Place) -> str | None:
     """The "format" of a file that write_tensors wrote, whole, damaged or cut off behind it; None for any other file."""
     if not path.is_file():
         return None
     try:
         # A corpus has many files, of which few are opened twice.
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             head = file.read(64)
             if b'"__metadata__"' not in head:
                 return None

@@ -10,6 +10,8 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+from pdl_ext.storage.place import Place, RemotePath
+
 __all__ = ["partial_files", "whole_file"]
 
 
@@ -48,9 +50,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def partial_files(path: Path) -> list[Path]:
+def partial_files(path: Place) -> list[Path]:
     """What killed processes left of `path` and of the checkpoints that are named after it."""
     found: list[Path] = []
+    if isinstance(path, RemotePath):
+        # A store takes objects whole.
+        return found
     # Checkpoints lie beside a link, and what it names may lie elsewhere.
     for of in {path, Path(os.path.realpath(path))}:
         name = re.compile(rf"\.{re.escape(of.name)}(\.checkpoint-\d+)?\.[0-9a-f]+\.partial")

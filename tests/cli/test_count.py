@@ -112,7 +112,7 @@ def test_an_output_that_cannot_be_read_is_not_told_to_hold_no_counts(corpus, tmp
     def refuse(path, *_):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     assert main([*COUNT, "50"]) == 1
     assert capsys.readouterr().err == "pdl-ext: counts.safetensors: cannot be read (Permission denied)\n"
 

@@ -307,9 +307,9 @@ def test_a_tokenizer_that_is_replaced_during_the_count(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", CHATS)
     count_part = counting._Worker._count_part
 
-    def replaced_before(self, index):
+    def replaced_before(self, *taken):
         (folder / "chat_template.jinja").write_text(UNMARKED)
-        return count_part(self, index)
+        return count_part(self, *taken)
 
     monkeypatch.setattr(counting._Worker, "_count_part", replaced_before)
     with pytest.raises(ValueError, match=r"chat_template\.jinja: changed while it was counted"):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ from test_arrow import write as write_arrow
 from test_huggingface import save as save_dataset
 from test_mds import write as write_mds
 from test_mds import write_tokens as write_mds_tokens
+from test_packed_shards import pack_litdata, pack_mds
 from test_parquet import write as write_parquet
 from test_text import compress
 
@@ -71,6 +75,22 @@ def rows(texts, tokenizer) -> list[np.ndarray]:
     return [np.array(encoding.ids, np.uint16) for encoding in encoded]
 
 
+@pytest.fixture
+def in_a_store(request) -> Callable[[Path], str] | None:
+    """Puts files into an S3 server as they are on disk, and gives their URL; None for many texts and without moto."""
+    if request.node.callspec.params["texts"] == "verses" or importlib.util.find_spec("moto") is None:
+        return None
+    server = importlib.import_module("s3").started()
+    server.faults()
+
+    def put(path: Path) -> str:
+        key = re.sub(r"\W+", "-", request.node.name)
+        server.put_folder(key, path.parent)
+        return server.url(f"{key}/{path.name}")
+
+    return put
+
+
 def bincount(rows: list[np.ndarray]) -> np.ndarray:
     return np.bincount(np.concatenate(rows), minlength=V)
 
@@ -112,11 +132,12 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_texts(name, tmp_path, texts, tokenizer, rows):
+def test_texts(name, tmp_path, texts, tokenizer, rows, in_a_store):
     path = TEXTS[name](tmp_path / name, texts)
-    frequency = count_corpus([path], V, tokenizer=tokenizer)
-    np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
-    assert frequency.tokens_seen == frequency.total
+    for where in filter(None, [path, in_a_store and in_a_store(path)]):
+        frequency = count_corpus([where], V, tokenizer=tokenizer)
+        np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
+        assert frequency.tokens_seen == frequency.total
 
 
 def write_id_lines(folder, rows):
@@ -154,6 +175,12 @@ IDS = {
     "datatrove": (write_datatrove, {"dtype": "uint16"}, True),
     "litdata": (write_litdata, {}, True),
     "mds": (lambda folder, rows: write_mds_tokens(folder / "mds", rows), {"dtype": "uint16"}, True),
+    "mds in zstd": (
+        lambda folder, rows: pack_mds(write_mds_tokens(folder / "mds", rows)),
+        {"dtype": "uint16"},
+        True,
+    ),
+    "litdata in zstd": (lambda folder, rows: pack_litdata(write_litdata(folder, rows)), {}, True),
     "arrow file": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "file", 1000), {}, True),
     "arrow stream": (lambda folder, rows: write_arrow(folder / "a.arrow", rows, "stream", 1000), {}, True),
     "npz": (write_npz, {}, False),
@@ -170,14 +197,15 @@ IDS = {
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_ids(name, tmp_path, rows):
+def test_ids(name, tmp_path, rows, in_a_store):
     write, options, knows_texts = IDS[name]
     path = write(tmp_path, rows)
-    frequency = count_corpus([path], V, **options)
-    np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
-    if knows_texts:
-        frequency = count_corpus([path], V, policy=SHIFTED, **options)
-        np.testing.assert_array_equal(frequency.counts.numpy(), bincount([row[1:] for row in rows]))
+    for where in filter(None, [path, in_a_store and in_a_store(path)]):
+        frequency = count_corpus([where], V, **options)
+        np.testing.assert_array_equal(frequency.counts.numpy(), bincount(rows))
+        if knows_texts:
+            frequency = count_corpus([where], V, policy=SHIFTED, **options)
+            np.testing.assert_array_equal(frequency.counts.numpy(), bincount([row[1:] for row in rows]))
 
 
 def batches_of(rows):

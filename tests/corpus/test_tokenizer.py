@@ -208,11 +208,11 @@ def test_a_tokenizer_that_is_replaced_during_the_count(tmp_path, monkeypatch, ki
     count_part = counting._Worker._count_part
     asked = []
 
-    def replaced_before(self, index):
+    def replaced_before(self, index, batches):
         asked.append(index)
         if len(asked) == 2:
             os.replace(other, path)
-        return count_part(self, index)
+        return count_part(self, index, batches)
 
     monkeypatch.setattr(counting._Worker, "_count_part", replaced_before)
     monkeypatch.setattr(counting, "_SECONDS_BETWEEN_MERGES", 0.0)

@@ -22,23 +22,25 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Makes one file for a browser, which needs no network: sliders for a weighting's options, and "
         "beside them what it makes of the counts.",
     )
-    parser.add_argument("counts", type=Path, metavar="COUNTS", help="a file that `pdl-ext count` wrote")
+    parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=f"a {_SUFFIX} file")
-    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help="of the counts, to show tokens as text")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to show tokens as text")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import load_counts
     from pdl_ext.cli.explore.page import page_of
+    from pdl_ext.storage.place import place
     from pdl_ext.storage.whole_file import whole_file
 
     _check_output(arguments.output)
-    frequency = load_counts(arguments.counts)
+    counts = place("counts", arguments.counts)
+    frequency = load_counts(counts)
     if frequency.total == 0:
-        raise ValueError(f"counts: got {arguments.counts}, in which nothing was counted, expected some tokens")
+        raise ValueError(f"counts: got {counts}, in which nothing was counted, expected some tokens")
     literal = literals_of_tokens(arguments.tokenizer, frequency.provenance)
-    page = page_of(frequency, arguments.counts, literal)
+    page = page_of(frequency, counts, literal)
     with whole_file(arguments.output) as partial:
         partial.write_bytes(page)
     report(str(arguments.output))

@@ -9,13 +9,13 @@ import json
 import string
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pdl_ext import TokenFrequency
 from pdl_ext.statistics import MOST_FREQUENT, log_spaced_ranks, zipf_slope
+from pdl_ext.storage.place import Place
 from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting
 
 __all__ = ["BEGINNING", "page_of"]
@@ -33,7 +33,7 @@ _LISTED = 12
 _RARE_BUCKET = 2
 
 
-def page_of(frequency: TokenFrequency, counts: Path, literal: Callable[[int], str]) -> bytes:
+def page_of(frequency: TokenFrequency, counts: Place, literal: Callable[[int], str]) -> bytes:
     """A page of HTML that needs nothing else, of counts in which something was counted.
 
     counts: their file, which the page's lines of Python name.
@@ -65,7 +65,7 @@ def _inside_a_script(value: Any) -> str:
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
-def _shown(frequency: TokenFrequency, counts: Path, literal: Callable[[int], str]) -> dict[str, Any]:
+def _shown(frequency: TokenFrequency, counts: Place, literal: Callable[[int], str]) -> dict[str, Any]:
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     types_seen = int((frequency.counts > 0).sum())
     # Weights are functions of the count: types that occur equally often are one number and how many they are.

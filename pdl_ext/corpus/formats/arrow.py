@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pdl_ext._optional import require
+from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.arrow_stream import CONTINUATION, StreamSource, arrow_file, read_options
 from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -22,7 +23,7 @@ _LARGEST_SCHEMA = 2**24
 class _FileSource(Source):
     """A part is a range of record batches, each of which is read whole."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         with arrow_errors(path, "Arrow"), arrow_file(path) as file, _file_reader(file) as reader:
             self._columns = Columns(path, reader.schema, options)
             self._fields = [reader.schema.get_field_index(name) for name in self._columns.names]
@@ -59,9 +60,8 @@ def _is_stream(head: bytes) -> bool:
     return head.startswith(CONTINUATION) and 0 < struct.unpack_from("<i", head.ljust(8, b"\0"), 4)[0] <= _LARGEST_SCHEMA
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
-    with arrow_errors(path, "Arrow"), open(path, "rb") as file:
-        head = file.read(len(_MAGIC))
+def _open(path: Place, options: ReadOptions) -> list[Source]:
+    head = read_head(path, len(_MAGIC))
     return [_FileSource(path, options) if head.startswith(_MAGIC) else StreamSource("arrow", path, options)]
 
 

@@ -6,11 +6,10 @@ the tokenizer with the tokens' size behind a bar, in newer ones, then how many t
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -19,15 +18,15 @@ _COMPANIONS = (".index", ".loss", ".metadata")
 _DTYPES = {2: "uint16", 4: "uint32"}
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     return _tokens_file(path).suffix == _SUFFIX
 
 
-def _tokens_file(path: Path) -> Path:
+def _tokens_file(path: Place) -> Place:
     return path.with_suffix("") if path.suffix in _COMPANIONS else path
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     tokens_file = _tokens_file(path)
     if not tokens_file.is_file():
         if path.suffix == ".metadata":
@@ -76,7 +75,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     return [source]
 
 
-def _index(path: Path) -> AscendingNumbers:
+def _index(path: Place) -> AscendingNumbers:
     documents, rest = divmod(Stamp.of(path).size, 8)
     if rest:
         raise ValueError(
@@ -85,7 +84,7 @@ def _index(path: Path) -> AscendingNumbers:
     return AscendingNumbers(path, "<u8", 0, documents)
 
 
-def _dtype_in(metadata: Path) -> str | None:
+def _dtype_in(metadata: Place) -> str | None:
     first_line = read_head(metadata, 4096).split(b"\n")[0]
     size = first_line.rpartition(b"|")[2].strip()
     return {b"2": "uint16", b"4": "uint32"}.get(size) if b"|" in first_line else None

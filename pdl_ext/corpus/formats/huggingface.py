@@ -8,10 +8,8 @@ ones write the rows themselves.
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from pdl_ext.corpus.reading.arrow_stream import StreamSource, read_stream
 from pdl_ext.corpus.reading.columns import Rows
 from pdl_ext.corpus.reading.listing import listed_file, read_json
 from pdl_ext.corpus.source import Format, ReadOptions, Source
+from pdl_ext.storage.place import Place, is_folder
 
 __all__ = ["FORMAT"]
 
@@ -33,14 +32,14 @@ _INDICES = "indices"
 _WINDOW = 2**22
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     if not path.is_dir():
         return False
     saved = (path / _SPLITS).is_file() or (path / _STATE).is_file()
     return saved or ((path / _INFO).is_file() and any(path.glob("*.arrow")))
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     if (path / _SPLITS).is_file():
         path = _only_split(path)
     if (path / _STATE).is_file():
@@ -50,7 +49,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     raise ValueError(f"{path}: has neither {_STATE} nor {_INFO}, expected a dataset's folder")
 
 
-def _only_split(folder: Path) -> Path:
+def _only_split(folder: Place) -> Place:
     splits = read_json(folder / _SPLITS).get("splits")
     if not isinstance(splits, list) or not splits or not all(isinstance(name, str) for name in splits):
         raise ValueError(f"{folder / _SPLITS}: got splits {splits!r}, expected a list of names")
@@ -59,12 +58,12 @@ def _only_split(folder: Path) -> Path:
             f"{folder}: holds the splits {', '.join(splits)}, expected one: name the folder of the one that is trained "
             f"on, as {folder / splits[0]}"
         )
-    if not os.path.isdir(folder / splits[0]):
+    if not is_folder(folder / splits[0]):
         raise ValueError(f"{folder / splits[0]}: is no folder, which {_SPLITS} lists")
     return folder / splits[0]
 
 
-def _saved(state_file: Path, options: ReadOptions) -> list[Source]:
+def _saved(state_file: Place, options: ReadOptions) -> list[Source]:
     state = read_json(state_file)
     files = _files(state_file, state, "_data_files")
     # What only some versions write.
@@ -84,21 +83,22 @@ def _saved(state_file: Path, options: ReadOptions) -> list[Source]:
     ]
 
 
-def _source(file: Path, options: ReadOptions, listing: Path) -> Source:
+def _source(file: Place, options: ReadOptions, listing: Place) -> Source:
     return StreamSource("huggingface", file, options, companions=(listing,))
 
 
-def _files(state_file: Path, state: dict[str, Any], key: str) -> list[Path]:
+def _files(state_file: Place, state: dict[str, Any], key: str) -> list[Place]:
     entries = state.get(key)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{state_file}: got {key} {entries!r}, expected a list of files")
     return [listed_file(state_file, entry.get("filename")) for entry in entries]
 
 
-def _cached(folder: Path) -> list[Path]:
+def _cached(folder: Place) -> list[Place]:
     """The files of the only split in a folder of the cache, but not what transforms of it left there."""
-    names: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.arrow")):
+    names: dict[str, list[Place]] = {}
+    found: list[Any] = sorted(folder.glob("*.arrow"), key=str)
+    for file in found:
         name = re.sub(r"-\d{5}-of-\d{5}$", "", file.stem)
         if not name.startswith(("cache-", "tmp")):
             names.setdefault(name, []).append(file)
@@ -120,7 +120,7 @@ class _Indices:
     Raises ValueError that names a file of indices which is damaged, or points past the last row.
     """
 
-    def __init__(self, files: list[Path], data_files: list[Path]) -> None:
+    def __init__(self, files: list[Place], data_files: list[Place]) -> None:
         self._files = files
         self._data_files = data_files
 

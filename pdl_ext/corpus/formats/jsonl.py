@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from pdl_ext.corpus.reading.batches import joined
 from pdl_ext.corpus.reading.chats import are_chats
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.compression import compression_of
-from pdl_ext.corpus.reading.lines import Line, LineSource, Place, has_suffix
+from pdl_ext.corpus.reading.lines import Line, LinePlace, LineSource, has_suffix
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -33,7 +33,7 @@ class _JsonLinesSource(LineSource):
     supervised finetuning instead.
     """
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         super().__init__("jsonl", path)
         self._options = options
         self._policy = options.policy
@@ -98,7 +98,7 @@ class _JsonLinesSource(LineSource):
             return value
         return self._tokens(record, column, place)
 
-    def _check_text(self, text: str, column: str, place: Place) -> None:
+    def _check_text(self, text: str, column: str, place: LinePlace) -> None:
         for name in ("mask", "skip_prompt"):
             if getattr(self._policy, name) is not None:
                 raise ValueError(
@@ -110,7 +110,7 @@ class _JsonLinesSource(LineSource):
             # JSON can escape half of a surrogate pair.
             raise ValueError(f"{place}: {column!r} is no Unicode text ({error.reason})") from error
 
-    def _tokens(self, record: dict[str, Any], column: str, place: Place) -> Batch:
+    def _tokens(self, record: dict[str, Any], column: str, place: LinePlace) -> Batch:
         ids = _integers(record, column, {int}, place, "a string or a list of integers")
         is_target = np.ones(ids.size, np.bool_)
         if self._policy.targets == "shifted":
@@ -126,7 +126,7 @@ class _JsonLinesSource(LineSource):
         return Batch(ids, is_target)
 
 
-def _value(record: dict[str, Any], name: str, place: Place) -> Any:
+def _value(record: dict[str, Any], name: str, place: LinePlace) -> Any:
     if name not in record:
         raise ValueError(f"{place}: has no {name!r}, but {_names(record)}")
     return record[name]
@@ -143,7 +143,9 @@ def _names(record: dict[str, Any]) -> str:
     return ", ".join(map(repr, itertools.islice(record, 10))) or "nothing"
 
 
-def _integers(record: dict[str, Any], name: str, types: set[type], place: Place, expected: str) -> NDArray[np.int64]:
+def _integers(
+    record: dict[str, Any], name: str, types: set[type], place: LinePlace, expected: str
+) -> NDArray[np.int64]:
     values = _value(record, name, place)
     if not isinstance(values, list):
         raise ValueError(f"{place}: {name!r} is {_kind(values)}, expected {expected}")
@@ -160,11 +162,11 @@ def _kind(value: Any) -> str:
     return _KINDS.get(type(value), "an object")
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_JsonLinesSource(path, options)]
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
     # Other JSON is seldom compressed; plain, it may be an array.

@@ -11,11 +11,10 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource
 from pdl_ext.corpus.reading.listing import read_json
 from pdl_ext.corpus.reading.samples import Column, Encoding, Layout, SampleSource
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["FORMAT"]
 
@@ -44,12 +44,12 @@ _BATCH_BYTES = 24
 _OFFSETS = 2**16
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Without its index a chunk is refused: its header would pass for ids.
     return _is_index(_index_file(path)) or (path.suffix == ".bin" and _is_chunk(path, head))
 
 
-def _is_chunk(path: Path, head: bytes) -> bool:
+def _is_chunk(path: Place, head: bytes) -> bool:
     """Whether a file has the header of a chunk, which hardly any ids are by chance."""
     items, begin = np.frombuffer(head[:8], "<u4").tolist() if len(head) > 8 else (0, 0)
     if items == 0 or begin != 4 * (items + 2) or begin > Stamp.of(path).size:
@@ -60,17 +60,17 @@ def _is_chunk(path: Path, head: bytes) -> bool:
         return False
 
 
-def _index_file(path: Path) -> Path:
+def _index_file(path: Place) -> Place:
     """The index of a folder, of a chunk, or the index itself."""
     return path / _INDEX if path.is_dir() else path.with_name(_INDEX) if path.suffix == ".bin" else path
 
 
-def _is_index(path: Path) -> bool:
+def _is_index(path: Place) -> bool:
     # MosaicML's index.json has shards instead.
     return path.name == _INDEX and path.is_file() and re.search(rb'"chunks"\s*:', read_head(path, 4096)) is not None
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
         raise ValueError(f"{index_file}: is missing, expected it beside litdata's chunk {path.name}")
@@ -107,7 +107,7 @@ class _Items(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _index(path: Path, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int | None]]]:
+def _index(path: Place, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int | None]]]:
     """What items are, and of each chunk by its name the number of items and, where it is told, of tokens."""
     index = read_json(path)
     try:
@@ -135,7 +135,7 @@ def _index(path: Path, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int |
         ((name, times),) = collections.Counter(str(chunk["filename"]) for chunk in index["chunks"]).most_common(1)
         raise ValueError(f"{path}: lists {name} {times} times, expected each chunk once")
     for name in chunks:
-        if not name or name != Path(name).name:
+        if not name or name != PurePath(name).name:
             raise ValueError(f"{path}: got chunk {name!r}, expected a name of a file beside it")
     if not isinstance(data_format, list) or not all(isinstance(name, str) for name in data_format):
         raise ValueError(f"{path}: got items of {data_format!r}, expected a list of their formats")
@@ -148,7 +148,7 @@ def _index(path: Path, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int |
     return _Items(_stream_dtype(path, data_format, loader) if is_stream else None, data_format, spec, packing), chunks
 
 
-def _stream_dtype(path: Path, data_format: list[str], loader: Any) -> str:
+def _stream_dtype(path: Place, data_format: list[str], loader: Any) -> str:
     encoding = _encoding(data_format[0]) if len(data_format) == 1 else Encoding("")
     if encoding.dtype is None:
         raise ValueError(
@@ -205,21 +205,21 @@ def _leaves(spec: dict[str, Any], name: str) -> Iterator[str]:
         yield from _leaves(child, f"{name}.{key}" if name else str(key))
 
 
-def _chunk(index_file: Path, name: str) -> Path:
+def _chunk(index_file: Place, name: str) -> Place:
     path = index_file.with_name(name)
     # Also of a name that none can have.
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise ValueError(f"{path}: is missing, expected it beside {index_file}, which lists it")
     return path
 
 
-def _unpack(path: Path, packing: str | None) -> Callable[[], Iterator[bytes]] | None:
+def _unpack(path: Place, packing: str | None) -> Callable[[], Iterator[bytes]] | None:
     if packing is None:
         return None
     return functools.partial(_batches, path) if packing == "batch" else functools.partial(decompressed, path, "zstd")
 
 
-def _batches(path: Path) -> Iterator[bytes]:
+def _batches(path: Place) -> Iterator[bytes]:
     """A chunk whose items are compressed some at a time, as the chunk that it would be without."""
     head = read_head(path, _BATCHES.size)
     fields = _BATCHES.unpack(head) if len(head) == _BATCHES.size else (b"", 0, 0, 0, 0, 0)
@@ -235,7 +235,7 @@ def _batches(path: Path) -> Iterator[bytes]:
 
 
 def _token_stream(
-    path: Path, items: int, tokens: int | None, dtype: str, index_file: Path, options: ReadOptions
+    path: Place, items: int, tokens: int | None, dtype: str, index_file: Place, options: ReadOptions
 ) -> FlatSource:
     size = Stamp.of(path).size
     first_byte = 4 * (items + 2)
@@ -264,7 +264,7 @@ def _token_stream(
 
 
 def _item_starts(
-    path: Path, offsets: AscendingNumbers, first_byte: int, itemsize: int
+    path: Place, offsets: AscendingNumbers, first_byte: int, itemsize: int
 ) -> Callable[[int, int], NDArray[np.int64]]:
     def starts(start: int, stop: int) -> NDArray[np.int64]:
         begins = offsets.distinct_between(first_byte + start * itemsize, first_byte + stop * itemsize) - first_byte

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.source import Format, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -20,7 +20,7 @@ _MAGICS = (*_KNOWN, _EVALUATION)
 _LIKE_MAGICS = range(20230101, 20400101)
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Tokens could be a magic by chance, but hardly with nothing behind the header's fields, four at most.
     return len(head) >= 64 and _magic(head)[0] in _LIKE_MAGICS and not any(head[16:64])
 
@@ -31,7 +31,7 @@ def _magic(head: bytes) -> tuple[int, bool]:
     return (big, False) if big in _MAGICS else (little, True)
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     head = read_head(path, _HEADER_BYTES)
     if len(head) < _HEADER_BYTES:
         raise ValueError(f"{path}: got {len(head)} bytes, expected a header of {_HEADER_BYTES} bytes of llm.c")

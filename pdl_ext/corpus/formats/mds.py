@@ -9,17 +9,17 @@ import functools
 import json
 import math
 import operator
-import os
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from pdl_ext.corpus.reading.access import opened
+from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.compression import decompressed
 from pdl_ext.corpus.reading.listing import listed_file, read_json
 from pdl_ext.corpus.reading.samples import Column, Encoding, Layout, Reader, SampleSource
 from pdl_ext.corpus.source import Format, ReadOptions, Source
+from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["FORMAT"]
 
@@ -49,7 +49,7 @@ class _Shard(SampleSource):
             )
 
 
-def _encoding(index: Path, column: Column) -> Encoding:
+def _encoding(index: Place, column: Column) -> Encoding:
     """How a column is read. Raises ValueError that names the index, for one whose size does not fit."""
     kind, *details = column.encoding.split(":")
     if kind in ("str", "bytes"):
@@ -103,27 +103,26 @@ def _columns(config: dict[str, Any]) -> list[Column]:
     return columns
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     index = _index_file(path)
     if index.name != _INDEX or not index.is_file():
         # Nothing else is called so, and without its index it is refused.
         return _is_shard(path) and not path.is_dir()
     # litdata's index.json has chunks instead.
-    with opened(index) as file:
-        return b'"shards"' in os.pread(file, _INDEX_HEAD_BYTES, 0)
+    return b'"shards"' in read_head(index, _INDEX_HEAD_BYTES)
 
 
-def _is_shard(path: Path) -> bool:
+def _is_shard(path: Place) -> bool:
     """Whether a name is that of a shard, compressed or not."""
-    return path.suffix == _SUFFIX or (path.suffix[1:] in _NAMES and Path(path.stem).suffix == _SUFFIX)
+    return path.suffix == _SUFFIX or (path.suffix[1:] in _NAMES and PurePath(path.stem).suffix == _SUFFIX)
 
 
-def _index_file(path: Path) -> Path:
+def _index_file(path: Place) -> Place:
     """The index of a folder, of a shard, or the index itself."""
     return path / _INDEX if path.is_dir() else path.with_name(_INDEX) if _is_shard(path) else path
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
         raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards, of which it tells the columns")
@@ -149,12 +148,12 @@ def _names(entry: dict[str, Any]) -> list[Any]:
     return [entry["raw_data"]["basename"], *([packed["basename"]] if packed else [])]
 
 
-def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
+def _shard(index: Place, entry: dict[str, Any], options: ReadOptions) -> Source:
     if entry["format"] != "mds":
         raise ValueError(f"{index}: got shards of format {entry['format']!r}, expected 'mds'")
     raw, packed = entry["raw_data"], entry.get("zip_data")
     listed, compression = raw, None
-    if packed and not os.path.isfile(index.parent / str(raw["basename"])):
+    if packed and not is_file(index.parent / str(raw["basename"])):
         listed, compression = packed, _compression(index, entry)
     path = listed_file(index, listed["basename"])
     unpack = functools.partial(decompressed, path, compression) if compression else None
@@ -171,7 +170,7 @@ def _shard(index: Path, entry: dict[str, Any], options: ReadOptions) -> Source:
     return shard
 
 
-def _compression(index: Path, entry: dict[str, Any]) -> str:
+def _compression(index: Place, entry: dict[str, Any]) -> str:
     name = str(entry["compression"]).partition(":")[0]
     if name not in _COMPRESSIONS:
         raise ValueError(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import read_array, read_head
+from pdl_ext.corpus.reading.access import opened, read_array, read_head, read_numbers
 from pdl_ext.corpus.reading.flat import AscendingNumbers, FlatSource, distinct
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, count_dtype, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -32,12 +32,12 @@ _OTHER_MAGICS = {
 _BLOCK = 2**15
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Whatever the .idx holds: if that is damaged, the .bin alone would pass for raw ids.
     return head.startswith(_MAGIC) or (path.suffix == ".bin" and path.with_suffix(".idx").is_file())
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     tokens_file, index_file = path.with_suffix(".bin"), path.with_suffix(".idx")
     for file in (index_file, tokens_file):
         if not file.is_file():
@@ -59,7 +59,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
 class _Index:
     """A valid .idx of a .bin of `size` bytes. Raises ValueError that names what in it is wrong."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Place, size: int) -> None:
         self._path = path
         header = read_head(path, _HEADER.size)
         other = next((what for magic, what in _OTHER_MAGICS.items() if header.startswith(magic)), None)
@@ -143,29 +143,30 @@ class _Index:
     def _check_lengths(self, sequences: int, first: int, places: int, size: int) -> None:
         """Sequences follow one another without a gap, from the .bin's beginning to its end."""
         end, misplaced = 0, ""
-        for start in range(0, sequences, _BLOCK):
-            count = min(_BLOCK, sequences - start)
-            lengths = read_array(self._path, "<i4", first + 4 * start, count).astype(np.int64)
-            if (lengths < 0).any():
-                wrong = int((lengths < 0).argmax())
-                raise ValueError(
-                    f"{self._path}: got length {lengths[wrong]} of sequence {start + wrong}, expected 0 or more"
-                )
-            ends = end + np.cumsum(lengths * self._itemsize)
-            expected = np.concatenate(([end], ends[:-1]))
-            found = read_array(self._path, "<i8", places + 8 * start, count)
-            differs = found != expected
-            if differs.any():
-                wrong = int(differs.argmax())
-                misplaced = misplaced or (
-                    f"{self._path}: got byte {found[wrong]} as the place of sequence {start + wrong}, expected "
-                    f"{expected[wrong]}, where the one before ends"
-                )
-                if ((found - expected) % 2**32 != 0).any():
-                    raise ValueError(misplaced)
-            end = int(ends[-1])
-            if end > size:
-                break
+        with opened(self._path) as file:
+            for start in range(0, sequences, _BLOCK):
+                count = min(_BLOCK, sequences - start)
+                lengths = read_numbers(file, "<i4", first + 4 * start, count, self._path).astype(np.int64)
+                if (lengths < 0).any():
+                    wrong = int((lengths < 0).argmax())
+                    raise ValueError(
+                        f"{self._path}: got length {lengths[wrong]} of sequence {start + wrong}, expected 0 or more"
+                    )
+                ends = end + np.cumsum(lengths * self._itemsize)
+                expected = np.concatenate(([end], ends[:-1]))
+                found = read_numbers(file, "<i8", places + 8 * start, count, self._path)
+                differs = found != expected
+                if differs.any():
+                    wrong = int(differs.argmax())
+                    misplaced = misplaced or (
+                        f"{self._path}: got byte {found[wrong]} as the place of sequence {start + wrong}, expected "
+                        f"{expected[wrong]}, where the one before ends"
+                    )
+                    if ((found - expected) % 2**32 != 0).any():
+                        raise ValueError(misplaced)
+                end = int(ends[-1])
+                if end > size:
+                    break
         if end != size:
             raise ValueError(
                 misplaced

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy_format
@@ -13,11 +12,12 @@ from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.reading.npy_header import HEAD_BYTES, npy_header
 from pdl_ext.corpus.source import Format, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     header = npy_header(str(path), read_head(path, HEAD_BYTES))
     header.check_rows(str(path), options)
     shape = header.shape
@@ -39,7 +39,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     ]
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     # Also with a damaged first byte, or the header would pass for raw ids.
     return head[1:6] == npy_format.MAGIC_PREFIX[1:] and (head[0] == npy_format.MAGIC_PREFIX[0] or head[7:8] == b"\0")
 

@@ -6,7 +6,6 @@ import contextlib
 import math
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.arrays import ZIP_ERRORS, ZIP_MAGIC, chosen_array, row_batches, zip_names
 from pdl_ext.corpus.reading.npy_header import HEAD_BYTES, NpyHeader, npy_header
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -27,7 +27,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 class _NpzSource(Source):
     """The whole file is one part."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         headers, refused = self._headers(path)
         self._name = chosen_array(path, {name: len(header.shape) for name, header in headers.items()}, refused, options)
         self._header = headers[self._name]
@@ -46,10 +46,10 @@ class _NpzSource(Source):
         row = self._header.shape[-1]
         return row_batches(self._pieces(), row, self._shifted)
 
-    def _headers(self, path: Path) -> tuple[dict[str, NpyHeader], dict[str, ValueError]]:
+    def _headers(self, path: Place) -> tuple[dict[str, NpyHeader], dict[str, ValueError]]:
         """By its name each array's header, or why it is none of integers."""
         headers, refused = {}, {}
-        with _named(path), zipfile.ZipFile(path) as archive:
+        with _archive(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(_SUFFIX)
                 if name == member.filename:
@@ -68,7 +68,7 @@ class _NpzSource(Source):
     def _pieces(self) -> Iterator[NDArray[Any]]:
         dtype = token_dtype(self._header.dtype)
         left = self.stated_tokens() * dtype.itemsize
-        with _named(self.path), zipfile.ZipFile(self.path) as archive, archive.open(self._name + _SUFFIX) as file:
+        with _archive(self.path) as archive, archive.open(self._name + _SUFFIX) as file:
             file.read(self._header.first_byte)
             while left and (piece := file.read(min(left, _PIECE_BYTES))) and not len(piece) % dtype.itemsize:
                 yield np.frombuffer(piece, dtype)
@@ -81,21 +81,23 @@ class _NpzSource(Source):
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _archive(path: Place) -> Iterator[zipfile.ZipFile]:
+    """Raises ValueError that names one which is damaged, also while it is read."""
     try:
-        yield
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield archive
     except ZIP_ERRORS as error:
         raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     if path.suffix.lower() == ".npz":
         return True
     names = zip_names(path) if head.startswith(ZIP_MAGIC) else []
     return bool(names) and all(name.endswith(_SUFFIX) for name in names)
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_NpzSource(path, options)]
 
 

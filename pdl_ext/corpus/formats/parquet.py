@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pdl_ext._optional import require
+from pdl_ext.corpus.reading.arrow_stream import arrow_file
 from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
 from pdl_ext.corpus.source import SAMPLE_TOKENS, Batch, Format, Part, ReadOptions, Sample, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -27,7 +29,7 @@ _BUFFER_BYTES = 2**18
 class _ParquetSource(Source):
     """A part is a range of row groups."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         with arrow_errors(path, "Parquet"), _opened(path) as file:
             self._columns = Columns(path, file.schema_arrow, options)
             # Not the metadata, of which a corpus has as much as files.
@@ -87,15 +89,17 @@ class _ParquetSource(Source):
                 raise ValueError(f"{self.path}: got {got} rows in row group {group}, expected {expected}")
 
 
-def _opened(path: Path, buffer_bytes: int = 0) -> Any:
+@contextlib.contextmanager
+def _opened(path: Place, buffer_bytes: int = 0) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "corpus")
-    # Not read ahead, which would hold the columns of a whole row group.
-    return parquet.ParquetFile(
-        str(path), memory_map=False, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
-    )
+    with arrow_file(path) as file:
+        # Not read ahead, which would hold the columns of a whole row group.
+        yield parquet.ParquetFile(
+            file, memory_map=False, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
+        )
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_ParquetSource(path, options)]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_content
 from pdl_ext.corpus.source import TOKEN_DTYPES, Format, ReadOptions, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -22,7 +21,7 @@ class _RawSource(FlatSource):
         return f"{self.path}: begins like {kind.name}, and all of it is counted as ids of {self.dtype}"
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     if options.dtype is None:
         raise ValueError(
             f"{path}: has no header, so its dtype cannot be told: give dtype, one of {', '.join(TOKEN_DTYPES)} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from pdl_ext.corpus.reading.access import read_head
 from pdl_ext.corpus.reading.arrays import chosen_array
 from pdl_ext.corpus.reading.flat import FlatSource
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -24,7 +24,7 @@ _DTYPES |= {"I64": "int64", "U64": "int64"}
 _LARGEST_HEADER = 100_000_000
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     size = Stamp.of(path).size
     header_bytes = int.from_bytes(read_head(path, 8), "little")
     if size < 8 + header_bytes or header_bytes > _LARGEST_HEADER:
@@ -66,7 +66,7 @@ def _open(path: Path, options: ReadOptions) -> list[Source]:
     ]
 
 
-def _places(path: Path, name: str, tensor: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+def _places(path: Place, name: str, tensor: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     try:
         begin, end = tensor["data_offsets"]
         numbers = [*tensor["shape"], begin, end]

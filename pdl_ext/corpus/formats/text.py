@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from pdl_ext.corpus.reading.lines import LineSource, has_suffix
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Sample, Source
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -15,7 +15,7 @@ __all__ = ["FORMAT"]
 class _TextSource(LineSource):
     """A text is a line without its end. Empty lines are layout, and no texts of nothing but special tokens."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         super().__init__("text", path)
         for name in ("column", "mask", "skip_prompt"):
             column = getattr(options.policy, name)
@@ -45,7 +45,7 @@ class _DocumentSource(_TextSource):
         yield self.decode(self.whole()).replace("\r\n", "\n")
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_DocumentSource(path, options) if options.policy.sample_by == "document" else _TextSource(path, options)]
 
 

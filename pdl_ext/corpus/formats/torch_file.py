@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdl_ext.corpus.reading.arrays import ZIP_MAGIC, array_batches, chosen_array, zip_names
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, count_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
@@ -20,7 +21,7 @@ __all__ = ["FORMAT"]
 class _TorchSource(Source):
     """The whole file is one part. Of a dict one tensor is read, of a list all."""
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
+    def __init__(self, path: Place, options: ReadOptions) -> None:
         # Of which no more than the names and shapes is read here.
         arrays = _arrays(path, options, mapped=True)
         dtypes = {count_dtype(array.dtype.name) for array in arrays}
@@ -40,7 +41,7 @@ class _TorchSource(Source):
             yield from array_batches(array, self._options.policy.targets == "shifted")
 
 
-def _arrays(path: Path, options: ReadOptions, *, mapped: bool) -> list[NDArray[Any]]:
+def _arrays(path: Place, options: ReadOptions, *, mapped: bool) -> list[NDArray[Any]]:
     content = _loaded(path, mapped)
     is_list = isinstance(content, (list, tuple))
     items = dict(enumerate(content)) if is_list else content if isinstance(content, dict) else {"tokens": content}
@@ -73,13 +74,18 @@ def _why_no_ids(item: Any) -> str | None:
     return None
 
 
-def _loaded(path: Path, mapped: bool) -> Any:
+def _loaded(path: Place, mapped: bool) -> Any:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                # Which PyTorch does not write, and would take as much memory as it asks for.
-                raise ValueError("it is compressed")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with path.open("rb") as file:
+            with zipfile.ZipFile(file) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    # Which PyTorch does not write, and would take as much memory as it asks for.
+                    raise ValueError("it is compressed")
+            if isinstance(path, Path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            # No store's object can be mapped.
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # Many kinds come out of damaged files.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -89,11 +95,11 @@ def _loaded(path: Path, mapped: bool) -> Any:
         ) from error
 
 
-def _recognises(path: Path, head: bytes) -> bool:
+def _recognises(path: Place, head: bytes) -> bool:
     return head.startswith(ZIP_MAGIC) and any(name.endswith("/data.pkl") for name in zip_names(path))
 
 
-def _open(path: Path, options: ReadOptions) -> list[Source]:
+def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_TorchSource(path, options)]
 
 

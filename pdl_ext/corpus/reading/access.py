@@ -5,35 +5,64 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["opened", "read_array", "read_at", "read_head"]
+from pdl_ext.storage.place import Place, RemotePath
+
+__all__ = ["OpenFile", "opened", "read_array", "read_at", "read_head", "read_numbers"]
+
+
+class OpenFile(Protocol):
+    """A file that is open to be read by one thread."""
+
+    def read_at(self, view: memoryview, offset: int, /) -> int:
+        """Reads bytes from an offset on into a buffer, and tells how many: 0 only behind the file's end."""
+
+    def read_ahead(self, start: int, stop: int, /) -> None:
+        """Prepares that the bytes [start, stop) are read one after the other."""
+
+
+class _FileOnDisk:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def read_at(self, view: memoryview, offset: int, /) -> int:
+        return os.preadv(self._descriptor, [view], offset)
+
+    def read_ahead(self, start: int, stop: int, /) -> None:
+        # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
+        # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """The descriptor of a file to read. Raises ValueError that names one which cannot be opened."""
+def opened(path: Place) -> Iterator[OpenFile]:
+    """A file to read. Raises ValueError that names one which cannot be opened."""
+    if isinstance(path, RemotePath):
+        with path.ranges() as ranges:
+            yield ranges
+        return
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     try:
-        yield descriptor
+        yield _FileOnDisk(descriptor)
     finally:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> None:
+def read_at(file: OpenFile, buffer: NDArray[Any], offset: int, path: Place) -> None:
     """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file that is too short."""
     view = memoryview(buffer.view(np.uint8).data)
     done = 0
     while done < len(view):
         try:
-            got = os.preadv(descriptor, [view[done:]], offset + done)
+            got = file.read_at(view[done:], offset + done)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if got == 0:
@@ -41,18 +70,23 @@ def read_at(descriptor: int, buffer: NDArray[Any], offset: int, path: Path) -> N
         done += got
 
 
-def read_array(path: Path, dtype: str, offset: int, count: int) -> NDArray[Any]:
-    """`count` numbers of a file from a byte offset on. Raises ValueError that names the file if it is too short."""
+def read_numbers(file: OpenFile, dtype: str, offset: int, count: int, path: Place) -> NDArray[Any]:
+    """`count` numbers of a file from a byte offset on. Raises ValueError that names a file that is too short."""
     numbers = np.empty(count, dtype)
-    with opened(path) as file:
-        read_at(file, numbers, offset, path)
+    read_at(file, numbers, offset, path)
     return numbers
 
 
-def read_head(path: Path, size: int) -> bytes:
+def read_array(path: Place, dtype: str, offset: int, count: int) -> NDArray[Any]:
+    """What `read_numbers` gives of a file that is opened for it."""
+    with opened(path) as file:
+        return read_numbers(file, dtype, offset, count, path)
+
+
+def read_head(path: Place, size: int) -> bytes:
     """The first bytes of a file: fewer than `size` only if it ends there. Raises ValueError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             return file.read(size)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error

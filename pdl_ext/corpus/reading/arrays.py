@@ -7,7 +7,6 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from pdl_ext.corpus.reading.columns import TOKEN_COLUMNS
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable
+from pdl_ext.storage.place import Place
 
 __all__ = ["ZIP_ERRORS", "ZIP_MAGIC", "array_batches", "chosen_array", "row_batches", "zip_names"]
 
@@ -51,7 +51,7 @@ def row_batches(pieces: Iterable[NDArray[Any]], row: int, shifted: bool) -> Iter
         start += piece.size
 
 
-def chosen_array(path: Path, axes: Mapping[str, int], refused: Mapping[str, ValueError], options: ReadOptions) -> str:
+def chosen_array(path: Place, axes: Mapping[str, int], refused: Mapping[str, ValueError], options: ReadOptions) -> str:
     """The name of the array with the tokens, of those in a file.
 
     axes: how many each array of integers has, by its name; refused: of what is none, why.
@@ -79,8 +79,8 @@ def chosen_array(path: Path, axes: Mapping[str, int], refused: Mapping[str, Valu
     return name
 
 
-def zip_names(path: Path) -> list[str]:
+def zip_names(path: Place) -> list[str]:
     """What a zip archive holds; nothing of a file that is none."""
-    with contextlib.suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
+    with contextlib.suppress(*ZIP_ERRORS), path.open("rb") as file, zipfile.ZipFile(file) as archive:
         return archive.namelist()
     return []

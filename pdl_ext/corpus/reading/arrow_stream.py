@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.columns import Columns, Rows, arrow_errors
 from pdl_ext.corpus.source import SAMPLE_TOKENS, Batch, Part, ReadOptions, Sample, Source
+from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = ["CONTINUATION", "StreamSource", "arrow_file", "read_options", "read_stream"]
 
@@ -26,10 +26,10 @@ class StreamSource(Source):
     def __init__(
         self,
         format_name: str,
-        path: Path,
+        path: Place,
         options: ReadOptions,
         *,
-        companions: Sequence[Path] = (),
+        companions: Sequence[Place] = (),
         choose: Callable[[Iterator[Rows]], Iterator[Rows]] = iter,
     ) -> None:
         with arrow_errors(path, "Arrow"), arrow_file(path) as file, _stream_reader(path, file) as reader:
@@ -56,7 +56,7 @@ class StreamSource(Source):
             yield from self._columns.batches(self._choose(read_stream(self.path, self._columns.names)))
 
 
-def read_stream(path: Path, names: Sequence[str] = ()) -> Iterator[Rows]:
+def read_stream(path: Place, names: Sequence[str] = ()) -> Iterator[Rows]:
     """All rows of a stream, with the columns named, or all. Raises ValueError that names a file which is damaged."""
     with arrow_errors(path, "Arrow"), arrow_file(path) as file:
         with _stream_reader(path, file) as reader:
@@ -71,7 +71,7 @@ def read_stream(path: Path, names: Sequence[str] = ()) -> Iterator[Rows]:
             raise ValueError(f"{path}: got {file.size()} bytes, expected {file.tell()}, where its stream ends")
 
 
-def _stream_reader(path: Path, file: Any, fields: Sequence[int] = ()) -> Any:
+def _stream_reader(path: Place, file: Any, fields: Sequence[int] = ()) -> Any:
     # A reader takes the end of the file for the end of the stream, so that one which was cut off would go unseen.
     file.seek(max(0, file.size() - len(_END_OF_STREAM)))
     if file.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
@@ -80,9 +80,10 @@ def _stream_reader(path: Path, file: Any, fields: Sequence[int] = ()) -> Any:
     return require("pyarrow.ipc", "corpus").open_stream(file, options=read_options(fields))
 
 
-def arrow_file(path: Path) -> Any:
+def arrow_file(path: Place) -> Any:
     """A file, opened by pyarrow."""
-    return require("pyarrow", "corpus").OSFile(str(path))
+    pa = require("pyarrow", "corpus")
+    return pa.PythonFile(path.ranges(), mode="r") if isinstance(path, RemotePath) else pa.OSFile(str(path))
 
 
 def read_options(fields: Sequence[int]) -> Any:

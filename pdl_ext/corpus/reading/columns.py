@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from pdl_ext.corpus.reading.chats import are_chats, columns_to_learn
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable, as_signed, check_stated_dtype, count_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 @contextlib.contextmanager
-def arrow_errors(path: Path, format_name: str) -> Iterator[None]:
+def arrow_errors(path: Place, format_name: str) -> Iterator[None]:
     """Turns what pyarrow raises of a damaged file into a ValueError that names it."""
     pa = require("pyarrow", "corpus")
     try:
@@ -59,7 +59,7 @@ class Columns:
     Raises ValueError that names the file, if a column is missing or does not hold what it should.
     """
 
-    def __init__(self, path: Path, schema: Any, options: ReadOptions) -> None:
+    def __init__(self, path: Place, schema: Any, options: ReadOptions) -> None:
         self._path = path
         self._options = options
         self._policy = options.policy

@@ -7,10 +7,10 @@ import gzip
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from pdl_ext._optional import require
+from pdl_ext.storage.place import Place
 
 __all__ = ["SUFFIXES", "BytesRead", "compression_of", "decompressed"]
 
@@ -22,7 +22,7 @@ _BLOCK_BYTES = 2**18
 _MEMORY_BYTES = 2**27
 
 
-def compression_of(path: Path) -> str | None:
+def compression_of(path: Place) -> str | None:
     """The compression that a name tells, one of SUFFIXES; None if it tells none."""
     return SUFFIXES.get(path.suffix.lower())
 
@@ -33,7 +33,7 @@ class BytesRead:
     number = 0
 
 
-def decompressed(path: Path, compression: str, read: BytesRead | None = None, start: int = 0) -> Iterator[bytes]:
+def decompressed(path: Place, compression: str, read: BytesRead | None = None, start: int = 0) -> Iterator[bytes]:
     """What a file holds from a byte on, in blocks of 256 KiB at most, with 128 MiB of memory at most.
 
     read: is told with each block how much of the file was read.
@@ -42,7 +42,7 @@ def decompressed(path: Path, compression: str, read: BytesRead | None = None, st
     if compression in ("zstd", "lz4"):
         require("pyarrow", "corpus")
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             file.seek(start)
             stream = _stream(file, compression)
             while block := stream.read(_BLOCK_BYTES):

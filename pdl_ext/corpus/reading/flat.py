@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import opened, read_array, read_at
+from pdl_ext.corpus.reading.access import opened, read_at, read_numbers
 from pdl_ext.corpus.reading.width import BLOCK_BYTES, block_starts, doubt_of_width
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, as_countable, check_stated_dtype, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
@@ -34,7 +33,7 @@ class FlatSource(Source):
     def __init__(
         self,
         format_name: str,
-        path: Path,
+        path: Place,
         dtype: str,
         options: ReadOptions,
         *,
@@ -42,8 +41,8 @@ class FlatSource(Source):
         tokens: int | None = None,
         bytes_behind: int = 0,
         starts_between: Callable[[int, int], NDArray[np.int64]] | None = None,
-        mask: Path | None = None,
-        companions: Sequence[Path] = (),
+        mask: Place | None = None,
+        companions: Sequence[Place] = (),
         is_given: bool = False,
         has_columns: bool = False,
     ) -> None:
@@ -103,7 +102,7 @@ class FlatSource(Source):
         buffer = np.empty(min(part.stop - part.start, BUFFER_BYTES // itemsize), self._dtype)
         with contextlib.ExitStack() as files:
             file = files.enter_context(opened(self.path))
-            _read_ahead(file)
+            file.read_ahead(self.first_byte + part.start * itemsize, self.first_byte + part.stop * itemsize)
             mask = None if self._mask is None else (files.enter_context(opened(self._mask)), self._mask)
             for start in range(part.start, part.stop, buffer.size):
                 stop = min(start + buffer.size, part.stop)
@@ -141,7 +140,7 @@ class AscendingNumbers:
     # Of so many, one is held; the others are read when they are asked for.
     _STEP = 1024
 
-    def __init__(self, path: Path, dtype: str, first_byte: int, count: int) -> None:
+    def __init__(self, path: Place, dtype: str, first_byte: int, count: int) -> None:
         self._path, self._dtype, self._first_byte, self._count = path, dtype, first_byte, count
         self.last = 0
         held = []
@@ -163,12 +162,14 @@ class AscendingNumbers:
         itemsize = np.dtype(self._dtype).itemsize
         # A multiple of _STEP, so that those held are evenly spaced.
         per_block = 32 * self._STEP
-        for block in range(start, stop, per_block):
-            count = min(per_block, stop - block)
-            yield (
-                block,
-                read_array(self._path, self._dtype, self._first_byte + block * itemsize, count).astype(np.int64),
-            )
+        if start >= stop:
+            return
+        with opened(self._path) as file:
+            file.read_ahead(self._first_byte + start * itemsize, self._first_byte + stop * itemsize)
+            for block in range(start, stop, per_block):
+                count = min(per_block, stop - block)
+                offset = self._first_byte + block * itemsize
+                yield block, read_numbers(file, self._dtype, offset, count, self._path).astype(np.int64)
 
     def between(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """The numbers in [low, high), as pairs of a position and those from there on, none of which is empty."""
@@ -190,10 +191,3 @@ def distinct(ascending: Iterator[NDArray[np.int64]]) -> NDArray[np.int64]:
     # Each array by itself first: however often a number is repeated, no more than the distinct ones are held.
     found = [np.unique(numbers) for numbers in ascending]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
-
-
-def _read_ahead(descriptor: int) -> None:
-    # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
-    # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
+
+from pdl_ext.storage.place import Place
 
 __all__ = ["HEAD_BYTES", "KINDS", "Kind", "kind_of", "kind_of_content", "kind_of_lines"]
 
@@ -152,7 +153,7 @@ def kind_of_lines(head: bytes) -> Kind | None:
     return next((kind for kind in (*KINDS, *_TEXT_KINDS) if kind.recognises(head) and not kind.is_text), None)
 
 
-def kind_of(path: Path, head: bytes) -> Kind | None:
+def kind_of(path: Place, head: bytes) -> Kind | None:
     """What the name of a file tells or, where that tells nothing, its first HEAD_BYTES bytes."""
     named = next((kind for kind in KINDS if kind.suffixes and path.name.lower().endswith(kind.suffixes)), None)
     return named or kind_of_content(head)

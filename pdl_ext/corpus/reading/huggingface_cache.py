@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Container
 from pathlib import Path
 
+from pdl_ext.storage.place import Place, RemotePath
+
 __all__ = ["cached_datasets", "is_about_data"]
 
 _REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
@@ -20,11 +22,14 @@ _ABOUT_DATA = re.compile(r"(README|LICENSE|CITATION)(\..*)?|dataset_infos\.json|
 _SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
 
 
-def cached_datasets(folder: Path) -> list[Path] | None:
+def cached_datasets(folder: Place) -> list[Path] | None:
     """The folders with data of a cache, of its hub or tables, or of a repository in it; None for any other folder.
 
-    Warns of what is left out. Raises ValueError that names a repository with several revisions or splits.
+    Caches are on disk. Warns of what is left out. Raises ValueError that names a repository with several revisions or
+    splits.
     """
+    if isinstance(folder, RemotePath):
+        return None
     hub, tables = folder / "hub", folder / "datasets"
     # Nothing else is looked into there: a token lies beside them.
     if _is_hub(hub) or (folder.name == "huggingface" and _is_tables(tables)):
@@ -40,11 +45,13 @@ def cached_datasets(folder: Path) -> list[Path] | None:
     return None
 
 
-def is_about_data(path: Path) -> bool:
-    """Whether a file in a repository of the hub is its card, licence or code."""
-    return _ABOUT_DATA.fullmatch(path.name) is not None and any(
-        _is_repository(parent.parent) for parent in path.absolute().parents if parent.name == "snapshots"
-    )
+def is_about_data(path: Place) -> bool:
+    """Whether a file in a repository of the hub, or in one of its cache, is its card, licence or code."""
+    if _ABOUT_DATA.fullmatch(path.name) is None:
+        return False
+    if isinstance(path, RemotePath):
+        return path.protocol == "hf"
+    return any(_is_repository(parent.parent) for parent in path.absolute().parents if parent.name == "snapshots")
 
 
 def _is_repository(folder: Path) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+
+from pdl_ext.storage.place import Place
 
 __all__ = ["is_index_map"]
 
@@ -21,7 +22,7 @@ _INDEX_MAP = re.compile(
 _OF_FAIRSEQ = re.compile(r"dict(\.[\w-]+)?\.txt|preprocess\.log")
 
 
-def is_index_map(path: Path) -> bool:
+def is_index_map(path: Place) -> bool:
     """Whether a file is known by its name to be a trainer's or a tokenizer's own, made of tokens and holding none."""
     if _OF_FAIRSEQ.fullmatch(path.name):
         return any(path.parent.glob("*.idx"))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from pdl_ext.corpus.reading.access import read_head
+import numpy as np
+
+from pdl_ext.corpus.reading.access import opened, read_at, read_head
 from pdl_ext.corpus.reading.compression import SUFFIXES, BytesRead, compression_of, decompressed
 from pdl_ext.corpus.reading.foreign import HEAD_BYTES, kind_of_lines
 from pdl_ext.corpus.reading.tokenizer import MAX_TEXT_BYTES
 from pdl_ext.corpus.source import Part, Sample, Source
+from pdl_ext.storage.place import Place
 
-__all__ = ["Line", "LineSource", "Place", "has_suffix"]
+__all__ = ["Line", "LinePlace", "LineSource", "has_suffix"]
 
 # Encoding is slow: seconds of it, and no more, are lost at a crash.
 _PART_BYTES = 2**22
@@ -25,7 +26,7 @@ _UNPACKED_BYTES = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def has_suffix(path: Path, *suffixes: str) -> bool:
+def has_suffix(path: Place, *suffixes: str) -> bool:
     """Whether a name ends in one of the suffixes, with or without that of a compression behind it."""
     name = path.name.lower()
     for suffix in SUFFIXES:
@@ -40,7 +41,7 @@ class Line(NamedTuple):
     content: bytes
 
 
-class Place:
+class LinePlace:
     """A byte of a file. As text it names the line, which is looked for only then: few lines are in error."""
 
     def __init__(self, source: LineSource, offset: int) -> None:
@@ -63,7 +64,7 @@ class LineSource(Source):
     A part is a range of bytes, and of the lines that begin in it; or the whole file if that is compressed.
     """
 
-    def __init__(self, format_name: str, path: Path) -> None:
+    def __init__(self, format_name: str, path: Place) -> None:
         super().__init__(format_name, path, "text")
         self._compression = compression_of(path)
         if self._compression and not self.size:
@@ -138,9 +139,9 @@ class LineSource(Source):
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.place(line.offset + error.start)}: is not UTF-8 ({error.reason})") from error
 
-    def place(self, offset: int) -> Place:
+    def place(self, offset: int) -> LinePlace:
         """The file and a byte in it, for an error."""
-        return Place(self, offset)
+        return LinePlace(self, offset)
 
     def line_number(self, offset: int) -> int:
         """The number of the line, from 1 on, that a byte is in: the file is read again up to it."""
@@ -179,16 +180,12 @@ class LineSource(Source):
         return decompressed(self.path, self._compression) if self._compression else self._plain_blocks(begin, end)
 
     def _plain_blocks(self, begin: int, end: int) -> Iterator[bytes]:
-        try:
-            with open(self.path, "rb", buffering=0) as file:
-                while begin < end:
-                    block = os.pread(file.fileno(), min(end - begin, _BLOCK_BYTES), begin)
-                    if not block:
-                        raise ValueError(f"{self.path}: ends at byte {begin}, expected {end - begin} bytes more")
-                    yield block
-                    begin += len(block)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be read at byte {begin} ({error.strerror})") from error
+        with opened(self.path) as file:
+            while begin < end:
+                block = np.empty(min(end - begin, _BLOCK_BYTES), np.uint8)
+                read_at(file, block, begin, self.path)
+                yield block.tobytes()
+                begin += block.size
 
 
 def _unmarked(line: Line) -> Line:

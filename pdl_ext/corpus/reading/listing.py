@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from pdl_ext.corpus.source import Stamp
+from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["listed_file", "read_json"]
 
@@ -15,7 +15,7 @@ __all__ = ["listed_file", "read_json"]
 _LARGEST = 2**26
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """The object in a file. Raises ValueError that names one which is damaged, holds none or is larger than 64 MiB."""
     if Stamp.of(path).size > _LARGEST:
         raise ValueError(f"{path}: got {Stamp.of(path).size} bytes, expected {_LARGEST} at most")
@@ -28,12 +28,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def listed_file(listing: Path, name: Any) -> Path:
+def listed_file(listing: Place, name: Any) -> Place:
     """The path of a file by its name in a listing. Raises ValueError if it is not there, or outside the folder."""
     if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{listing}: got {name!r}, expected the name of a file in its folder")
     path = listing.parent / name
     # Also of a name that none can have.
-    if not os.path.isfile(path):
+    if not is_file(path):
         raise ValueError(f"{path}: is missing, which {listing.name} lists")
     return path

@@ -1,4 +1,4 @@
-"""Tokenizers on disk: a file of the `tokenizers` library, or a folder of a transformers tokenizer."""
+"""Tokenizers: a file of the `tokenizers` library, on disk or in a store, or a folder of a transformers tokenizer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import contextlib
 import functools
 import hashlib
 import json
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pdl_ext._optional import require
 from pdl_ext.corpus.source import ReadOptions, Stamp
+from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = [
     "chat_template_digest",
@@ -24,17 +26,21 @@ __all__ = [
     "tokenizer_stamps",
 ]
 
-_Stamps = tuple[tuple[Path, Stamp], ...]
+_Stamps = tuple[tuple[Place, Stamp], ...]
 
 # Of what transformers may read for a tokenizer, the model's configuration among it, and of no weights.
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
+# Or each of several threads would load one for itself.
+_loading = threading.Lock()
 
 
-def tokenizer_stamps(path: Path) -> _Stamps:
+def tokenizer_stamps(path: Place) -> _Stamps:
     """The files of a tokenizer, as they are now.
 
-    Raises ValueError for one that cannot be read or is no file, and for a folder without any.
+    Raises ValueError for one that cannot be read or is no file, for a folder without any, and for a store's folder.
     """
+    if isinstance(path, RemotePath):
+        return ((path, _stamp_in_store(path)),)
     files = [path]
     if path.is_dir():
         found = [*path.glob("*"), *path.glob("additional_chat_templates/*")]
@@ -42,6 +48,18 @@ def tokenizer_stamps(path: Path) -> _Stamps:
         if not files:
             raise ValueError(f"{path}: got a folder without a tokenizer, expected one that save_pretrained wrote")
     return tuple((file, Stamp.of(file)) for file in files)
+
+
+def _stamp_in_store(path: RemotePath) -> Stamp:
+    try:
+        return Stamp.of(path)
+    except ValueError:
+        # Asked only now: each part of a corpus asks for the stamp.
+        if path.is_dir():
+            raise ValueError(
+                f"{path}: got a folder in a store, expected a tokenizer.json there, or a folder on disk: copy it to one"
+            ) from None
+        raise
 
 
 def load_tokenizer(options: ReadOptions) -> Any:
@@ -52,7 +70,9 @@ def load_tokenizer(options: ReadOptions) -> Any:
     entries than options.vocab_size.
     """
     assert options.tokenizer is not None
-    tokenizer = _load(options.tokenizer, tokenizer_stamps(options.tokenizer))
+    stamps = tokenizer_stamps(options.tokenizer)
+    with _loading:
+        tokenizer = _load(options.tokenizer, stamps)
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
     if entries > options.vocab_size:
         warnings.warn(
@@ -72,7 +92,7 @@ def load_pretrained(folder: Path) -> Any:
     return _load_pretrained(folder, tokenizer_stamps(folder))
 
 
-def text_of_token(path: Path) -> Callable[[int], str]:
+def text_of_token(path: Place) -> Callable[[int], str]:
     """What gives the text of an id by a tokenizer's file or folder.
 
     Raises ValueError for one that is damaged or none, and later for an id that it refuses.
@@ -86,12 +106,12 @@ def text_of_token(path: Path) -> Callable[[int], str]:
     return text
 
 
-def tokenizer_digest(path: Path) -> str:
+def tokenizer_digest(path: Place) -> str:
     """A digest of a tokenizer, 32 hexadecimal digits: of all of its file, or of what transformers makes of a folder.
 
     The chat template is no part of it. Raises ValueError for a tokenizer that cannot be read.
     """
-    if path.is_dir():
+    if _is_folder(path):
         tokenizer = load_pretrained(path)
         special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
         return _digest((tokenizer.backend_tokenizer.to_str() + special).encode())
@@ -125,13 +145,16 @@ def errors_told_as(message: str, place: object = None) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: Path, stamps: _Stamps) -> Any:
+def _load(path: Place, stamps: _Stamps) -> Any:
     # By its stamps, so that a file which was replaced is loaded again.
-    if path.is_dir():
+    if _is_folder(path):
         return _load_pretrained(path, stamps).backend_tokenizer
     tokenizers = require("tokenizers", "corpus")
+    content = path.read_bytes() if isinstance(path, RemotePath) else None
     with errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
-        return _plain(tokenizers.Tokenizer.from_file(str(path)))
+        if content is None:
+            return _plain(tokenizers.Tokenizer.from_file(str(path)))
+        return _plain(tokenizers.Tokenizer.from_buffer(content))
 
 
 @functools.lru_cache(maxsize=1)
@@ -160,6 +183,10 @@ def _plain(tokenizer: Any) -> Any:
     if getattr(tokenizer.model, "dropout", None) is not None:
         tokenizer.model.dropout = None
     return tokenizer
+
+
+def _is_folder(path: Place) -> TypeGuard[Path]:
+    return isinstance(path, Path) and path.is_dir()
 
 
 def _digest(content: bytes) -> str:

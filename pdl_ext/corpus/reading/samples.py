@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import opened, read_at
+from pdl_ext.corpus.reading.access import OpenFile, opened, read_at
 from pdl_ext.corpus.reading.batches import BATCH_TOKENS, joined
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.tokenizer import TextEncoder
@@ -31,6 +30,7 @@ from pdl_ext.corpus.source import (
     check_stated_dtype,
     count_dtype,
 )
+from pdl_ext.storage.place import Place
 
 __all__ = ["Column", "Encoding", "Layout", "Reader", "SampleSource"]
 
@@ -94,7 +94,7 @@ class Layout:
 
     def __init__(
         self,
-        listing: Path,
+        listing: Place,
         columns: list[Column],
         encodings: list[Encoding],
         options: ReadOptions,
@@ -176,8 +176,8 @@ class Layout:
 class _Window:
     """A file, read from front to back in larger pieces than it is asked for."""
 
-    def __init__(self, descriptor: int, size: int, path: Path, ahead: int = _WINDOW_BYTES) -> None:
-        self.descriptor, self._size, self._path, self._ahead = descriptor, size, path, ahead
+    def __init__(self, file: OpenFile, size: int, path: Place, ahead: int = _WINDOW_BYTES) -> None:
+        self.file, self._size, self._path, self._ahead = file, size, path, ahead
         self._bytes = np.empty(0, np.uint8)
         self._start = 0
 
@@ -187,7 +187,7 @@ class _Window:
         if size > 0 and (begin < 0 or begin + size > self._bytes.size):
             # A new buffer, as what was read from the old one may still be in use.
             self._bytes = np.empty(max(min(self._ahead, self._size - offset), size), np.uint8)
-            read_at(self.descriptor, self._bytes, offset, self._path)
+            read_at(self.file, self._bytes, offset, self._path)
             self._start, begin = offset, 0
         return self._bytes[begin : begin + size]
 
@@ -195,7 +195,7 @@ class _Window:
 class _Unpacked:
     """What a compressed file holds, read from front to back: the head, and what follows the last `drop_before`."""
 
-    def __init__(self, path: Path, blocks: Iterator[bytes]) -> None:
+    def __init__(self, path: Place, blocks: Iterator[bytes]) -> None:
         self._path = path
         self._blocks = blocks
         self._head = np.empty(0, np.uint8)
@@ -264,8 +264,8 @@ class SampleSource(Source):
     def __init__(
         self,
         format_name: str,
-        listing: Path,
-        path: Path,
+        listing: Place,
+        path: Place,
         samples: int,
         layout: Layout,
         options: ReadOptions,
@@ -341,9 +341,9 @@ class SampleSource(Source):
             if isinstance(windows[0], _Unpacked) and part.stop == self._samples:
                 windows[0].check_end(self._unpacked_size)
 
-    def _window(self, descriptor: int, ahead: int = _WINDOW_BYTES) -> Reader:
+    def _window(self, file: OpenFile, ahead: int = _WINDOW_BYTES) -> Reader:
         if self._unpack is None:
-            return _Window(descriptor, self.size, self.path, ahead)
+            return _Window(file, self.size, self.path, ahead)
         unpacked = _Unpacked(self.path, self._unpack())
         (samples,) = _integers(unpacked, 0, 1)
         unpacked.keep_head(8 + 4 * samples)
@@ -384,7 +384,7 @@ class SampleSource(Source):
         first = 8 + 4 * self._samples
         offsets_window = window
         if isinstance(window, _Window):
-            offsets_window = _Window(window.descriptor, self.size, self.path, 4 * _OFFSETS)
+            offsets_window = _Window(window.file, self.size, self.path, 4 * _OFFSETS)
         for start in range(part.start, part.stop, _OFFSETS):
             stop = min(start + _OFFSETS, part.stop)
             offsets = _integers(offsets_window, 4 + 4 * start, stop - start + 1)

@@ -18,6 +18,7 @@ from pdl_ext.corpus.reading.chats import Chat, Messages, Text, example_of
 from pdl_ext.corpus.reading.pretrained import errors_told_as, load_pretrained, load_tokenizer
 from pdl_ext.corpus.reading.tokenizer import in_chunks
 from pdl_ext.corpus.source import Batch, ReadOptions
+from pdl_ext.storage.place import Place
 
 __all__ = ["SupervisedEncoder"]
 
@@ -52,12 +53,12 @@ class SupervisedEncoder:
     the policy needs them; warns as load_tokenizer does.
     """
 
-    def __init__(self, options: ReadOptions, path: Path) -> None:
+    def __init__(self, options: ReadOptions, path: Place) -> None:
         self._options = options
         self._learn = options.policy.learn
         self._path = path
         folder = options.tokenizer
-        if folder is None or not folder.is_dir():
+        if not isinstance(folder, Path) or not folder.is_dir():
             raise ValueError(
                 f"{path}: got {'no tokenizer' if folder is None else folder}, expected --tokenizer with the folder of "
                 "a transformers tokenizer, as save_pretrained writes it, for learn (--learn)"

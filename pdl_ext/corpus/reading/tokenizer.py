@@ -6,13 +6,13 @@ import contextlib
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from pdl_ext.corpus.reading.pretrained import errors_told_as, load_tokenizer
 from pdl_ext.corpus.source import Batch, ReadOptions
+from pdl_ext.storage.place import Place
 
 __all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "in_chunks"]
 
@@ -43,7 +43,7 @@ class TextEncoder:
     one with more entries than options.vocab_size.
     """
 
-    def __init__(self, options: ReadOptions, path: Path | None = None) -> None:
+    def __init__(self, options: ReadOptions, path: Place | None = None) -> None:
         self._prefix = "" if path is None else f"{path}: "
         if options.tokenizer is None:
             raise ValueError(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pdl_ext.corpus.source import ReadOptions, token_dtype
+from pdl_ext.storage.place import Place
 
 __all__ = ["BLOCK_BYTES", "block_starts", "doubt_of_width"]
 
@@ -26,7 +26,7 @@ def block_starts(size: int) -> list[int]:
 
 
 def doubt_of_width(
-    path: Path, dtype: str, blocks: Sequence[NDArray[np.uint8]], sizes: Sequence[int], options: ReadOptions
+    path: Place, dtype: str, blocks: Sequence[NDArray[np.uint8]], sizes: Sequence[int], options: ReadOptions
 ) -> str | None:
     """A warning that names a file whose tokens seem to be of a dtype wider than the one that was given.
 

@@ -1,0 +1,285 @@
+"""Places of files: paths on disk, and URLs of what fsspec reaches, with the methods of pathlib that readers call."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import glob
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
+
+from pdl_ext._checks import check_path
+from pdl_ext.storage.ranges import RangedFile
+from pdl_ext.storage.store import EDGE_BYTES, Store, file_system
+
+__all__ = [
+    "Place",
+    "RemotePath",
+    "absolute_name",
+    "address",
+    "beside",
+    "is_file",
+    "is_folder",
+    "is_there",
+    "on_disk",
+    "place",
+    "real_name",
+]
+
+# Not a single letter, as which Windows has its drives.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+class RemotePath:
+    """The URL of an object, or of a folder of objects.
+
+    Methods do what those of pathlib.Path do. Those that read raise FileNotFoundError where nothing is, and ValueError
+    that names the URL where a store fails. What may not be seen is neither a file nor a folder. What the URL may carry
+    of credentials is in no name and no error.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store = store
+        self._key = key
+
+    def __str__(self) -> str:
+        return self._store.url(self._key)
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self.address == other.address
+
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __lt__(self, other: RemotePath) -> bool:
+        return self.address < other.address
+
+    @property
+    def protocol(self) -> str:
+        """What the URL begins with, before "://"."""
+        return self._store.protocol
+
+    @property
+    def address(self) -> str:
+        """The URL with all that it has of credentials: to open it, and never to be shown or kept."""
+        return self._key if "://" in self._key else f"{self._store.protocol}://{self._key.lstrip('/')}"
+
+    @property
+    def _path(self) -> str:
+        """The key without a query."""
+        return self._key.partition("?")[0] if self._store.is_http else self._key
+
+    @property
+    def name(self) -> str:
+        return self._path.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self._store, self._path.rpartition("/")[0])
+
+    def with_name(self, name: str) -> RemotePath:
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> RemotePath:
+        return self.with_name(PurePosixPath(self.name).with_suffix(suffix).name)
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(self._store, f"{self._path}/{name}")
+
+    def relative_to(self, folder: RemotePath) -> PurePosixPath:
+        return PurePosixPath(self._path.removeprefix(f"{folder._path}/"))
+
+    def exists(self) -> bool:
+        """Raises ValueError also for what may not be seen."""
+        with self._told():
+            return self._store.info(self._key) is not None
+
+    def is_file(self) -> bool:
+        return self._kind() == "file"
+
+    def is_dir(self) -> bool:
+        return self._kind() == "directory"
+
+    def iterdir(self) -> Iterator[RemotePath]:
+        with self._told():
+            children = self._store.children(self._key)
+        return (RemotePath(self._store, key) for key in children)
+
+    def glob(self, pattern: str) -> Iterator[RemotePath]:
+        """What matches in this folder."""
+        try:
+            with self._told():
+                keys = self._store.matches(self._path, pattern.split("/"))
+        except FileNotFoundError:
+            keys = []
+        return (RemotePath(self._store, key) for key in keys)
+
+    def matches(self) -> list[RemotePath]:
+        """What matches this path as a pattern, sorted."""
+        *parts, name = self._path.split("/")
+        first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        return list(RemotePath(self._store, "/".join(parts[:first])).glob("/".join([*parts[first:], name])))
+
+    def rglob(self, pattern: str) -> Iterator[RemotePath]:
+        """The objects in this folder and those in it, by their names."""
+        with self._told():
+            below = self._store.below(self._key)
+        paths = (RemotePath(self._store, key) for key in below)
+        return (path for path in paths if fnmatch.fnmatchcase(path.name, pattern))
+
+    def version(self, *, fresh: bool) -> tuple[int, str]:
+        """The size, and what tells the content from others of this size; `fresh`: as they are now."""
+        with self._told():
+            return self._store.version(self._key, fresh=fresh)
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """To read bytes alone."""
+        if mode != "rb":
+            raise ValueError(f"mode: got {mode!r}, expected 'rb'")
+        return io.BufferedReader(self.ranges(), EDGE_BYTES)
+
+    def ranges(self) -> RangedFile:
+        """An unbuffered file, which reads by position and ahead."""
+        return RangedFile(self._store, self._key, self.version(fresh=False)[0], str(self))
+
+    def read_bytes(self) -> bytes:
+        with self.ranges() as file:
+            return file.readall()
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Puts the object whole. Raises OSError that names it if the store does not take it."""
+        try:
+            self._store.write(self._key, content)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; not written: {self}") from error
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Raises OSError that names the object."""
+        try:
+            self._store.delete(self._key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; not deleted: {self}") from error
+
+    def _kind(self) -> str | None:
+        try:
+            info = self._store.info(self._key)
+        except PermissionError:
+            # Of what is not there, unless one may list the folder.
+            return None
+        except OSError as error:
+            raise ValueError(f"{self}: cannot be read ({error.strerror})") from error
+        return None if info is None else str(info.get("type"))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, error.strerror, str(self)) from error
+        except OSError as error:
+            raise ValueError(f"{self}: cannot be read ({error.strerror})") from error
+
+
+Place: TypeAlias = Path | RemotePath
+
+
+def place(argument: str, name: str | os.PathLike[str], stores: dict[Any, Store] | None = None) -> Place:
+    """The place that an argument names: by a URL, as fsspec takes them, or by a path.
+
+    stores: those of a corpus, by their file systems, in which what was seen is kept; a new one is added.
+    Raises TypeError or ValueError that names the argument unless it is either, ImportError that names what is missing.
+    """
+    check_path(argument, name)
+    text = os.fspath(name)
+    if not is_url(text):
+        return Path(name)
+    if text.lower().startswith("file://"):
+        return Path(text[len("file://") :])
+    opened, key, protocol = file_system(text)
+    store = Store(opened, protocol, keeps=stores is not None)
+    if stores is not None:
+        store = stores.setdefault(opened, store)
+    if store.is_http and text.partition("?")[0].endswith("/"):
+        store.note_folder(key)
+    return RemotePath(store, key)
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is a URL, and no path."""
+    return _URL.match(name) is not None
+
+
+def is_file(path: Place) -> bool:
+    """Whether a file is there; of a name that none can have, it is not."""
+    return path.is_file() if isinstance(path, RemotePath) else os.path.isfile(path)
+
+
+def is_folder(path: Place) -> bool:
+    """Whether a folder is there; of a name that none can have, it is not."""
+    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
+
+
+def is_there(path: Place) -> bool:
+    """Whether anything is there now, also a link to what is not."""
+    if not isinstance(path, RemotePath):
+        return os.path.lexists(path)
+    try:
+        path.version(fresh=True)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def beside(path: Place, name: str) -> str:
+    """A name relative to the folder that a file is in, unless it is a URL or absolute."""
+    if is_url(name) or os.path.isabs(name):
+        return name
+    return f"{path.parent.address}/{name}" if isinstance(path, RemotePath) else os.path.join(path.parent, name)
+
+
+def address(path: Place) -> str:
+    """What `place` makes a place of. Not to be shown."""
+    return path.address if isinstance(path, RemotePath) else os.fspath(path)
+
+
+def absolute_name(path: Place) -> str:
+    """What two paths that differ in how they are written have in common. Not to be shown."""
+    return path.address if isinstance(path, RemotePath) else os.path.abspath(path)
+
+
+def real_name(path: Place) -> str:
+    """What two paths to the same file have in common, links among them. Not to be shown."""
+    return path.address if isinstance(path, RemotePath) else os.path.realpath(path)
+
+
+@contextlib.contextmanager
+def on_disk(path: Place) -> Iterator[Path]:
+    """A file on disk with what a file has: itself, or a copy that is deleted in the end."""
+    if not isinstance(path, RemotePath):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.write_bytes(path.read_bytes())
+        yield copy
