@@ -533,8 +533,10 @@ def test_cuda_that_is_not_there_is_refused(pairs_file: Path, capsys: pytest.Capt
 
 
 @needs_model
-def test_verse_pairs_are_clean() -> None:
-    pairs = data.verse_pairs()
+def test_verses_are_clean() -> None:
+    verses = data.verses()
+    assert verses[43011035].completion == "Jesus wept."
+    pairs = list(verses.values())
     assert len(pairs) > 20_000
     by_prompt = {pair.prompt.removeprefix(data.INSTRUCTION): pair.completion for pair in pairs}
     assert by_prompt["Jesus wept."] == "Jesus wept."
