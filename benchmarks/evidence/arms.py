@@ -11,6 +11,7 @@ from torch import Tensor
 
 import pdl_ext
 from pdl_ext import modulation, weighting
+from pdl_ext.functional import token_weights
 from pdl_ext.weighting import PowerLaw, Weighting
 
 CE, PDL, SHUFFLED, ZERO_SHOT = "ce", "pdl-0.5", "shuffled-0.5", "zero-shot"
@@ -21,9 +22,9 @@ PRIMARY_SEEDS, OTHER_SEEDS = range(5), range(3)
 class Shuffled(Weighting):
     """Weights of the power law that say nothing of frequency: each type takes the weight of a token drawn at random.
 
-    A permutation of the types would not do: most types are rare, so nearly all tokens would weigh the same. With a
-    random token's weight, the weights of tokens are distributed as the power law's are. Frequent types make the variance
-    of one draw differ; of `DRAWS` the one whose effective share of tokens is nearest is taken.
+    A permutation of the types would not do: most types are rare, so nearly all tokens would weigh the same. With the
+    weight of a random token, the weights of tokens are spread as the power law's are. Frequent types make one table
+    differ from the next. Of `DRAWS` tables the one whose effective share of tokens is nearest is taken.
     """
 
     DRAWS = 200
@@ -32,17 +33,20 @@ class Shuffled(Weighting):
     seed: int = 0
 
     def raw(self, counts: Tensor) -> Tensor:
-        weights = PowerLaw(alpha=self.alpha).table(counts, None, None).double()
-        share = counts.double() / counts.sum()
+        weights = token_weights(counts, PowerLaw(alpha=self.alpha)).double().cpu()
+        share = counts.double().cpu() / counts.sum().cpu()
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.multinomial(share, self.DRAWS * len(counts), replacement=True, generator=generator)
         tables = weights[drawn].view(self.DRAWS, -1)
         distance = (effective_share(tables, share) - effective_share(weights, share)).abs()
-        return tables[distance.argmin()]
+        return tables[distance.argmin()].to(counts.device)
 
 
 def effective_share(weights: Tensor, share: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) over tokens: how many equally weighted ones they are worth. weights [..., V], share [V]."""
+    """(sum w)^2 / (n sum w^2) over tokens: the share of them that, equally weighted, would be worth as much.
+
+    weights [..., V]; share [V], that of the tokens which each type has.
+    """
     return (weights * share).sum(-1) ** 2 / (weights**2 * share).sum(-1)
 
 

@@ -1,4 +1,4 @@
-"""A model in two parts: layers that stay frozen, whose output is computed once and kept on disk, and layers to train."""
+"""A model in two parts: frozen layers, whose output is computed once and kept on disk, and layers to train."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def distinct_2(split: Sequence[Sequence[str]], number: int = DISTINCT_WORDS) -> 
     pairs, left = [], number
     for text in split:
         taken = text[:left]
-        pairs += zip(taken, taken[1:], strict=False)
+        pairs += itertools.pairwise(taken)
         left -= len(taken)
         if left == 0:
             return len(set(pairs)) / len(pairs) if pairs else None

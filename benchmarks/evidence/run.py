@@ -51,7 +51,10 @@ class Sizes:
 
 
 class Bench:
-    """What the runs of one device share: folders, the model, and what is computed once a task."""
+    """What the runs of one device share: folders, the model, and what is computed once a task.
+
+    rate: of all runs, instead of the one that trials choose.
+    """
 
     def __init__(
         self,
@@ -60,11 +63,12 @@ class Bench:
         work: Path = WORK,
         texts: Path = SOURCES,
         device: str = "cpu",
-        sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
+        sizes: Sizes = Sizes(),
         known: dict[str, Task] = TASKS,
+        rate: float | None = None,
     ) -> None:
         self.results, self.work, self.texts = results, work, texts
-        self.device, self.sizes, self.known = torch.device(device), sizes, known
+        self.device, self.sizes, self.known, self.rate = torch.device(device), sizes, known, rate
 
     @functools.cached_property
     def loaded(self) -> tuple[Halves, Any, dict[str, torch.Tensor]]:
@@ -91,16 +95,16 @@ def execute(bench: Bench, run: Run, go_on: Callable[[], bool] = lambda: True) ->
     Raises DemoError for what is missing: texts, the model, trials of the learning rate.
     """
     arm = ARMS[run.arm]
-    rate = run.rate if run.rate is not None or arm.loss is None else chosen_rate(bench.results, run.task, arm.rate_of)
+    rate = run.rate if run.rate is not None else bench.rate
+    if arm.loss is not None and rate is None:
+        rate = chosen_rate(bench.results, run.task, arm.rate_of)
     folder = bench.work / run.task / f"{run.arm}-{rate or 0:g}-seed{run.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with _clock(folder / f"seconds-{run.kind}-{run.decoding}.json") as seconds:
-        content = _content(bench, run, rate, folder, go_on)
+        content = _content(bench, run, rate, folder, go_on) | {"seconds": round(seconds(), 1)}
     path = run.file(bench.results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    harness.write_whole(
-        path, json.dumps(content | {"seconds": round(seconds(), 1)}, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    harness.write_whole(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
     if run.rate is None and run.arm not in CURVES:
         (folder / "trained.safetensors").unlink(missing_ok=True)
     return content
@@ -166,7 +170,7 @@ def _trained(
     go_on: Callable[[], bool],
 ) -> Progress:
     """Trains the model, or takes the weights of the same training; an arm without a loss leaves it as it is."""
-    if rate is None:
+    if ARMS[run.arm].loss is None or rate is None:
         return Progress()
     halves, tokenizer, _ = bench.loaded
     weights, told = folder / "trained.safetensors", folder / "training.json"

@@ -102,6 +102,6 @@ def generate_texts(
         # Chunks have their own seeds, so that a text does not depend on an interruption.
         torch.manual_seed(seed * 1_000_003 + len(texts))
         chunk = prompts[len(texts) : len(texts) + CHUNK]
-        texts += generate(halves.model, tokenizer, chunk, limit, name=decoding.name, **options)
+        texts += generate(halves.model, tokenizer, chunk, limit, name=decoding.name, batch_size=CHUNK, **options)
         harness.write_whole(kept, json.dumps(texts, ensure_ascii=False) + "\n")
     return texts

@@ -113,6 +113,7 @@ def generate(
     limit: int,
     *,
     name: str,
+    batch_size: int = BATCH_SIZE,
     **options: Any,
 ) -> list[str]:
     """Return continuations of ``prompts`` (token ids), in order, each of at most ``limit`` tokens.
@@ -122,8 +123,8 @@ def generate(
     pad_id = tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), BATCH_SIZE), desc=f"generate, {name}", unit="batch"):
-        indices = order[start : start + BATCH_SIZE]
+    for start in tqdm(range(0, len(order), batch_size), desc=f"generate, {name}", unit="batch"):
+        indices = order[start : start + batch_size]
         ids, mask = pad_left([prompts[index] for index in indices], pad_id)
         output = model.generate(
             input_ids=ids.to(model.device),

@@ -1,0 +1,130 @@
+"""Measures what the protocol needs before the first run that counts: seconds, and the differences that can be seen.
+
+python -m evidence.pilot
+
+Three runs on the first task, of seeds that no arm has and at one learning rate: cross-entropy twice and PDL with alpha
+0.5. And a few steps and texts of every task, for their seconds. The report never reads what this writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import statistics
+import time
+
+import harness
+import torch
+
+from evidence.arms import ARMS, CE, GREEDY, PDL, PRIMARY_SEEDS
+from evidence.hidden import Halves
+from evidence.results import CHRF, RARE_F1, Measure, Results, read
+from evidence.run import RESULTS, Bench, Sizes, execute
+from evidence.runs import Run
+from evidence.sources import WORK
+from evidence.tasks import TASKS
+from pdl_ext.cli.demo.data import IGNORE_INDEX, collate, training_batches
+
+FOLDER = RESULTS / "evidence-pilot"
+SEED, OTHER_SEED, RATE = 100, 101, 3e-4
+TIMED_STEPS = 10
+# Of a two-sided test at 5 %, for a power of 80 %.
+DEVIATES = 1.96 + 0.84
+
+
+FIRST = next(iter(TASKS))
+RUNS = (Run(FIRST, CE, SEED), Run(FIRST, PDL, SEED), Run(FIRST, CE, OTHER_SEED))
+# Enough for the seconds of a step, of a text and of a token of the frozen layers.
+SAMPLE = {"training": 160, "validation": 16, "test": 64}
+
+
+def step_seconds(bench: Bench, task: str) -> dict[str, float]:
+    """Median seconds of a forward and backward, from kept hidden states and by the whole model, in turns."""
+    halves, tokenizer, _ = bench.loaded
+    examples, hidden, frequency = bench.task(task)
+    part, pad_id = examples.part_of["training"], tokenizer.eos_token_id
+    lengths = [len(examples.encoded[index].ids) for index in part]
+    batches = training_batches(lengths, bench.sizes.batch_size, TIMED_STEPS, SEED)
+    make = ARMS[CE].loss
+    assert make is not None
+    loss = make(frequency, SEED).to(halves.device)
+    seconds: dict[str, list[float]] = {"kept": [], "whole": []}
+    for batch in batches:
+        indices = [part[index] for index in batch]
+        start = time.perf_counter()
+        rows, targets = halves.rows(*hidden.batch(indices, pad_id, halves.device))
+        loss.linear(rows, halves.classifier, targets).backward()
+        seconds["kept"].append(time.perf_counter() - start)
+        ids, labels = collate([examples.encoded[index] for index in indices], pad_id)
+        start = time.perf_counter()
+        whole_model_loss(halves, ids.to(halves.device), labels.to(halves.device)).backward()
+        seconds["whole"].append(time.perf_counter() - start)
+    halves.model.zero_grad(set_to_none=True)
+    # The first of each warms up.
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def whole_model_loss(halves: Halves, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross-entropy of the model's own forward, as a training loop without kept hidden states has it."""
+    logits = halves.model(input_ids=ids, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+    )
+
+
+def detectable(results: Results, measure: Measure, seeds: int) -> float:
+    """The least difference of two arms that `seeds` seeds and the pilot's items show with a power of 80 %, unadjusted.
+
+    The spread over clusters is that of PDL less cross-entropy with one seed, which more seeds are not taken to lower.
+    That of seeds is of the only two that there are.
+    """
+    difference, seeds_apart = (
+        results.estimate(measure, (arm, GREEDY.name), [SEED]) - results.estimate(measure, (CE, GREEDY.name), [seed])
+        for arm, seed in ((PDL, SEED), (CE, OTHER_SEED))
+    )
+    return DEVIATES * math.sqrt(float(difference.draws.var()) + seeds_apart.value**2 / seeds)
+
+
+def seconds_of(task: str) -> dict[str, float]:
+    """What a step, kept and whole, a generated text and a token of the frozen layers cost, on a sample of a task."""
+    work = WORK / "timed"
+    shutil.rmtree(work / task, ignore_errors=True)
+    known = {task: dataclasses.replace(TASKS[task], sizes=SAMPLE)}
+    bench = Bench(work / "results", work=work, known=known, sizes=Sizes(steps=TIMED_STEPS), rate=RATE)
+    bench.loaded  # noqa: B018 (not timed)
+    start = time.perf_counter()
+    examples, hidden, _ = bench.task(task)
+    frozen = time.perf_counter() - start
+    content = execute(bench, Run(task, CE, SEED))
+    steps = step_seconds(bench, task)
+    return {
+        "step_kept": steps["kept"],
+        "step_whole": steps["whole"],
+        "step_with_optimizer": content["training"]["seconds"] / TIMED_STEPS,
+        "text": content["generation_seconds"] / len(examples.part_of["test"]),
+        "frozen_token": frozen / len(hidden.states),
+        "tokens_an_example": len(hidden.states) / len(examples.items),
+    }
+
+
+def main() -> None:
+    bench = Bench(FOLDER, work=WORK / "pilot", rate=RATE)
+    for run in RUNS:
+        if not run.file(FOLDER).exists():
+            content = execute(bench, run)
+            print(run.task, run.name, content["training"], content["generation_seconds"], flush=True)
+    (first,) = read(FOLDER)
+    found = {
+        "threads": torch.get_num_threads(),
+        "machine": harness.machine(bench.device),
+        "detectable": {m.name: round(detectable(first, m, len(PRIMARY_SEEDS)), 3) for m in (RARE_F1, CHRF)},
+        "seconds": {task: seconds_of(task) for task in TASKS},
+    }
+    harness.write_whole(FOLDER / "pilot.json", json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
