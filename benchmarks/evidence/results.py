@@ -120,13 +120,13 @@ def _of_task(folder: Path) -> Results:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             run, same = content["run"], (content["digest"], content["settings"])
+            if run["trial"]:
+                trials.setdefault(run["arm"], {})[run["rate"]] = content["validation_loss"]
+            else:
+                runs.setdefault((run["arm"], run["decoding"]), {})[run["seed"]] = content
         except (ValueError, KeyError, TypeError) as error:
             raise ResultError(f"{path}: no JSON of a run: {error!r}") from error
         first = first or (path, same)
         if same != first[1]:
             raise ResultError(f"{path}: got {same}, expected {first[1]} as in {first[0]}")
-        if run["trial"]:
-            trials.setdefault(run["arm"], {})[run["rate"]] = content["validation_loss"]
-        else:
-            runs.setdefault((run["arm"], run["decoding"]), {})[run["seed"]] = content
     return Results(folder.name, runs, trials)

@@ -227,7 +227,7 @@ def _measured(
     if run.decoding != GREEDY.name:
         indices = indices[: bench.sizes.curve_items]
     scores = score(halves, loss, hidden, indices, tokenizer.eos_token_id)
-    sums, counts = scores.by_bucket(frequency.buckets(SHARES), len(SHARES), len(indices))
+    sums, counts = scores.by_bucket(frequency.buckets(SHARES).cpu(), len(SHARES), len(indices))
     items = [examples.items[index] for index in indices]
     encoded = [examples.encoded[index] for index in indices]
     start = time.perf_counter()

@@ -39,7 +39,7 @@ def verse_items(sources: Path) -> list[Item]:
 def wordnet_items(sources: Path) -> list[Item]:
     """Word and part of speech to the first definition of WordNet, by lemma.
 
-    A synset is asked for by the first of its words of which it is the most frequent sense, or not at all: so each
+    A synset is asked for by the first of its words of which it is the most frequent sense, or not at all. So each
     definition is there once, and each question has one answer.
     """
     folder = _found(sources / WORDNET)
