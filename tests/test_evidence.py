@@ -277,7 +277,7 @@ def test_two_steps_of_every_arm_and_decoding_and_their_report(tmp_path):
     assert content["seconds"] > 0
     zero_shot = json.loads((tmp_path / "results" / "toy" / "zero-shot-seed0.json").read_text())
     assert np.sum(zero_shot["items"]["nll"]) / np.sum(zero_shot["items"]["targets"]) == pytest.approx(math.log(22), 0.1)
-    names = {path.parent.name for path in (tmp_path / "work" / "toy").glob("*/trained.safetensors")}
+    names = {path.parent.name for path in (tmp_path / "work" / "toy").glob("*/*/trained.safetensors")}
     assert names == {"ce-0.01-seed0", "pdl-0.5-0.01-seed0"}  # those that the curves need
 
     page = tmp_path / "evidence.md"
@@ -573,6 +573,20 @@ def test_runs_that_cannot_be_compared_are_refused(golden, tmp_path, capsys, more
         results.read(golden)
     assert report.main(["--results", str(golden), "--page", str(tmp_path / "page.md")]) == 1
     assert "pdl-0.5-seed2.json" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("empty", "there are no runs"), ("none", "No such file")):
+        assert report.main(["--results", str(tmp_path / folder), "--page", str(tmp_path / "page.md")]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DemoError, match="--device cuda: this PyTorch sees no CUDA device"):
+        bench_in(tmp_path, device="cuda")
 
 
 # --- the real model ---

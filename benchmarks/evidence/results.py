@@ -107,9 +107,13 @@ class Results:
 def read(folder: Path) -> list[Results]:
     """The results of each task that the folder has, in the order of their names.
 
-    Raises ResultError if the runs of a task are of different texts or settings.
+    Raises OSError for a folder that cannot be read, ResultError if there are no runs, or if those of a task are of
+    different texts or settings.
     """
-    return [_of_task(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = [_of_task(path) for path in sorted(folder.iterdir()) if path.is_dir()]
+    if not found:
+        raise ResultError(f"{folder}: there are no runs; make some by python -m evidence.plan --budget 90m")
+    return found
 
 
 def _of_task(folder: Path) -> Results:

@@ -54,6 +54,7 @@ class Bench:
     """What the runs of one device share: folders, the model, and what is computed once a task.
 
     rate: of all runs, instead of the one that trials choose.
+    Raises DemoError for a device that is not there.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Bench:
         known: dict[str, Task] = TASKS,
         rate: float | None = None,
     ) -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise DemoError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
         self.results, self.work, self.texts = results, work, texts
         self.device, self.sizes, self.known, self.rate = torch.device(device), sizes, known, rate
 
@@ -88,6 +91,12 @@ class Bench:
             frequency.update(torch.tensor(one.ids[one.context :]), strict=True)
         return examples, hidden, frequency
 
+    def folder(self, run: Run, rate: float | None) -> Path:
+        """What a training leaves; of other examples or sizes nothing is taken over."""
+        digest, sizes = self.task(run.task)[0].digest, self.sizes
+        settings = f"{digest}-{sizes.steps}x{sizes.batch_size}-{sizes.trained_layers}"
+        return self.work / run.task / settings / f"{run.arm}-{rate or 0:g}-seed{run.seed}"
+
 
 def execute(bench: Bench, run: Run, go_on: Callable[[], bool] = lambda: True) -> dict[str, Any]:
     """Makes a run and writes its JSON, which it returns. Raises OutOfTime where `go_on` says no: call it again then.
@@ -98,10 +107,10 @@ def execute(bench: Bench, run: Run, go_on: Callable[[], bool] = lambda: True) ->
     rate = run.rate if run.rate is not None else bench.rate
     if arm.loss is not None and rate is None:
         rate = chosen_rate(bench.results, run.task, arm.rate_of)
-    folder = bench.work / run.task / f"{run.arm}-{rate or 0:g}-seed{run.seed}"
+    folder = bench.folder(run, rate)
     folder.mkdir(parents=True, exist_ok=True)
     with _clock(folder / f"seconds-{run.kind}-{run.decoding}.json") as seconds:
-        content = _content(bench, run, rate, folder, go_on) | {"seconds": round(seconds(), 1)}
+        content = _content(bench, run, rate, folder, go_on) | {"seconds": round(seconds(), 3)}
     path = run.file(bench.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     harness.write_whole(path, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
@@ -274,8 +283,8 @@ def main() -> int:
     if options.rate is not None and options.arm == ZERO_SHOT:
         parser.error(f"--rate: got {options.rate:g} for the arm {ZERO_SHOT}, which is not trained")
     run = Run(options.task, options.arm, options.seed, options.decoding, options.rate)
-    bench = Bench(options.results or results_of(options.device), device=options.device)
     try:
+        bench = Bench(options.results or results_of(options.device), device=options.device)
         execute(bench, run)
     except DemoError as error:
         print(f"evidence.run: error: {error}", file=sys.stderr)
