@@ -310,6 +310,14 @@ def test_a_run_goes_on_where_the_budget_ended_it(tmp_path):
 
 
 @pytest.mark.usefixtures("toy")
+def test_a_run_beside_runs_of_other_settings_is_refused(tmp_path):
+    execute(bench_in(tmp_path), Run("toy", CE, 0))
+    other = bench_in(tmp_path, sizes=dataclasses.replace(SMALL, steps=3))
+    with pytest.raises(DemoError, match=r"ce-seed0\.json: its texts and settings are .*'steps': 2.* those of this run"):
+        execute(other, Run("toy", CE, 1))
+
+
+@pytest.mark.usefixtures("toy")
 def test_the_rate_is_that_of_the_best_trial(tmp_path):
     bench = bench_in(tmp_path, rate=None)
     with pytest.raises(DemoError, match=r"ce-0\.0001\.json: the trial of this learning rate comes first"):

@@ -30,13 +30,18 @@ def fetch_wordnet(folder: Path) -> None:
 
 
 def fetch_debian(folder: Path) -> None:
-    """The lists Packages and Translation-en of the release that apt is set up for, decompressed."""
+    """The lists Packages and Translation-en of the release that apt is set up for, decompressed.
+
+    Without the updates between point releases, so that the examples are the same for months.
+    """
     partial = _emptied(folder.with_name("debian.partial"))
     lists = _emptied(partial / "lists")
     _run("apt-get", "update", "-q", "-o", "Acquire::Languages=en", "-o", f"Dir::State::lists={lists.resolve()}")
     texts = _emptied(partial / "texts")
     for kind in ("Packages", "Translation-en"):
-        for path in sorted(lists.glob(f"*debian.org_*_{kind}*")):
+        for path in sorted(lists.glob(f"*_debian_dists_*_main_*{kind}*")):
+            if "-updates_" in path.name:
+                continue
             content = subprocess.run([CAT_FILE, "cat-file", path], check=True, stdout=subprocess.PIPE).stdout
             (texts / f"{path.name.partition(kind)[0]}.{kind}").write_bytes(content)
     texts.rename(folder)

@@ -134,6 +134,8 @@ def _clock(file: Path) -> Iterator[Callable[[], float]]:
 def _content(bench: Bench, run: Run, rate: float | None, folder: Path, go_on: Callable[[], bool]) -> dict[str, Any]:
     halves, tokenizer, initial = bench.loaded
     examples, hidden, frequency = bench.task(run.task)
+    settings = asdict(bench.sizes) | {"device": bench.device.type, "model": model.DESCRIPTION}
+    _check_comparable(run.file(bench.results).parent, examples.digest, settings)
     # A loss that knows nothing of the arm is what an untrained model is scored with.
     make = ARMS[run.arm].loss or ARMS[CE].loss
     assert make is not None
@@ -143,7 +145,7 @@ def _content(bench: Bench, run: Run, rate: float | None, folder: Path, go_on: Ca
     content: dict[str, Any] = {
         "run": asdict(run) | {"rate": rate, "trial": run.rate is not None},
         "digest": examples.digest,
-        "settings": asdict(bench.sizes) | {"device": bench.device.type, "model": model.DESCRIPTION},
+        "settings": settings,
         "examples": {part: len(indices) for part, indices in examples.part_of.items()},
         "versions": {name: harness.version_of(name, name.replace("-", "_")) for name in PACKAGES.split()},
         "machine": harness.machine(bench.device),
@@ -155,6 +157,15 @@ def _content(bench: Bench, run: Run, rate: float | None, folder: Path, go_on: Ca
     else:
         content |= _measured(bench, run, folder, loss, hidden, examples, frequency, go_on)
     return content
+
+
+def _check_comparable(folder: Path, digest: str, settings: dict[str, Any]) -> None:
+    """Raises DemoError if the folder has a run of other texts or settings, before hours go into one more."""
+    for path in sorted(folder.glob("*.json"))[:1]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        got, expected = (digest, settings), (content["digest"], content["settings"])
+        if got != expected:
+            raise DemoError(f"{path}: its texts and settings are {expected}, those of this run {got}; move it away")
 
 
 def chosen_rate(results: Path, task: str, arm: str) -> float:
