@@ -107,8 +107,8 @@ class Results:
 def read(folder: Path) -> list[Results]:
     """The results of each task that the folder has, in the order of their names.
 
-    Raises OSError for a folder that cannot be read, ResultError if there are no runs, or if those of a task are of
-    different texts or settings.
+    Raises OSError for a folder that cannot be read, ResultError if there are no runs. The latter also if those of a
+    task are of different texts or settings.
     """
     found = [_of_task(path) for path in sorted(folder.iterdir()) if path.is_dir()]
     if not found:

@@ -83,7 +83,7 @@ class Bench:
     def task(self, name: str) -> tuple[tasks.Examples, HiddenStates, pdl_ext.TokenFrequency]:
         halves, tokenizer, _ = self.loaded
         examples = tasks.load(self.known[name], tokenizer, self.work, self.texts)
-        path = self.work / name / f"hidden-{examples.digest}-{self.sizes.trained_layers}.npy"
+        path = self.work / name / f"hidden-{self.device.type}-{examples.digest}-{self.sizes.trained_layers}.npy"
         hidden = hidden_states(halves, examples.encoded, path, tokenizer.eos_token_id)
         frequency = pdl_ext.TokenFrequency(halves.model.config.vocab_size)
         for index in examples.part_of["training"]:
@@ -92,9 +92,9 @@ class Bench:
         return examples, hidden, frequency
 
     def folder(self, run: Run, rate: float | None) -> Path:
-        """What a training leaves; of other examples or sizes nothing is taken over."""
+        """What a training leaves; of another device, other examples or sizes nothing is taken over."""
         digest, sizes = self.task(run.task)[0].digest, self.sizes
-        settings = f"{digest}-{sizes.steps}x{sizes.batch_size}-{sizes.trained_layers}"
+        settings = f"{self.device.type}-{digest}-{sizes.steps}x{sizes.batch_size}-{sizes.trained_layers}"
         return self.work / run.task / settings / f"{run.arm}-{rate or 0:g}-seed{run.seed}"
 
 
