@@ -473,11 +473,12 @@ def test_frontier(at, expected):
 
 
 def test_detectable_difference(tmp_path):
-    # PDL less cross-entropy is 0 and 2 in two clusters: the mean's variance is a half. Two seeds are 1 apart.
-    for arm, seed, chrf in ((CE, 100, (10, 10)), (PDL, 100, (10, 12)), (CE, 101, (9, 9))):
+    # In two clusters PDL less cross-entropy is 0 and 2, so the mean's variance is a half; the other seed's is -1 and 0.
+    for arm, seed, chrf in ((CE, 100, (10, 10)), (PDL, 100, (10, 12)), (CE, 101, (9, 10))):
         write_run(tmp_path, "toy", arm, seed, chrf=chrf)
     (found,) = results.read(tmp_path)
-    assert pilot.detectable(found, results.CHRF, 5) == pytest.approx(2.8 * math.sqrt(0.5 + 1 / 5), rel=0.02)
+    expected = 2.8 * math.sqrt((0.5 - 0.125 + 0.125 / 5) / 3 + 0.25 / 5)
+    assert pilot.detectable(found, results.CHRF, seeds=5, items=6) == pytest.approx(expected, rel=0.02)
 
 
 # --- the report ---
