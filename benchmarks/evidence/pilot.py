@@ -82,8 +82,8 @@ def whole_model_loss(halves: Halves, ids: torch.Tensor, labels: torch.Tensor) ->
 def detectable(results: Results, measure: Measure, seeds: int, items: int) -> float:
     """The least difference of PDL and cross-entropy that so many show with a power of 80 %, unadjusted.
 
-    The spread of their difference over clusters is in part that of seeds, which more seeds lower. This part is taken for
-    that of two seeds of cross-entropy. So is the spread of the mean over seeds.
+    The spread of their difference over clusters is in part that of seeds, which more seeds lower. This part is taken
+    for that of two seeds of cross-entropy. So is the spread of the mean over seeds.
     """
     pdl, baseline, other = (
         results.estimate(measure, (arm, GREEDY.name), [seed])
