@@ -27,6 +27,9 @@ RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 CUDA_COMPILE ?=
 # Options for the conformance suite: make conformance CONFORMANCE="--only pdl_ext --output docs/conformance.md".
 CONFORMANCE ?=
+# How long the evidence may take, and on what: make evidence BUDGET=90m EVIDENCE="--device cuda".
+BUDGET ?= 90m
+EVIDENCE ?=
 # What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../kept/benchmark.json
 RESULTS ?=
 # Most of what is installed is never imported.
@@ -34,7 +37,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance bench-plot browser sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance evidence bench-plot browser sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -135,6 +138,11 @@ bench: $(VENV)/dev.stamp
 conformance: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/conformance $(CONFORMANCE)
 
+# Trainings and generations for docs/evidence.md, the most important first; each is there from then on.
+evidence: $(VENV)/demo.stamp
+	cd benchmarks && $(abspath $(BIN))/python -m evidence.fetch
+	cd benchmarks && $(abspath $(BIN))/python -m evidence.plan --budget $(BUDGET) $(EVIDENCE)
+
 bench-plot: $(VENV)/demo.stamp
 	$(BIN)/python benchmarks/plot.py $(RESULTS) docs/speed.png
 
@@ -170,7 +178,7 @@ $(TORCH_STAMP):
 	touch $@
 
 $(VENV)/dev.stamp: $(TORCH_STAMP) pyproject.toml setup.py build_flags.json $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo,bench]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,dev,ray,demo,bench,evidence]"
 	touch $@
 
 # nvdisasm comes with this package, which PyTorch's compiler must not find on a machine without a card.

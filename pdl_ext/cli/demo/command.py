@@ -41,7 +41,7 @@ def _demo(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--output {args.output}: cannot be made a folder: {error.strerror}") from error
-    examples = data.read_text(args.text) if args.text else data.verse_pairs()
+    examples = data.read_text(args.text) if args.text else list(data.verses().values())
     initial, tokenizer = model.load()
     # It needs what the model has just been loaded by.
     from pdl_ext.integrations.transformers import apply_pdl_loss

@@ -53,10 +53,11 @@ class Encoded:
         return len(self.ids) - self.context
 
 
-def verse_pairs() -> list[Example]:
+def verses() -> dict[int, Example]:
     """Return King James verses as prompts with the same verses of the New Heart English Bible as completions.
 
-    About 25,000 pairs, in the order of the books. Verses whose line breaks the packages lost are left out.
+    About 25,000 pairs by pythonbible's number of the verse, book * 1_000_000 + chapter * 1000 + verse, in the order of
+    the books. Verses whose line breaks the packages lost are left out.
     Raises DemoError if the pythonbible packages are missing.
     """
     try:
@@ -65,7 +66,7 @@ def verse_pairs() -> list[Example]:
         )
     except ImportError as error:
         raise DemoError(f"the verses are not installed ({error}); run: {EXTRA_REQUIREMENT}") from error
-    pairs = []
+    pairs = {}
     for verse, start in nheb.verse_start_indices.items():
         if verse not in kjv.verse_start_indices:
             continue
@@ -73,7 +74,7 @@ def verse_pairs() -> list[Example]:
         new = nheb.scripture_content[start : nheb.verse_end_indices[verse]].strip()
         if old and new and not _LOST_LINE_BREAK.search(new):
             # Brackets mark the words that the translators added, in italics in print.
-            pairs.append(Example(INSTRUCTION + old.replace("[", "").replace("]", ""), new))
+            pairs[verse] = Example(INSTRUCTION + old.replace("[", "").replace("]", ""), new)
     return pairs
 
 

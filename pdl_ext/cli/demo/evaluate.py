@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -107,22 +107,32 @@ def generation_task(example: Example, encoded: Encoded, tokenizer: PreTrainedTok
 
 @torch.inference_mode()
 def generate(
-    model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], limit: int, *, name: str
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    limit: int,
+    *,
+    name: str,
+    batch_size: int = BATCH_SIZE,
+    **options: Any,
 ) -> list[str]:
-    """Return greedy continuations of ``prompts`` (token ids), in order, each of at most ``limit`` tokens."""
+    """Return continuations of ``prompts`` (token ids), in order, each of at most ``limit`` tokens.
+
+    They are greedy, unless ``options`` of the model's own ``generate`` say otherwise.
+    """
     pad_id = tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), BATCH_SIZE), desc=f"generate, {name}", unit="batch"):
-        indices = order[start : start + BATCH_SIZE]
+    for start in tqdm(range(0, len(order), batch_size), desc=f"generate, {name}", unit="batch"):
+        indices = order[start : start + batch_size]
         ids, mask = pad_left([prompts[index] for index in indices], pad_id)
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=limit,
-            do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=pad_id,
+            **{"do_sample": False, **options},
         )
         decoded = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, decoded, strict=True):

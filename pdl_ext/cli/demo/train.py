@@ -36,6 +36,15 @@ def loss_of(model: CausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
+def schedule_of(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate rises over the first tenth of the steps and falls linearly to a tenth of its peak."""
+    warmup = max(1, steps // 10)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 1.0) * (1.0 - 0.9 * max(0, step - warmup) / max(1, steps - warmup)),
+    )
+
+
 def finetune(
     model: CausalLM,
     batches: Sequence[Sequence[Encoded]],
@@ -46,16 +55,10 @@ def finetune(
 ) -> Training:
     """Finetune all weights of ``model`` in place by its own loss, one AdamW step a batch.
 
-    The learning rate rises over the first tenth of the steps and falls linearly to a tenth of its peak. Gradients are
-    clipped to a norm of 1.
+    The learning rate is that of ``schedule_of``. Gradients are clipped to a norm of 1.
     """
-    steps = len(batches)
-    warmup = max(1, steps // 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 1.0) * (1.0 - 0.9 * max(0, step - warmup) / max(1, steps - warmup)),
-    )
+    schedule = schedule_of(optimizer, len(batches))
     losses: list[float] = []
     tokens = target_tokens = 0
     model.train()
@@ -71,7 +74,7 @@ def finetune(
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())  # waits for the device, so the clock below is right on CUDA as well
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-            if len(losses) == 1 and steps > 1:
+            if len(losses) == 1 and len(batches) > 1:
                 start = time.perf_counter()
             else:
                 tokens += sum(len(example.ids) for example in examples)
