@@ -77,9 +77,9 @@ class _ProductsInFloat32(TorchDispatchMode):
 
 def verses(vocab_size: int) -> torch.Tensor:
     """The ids of a modern translation, by a BPE that is made of it. DemoError where a package is missing."""
-    from pdl_ext.cli.demo.data import verse_pairs
+    from pdl_ext.cli.demo.data import verses
 
-    lines = [f"{example.completion}\n" for example in verse_pairs()]
+    lines = [f"{example.completion}\n" for example in verses().values()]
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -281,7 +281,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Tensor]:
     Raises data.DemoError where the verses are missing or too few.
     """
     torch.manual_seed(args.seed)
-    verses = [(e.prompt.removeprefix(data.INSTRUCTION), e.completion) for e in data.verse_pairs()]
+    verses = [(e.prompt.removeprefix(data.INSTRUCTION), e.completion) for e in data.verses().values()]
     held_out, base, meta = (args.held_out * DOCUMENTS, args.base_steps * BASE_BATCH, args.steps * DOCUMENTS)
     if held_out + base + meta > len(verses):
         raise data.DemoError(

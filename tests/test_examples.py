@@ -219,7 +219,7 @@ def test_bad_options_are_named(option, value, message, capsys):
 
 
 def test_more_steps_than_verses_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(data, "verse_pairs", lambda: [data.Example("old", "new")] * 100)
+    monkeypatch.setattr(data, "verses", lambda: dict.fromkeys(range(100), data.Example("old", "new")))
     assert camels.main(["--steps", "3", "--base-steps", "2", "--held-out", "4"]) == 1
     error = capsys.readouterr().err
     assert "--base-steps 2, --steps 3 and --held-out 4 take 106 verses, of which there are 100" in error

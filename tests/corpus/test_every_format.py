@@ -23,7 +23,7 @@ from test_parquet import write as write_parquet
 from test_text import compress
 
 from pdl_ext import count_labels
-from pdl_ext.cli.demo.data import verse_pairs
+from pdl_ext.cli.demo.data import verses
 from pdl_ext.corpus import TargetPolicy, count_corpus
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def texts(request) -> list[str]:
     """Many short texts, or few long ones, a line each."""
     if request.param == "verses":
         # Enough for several row groups and blocks of bytes: all of them take a minute more.
-        texts = [pair.completion for pair in verse_pairs()[::4]]
+        texts = [pair.completion for pair in list(verses().values())[::4]]
         assert len(texts) > 5000
     else:
         # Where `make test` unpacks npm's package.
