@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import os
 import re
 import signal
 import sys
@@ -121,7 +122,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if output is not None:
         check_counts_output(output)
     if output is None or arguments.dry_run:
-        return _dry_run(arguments)
+        # Of ranks the first one tells it.
+        return _dry_run(arguments) if os.environ.get("RANK", "0") == "0" else 0
     checkpoint = output.with_name(f"{output.name}.checkpoint")
     group = None
     if dist.is_torchelastic_launched():

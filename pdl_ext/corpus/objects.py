@@ -152,6 +152,13 @@ class _Arrays(StreamedSource):
                     f"data: got arrays with {name} {getattr(options.policy, name)!r}, expected None: they have no "
                     "columns"
                 )
+        if options.policy.learn is not None:
+            raise ValueError(
+                f"data: got arrays with learn {options.policy.learn!r}, expected rows of chats, prompts or texts: "
+                "ids do not tell what is learned of them"
+            )
+        if options.tokenizer is not None:
+            raise ValueError("tokenizer: got one with arrays, expected None: they are ids already")
         if options.dtype is not None:
             raise ValueError(f"dtype: got {options.dtype!r} with arrays, expected None: they tell theirs")
         super().__init__(kind, "")

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from pdl_ext._checks import check_path
 from pdl_ext.storage.ranges import RangedFile
-from pdl_ext.storage.store import EDGE_BYTES, Store, file_system
+from pdl_ext.storage.store import EDGE_BYTES, Store, file_system, redacted
 
 __all__ = [
     "Place",
@@ -217,12 +217,27 @@ def place(argument: str, name: str | os.PathLike[str], stores: dict[Any, Store] 
     if text.lower().startswith("file://"):
         return Path(text[len("file://") :])
     opened, key, protocol = file_system(text)
+    _check_is_told_by_name(argument, text, opened, key, protocol)
     store = Store(opened, protocol, keeps=stores is not None)
     if stores is not None:
         store = stores.setdefault(opened, store)
     if store.is_http and text.partition("?")[0].endswith("/"):
         store.note_folder(key)
     return RemotePath(store, key)
+
+
+def _check_is_told_by_name(argument: str, text: str, opened: Any, key: str, protocol: str) -> None:
+    """Raises ValueError for what another URL may be called as well: of two such objects one would be left out."""
+    name = key if "://" in key else f"{protocol}://{key.lstrip('/')}"
+    try:
+        again, key_again, _ = file_system(name)
+    except ValueError:
+        again = key_again = None
+    if again is not opened or key_again != key:
+        raise ValueError(
+            f"{argument}: got {redacted(text)}, expected a URL that is told by its bucket and name: no chained "
+            "ones, and hosts, accounts and users by fsspec's configuration"
+        )
 
 
 def is_url(name: str) -> bool:

@@ -51,22 +51,44 @@ _ASKED = "asked by pdl_ext"
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError)
 # Of the statuses from 400 to 499, those that pass.
 _PASSING = (408, 425, 429)
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://([^\s'\"<>?]*)(\?[^\s'\"<>)]*)?", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)]*", re.IGNORECASE)
+# What URLs with spaces or quotes leave of their queries in a longer text.
+_QUERY = re.compile(r"[?#][^\s?]*=\S*")
+# Elsewhere than with http a question mark is a pattern's, or of a name.
+_SECRET = re.compile(r"[?#&][\w-]*(sig|token|secret|passw|key|credential|generation|version)[\w-]*=", re.IGNORECASE)
 # For file systems that are not asynchronous: as many requests at once.
 _threads = functools.lru_cache(maxsize=1)(lambda: concurrent.futures.ThreadPoolExecutor(32, "pdl_ext.storage"))
 
 
 def redacted(text: str) -> str:
-    """A text without what the URLs in it may carry of credentials: users and passwords, queries, signatures."""
-    return _URL.sub(_without_credentials, text)
+    """A text without what the URLs in it may carry of credentials: users and passwords, queries, signatures.
+
+    A text that is nothing but a URL may have any characters in it.
+    """
+    if _URL.match(text):
+        return _without_credentials(text)
+    return _QUERY.sub("", _URL.sub(lambda url: _without_credentials(url[0]), text))
 
 
-def _without_credentials(url: re.Match[str]) -> str:
-    scheme, rest, query = url.groups()
+def _without_credentials(url: str) -> str:
+    """The same of a URL, or of several chained ones."""
+    return "::".join(map(_link_without_credentials, url.split("::")))
+
+
+def _link_without_credentials(url: str) -> str:
+    scheme, separator, rest = url.rpartition("://")
+    if scheme.lower().startswith("http"):
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    elif secret := _SECRET.search(rest):
+        rest = rest[: max(rest.rfind(mark, 0, secret.start() + 1) for mark in "?#&")]
     host, slash, path = rest.partition("/")
-    # Elsewhere a question mark is a pattern's.
-    kept = "" if query is None or scheme.lower().startswith("http") or "=" in query else query
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}{kept}"
+    _, colon, port = host.partition(":")
+    # A password may have a slash in it.
+    if colon and "@" in rest and not port.isdigit():
+        rest = rest.rpartition("@")[2]
+    else:
+        rest = f"{host.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}{separator}{rest}"
 
 
 class Store:
@@ -261,7 +283,7 @@ class Store:
         await self._forget(folder)
         address = f"{folder}/" if self.is_http else folder
         found = await _tried(functools.partial(self._coroutine, "ls", address, detail=True), limited=False)
-        return dict(_entries(folder, found))
+        return dict(_entries(folder, found, self.is_http))
 
     async def _forget(self, key: str | None) -> None:
         """Of what the file system has listed before. That of Hugging Face's may ask its server for it."""
@@ -340,9 +362,9 @@ def file_system(url: str) -> tuple[Any, str, str]:
     core = require("fsspec.core", "remote")
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
-        # By default 10, for which requests would wait.
+        # By default 10, for which requests would wait. What is tried again is tried by us.
         given = require("fsspec.config", "remote").conf.get(protocol, {}).get("config_kwargs", {})
-        options["config_kwargs"] = {"max_pool_connections": 128, **given}
+        options["config_kwargs"] = {"max_pool_connections": 128, "retries": {"max_attempts": 1}, **given}
     try:
         found, key = core.url_to_fs(url, **options)
     except ImportError as error:
@@ -359,14 +381,17 @@ def _key(name: str) -> str:
     return name.rstrip("/")
 
 
-def _entries(folder: str, listed: Iterable[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a listing has below a folder: keys, and what is known of them."""
+def _entries(
+    folder: str, listed: Iterable[dict[str, Any]], of_a_page: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a listing has below a folder: keys, and what is known of them. of_a_page: whether it is made of links."""
     for info in listed:
         key = _key(info["name"])
         name = key.removeprefix(f"{folder}/")
         # Not what is put into a store for a folder to be seen, and no links of a page to itself in another order.
         is_mark = info["name"].endswith("/") and info.get("type") != "directory"
-        if name != key and not is_mark and not name.startswith(("?", "#")):
+        is_order = of_a_page and name.startswith(("?", "#"))
+        if name != key and not is_mark and not is_order:
             yield key, info
 
 

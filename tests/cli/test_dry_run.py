@@ -125,3 +125,12 @@ def test_few_of_many_files_are_read(tmp_path, monkeypatch):
     assert len(opened) == 8
     assert sum(file.tokens for file in files) == pytest.approx(1500, rel=0.1)
     assert len(files) == 100
+
+
+def test_of_ranks_the_first_one_tells_it(tmp_path, capsys, monkeypatch):
+    np.arange(9, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    command = ["count", str(tmp_path), "--dtype", "uint16", "--vocab-size", "10", "--dry-run"]
+    for rank, told in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(command) == 0
+        assert ("9 tokens in 1 files" in capsys.readouterr().out) == told

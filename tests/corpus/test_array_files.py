@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pathlib
 import pickle
 import random
 import struct
@@ -257,3 +258,21 @@ def test_bytes_behind_the_last_tensor_are_an_error(tmp_path):
     path.write_bytes(content + bytes(4))
     with pytest.raises(ValueError, match=rf"a\.safetensors: got \d+ bytes, expected {8 + size} and the 840 of its"):
         count(path)
+
+
+@pytest.mark.parametrize("kind", ["meta", "nested"])
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, kind):
+    tensor = torch.zeros(3, dtype=torch.int64, device="meta")
+    if kind == "nested":
+        tensor = torch.nested.nested_tensor([torch.arange(2), torch.arange(3)])
+    torch.save([torch.arange(3), tensor], tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"a\.pt: 1 is a {kind} tensor, expected a tensor of integers"):
+        count_corpus([tmp_path], 10)
+
+
+def test_a_pickle_is_refused_without_advice_to_load_it(tmp_path):
+    torch.save({"tokens": pathlib.PurePosixPath("x")}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: cannot be read by torch\.load\(weights_only=True\)") as raised:
+        count_corpus([tmp_path], 10)
+    assert "weights_only` set" not in str(raised.value)
+    assert "False" not in str(raised.value)

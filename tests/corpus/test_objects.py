@@ -305,6 +305,14 @@ def test_options_that_are_for_files_are_refused(options, message):
         count([[1, 2]], **options)
 
 
+def test_what_tells_how_texts_are_read_is_refused_with_arrays(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"^data: got arrays with learn 'assistant', expected rows of chats"):
+        count_corpus([[1, 2]], 300, policy=TargetPolicy(learn="assistant", max_length=4, packing="bfd_split"))
+    with pytest.raises(ValueError, match=r"^tokenizer: got one with arrays, expected None"):
+        count_corpus([[1, 2]], 300, tokenizer=tokenizer)
+
+
 def test_names_of_files_may_come_from_any_iterable(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(5))
     for data in ((str(path) for path in tmp_path.iterdir()), {tmp_path / "a.npy"}, np.array([str(tmp_path / "a.npy")])):

@@ -271,10 +271,19 @@ def test_credentials_appear_nowhere(s3, key, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("https://user:pass@host/a?sig=x no", "https://host/a no"),
+        ("of https://user:pass@host/a?sig=x no", "of https://host/a no"),
         ("got 's3://b/a?.bin' and url='http://h/x?token' at", "got 's3://b/a?.bin' and url='http://h/x' at"),
         ("gs://b/a?generation=5", "gs://b/a"),
         ("no URL?, a@b", "no URL?, a@b"),
+        ("http://h/it's.bin?X-Amz-Signature=x", "http://h/it's.bin"),
+        ("http://h/sp ace.bin?sig=x", "http://h/sp ace.bin"),
+        ("got ['http://h/sp ace.bin?sig=x&a=1']", "got ['http://h/sp ace.bin"),
+        ("http://h/x#access_token=x", "http://h/x"),
+        ("zip://x.bin::http://user:secret@host/a.zip?sig=x", "zip://x.bin::http://host/a.zip"),
+        ("s3://AKIA:wJal/rXU@bucket/x", "s3://bucket/x"),
+        ("http://u:p'q@h:80/x", "http://h:80/x"),
+        ("http://h:80/a@b.bin", "http://h:80/a@b.bin"),
+        ("s3://b/q?a=b.bin", "s3://b/q?a=b.bin"),
     ],
 )
 def test_redacted(text, expected):
@@ -653,3 +662,33 @@ def test_a_repository_of_hugging_face(hub):
         assert shards == [f"hf://datasets/some/set/{file}" for file in files]
     with pytest.raises(ValueError, match="data: got hf://datasets/some/other, expected a file, a folder or a pattern"):
         count_corpus(["hf://datasets/some/other"], 2**16, dtype="uint16")
+
+
+@pytest.mark.parametrize("url", ["zip://a.bin::memory://z.zip", "hosted://a/d/x.bin"])
+def test_what_its_name_alone_does_not_tell_is_refused(url, monkeypatch):
+    class Hosted(type(fsspec.filesystem("memory"))):
+        """Its keys leave out the host, as ftp's do."""
+
+        protocol = "hosted"
+
+        def __init__(self, host="", **options):
+            super().__init__(**options)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.partition("://")[2].partition("/")[2]
+
+        @staticmethod
+        def _get_kwargs_from_urls(path):
+            return {"host": path.partition("://")[2].partition("/")[0]}
+
+    monkeypatch.setitem(registry._registry, "hosted", Hosted)
+    fsspec.filesystem("memory").pipe("/z.zip", b"PK\5\6" + bytes(18))
+    with pytest.raises(ValueError, match=r"data: got .*, expected a URL that is told by its bucket and name"):
+        count_corpus([url], V)
+
+
+def test_names_that_begin_as_a_link_of_a_page_are_counted(s3, key):
+    for name in ("#a.bin", "?b.bin", "c.bin"):
+        s3.put(f"{key}/{name}", np.arange(4, dtype=np.uint16).tobytes())
+    assert count_corpus([f"s3://{BUCKET}/{key}/"], V, dtype="uint16", allow_overlap=True).total == 12

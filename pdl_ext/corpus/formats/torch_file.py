@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def _why_no_ids(item: Any) -> str | None:
     """What something is that is no tensor of ids with an axis; None of such a tensor."""
     if not isinstance(item, Tensor):
         return f"a {type(item).__name__}"
+    if item.is_meta or item.is_nested:
+        return f"a {'meta' if item.is_meta else 'nested'} tensor"
     if item.layout != torch.strided or item.dtype.is_floating_point or item.dtype.is_complex or item.is_quantized:
         return f"a tensor of {item.dtype}"
     if item.dtype == torch.bool or not item.dim():
@@ -89,6 +92,9 @@ def _loaded(path: Place, mapped: bool) -> Any:
     except Exception as error:
         # Many kinds come out of damaged files.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):
+            # PyTorch's own words advise to load it all the same.
+            reason = "it holds something else"
         raise ValueError(
             f"{path}: cannot be read by torch.load(weights_only=True), which loads tensors and nothing that could run "
             f"({reason})"
