@@ -312,8 +312,8 @@ struct ExpOrigin {
 };
 
 // The sum of exp(x - origin) of whole blocks, if origin.in_blocks(). With kKeep also each of them in `kept`, with
-// kEntropy the sum of exp(x - origin) (x - origin.max) in `scaled`. Meanwhile what lies `ahead` is fetched, with kKeep
-// to be overwritten soon: the processor's own prefetchers see no loads of it. Past the logits' end it does no harm.
+// kEntropy the sum of exp(x - origin) (x - origin.max) in `scaled`. Meanwhile what lies `ahead` is fetched:
+// the processor's own prefetchers see no loads of it. Past the logits' end it does no harm.
 template <bool kKeep, bool kEntropy, Capability kCapability, typename T>
 PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const T* x, int64_t n,
                                    const ExpOrigin<kCapability, T>& origin, float* kept, int64_t ahead, float* scaled) {

@@ -267,7 +267,9 @@ class Store:
     async def _all_below(self, folder: str) -> dict[str, dict[str, Any]]:
         await self._forget(None)
         found = await _tried(functools.partial(self._coroutine, "find", folder, detail=True), limited=False)
-        return {key: info for key, info in _entries(folder, found.values()) if info["type"] != "directory"}
+        return {
+            key: info for key, info in _entries(folder, found.values(), self.is_http) if info["type"] != "directory"
+        }
 
     async def _walked(self, folder: str) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}
@@ -381,9 +383,7 @@ def _key(name: str) -> str:
     return name.rstrip("/")
 
 
-def _entries(
-    folder: str, listed: Iterable[dict[str, Any]], of_a_page: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _entries(folder: str, listed: Iterable[dict[str, Any]], of_a_page: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """What a listing has below a folder: keys, and what is known of them. of_a_page: whether it is made of links."""
     for info in listed:
         key = _key(info["name"])

@@ -692,3 +692,9 @@ def test_names_that_begin_as_a_link_of_a_page_are_counted(s3, key):
     for name in ("#a.bin", "?b.bin", "c.bin"):
         s3.put(f"{key}/{name}", np.arange(4, dtype=np.uint16).tobytes())
     assert count_corpus([f"s3://{BUCKET}/{key}/"], V, dtype="uint16", allow_overlap=True).total == 12
+
+
+@pytest.mark.parametrize(("of_a_page", "kept"), [(True, ["a/b"]), (False, ["a/?C=N", "a/#x", "a/b"])])
+def test_links_of_a_page_to_itself_are_no_files(of_a_page, kept):
+    listed = [{"name": f"a/{name}", "type": "file"} for name in ("?C=N", "#x", "b")]
+    assert [key for key, _ in store._entries("a", listed, of_a_page)] == kept
