@@ -85,7 +85,8 @@ def generate_texts(
     kept: Path,
     go_on: Callable[[], bool] = lambda: True,
 ) -> list[str]:
-    """Texts of at most `limit` tokens, in the order of `prompts`; `kept` holds those that there are already.
+    """Texts of at most `limit` tokens, in the order of `prompts`; `kept` holds those that there are already, shortest
+    prompt first.
 
     Raises OutOfTime.
     """
@@ -95,13 +96,15 @@ def generate_texts(
     if decoding.offset:
         offset = decoding_offset(frequency, abs(decoding.offset)).to(halves.device)
         options = {"logits_processor": [_Offset(offset if decoding.offset > 0 else -offset)]}
+    # Texts of a chunk have prompts of about one length, so that little is spent on padding.
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     texts: list[str] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
     while len(texts) < len(prompts):
         if not go_on():
             raise OutOfTime
         # Chunks have their own seeds, so that a text does not depend on an interruption.
         torch.manual_seed(seed * 1_000_003 + len(texts))
-        chunk = prompts[len(texts) : len(texts) + CHUNK]
+        chunk = [prompts[place] for place in order[len(texts) : len(texts) + CHUNK]]
         texts += generate(halves.model, tokenizer, chunk, limit, name=decoding.name, batch_size=CHUNK, **options)
         harness.write_whole(kept, json.dumps(texts, ensure_ascii=False) + "\n")
-    return texts
+    return [text for _, text in sorted(zip(order, texts, strict=True))]
