@@ -21,7 +21,7 @@ for package in ("matplotlib", "tqdm", "transformers", "sacrebleu", "rouge_score"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import sacrebleu  # noqa: E402
-from evidence import bootstrap, metrics, pilot, plan, report, results, runs, scoring, tasks, training  # noqa: E402
+from evidence import bootstrap, decoding, metrics, pilot, plan, report, results, runs, scoring, tasks, training  # noqa: E402
 from evidence.arms import ARMS, CE, CURVES, DECODINGS, GREEDY, PDL, SHUFFLED, Shuffled, effective_share  # noqa: E402
 from evidence.bootstrap import Estimate  # noqa: E402
 from evidence.hidden import Halves, hidden_states  # noqa: E402
@@ -199,6 +199,34 @@ def test_kept_hidden_states_give_the_losses_of_the_whole_model(tmp_path, tied):
     )
     whole = pilot.whole_model_loss(halves, ids, labels.masked_fill(labels == 0, -100))
     assert scores.weighted_mean() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "offset"), [("greedy", 0.0), ("offset+1", 1.0), ("offset-0.5", -0.5)])
+def test_texts_are_those_of_the_whole_model_token_by_token(tmp_path, name, offset):
+    halves, encoded, _ = toy_halves(tmp_path)
+    with torch.no_grad():
+        halves.classifier.mul_(10)
+    ids = [one.ids[: 2 + n % 4] for n, one in enumerate(encoded)]
+    prompts = decoding.prompts_of(halves, ids, tmp_path / "prompts.npy", pad_id=2)
+    counts = torch.arange(halves.model.config.vocab_size) + 3
+    choose = decoding.chooser(DECODINGS[name], pdl_ext.TokenFrequency.from_counts(counts), halves.device)
+    places, limit, end = list(range(0, 48, 3)), 9, 20
+    found = decoding.continuations(halves, prompts, places, choose, limit, end)
+    assert min(map(len, found)) < limit, "a text ends before the others"
+    for text, place in zip(found, places, strict=True):
+        so_far = list(ids[place])
+        for token in [*text, end][:limit]:
+            logits = halves.model(input_ids=torch.tensor([so_far])).logits[0, -1]
+            assert token == (logits - offset * ((counts + 1) / (counts.sum() + len(counts))).log()).argmax()
+            so_far.append(token)
+
+
+def test_temperature_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.3])
+    choose = decoding.chooser(DECODINGS["temperature0.6"], pdl_ext.TokenFrequency(4), logits.device)
+    torch.manual_seed(0)
+    drawn = choose(logits.expand(40_000, 4)).bincount(minlength=4) / 40_000
+    torch.testing.assert_close(drawn, (logits / 0.6).softmax(-1), rtol=0, atol=0.01)
 
 
 def whole_batch(encoded, indices):

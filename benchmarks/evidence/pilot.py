@@ -107,11 +107,13 @@ def seconds_of(task: str) -> dict[str, float]:
     start = CLOCK()
     hidden_states(halves, test, work / task / "again.npy", tokenizer.eos_token_id)
     frozen = CLOCK() - start
+    prompts = bench.prompts(task)
     start = CLOCK()
     generate_texts(
         halves,
         tokenizer,
-        [one.ids[: one.context] for one in test],
+        prompts,
+        len(test),
         GREEDY,
         frequency,
         limit=examples.task.target_tokens,

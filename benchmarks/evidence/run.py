@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import pdl_ext
 from evidence import metrics, tasks
 from evidence.arms import ARMS, CE, CURVES, DECODINGS, GREEDY, ZERO_SHOT
+from evidence.decoding import Prompts, prompts_of
 from evidence.hidden import TRAINED_LAYERS, Halves, HiddenStates, hidden_states
 from evidence.runs import RATES, Run, trials
 from evidence.scoring import generate_texts, score
@@ -90,6 +91,15 @@ class Bench:
             one = examples.encoded[index]
             frequency.update(torch.tensor(one.ids[one.context :]), strict=True)
         return examples, hidden, frequency
+
+    @functools.cache  # noqa: B019 (lives as long as the process)
+    def prompts(self, name: str) -> Prompts:
+        """Those of the test, in its order."""
+        halves, tokenizer, _ = self.loaded
+        examples = self.task(name)[0]
+        encoded = (examples.encoded[index] for index in examples.part_of["test"])
+        path = self.work / name / f"prompts-{self.device.type}-{examples.digest}-{self.sizes.trained_layers}.npy"
+        return prompts_of(halves, [one.ids[: one.context] for one in encoded], path, tokenizer.eos_token_id)
 
     def folder(self, run: Run, rate: float | None) -> Path:
         """What a training leaves; of another device, other examples or sizes nothing is taken over."""
@@ -249,12 +259,13 @@ def _measured(
     scores = score(halves, loss, hidden, indices, tokenizer.eos_token_id)
     sums, counts = scores.by_bucket(frequency.buckets(SHARES).cpu(), len(SHARES), len(indices))
     items = [examples.items[index] for index in indices]
-    encoded = [examples.encoded[index] for index in indices]
+    prompts = bench.prompts(run.task)
     start = time.perf_counter()
     texts = generate_texts(
         halves,
         tokenizer,
-        [one.ids[: one.context] for one in encoded],
+        prompts,
+        len(indices),
         DECODINGS[run.decoding],
         frequency,
         limit=examples.task.target_tokens,

@@ -11,14 +11,12 @@ from typing import Any
 import harness
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 import pdl_ext
 from evidence.arms import Decoding
+from evidence.decoding import Prompts, chooser, continuations
 from evidence.hidden import BATCH_SIZE, Halves, HiddenStates
 from evidence.training import OutOfTime
-from pdl_ext.cli.demo.evaluate import generate
-from pdl_ext.functional import decoding_offset
 
 # Texts between two writes of what has been generated.
 CHUNK = 64
@@ -65,18 +63,11 @@ def score(
     return TargetScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-class _Offset(LogitsProcessor):
-    def __init__(self, offset: Tensor) -> None:
-        self.offset = offset
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores + self.offset
-
-
 def generate_texts(
     halves: Halves,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    prompts: Prompts,
+    items: int,
     decoding: Decoding,
     frequency: pdl_ext.TokenFrequency,
     *,
@@ -85,26 +76,23 @@ def generate_texts(
     kept: Path,
     go_on: Callable[[], bool] = lambda: True,
 ) -> list[str]:
-    """Texts of at most `limit` tokens, in the order of `prompts`; `kept` holds those that there are already, shortest
-    prompt first.
+    """Texts of at most `limit` tokens after the first `items` prompts, in their order.
+
+    `kept` holds those that there are already, shortest prompt first.
 
     Raises OutOfTime.
     """
-    options: dict[str, Any] = {}
-    if decoding.temperature:
-        options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-    if decoding.offset:
-        offset = decoding_offset(frequency, abs(decoding.offset)).to(halves.device)
-        options = {"logits_processor": [_Offset(offset if decoding.offset > 0 else -offset)]}
+    choose = chooser(decoding, frequency, halves.device)
     # Texts of a chunk have prompts of about one length, so that little is spent on padding.
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    order = sorted(range(items), key=lambda place: len(prompts.ids[place]))
     texts: list[str] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
-    while len(texts) < len(prompts):
+    while len(texts) < items:
         if not go_on():
             raise OutOfTime
         # Chunks have their own seeds, so that a text does not depend on an interruption.
         torch.manual_seed(seed * 1_000_003 + len(texts))
-        chunk = [prompts[place] for place in order[len(texts) : len(texts) + CHUNK]]
-        texts += generate(halves.model, tokenizer, chunk, limit, name=decoding.name, batch_size=CHUNK, **options)
+        places = order[len(texts) : len(texts) + CHUNK]
+        tokens = continuations(halves, prompts, places, choose, limit, tokenizer.eos_token_id)
+        texts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         harness.write_whole(kept, json.dumps(texts, ensure_ascii=False) + "\n")
     return [text for _, text in sorted(zip(order, texts, strict=True))]
