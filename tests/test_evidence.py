@@ -295,8 +295,8 @@ def test_two_steps_of_every_arm_and_decoding_and_their_report(tmp_path):
     for arm in ARMS:
         execute(bench, Run("toy", arm, 0))
     for arm, decodings in CURVES.items():
-        for decoding in decodings:
-            execute(bench, Run("toy", arm, 0, decoding.name))
+        for one in decodings:
+            execute(bench, Run("toy", arm, 0, one.name))
     content = json.loads((tmp_path / "results" / "toy" / "mile-seed0.json").read_text())
     assert content["training"]["steps"] == 2
     assert content["settings"]["batch_size"] == 4
@@ -554,8 +554,8 @@ def golden(tmp_path) -> Path:
             write_run(folder, task, CE, seed)
             write_run(folder, task, PDL, seed, chrf=(10.0, 12.0), matched=gained, nll=1.5)
             write_run(folder, task, SHUFFLED, seed, chrf=(9.0, 9.0))
-            for decoding in CURVES[CE]:
-                write_run(folder, task, CE, seed, decoding=decoding.name, chrf=(11.0, 12.0), matched=(0, 1))
+            for one in CURVES[CE]:
+                write_run(folder, task, CE, seed, decoding=one.name, chrf=(11.0, 12.0), matched=(0, 1))
         write_run(folder, task, "zero-shot", 0, nll=2.0 if task == "kjv" else 4.0)
     return folder
 
