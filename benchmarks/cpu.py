@@ -312,7 +312,11 @@ def side_by_side(
         return " / ".join(cells)
 
     names = " / ".join(regimes.NAMES[regime] for regime in runs_of)
-    lines = ["", f"{names}: times of pdl_ext, and the others' over them; of a copy and of products alone ours over it."]
+    lines = [
+        "",
+        f"Each cell: {names}. `ms` is the time of pdl_ext. A column of another implementation is its time over ours. "
+        "A column of a copy or of products alone is our time over it.",
+    ]
     for kind in kinds:
         workloads = {name: times for name, times in seconds.items() if name.startswith(f"{kind} ")}
         others = [name for name in dict.fromkeys(itertools.chain(*workloads.values())) if name not in ours]

@@ -267,7 +267,7 @@ class TestRegimes:
                 regimes.KEPT: [rows(0.001, 0.0025, 0)],
             }
         )
-        assert table[1].startswith("fresh pages / pages kept: ")
+        assert table[1].startswith("Each cell: fresh pages / pages kept. ")
         assert table[3:] == [
             "| workload | provider | ms | F.cross_entropy | copy of the logits |",
             "| --- | --- | --- | --- | --- |",
