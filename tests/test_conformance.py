@@ -95,10 +95,10 @@ def test_every_case_finds_a_wrong_implementation(case):
 @pytest.mark.parametrize(
     ("name", "loss"),
     [
-        ("mean by weights: divided by their sum", lambda s, t: right(s, cases.Task(t.targets, t.weight, "sum")) / 24),
-        ("sum by weights", lambda s, t: right(s, cases.Task(t.targets, None, "sum"))),
+        ("weighted mean, divided by the sum of the weights", lambda s, t: right(s, cases.Task(t.targets, t.weight, "sum")) / 24),
+        ("weighted sum", lambda s, t: right(s, cases.Task(t.targets, None, "sum"))),
         # What was wrong in public: all rows scaled by the first upstream gradient.
-        ("each row's loss by weights, upstream gradients of its own for each", lambda s, t: FirstUpstream.apply(*s, t)),
+        ("weighted loss of each row, an upstream gradient for each row", lambda s, t: FirstUpstream.apply(*s, t)),
     ],
 )
 def test_a_common_fault_is_found(name, loss):

@@ -39,7 +39,7 @@ def table(found: dict[str, dict[str, str]]) -> list[str]:
     sums = [collections.Counter(found[name].values()) for name in names]
     of = [f"{counted[RIGHT]} of {counted.total() - counted[ABSENT]}" for counted in sums]
     lines.append(f"| right | {' | '.join(of)} |")
-    return [*lines, "", "| implementation | case | what came |", "|---|---|---|", *wrong]
+    return [*lines, "", "| implementation | case | result |", "|---|---|---|", *wrong]
 
 
 def versions() -> str:

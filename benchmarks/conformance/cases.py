@@ -119,7 +119,7 @@ def compare(name: str, found: Tensor | None, expected: Tensor, limit: float) -> 
     allowed = limit * rows.norm(dim=1) + 2.0**-40 * rows.norm(dim=1).max()
     if not bool((difference <= allowed).all()):
         share = (difference / rows.norm(dim=1).clamp(min=1e-300)).max()
-        raise Wrong(f"{name} is off by {share:.1g} of its size" if bool(share.isfinite()) else f"{name} is not finite")
+        raise Wrong(f"the relative error of {name} is {share:.1g}" if bool(share.isfinite()) else f"{name} is not finite")
 
 
 def check(way: Way, leaves: list[Tensor], task: Task, upstream: Tensor | None = None) -> None:
@@ -147,29 +147,29 @@ def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of()))
 
 
-@case("mean by weights: divided by their sum")
+@case("weighted mean, divided by the sum of the weights")
 def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of()))
 
 
-@case("sum by weights")
+@case("weighted sum")
 def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of(), "sum"))
 
 
-@case("each row's loss by weights, upstream gradients of its own for each")
+@case("weighted loss of each row, an upstream gradient for each row")
 def _(way: Way) -> None:
     targets = targets_of()
     check(way, leaves_of(way), Task(targets, weight_of(), "none"), uneven(targets))
 
 
-@case("each row's loss without weights, upstream gradients of its own for each")
+@case("unweighted loss of each row, an upstream gradient for each row")
 def _(way: Way) -> None:
     targets = targets_of()
     check(way, leaves_of(way), Task(targets, None, "none"), uneven(targets))
 
 
-@case("mean by weights, an upstream gradient of 3")
+@case("weighted mean, an upstream gradient of 3")
 def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of()), torch.tensor(3.0))
 
@@ -179,12 +179,12 @@ def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of(spread=3.0)))
 
 
-@case("the sum by weights over a given number of items")
+@case("weighted sum over a given number of items")
 def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of(), normalizer=70.5))
 
 
-@case("an ignored id of one's own")
+@case("an ignore_index other than the default")
 def _(way: Way) -> None:
     targets = targets_of()
     check(way, leaves_of(way), Task(targets.where(targets != -100, 3), weight_of(), ignore_index=3))
@@ -272,18 +272,18 @@ def _(way: Way) -> None:
     check(way, [(10 * logits.detach()).requires_grad_()], Task(targets_of(), weight_of(), "none"), uneven(targets_of()))
 
 
-@case("bfloat16, mean by weights")
+@case("bfloat16, weighted mean")
 def _(way: Way) -> None:
     check(way, leaves_of(way, dtype=torch.bfloat16), Task(targets_of(), weight_of()))
 
 
-@case("bfloat16, each row's loss by weights")
+@case("bfloat16, weighted loss of each row")
 def _(way: Way) -> None:
     targets = targets_of()
     check(way, leaves_of(way, dtype=torch.bfloat16), Task(targets, weight_of(), "none"), uneven(targets))
 
 
-@case("float16, mean by weights")
+@case("float16, weighted mean")
 def _(way: Way) -> None:
     check(way, leaves_of(way, dtype=torch.float16), Task(targets_of(), weight_of()))
 
@@ -310,7 +310,7 @@ def _(way: Way) -> None:
     compare("the target's gradient", logits.grad[places], truth.grad[places], 1e-2)
 
 
-@case("every element of a small gradient, none of them dropped")
+@case("every element of a small gradient")
 def _(way: Way) -> None:
     leaves = leaves_of(way, rows=64, vocab_size=4001)
     task = Task(targets_of(64, 4001), weight_of(4001, 2.0))
@@ -334,7 +334,7 @@ def _(way: Way) -> None:
     check(way, leaves_of(way, rows=6000, vocab_size=33, dtype=torch.bfloat16), Task(targets, weight_of(33)))
 
 
-@case("logits that are read afterwards are what they were, or PyTorch knows that they are not", of_logits=True)
+@case("logits are unchanged afterwards, or PyTorch detects the change", of_logits=True)
 def _(way: Way) -> None:
     (leaf,) = leaves_of(way)
     logits = leaf * 1.0
@@ -376,7 +376,7 @@ def _(way: Way) -> None:
         compare("a gradient", leaf.grad, truth.grad, LIMITS_OF_PRODUCTS[torch.float32])
 
 
-@case("a penalty on the gradient: its own gradient, or an error")
+@case("a gradient penalty: its own gradient, or an error")
 def _(way: Way) -> None:
     leaves = leaves_of(way, rows=9, vocab_size=17)
     task = Task(targets_of(9, 17), weight_of(17))
@@ -433,7 +433,7 @@ def _(way: Way) -> None:
     check_view(way, leaves_of(way, vocab_size=264)[0], lambda wide: wide[:, :257])
 
 
-@case("logits that lie transposed", of_logits=True)
+@case("transposed logits", of_logits=True)
 def _(way: Way) -> None:
     check_view(way, leaves_of(way, rows=257, vocab_size=33)[0], lambda turned: turned.t())
 
@@ -462,7 +462,7 @@ def _(way: Way) -> None:
     check(way, leaves_of(way, vocab_size=2), Task(targets_of(33, 2), weight_of(2)))
 
 
-@case("a target outside of the vocabulary: an error or NaN, no number")
+@case("a target outside of the vocabulary: an error or NaN")
 def _(way: Way) -> None:
     targets = targets_of(ignored=False)
     targets[3] = 257
