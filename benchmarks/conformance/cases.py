@@ -119,7 +119,7 @@ def compare(name: str, found: Tensor | None, expected: Tensor, limit: float) -> 
     allowed = limit * rows.norm(dim=1) + 2.0**-40 * rows.norm(dim=1).max()
     if not bool((difference <= allowed).all()):
         share = (difference / rows.norm(dim=1).clamp(min=1e-300)).max()
-        raise Wrong(f"the relative error of {name} is {share:.1g}" if bool(share.isfinite()) else f"{name} is not finite")
+        raise Wrong(f"{name} has a relative error of {share:.1g}" if bool(share.isfinite()) else f"{name} is not finite")
 
 
 def check(way: Way, leaves: list[Tensor], task: Task, upstream: Tensor | None = None) -> None:
@@ -147,7 +147,7 @@ def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of()))
 
 
-@case("weighted mean, divided by the sum of the weights")
+@case("weighted mean, divided by the sum of weights")
 def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets_of(), weight_of()))
 
