@@ -119,7 +119,9 @@ def compare(name: str, found: Tensor | None, expected: Tensor, limit: float) -> 
     allowed = limit * rows.norm(dim=1) + 2.0**-40 * rows.norm(dim=1).max()
     if not bool((difference <= allowed).all()):
         share = (difference / rows.norm(dim=1).clamp(min=1e-300)).max()
-        raise Wrong(f"{name} has a relative error of {share:.1g}" if bool(share.isfinite()) else f"{name} is not finite")
+        raise Wrong(
+            f"{name} has a relative error of {share:.1g}" if bool(share.isfinite()) else f"{name} is not finite"
+        )
 
 
 def check(way: Way, leaves: list[Tensor], task: Task, upstream: Tensor | None = None) -> None:
