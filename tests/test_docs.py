@@ -139,6 +139,15 @@ def test_every_public_name_has_an_entry(site):
     assert missing == []
 
 
+@pytest.mark.slow
+def test_signatures_have_the_options_of_a_loss(site):
+    folder, _ = site
+    page = (folder / "api-losses.html").read_text(encoding="utf-8")
+    assert "LossKeywords" not in page
+    # Of PDLLoss and its two calls, of two functions, and of one definition.
+    assert len(re.findall(r">label_smoothing_weight</span><span class=\"p\">:", page)) == 6
+
+
 def test_the_overview_has_the_public_modules():
     overview = (DOCS / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `(pdl_ext[\w.]*)` \|", overview, flags=re.MULTILINE)) == PUBLIC

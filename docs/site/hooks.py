@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages of what the documentation links to elsewhere in the repository.
+"""Pages of the files that the documentation links to elsewhere in the repository, which mkdocs would call missing.
 
 On a code host such a link leads to the file. The site has no such host, so it brings those files along.
 """
@@ -20,7 +20,7 @@ EXPECTED = {"evidence.md"}
 TARGET = re.compile(r"(?<=\]\()[^)\s#:]+(?=[#)])")
 # The folder of what is brought along.
 BROUGHT = "repository"
-LANGUAGES = {".py": "python"}
+LANGUAGES = {".py": "python", ".toml": "toml", ".yml": "yaml", **dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), "cpp")}
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -60,8 +60,8 @@ def _bring(path: Path, files: Files, config: Any) -> None:
     given = {"abs_src_path": str(path)} if text is None else {"content": NOT_SEARCHED + text}
     files.append(File.generated(config, _uri(path), inclusion=InclusionLevel.NOT_IN_NAV, **given))
     if path.is_dir():
-        for report in _reports(path):
-            _bring(report, files, config)
+        for listed in _listed(path):
+            _bring(listed, files, config)
     elif path.suffix == ".md":
         _bring_targets(path, files, config)
 
@@ -69,7 +69,7 @@ def _bring(path: Path, files: Files, config: Any) -> None:
 def _uri(path: Path) -> str:
     """Where a file of the repository is among the site's sources. What becomes a page ends in .md."""
     if path.is_relative_to(DOCS):
-        return path.relative_to(DOCS).as_posix()
+        return "index.md" if path == DOCS else path.relative_to(DOCS).as_posix()
     uri = f"{BROUGHT}/{path.relative_to(ROOT).as_posix()}"
     return uri if path.is_file() and _text(path) is None else f"{uri}.md"
 
@@ -78,11 +78,8 @@ def _text(path: Path) -> str | None:
     """The Markdown of a page of a file or a folder; None for what is copied as it is."""
     name = path.relative_to(ROOT).as_posix()
     if path.is_dir():
-        lines = (
-            f"- [{report.relative_to(path).as_posix()}]({report.relative_to(path).as_posix()})\n"
-            for report in _reports(path)
-        )
-        return f"# {name}\n\n{''.join(lines)}"
+        names = (listed.relative_to(path).as_posix() for listed in _listed(path))
+        return f"# {name}\n\n" + "".join(f"- [{name}]({name})\n" for name in names)
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     if path.suffix in LANGUAGES:
@@ -90,8 +87,9 @@ def _text(path: Path) -> str | None:
     return None
 
 
-def _reports(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.md"))
+def _listed(folder: Path) -> list[Path]:
+    """The reports anywhere in a folder, and the sources in it."""
+    return sorted([*folder.rglob("*.md"), *(path for path in folder.iterdir() if path.suffix in LANGUAGES)])
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
