@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
 import pdl_ext
-from pdl_ext import functional, modulation, weighting
+from pdl_ext import cli, functional, modulation, weighting
 from pdl_ext.corpus import TargetPolicy, count_corpus
 from pdl_ext.corpus.discover import FORMATS
 from pdl_ext.options import LossOptions
@@ -119,19 +122,17 @@ def test_environment_variables_are_told():
 
 
 def test_commands_are_told():
-    import argparse
-
-    from pdl_ext.cli import main
-
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
-    for name in ("count", "merge", "show", "plot", "explore", "info", "demo"):
-        getattr(main, name).add_parser(subparsers)
+    names = {module.name for module in pkgutil.iter_modules(cli.__path__)} - {"__main__"}
+    for module in (importlib.import_module(f"pdl_ext.cli.{name}") for name in names):
+        if hasattr(module, "add_parser"):
+            module.add_parser(subparsers)
     table = {row[0].strip("`").removeprefix("pdl-ext "): row[1] for row in rows("options.md", "Commands")}
     assert table.keys() == subparsers.choices.keys()
     of_count = "".join(row[1] for name in ("count_corpus", "TargetPolicy") for row in rows("options.md", name))
     table["count"] += of_count
-    for name in ("count", "merge", "show", "plot", "explore"):
+    for name in subparsers.choices.keys() - {"demo"}:
         options = {option for action in subparsers.choices[name]._actions for option in action.option_strings}
         long = {option for option in options if option.startswith("--")} - {"--help", "--output"}
         assert set(re.findall(r"--[a-z-]+", table[name])) == long, name

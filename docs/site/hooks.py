@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
 # Pages that the navigation has a place for before they are written.
-EXPECTED = {"evidence.md"}
+EXPECTED = {"evidence.md", "releasing.md"}
 # The target of a link or a picture, without its anchor, unless it has a scheme.
 TARGET = re.compile(r"(?<=\]\()[^)\s#:]+(?=[#)])")
 # The folder of what is brought along.
