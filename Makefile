@@ -37,7 +37,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance evidence bench-plot browser sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance evidence bench-plot docs browser sdist clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -157,6 +157,10 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(SOURCES) $(TEST_SOURCES)
+
+# Every warning of mkdocs is an error. Open build/site/index.html: the site needs neither a server nor a network.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 # Debian's chromium, in which the page of `pdl-ext explore` is tested; where there is none those tests are left out. After
 # gtest.stamp, since only one apt-get at a time may update its lists.
