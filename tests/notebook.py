@@ -9,6 +9,7 @@ import copy
 import tempfile
 from pathlib import Path
 
+import fresh_python
 import nbformat
 from nbclient import NotebookClient
 
@@ -28,7 +29,8 @@ def executed(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.Notebook
         if cell.source.startswith("%pip install"):
             cell.source = ""
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, resources=resources, record_timing=False).execute()
+    client = NotebookClient(notebook, timeout=600, resources=resources, record_timing=False)
+    client.execute(env=fresh_python.environment())
     for cell, source in zip(notebook.cells, sources, strict=True):
         cell.source = source
     # Without the Python that it happened to run on.

@@ -20,7 +20,7 @@ def numbers_of(text):
 
 
 def pictures_of(cell):
-    return [list(output["data"]) for output in cell.get("outputs", ()) if output["output_type"] == "display_data"]
+    return [sorted(output["data"]) for output in cell.get("outputs", ()) if output["output_type"] == "display_data"]
 
 
 def test_the_notebook_prints_what_is_committed(tmp_path, monkeypatch):

