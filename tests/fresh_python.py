@@ -16,11 +16,20 @@ from typing import Any
 
 import pdl_ext
 
-__all__ = ["popen", "run"]
+__all__ = ["environment", "popen", "run"]
 
 PACKAGE = Path(pdl_ext.__file__).resolve().parent
 # Kept for as long as this process lives.
 EMPTY = tempfile.TemporaryDirectory()
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """That of this process and more, in which Python imports the same pdl_ext."""
+    found = {**os.environ, **(more or {})}
+    if str(PACKAGE.parent) not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        # Sources that are on this process' path by its command line, or by an editable install.
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), found.get("PYTHONPATH")]))
+    return found
 
 
 def popen(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
@@ -31,12 +40,7 @@ def popen(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None,
     folder = Path(options.setdefault("cwd", EMPTY.name))
     if (folder / "pdl_ext").exists():
         raise ValueError(f"cwd: got {folder}, whose pdl_ext would be imported, expected another folder")
-    environment = {**os.environ, **(env or {})}
-    if str(PACKAGE.parent) not in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        # Sources that are on this process' path by its command line, or by an editable install.
-        paths = [str(PACKAGE.parent), environment.get("PYTHONPATH")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **options)
+    return subprocess.Popen([sys.executable, *arguments], env=environment(env), **options)
 
 
 def run(

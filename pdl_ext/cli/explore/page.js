@@ -60,7 +60,7 @@ const CHOICES = {
   relative: {values: [true, false], hint: "False: f = n + smoothing"},
   normalize: {values: ["corpus", "types", "none"], hint: "the mean over corpus or types is 1"},
 };
-// Where the page begins, if that is not Python's default: README advises to begin so.
+// Where the page begins, if that is not Python's default: docs/alpha.md advises to begin so.
 const START = {alpha: 0.5};
 
 const FIGURES = {
