@@ -29,6 +29,7 @@ __all__ = ["StreamedSource", "opened_object"]
 _DATA = Path("data")
 # Rows that are read at once. Those of a dataset with indices are gathered.
 _PIECE_BYTES = 2**22
+# Of a stream no more at once either, however small they are.
 _STREAMED_ROWS = 1000
 # Rows of a table's beginning and of its end, by which two tables are told apart.
 _DIGESTED_ROWS = 64
@@ -187,10 +188,11 @@ class _StreamedDataset(StreamedSource):
     def __init__(self, dataset: Any, options: ReadOptions) -> None:
         super().__init__("datasets.IterableDataset", "")
         self._dataset, self._options = dataset, options
+        # A table without rows, when there is one.
+        self._columns_seen: list[Any] = []
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        for table in self._dataset.with_format("arrow").iter(_STREAMED_ROWS):
-            # Of a dataset that does not tell what its columns hold, any table may be of another schema.
+        for table in self._tables():
             columns = Columns(_DATA, table.schema, self._options)
             self.dtype = columns.dtype
             self._unit = f"rows of {', '.join(columns.names)}"
@@ -199,6 +201,36 @@ class _StreamedDataset(StreamedSource):
                 yield from columns.batches(_record_batches(table, self._read))
             self._read += len(table)
             self._size += table.nbytes
+
+    def _tables(self) -> Iterator[Any]:
+        """Rows that follow one another: _STREAMED_ROWS at most, and one at most that is beyond _PIECE_BYTES."""
+        held: list[Any] = []
+        size = 0
+        # One by one, since it is not known how large those to come are.
+        for row in self._dataset.with_format("arrow").iter(1):
+            held.append(row)
+            size += row.nbytes
+            if len(held) == _STREAMED_ROWS or size >= _PIECE_BYTES:
+                yield self._joined(held)
+                held, size = [], 0
+        if held:
+            yield self._joined(held)
+
+    def _joined(self, rows: list[Any]) -> Any:
+        """A table of rows, whose columns may differ where the dataset does not tell what they hold."""
+        pa = require("pyarrow", "corpus")
+        # With what was seen of columns before, since a row with an empty list tells nothing of its type.
+        tables = [*self._columns_seen, *rows]
+        differ = any(not table.schema.equals(tables[0].schema) for table in tables)
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive" if differ else "none").combine_chunks()
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"data: got rows {self._read} to {self._read + len(rows) - 1} with columns that do not go together "
+                f"({str(error).splitlines()[0]}), expected the same type in all rows"
+            ) from error
+        self._columns_seen = [table[:0]]
+        return table
 
 
 def _dataset_source(dataset: Any, options: ReadOptions) -> Source:

@@ -127,6 +127,49 @@ def test_a_streamed_dataset(datasets, dataset, is_typed, monkeypatch):
             count(streamed, **options)
 
 
+def test_no_more_of_a_streamed_dataset_is_held_than_some_bytes_and_a_row(datasets, monkeypatch):
+    monkeypatch.setattr(objects, "_PIECE_BYTES", 10_000)
+    held = []
+    batches_of = objects.Columns.batches
+    monkeypatch.setattr(
+        objects.Columns,
+        "batches",
+        lambda self, rows: batches_of(self, [held.append(some.batch) or some for some in rows]),
+    )
+    lengths = [1, 2000, 3, *[400] * 20, 1, 1, 5000, *[1] * 30]
+    # Beside a column that is not read, and is held all the same.
+    rows = [{"input_ids": [7] * length, "other": "x" * 8 * length} for length in lengths]
+    frequency = count(datasets.IterableDataset.from_generator(lambda: iter(rows)))
+    assert_counts(frequency, np.full(sum(lengths), 7), sum(lengths))
+    assert sum(batch.num_rows for batch in held) == len(lengths)
+    sizes = [2 * batch.nbytes for batch in held]
+    assert max(sizes) < 10_000 + 2 * 8 * 5000 + 100
+    assert sorted(sizes)[-3] < 10_000 + 2 * 8 * 400 + 100
+    assert len(held) < 14
+
+
+def test_rows_of_a_streamed_dataset_may_tell_their_types_in_part(datasets, monkeypatch):
+    """Each by itself: an empty list is one of nothing, and a column may be there in some rows alone."""
+    rows = [{"input_ids": []}, {"input_ids": [1, 2]}, {"x": "a", "input_ids": [3]}, {"input_ids": []}]
+    for size in (2, 1000):
+        monkeypatch.setattr(objects, "_STREAMED_ROWS", size)
+        frequency = count(datasets.IterableDataset.from_generator(lambda: iter(rows)))
+        assert_counts(frequency, np.array([1, 2, 3]), 3)
+        assert frequency.provenance.shards[0].name == "datasets.IterableDataset: 4 rows of input_ids"
+    for other, message in [
+        (
+            {"input_ids": ["a"]},
+            r"^data: got rows 0 to 1 with columns that do not go together \(.*\), expected the same",
+        ),
+        ({"input_ids": 5}, r"^data: got rows 0 to 1 with columns that do not go together"),
+        ({"input_ids": None}, r"^data: column 'input_ids' is null in row 1 of the data"),
+        ({"y": 5}, r"^data: column 'input_ids' is null in row 1 of the data"),
+    ]:
+        some = [rows[1], other]
+        with pytest.raises(ValueError, match=message):
+            count(datasets.IterableDataset.from_generator(lambda some=some: iter(some)))
+
+
 def test_splits_are_refused_with_the_way_out(datasets, dataset):
     splits = datasets.DatasetDict({"train": dataset, "test": dataset})
     for data in (splits, datasets.IterableDatasetDict({"train": dataset.to_iterable_dataset()})):
