@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -203,6 +204,33 @@ ROWS = st.dictionaries(st.sampled_from([*COLUMNS, "chat_template_kwargs"]), ANYT
 def test_odd_rows_are_counted_or_refused(rows, learn, tmp_path, tokenizer):
     encoder = SupervisedEncoder(ReadOptions(VOCAB, TargetPolicy(learn=learn), tokenizer=tokenizer), tmp_path / "a")
     check_damaged(lambda: list(encoder.batches(("the place", row) for row in rows)), "the place: ")
+
+
+def test_a_row_that_the_tokenizer_refuses_or_that_is_too_long_is_named(tmp_path, tokenizer, monkeypatch):
+    folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = {token["content"]: token["id"] for token in content["added_tokens"]}
+    # Without an entry for unknown words.
+    content["model"] = {"type": "WordLevel", "vocab": {**vocabulary, "a": 9, "p": 10}, "unk_token": "?"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for rows, learn, row in [
+        ([{"text": text} for text in ("a", "a", "b", "a")], "all", 2),
+        ([{"prompt": "<pad>", "completion": text} for text in ("a", "b")], "completions", 1),
+    ]:
+        path = write(tmp_path / "a.jsonl", rows)
+        with pytest.raises(
+            ValueError, match=rf"a\.jsonl: line {row + 1} \(byte \d+\): cannot be encoded by .*tokenizer "
+        ):
+            count(path, folder, TargetPolicy(learn=learn))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=rf"a\.parquet: row {row} of row group 0: cannot be encoded by"):
+            count(tmp_path / "a.parquet", folder, TargetPolicy(learn=learn))
+    monkeypatch.setattr("pdl_ext.corpus.reading.tokenizer.MAX_TEXT_BYTES", 2000)
+    path = write(tmp_path / "long.jsonl", [*CHATS[:3], {"messages": [*chat(1)] * 30}])
+    with pytest.raises(
+        ValueError, match=r"line 4 \(byte \d+\): got a text of [\d,]+ characters, expected 2,000 at most"
+    ):
+        count(path, tokenizer)
 
 
 def test_a_place_in_columns(tmp_path, tokenizer):

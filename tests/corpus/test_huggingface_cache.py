@@ -120,7 +120,7 @@ def test_tables_and_what_they_were_made_of(tmp_path, hub):
     # The same dataset, under the name that each of the two has for it.
     (cache / "parquet").rename(cache / "owner___name")
     repository = hub / "datasets--owner--name"
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="is left out") as warned:
         assert count(hub.parent).tokens_seen == NUMBER + 2 + 3
     (told,) = [str(warning.message) for warning in warned if "left out" in str(warning.message)]
     assert told == (

@@ -17,7 +17,7 @@ from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.compression import compression_of
 from pdl_ext.corpus.reading.lines import Line, LinePlace, LineSource, has_suffix
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
 from pdl_ext.storage.place import Place
 
@@ -59,7 +59,7 @@ class _JsonLinesSource(LineSource):
             return
         items = map(self._item, lines)
         # All lines of a file are of one kind, but in odd ones.
-        for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
+        for is_text, run in itertools.groupby(items, lambda item: isinstance(item, PlacedText)):
             batches = self._encoder.batches if is_text else joined
             yield from batches(run)
 
@@ -95,7 +95,7 @@ class _JsonLinesSource(LineSource):
         value = _value(record, column, place)
         if isinstance(value, str):
             self._check_text(value, column, place)
-            return value
+            return PlacedText(place, value)
         return self._tokens(record, column, place)
 
     def _check_text(self, text: str, column: str, place: LinePlace) -> None:

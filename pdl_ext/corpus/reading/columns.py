@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.chats import are_chats, columns_to_learn
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable, as_signed, check_stated_dtype, count_dtype
 from pdl_ext.storage.place import Place
 
@@ -177,11 +177,12 @@ class Columns:
                 f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one a token id"
             )
 
-    def _texts(self, rows: Iterable[Rows]) -> Iterator[str]:
+    def _texts(self, rows: Iterable[Rows]) -> Iterator[PlacedText]:
         for some in rows:
             texts = self._array(some, self._tokens)
             for start in range(0, len(texts), _TEXTS):
-                yield from texts.slice(start, _TEXTS).to_pylist()
+                for row, text in enumerate(texts.slice(start, _TEXTS).to_pylist(), start):
+                    yield PlacedText(f"{self._path}: {self._row(some, row)}", text)
 
     def _rows_to_learn(self, rows: Iterable[Rows]) -> Iterator[tuple[str, dict[str, Any]]]:
         for some in rows:

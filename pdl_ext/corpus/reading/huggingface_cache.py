@@ -92,10 +92,11 @@ def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) ->
         else:
             found += _snapshot(path)
     if twice:
-        (path, table), *more = twice
+        path, table = twice[0]
+        more = f", and {len(twice) - 1} other repositories likewise" if len(twice) > 1 else ""
         warnings.warn(
-            f"{path}: is left out{f', and {len(more)} other repositories likewise' if more else ''}: its dataset is "
-            f"counted from the tables in {table}; to count the repository's files instead, name its folder",
+            f"{path}: is left out{more}: its dataset is counted from the tables in {table}; to count the repository's "
+            "files instead, name its folder",
             stacklevel=2,
         )
     return found

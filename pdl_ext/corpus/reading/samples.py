@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.access import OpenFile, opened, read_at
 from pdl_ext.corpus.reading.batches import BATCH_TOKENS, joined
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.reading.width import BLOCK_BYTES, doubt_of_width
 from pdl_ext.corpus.source import (
     Batch,
@@ -413,14 +413,15 @@ class SampleSource(Source):
                 )
             window.drop_before(begin)
 
-    def _texts(self, window: Reader, part: Part) -> Iterator[str]:
+    def _texts(self, window: Reader, part: Part) -> Iterator[PlacedText]:
         for sample, places in self._read(window, part):
             begin, end = places[self._layout.tokens]
             pieces = [window.read(at, min(_WINDOW_BYTES, end - at)) for at in range(begin, end, _WINDOW_BYTES)]
             try:
-                yield b"".join(piece.tobytes() for piece in pieces).decode("utf-8")
+                text = b"".join(piece.tobytes() for piece in pieces).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{self.path}: sample {sample} is not UTF-8 ({error})") from error
+            yield PlacedText(f"{self.path}: sample {sample}", text)
 
     def _pieces(self, windows: list[Reader], sample: int, places: list[tuple[int, int]]) -> Iterator[Batch]:
         layout = self._layout
