@@ -32,7 +32,7 @@ from pdl_ext._checks import (
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
-from pdl_ext.corpus.objects import StreamedSource, opened_object
+from pdl_ext.corpus.objects import StreamedSource, opener_of
 from pdl_ext.corpus.preview import FilePreview, previewed
 from pdl_ext.corpus.reading.at_once import begun, in_order
 from pdl_ext.corpus.reading.pretrained import chat_template_digest, tokenizer_digest, tokenizer_stamps
@@ -132,7 +132,8 @@ def count_corpus(
     check_group(group)
 
     stamps = () if options.tokenizer is None else tokenizer_stamps(options.tokenizer)
-    in_memory, data = opened_object(data, options)
+    open_object, data = opener_of(data)
+    in_memory = None if open_object is None else open_object(options)
     if in_memory is not None:
         _check_for_objects(in_memory, format, checkpoint, group)
     sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
@@ -207,7 +208,13 @@ def preview_corpus(
     """
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
-    sources = open_sources(data, format, options, output)
+    open_object, names = opener_of(data)
+    if open_object is not None:
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected files, folders or patterns: data in memory are counted by "
+            "count_corpus, without a preview"
+        )
+    sources = open_sources(names, format, options, output)
     if not allow_overlap:
         check_distinct(_provenance(sources, options).shards)
     return list(previewed(sources))

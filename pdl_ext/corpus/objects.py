@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Shard
 
-__all__ = ["StreamedSource", "opened_object"]
+__all__ = ["StreamedSource", "opener_of"]
 
 # What errors begin with: the argument's name.
 _DATA = Path("data")
@@ -36,10 +37,10 @@ _DIGESTED_ROWS = 64
 _DIGESTED_BYTES = 2**14
 
 
-def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
-    """The source of data that are no names of files; and the data, of an iterator all that it had.
+def opener_of(data: Any) -> tuple[Callable[[ReadOptions], Source] | None, Any]:
+    """What gives the source of data that are no names of files; and the data, of an iterator all that it had.
 
-    The source is None for names. Raises TypeError or ValueError that names the argument and tells the way out.
+    It is None for names. It and this raise TypeError or ValueError that names the argument and tells the way out.
     """
     # Who has one of its objects has imported it.
     datasets = sys.modules.get("datasets")
@@ -53,23 +54,29 @@ def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
             "the split that is trained on"
         )
     if datasets is not None and isinstance(data, datasets.Dataset):
-        return _dataset_source(data, options), data
+        return functools.partial(_dataset_source, data), data
     if datasets is not None and isinstance(data, datasets.IterableDataset):
-        return _StreamedDataset(data, options), data
+        return functools.partial(_StreamedDataset, data), data
     if hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__"):
-        return _table_source(data, options), data
+        return functools.partial(_table_source, data), data
     if isinstance(data, Tensor) or (isinstance(data, np.ndarray) and data.dtype.kind not in "USO"):
-        return _Arrays([data], options, type(data).__name__), data
+        return functools.partial(_Arrays, [data], type(data).__name__), data
     try:
         iterator = iter(data)
     except TypeError:
         return None, data
     some = list(itertools.islice(iterator, 1))
+    if not some:
+        again = ": make it anew, since an iterator gives each item once" if iterator is data else ""
+        raise ValueError(
+            f"data: got {type(data).__name__} with nothing in it, expected files, folders or patterns, or arrays of "
+            f"ids{again}"
+        )
     # Not from the beginning once more: a loader would shuffle anew.
     rest = itertools.chain(some, iterator)
-    if not some or isinstance(some[0], (str, bytes, os.PathLike)):
+    if isinstance(some[0], (str, bytes, os.PathLike)):
         return None, rest if iterator is data else data
-    return _Arrays(rest, options, type(data).__name__), data
+    return functools.partial(_Arrays, rest, type(data).__name__), data
 
 
 class _ObjectSource(Source):
@@ -146,7 +153,7 @@ class _Arrays(StreamedSource):
 
     _unit = "arrays"
 
-    def __init__(self, arrays: Iterable[Any], options: ReadOptions, kind: str) -> None:
+    def __init__(self, arrays: Iterable[Any], kind: str, options: ReadOptions) -> None:
         for name in ("column", "mask", "skip_prompt"):
             if getattr(options.policy, name) is not None:
                 raise ValueError(

@@ -16,7 +16,6 @@ from text_tokenizer import counts_of, save_tokenizer
 from pdl_ext import TokenFrequency
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting, objects
 from pdl_ext.corpus.reading import arrays, batches
-from pdl_ext.corpus.source import ReadOptions
 
 pa = pytest.importorskip("pyarrow")
 COLUMNS = {"text": TEXTS, "input_ids": ROWS, "labels": LABELS, "mask": [[i % 2 for i in row] for row in ROWS]}
@@ -321,11 +320,16 @@ def test_one_array_is_one_sequence():
         ),
         ({"input_ids": [1]}, TypeError, r"data: got dict with 'input_ids', expected one of its values"),
         (7, TypeError, r"data: got 7, expected a list of files"),
-        ([], ValueError, r"data: got \[\], expected a list of files"),
-        (iter(()), ValueError, r"data: got .*, expected a list of files"),
+        ([], ValueError, r"^data: got list with nothing in it, expected files, folders or patterns, or arrays of ids$"),
+        ({}, TypeError, r"^data: got dict with nothing, expected one of its values"),
+        (
+            iter([]),
+            ValueError,
+            r"^data: got list_iterator with nothing in it, expected files, .*: make it anew, since an iterator",
+        ),
         ([[], []], ValueError, r"^data: got no token, expected some$"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_what_is_no_data_is_refused_with_the_way_out(data, error, message):
     with pytest.raises(error, match=message):
@@ -393,9 +397,27 @@ def test_objects_like_files_count_the_same(dataset, tmp_path):
         assert torch.equal(count(data, targets="shifted").counts, expected)
 
 
-def test_a_source_is_none_for_names():
-    options = ReadOptions(VOCAB)
-    assert objects.opened_object("a", options) == (None, "a")
-    source, data = objects.opened_object(iter(["a", "b"]), options)
-    assert source is None
+def test_names_are_no_objects():
+    assert objects.opener_of("a") == (None, "a")
+    opener, data = objects.opener_of(iter(["a", "b"]))
+    assert opener is None
     assert list(data) == ["a", "b"]
+
+
+def test_a_preview_is_of_files(datasets, dataset, monkeypatch):
+    """Whatever the columns are, and without a look at the rows."""
+    monkeypatch.setattr(datasets.Dataset, "__iter__", None)
+    for data, name in [
+        (dataset, "Dataset"),
+        (dataset.select_columns("mask"), "Dataset"),
+        (dataset.to_iterable_dataset(), "IterableDataset"),
+        (pa.table(COLUMNS), "Table"),
+        (np.arange(9), "ndarray"),
+        ([[1, 2]], "list"),
+    ]:
+        with pytest.raises(TypeError) as caught:
+            counting.preview_corpus(data, VOCAB)
+        assert str(caught.value) == (
+            f"data: got {name}, expected files, folders or patterns: data in memory are counted by count_corpus, "
+            "without a preview"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -44,6 +45,8 @@ class _JsonLinesSource(LineSource):
         elif options.tokenizer is not None:
             self._columns = (TEXT_COLUMN, *TOKEN_COLUMNS)
         self._supervised = None if options.policy.learn is None else SupervisedEncoder(options, path)
+        if self._supervised is None and self._begins_with_ids():
+            self.dtype = "int64"
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._policy.packing != "wrapped":
@@ -53,7 +56,7 @@ class _JsonLinesSource(LineSource):
             yield Part(0, self.size, self.size)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        lines = (line for line in self.lines(part) if line.content.strip())
+        lines = self._filled_lines(part)
         if self._supervised is not None:
             yield from self._supervised.batches((self.place(line.offset), self._record(line)) for line in lines)
             return
@@ -62,6 +65,16 @@ class _JsonLinesSource(LineSource):
         for is_text, run in itertools.groupby(items, lambda item: isinstance(item, PlacedText)):
             batches = self._encoder.batches if is_text else joined
             yield from batches(run)
+
+    def _filled_lines(self, part: Part) -> Iterator[Line]:
+        return (line for line in self.lines(part) if line.content.strip())
+
+    def _begins_with_ids(self) -> bool:
+        # What is damaged is an error where it is read.
+        with contextlib.suppress(ValueError):
+            first = next(self._filled_lines(Part(0, self.size, self.size)), None)
+            return first is not None and isinstance(self._item(first), Batch)
+        return False
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
