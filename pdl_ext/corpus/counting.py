@@ -29,6 +29,7 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
 )
+from pdl_ext._printable import errors_in_one_line
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
@@ -71,6 +72,7 @@ class Progress:
 
 # A caller's inference_mode is none of the threads', and tables are written to by both.
 @torch.inference_mode(False)
+@errors_in_one_line()
 def count_corpus(
     data: Iterable[Any],
     vocab_size: int,
@@ -190,6 +192,7 @@ def count_corpus(
     return frequency
 
 
+@errors_in_one_line()
 def preview_corpus(
     data: Iterable[str | os.PathLike[str]],
     vocab_size: int,

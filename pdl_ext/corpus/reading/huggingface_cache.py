@@ -8,11 +8,11 @@ three or four folders deep, and downloads/ has what it was made of.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from pdl_ext._printable import warn
 from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = ["cached_datasets", "is_about_data"]
@@ -80,7 +80,7 @@ def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) ->
     others = [path for path in repositories if not path.name.startswith("datasets--")]
     if others:
         more = f" and {len(others) - 1} other repositories" if len(others) > 1 else ""
-        warnings.warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}", stacklevel=2)
+        warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}")
     found: list[Path] = []
     twice: list[tuple[Path, Path]] = []
     for path in repositories:
@@ -94,10 +94,9 @@ def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) ->
     if twice:
         path, table = twice[0]
         more = f", and {len(twice) - 1} other repositories likewise" if len(twice) > 1 else ""
-        warnings.warn(
+        warn(
             f"{path}: is left out{more}: its dataset is counted from the tables in {table}; to count the repository's "
-            "files instead, name its folder",
-            stacklevel=2,
+            "files instead, name its folder"
         )
     return found
 
@@ -114,10 +113,9 @@ def _snapshot(repository: Path) -> list[Path]:
                 f"{repository}: holds the revisions {', '.join(path.name for path in revisions)}, expected one: name "
                 f"its folder, as {revisions[0]}"
             )
-        warnings.warn(
+        warn(
             f"{repository}: holds {len(revisions)} revisions, of which {name} is counted, that of refs/main: name "
-            "the folder of another one to count that",
-            stacklevel=2,
+            "the folder of another one to count that"
         )
         revisions = chosen
     for revision in revisions:

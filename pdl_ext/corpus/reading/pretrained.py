@@ -7,12 +7,12 @@ import functools
 import hashlib
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pdl_ext._optional import require
+from pdl_ext._printable import warn
 from pdl_ext.corpus.source import ReadOptions, Stamp
 from pdl_ext.storage.place import Place, RemotePath
 
@@ -75,10 +75,9 @@ def load_tokenizer(options: ReadOptions) -> Any:
         tokenizer = _load(options.tokenizer, stamps)
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
     if entries > options.vocab_size:
-        warnings.warn(
+        warn(
             f"{options.tokenizer}: has {entries} entries, and the vocabulary {options.vocab_size}: ids beyond it "
-            "count as out of range",
-            stacklevel=2,
+            "count as out of range"
         )
     return tokenizer
 
