@@ -405,6 +405,17 @@ class _Count:
         frequency = self._state.frequency
         return Table(frequency.vocab_size, frequency.ignore_index, self._strict)
 
+    def told_of_id(self, source: Source, part: Part, error: IndexError) -> ValueError:
+        """An id outside of the vocabulary as an error that names its place."""
+        if not isinstance(source, StreamedSource):
+            table = self.new_table()
+            for place, batch in source.placed_batches(part):
+                try:
+                    table.add(batch)
+                except IndexError as placed:
+                    return ValueError(f"{place}: {placed}")
+        return ValueError(f"{source.path}: {error}")
+
     @property
     def must_abandon(self) -> bool:
         """Whether a worker has to leave its part as it is: a short one it may finish."""
@@ -467,7 +478,7 @@ class _Worker(threading.Thread):
             try:
                 self._table.add(batch)
             except IndexError as error:
-                raise ValueError(f"{source.path}: {error}") from None
+                raise self._count.told_of_id(source, part, error) from None
             self.tokens_read += batch.tokens.size
         if source.is_remote:
             self._unchecked.append(source)

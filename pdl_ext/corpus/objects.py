@@ -121,6 +121,10 @@ class _RowsSource(_ObjectSource):
         with _arrow_errors():
             yield from self._columns.batches(self._read(part))
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with _arrow_errors():
+            yield from self._columns.placed_batches(self._read(part))
+
     def _read(self, part: Part) -> Iterator[Rows]:
         per_piece = max(1, self._rows * _PIECE_BYTES // max(self.size, 1))
         for start in range(part.start, part.stop, per_piece):

@@ -82,9 +82,12 @@ def test_one_array_or_the_one_that_is_named(name, tmp_path):
     assert_counts(count(path, column="train"), IDS[:4].reshape(-1), 28)
     for column, message in [
         (None, r"got the arrays .*, expected one of integers in one axis or more: name it with --column"),
-        ("vocab_size", r"(got the arrays .*, expected one of integers in one axis or more|vocab_size.* with 0 axes)"),
+        (
+            "vocab_size",
+            r"(got the arrays .*, expected 'vocab_size' of integers in one axis or more|vocab_size.* with 0 axes)",
+        ),
         ("weights", r"weights.*(float32|F32)"),
-        ("no", "got the arrays"),
+        ("no", "got the arrays .*, expected 'no' of integers in one axis or more: name it with --column"),
     ]:
         with pytest.raises(ValueError, match=rf"{name}: .*{message}|{name}.*{message}"):
             count(path, column=column)

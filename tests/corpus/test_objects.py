@@ -225,7 +225,7 @@ def test_frames_of_pandas():
 def test_errors_of_tables_name_the_argument_and_the_row():
     with pytest.raises(ValueError, match=r"^data: column 'input_ids' is null in row 2 of the data, expected no nulls"):
         count(pa.table({"input_ids": [[1], [2], None]}))
-    with pytest.raises(ValueError, match=r"^data: got the id 200, expected 0 <= id < 200$"):
+    with pytest.raises(ValueError, match=r"^data: row 1 of the data: got the id 200, expected 0 <= id < 200$"):
         count(pa.table({"input_ids": [[1], [200]]}), strict=True)
     with pytest.raises(ValueError, match=r"^data: got no token, expected some$"):
         count(pa.table({"input_ids": pa.array([[], []], pa.list_(pa.int32()))}))

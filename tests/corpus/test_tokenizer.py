@@ -165,7 +165,7 @@ def test_without_a_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"missing\.json: cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=r"missing\.json: cannot be read \(No such file.*save_pretrained.*no hub"):
         TextEncoder(ReadOptions(320, tokenizer=tmp_path / "missing.json"))
 
 
@@ -296,6 +296,16 @@ def test_a_text_that_is_too_long_is_named_by_its_place(tmp_path, only_a, kind, m
     monkeypatch.setattr(module, "MAX_TEXT_BYTES", 39)
     with pytest.raises(ValueError, match=rf"{place}: got a text of 40 characters, expected 39 at most"):
         count_corpus(data, 320, tokenizer=only_a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_id_outside_of_the_vocabulary_is_named_by_its_place(tmp_path, kind):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "words.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a")).save(str(path))
+    data, place = texts_as(kind, tmp_path, WORDS)
+    with pytest.raises(ValueError, match=rf"{place}: got the id 7, expected 0 <= id < 5$"):
+        count_corpus(data, 5, tokenizer=path, strict=True)
 
 
 def test_documents_and_texts_that_are_refused_together_alone(tmp_path, only_a):

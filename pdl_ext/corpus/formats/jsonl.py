@@ -66,6 +66,15 @@ class _JsonLinesSource(LineSource):
             batches = self._encoder.batches if is_text else joined
             yield from batches(run)
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        for line in self._filled_lines(part):
+            place = self.place(line.offset)
+            if self._supervised is not None:
+                yield from ((place, batch) for batch in self._supervised.batches([(place, self._record(line))]))
+            else:
+                item = self._item(line)
+                yield place, item if isinstance(item, Batch) else self._encoder.encode([item])
+
     def _filled_lines(self, part: Part) -> Iterator[Line]:
         return (line for line in self.lines(part) if line.content.strip())
 

@@ -26,6 +26,9 @@ class _TextSource(LineSource):
     def batches(self, part: Part) -> Iterator[Batch]:
         return self._encoder.batches(text for text in self._texts(part) if text.text)
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        return ((text.place, self._encoder.encode([text])) for text in self._texts(part))
+
     def _texts(self, part: Part) -> Iterator[PlacedText]:
         return (PlacedText(self.place(line.offset), self.decode(line)) for line in self.lines(part))
 

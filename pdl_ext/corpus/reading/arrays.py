@@ -84,9 +84,10 @@ def chosen_array(path: Place, axes: Mapping[str, int], refused: Mapping[str, Val
         raise refused[name]
     if name is None or not axes.get(name):
         names = ", ".join(map(repr, [*axes, *refused][:10])) or "none"
+        asked = "one" if policy.column is None else repr(policy.column)
         raise ValueError(
-            f"{path}: got the arrays {names}, expected one of integers in one axis or more: name it with --column, or "
-            "leave the file out by a pattern"
+            f"{path}: got the arrays {names}, expected {asked} of integers in one axis or more: name it with --column, "
+            "or leave the file out by a pattern"
         )
     return name
 

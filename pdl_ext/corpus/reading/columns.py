@@ -114,6 +114,13 @@ class Columns:
             for some in rows:
                 yield from self._batches(some)
 
+    def placed_batches(self, rows: Iterable[Rows]) -> Iterator[tuple[str, Batch]]:
+        """The same, each batch of one row and with its place."""
+        for some in rows:
+            for row in range(some.batch.num_rows):
+                alone = Rows(some.batch.slice(row, 1), some.numbers[row : row + 1], some.place)
+                yield from ((f"{self._path}: {self._row(some, row)}", batch) for batch in self.batches([alone]))
+
     def _found(self) -> str:
         tokens = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("lists", "integer")]
         if (

@@ -47,7 +47,14 @@ def tokenizer_stamps(path: Place) -> _Stamps:
         files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{path}: got a folder without a tokenizer, expected one that save_pretrained wrote")
-    return tuple((file, Stamp.of(file)) for file in files)
+    try:
+        return tuple((file, Stamp.of(file)) for file in files)
+    except ValueError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{error}, expected a tokenizer.json, or a folder on disk that save_pretrained wrote: no hub is asked"
+        ) from error
 
 
 def _stamp_in_store(path: RemotePath) -> Stamp:

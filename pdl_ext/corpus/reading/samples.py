@@ -331,8 +331,7 @@ class SampleSource(Source):
 
     def batches(self, part: Part) -> Iterator[Batch]:
         with opened(self.path) as file:
-            # A window for each column, since those of a long sample are far from each other.
-            windows = [self._window(file)] * 3 if self._unpack else [self._window(file) for _ in range(3)]
+            windows = self._windows(file)
             if self._layout.text:
                 yield from TextEncoder(self._options, self.path).batches(self._texts(windows[0], part))
             else:
@@ -340,6 +339,21 @@ class SampleSource(Source):
                 yield from joined(pieces)
             if isinstance(windows[0], _Unpacked) and part.stop == self._samples:
                 windows[0].check_end(self._unpacked_size)
+
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with opened(self.path) as file:
+            windows = self._windows(file)
+            if self._layout.text:
+                encoder = TextEncoder(self._options, self.path)
+                yield from ((text.place, encoder.encode([text])) for text in self._texts(windows[0], part))
+                return
+            for sample, places in self._read(windows[0], part):
+                for batch in joined(self._pieces(windows, sample, places)):
+                    yield f"{self.path}: sample {sample}", batch
+
+    def _windows(self, file: OpenFile) -> list[Reader]:
+        # One for each column, since those of a long sample are far from each other.
+        return [self._window(file)] * 3 if self._unpack else [self._window(file) for _ in range(3)]
 
     def _window(self, file: OpenFile, ahead: int = _WINDOW_BYTES) -> Reader:
         if self._unpack is None:
