@@ -81,8 +81,8 @@ class SupervisedEncoder:
         sequences = _Sequences(self._options)
         rendered = (self._rendered(place, row) for place, row in rows)
         for chunk in in_chunks(rendered, _characters):
-            encoded = [self._encoded(list(run)) for _, run in itertools.groupby(chunk, lambda row: row.is_chat)]
-            ids, learned = zip(*itertools.chain.from_iterable(encoded), strict=True)
+            of_runs = [self._encoded(list(run)) for _, run in itertools.groupby(chunk, lambda row: row.is_chat)]
+            ids, learned = zip(*itertools.chain.from_iterable(of_runs), strict=True)
             is_target = [mask & sequences.predicted(mask.size) for mask in learned]
             yield Batch(np.concatenate(ids), np.concatenate(is_target))
 
