@@ -100,6 +100,21 @@ def test_every_format_in_parts_by_several_threads(name, tmp_path, monkeypatch, t
     assert frequency.provenance.tokens == frequency.total + int(frequency.ignored) > 2 * frequency.total
 
 
+@pytest.mark.parametrize("kind", ["Dataset", "IterableDataset", "generator", "table"])
+def test_chats_in_memory(kind, tokenizer, said):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'pdl_ext[trl]'")
+    data = {
+        "Dataset": lambda: datasets.Dataset.from_list(CHATS),
+        "IterableDataset": lambda: datasets.Dataset.from_list(CHATS).to_iterable_dataset(),
+        # Whose rows tell their types one by one.
+        "generator": lambda: datasets.IterableDataset.from_generator(lambda: iter(CHATS)),
+        "table": lambda: pa.Table.from_pylist(CHATS),
+    }[kind]()
+    frequency = count_corpus(data, VOCAB, policy=ASSISTANT, tokenizer=tokenizer)
+    np.testing.assert_array_equal(frequency.counts.numpy(), said)
+    assert frequency.provenance.chat_template is not None
+
+
 def test_packed_rows_are_counted_in_their_order(tmp_path, monkeypatch, tokenizer):
     monkeypatch.setattr(counting, "_LEAST_PART_BYTES", 500)
     monkeypatch.setattr(counting, "PART_BYTES", 500)
