@@ -7,12 +7,12 @@ import hashlib
 import json
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pdl_ext._checks import check_choice, check_flag, check_ignore_index, check_integer
+from pdl_ext._printable import printable, warn
 from pdl_ext.storage.place import Place
 
 __all__ = ["Provenance", "Shard", "TargetPolicy", "shard_digest"]
@@ -191,16 +191,16 @@ def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None
         small.append((shard.name, seen[content]))
         # Not by chance, if each of the counts' shards is another one's.
         if shard.size >= _LEAST_COMPARED_BYTES or (among is not None and len(small) == len(shards)):
+            name, other = printable(shard.name), printable(seen[content])
             raise ValueError(
-                f"{shard.name}: got the same content as {seen[content]}, by size, head and tail, expected each shard "
-                "once: allow_overlap (--allow-overlap) counts it again"
+                f"{name}: got the same content as {other}, by size, head and tail, expected each shard once: "
+                "allow_overlap (--allow-overlap) counts it again"
             )
     if small:
         others = f", and {len(small) - 1} other files like it" if len(small) > 1 else ""
-        warnings.warn(
+        warn(
             f"{small[0][0]}: has the same content as {small[0][1]}{others}: each is counted, since files below "
-            f"{_LEAST_COMPARED_BYTES} bytes are the same by chance (allow_overlap, --allow-overlap: no warning)",
-            stacklevel=2,
+            f"{_LEAST_COMPARED_BYTES} bytes are the same by chance (allow_overlap, --allow-overlap: no warning)"
         )
 
 

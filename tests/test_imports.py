@@ -43,7 +43,7 @@ LAYERS = (
         ("pdl_ext._version",),
     ),
     (("pdl_ext.modulation",),),
-    (("pdl_ext._checks",), ("pdl_ext._optional",), ("pdl_ext._C",)),
+    (("pdl_ext._checks",), ("pdl_ext._optional",), ("pdl_ext._printable",), ("pdl_ext._C",)),
 )
 
 # What an integration may use beside public names: checks of arguments, and what tells of a missing package.

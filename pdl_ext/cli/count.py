@@ -167,13 +167,14 @@ def _remove(files: list[Any]) -> None:
 
 
 def _dry_run(arguments: argparse.Namespace) -> int:
+    from pdl_ext._printable import printable
     from pdl_ext.corpus.counting import preview_corpus
 
     files = preview_corpus(arguments.data, arguments.vocab_size, output=arguments.output, **_read_arguments(arguments))
     lines = [("file", "bytes", "format", "dtype", "tokens")]
     for file in files:
         about = "" if file.is_exact else "about "
-        lines.append((file.name, f"{file.size:,}", file.format, file.dtype, f"{about}{file.tokens:,}"))
+        lines.append((printable(file.name), f"{file.size:,}", file.format, file.dtype, f"{about}{file.tokens:,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     about = "" if all(file.is_exact for file in files) else "about "
     write(

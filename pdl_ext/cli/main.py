@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         # argparse drops the error where help cannot be written.
-        streams.write(self.format_help().rstrip("\n"))
+        streams.write(*self.format_help().rstrip("\n").split("\n"))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

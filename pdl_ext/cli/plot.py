@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import io
 from typing import Any
 
 from pdl_ext.cli.streams import report
@@ -23,7 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Draws how often types occur, over their ranks, with the weights of some alphas.",
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="a .png or .svg file")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a .png or .svg file, or its URL")
     parser.add_argument("--alpha", type=float, nargs="+", default=_ALPHAS, metavar="A", help="exponents of the weights")
     parser.set_defaults(run=_run)
 
@@ -32,9 +32,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext._optional import require
     from pdl_ext.cli.counts_file import check_output_folder, load_counts
     from pdl_ext.storage.place import place
-    from pdl_ext.storage.whole_file import whole_file
+    from pdl_ext.storage.whole_file import write_whole
 
-    output = arguments.output
+    output = place("output", arguments.output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
     check_output_folder(output)
@@ -45,8 +45,10 @@ def _run(arguments: argparse.Namespace) -> int:
     figure = _figure(frequency, arguments.alpha)
     file_format = output.suffix[1:].lower()
     # Without a date and with names that are not random, the same counts give the same file.
-    with whole_file(output) as partial, require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
-        figure.savefig(partial, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+    picture = io.BytesIO()
+    with require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
+        figure.savefig(picture, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+    write_whole(output, picture.getvalue())
     report(str(output))
     return 0
 

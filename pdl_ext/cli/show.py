@@ -78,34 +78,29 @@ def _provenance(provenance: Provenance | None) -> list[str]:
     if provenance is None:
         return ["files       none: counted from memory"]
     shards = provenance.shards
-    kinds = sorted({_printable(f"{shard.format} ({shard.dtype})") for shard in shards})
+    kinds = sorted({f"{shard.format} ({shard.dtype})" for shard in shards})
     lines = [
         f"files       {len(shards):,} with {sum(shard.size for shard in shards):,} bytes and {provenance.tokens:,} "
         f"tokens: {', '.join(kinds) or 'not told'}"
     ]
-    lines += [f"            {_printable(shard.name)}" for shard in shards[:_SHARDS_SHOWN]]
+    lines += [f"            {shard.name}" for shard in shards[:_SHARDS_SHOWN]]
     if len(shards) > _SHARDS_SHOWN:
         lines.append(f"            and {len(shards) - _SHARDS_SHOWN:,} more")
     policy = provenance.policy
     told = [f"targets {policy.targets}", f"ignore index {policy.ignore_index}"]
     told += [
-        f"{name.replace('_', ' ')} {_printable(str(getattr(policy, name)))}"
+        f"{name.replace('_', ' ')} {getattr(policy, name)}"
         for name in ("column", "mask", "skip_prompt", "learn", "max_length", "packing")
         if getattr(policy, name) is not None
     ]
     if provenance.tokenizer is not None:
         told += [
-            f"tokenizer {_printable(provenance.tokenizer)}",
+            f"tokenizer {provenance.tokenizer}",
             "special tokens" if policy.special_tokens else "no special tokens",
         ]
     if provenance.chat_template is not None:
-        told.append(f"chat template {_printable(provenance.chat_template)}")
-    return [*lines, f"policy      {', '.join(told)}", f"counted by  pdl_ext {_printable(provenance.version)}"]
-
-
-def _printable(name: str) -> str:
-    # The name of a file or a column may hold a line feed, a terminal's command, or bytes that are no text.
-    return name if name.isprintable() else repr(name)
+        told.append(f"chat template {provenance.chat_template}")
+    return [*lines, f"policy      {', '.join(told)}", f"counted by  pdl_ext {provenance.version}"]
 
 
 def _tokens(frequency: TokenFrequency, top: int, text: Callable[[int], str]) -> list[str]:

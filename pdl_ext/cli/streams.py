@@ -8,6 +8,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from pdl_ext._printable import printable
+
 __all__ = ["flush_output", "prepare", "report", "tell", "write"]
 
 
@@ -24,9 +26,9 @@ def prepare() -> None:
 
 
 def write(*lines: str) -> None:
-    """Prints lines at once. Raises OSError that names the stream if they cannot be written."""
+    """Prints lines at once, each as one. Raises OSError that names the stream if they cannot be written."""
     with _named_and_dropped():
-        print(*lines, sep="\n", flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
 
 
 def flush_output() -> None:
@@ -56,4 +58,4 @@ def report(*lines: str) -> None:
 def tell(line: str) -> None:
     """Prints a line on standard error, if that can be written."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)

@@ -29,10 +29,11 @@ from pdl_ext._checks import (
     check_path,
     check_vocab_size,
 )
+from pdl_ext._printable import errors_in_one_line
 from pdl_ext._version import __version__
 from pdl_ext.corpus import ranks
 from pdl_ext.corpus.discover import open_sources
-from pdl_ext.corpus.objects import StreamedSource, opened_object
+from pdl_ext.corpus.objects import StreamedSource, opener_of
 from pdl_ext.corpus.preview import FilePreview, previewed
 from pdl_ext.corpus.reading.at_once import begun, in_order
 from pdl_ext.corpus.reading.pretrained import chat_template_digest, tokenizer_digest, tokenizer_stamps
@@ -71,6 +72,7 @@ class Progress:
 
 # A caller's inference_mode is none of the threads', and tables are written to by both.
 @torch.inference_mode(False)
+@errors_in_one_line()
 def count_corpus(
     data: Iterable[Any],
     vocab_size: int,
@@ -132,7 +134,8 @@ def count_corpus(
     check_group(group)
 
     stamps = () if options.tokenizer is None else tokenizer_stamps(options.tokenizer)
-    in_memory, data = opened_object(data, options)
+    open_object, data = opener_of(data)
+    in_memory = None if open_object is None else open_object(options)
     if in_memory is not None:
         _check_for_objects(in_memory, format, checkpoint, group)
     sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
@@ -189,6 +192,7 @@ def count_corpus(
     return frequency
 
 
+@errors_in_one_line()
 def preview_corpus(
     data: Iterable[str | os.PathLike[str]],
     vocab_size: int,
@@ -207,7 +211,13 @@ def preview_corpus(
     """
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
-    sources = open_sources(data, format, options, output)
+    open_object, names = opener_of(data)
+    if open_object is not None:
+        raise TypeError(
+            f"data: got {type(data).__name__}, expected files, folders or patterns: data in memory are counted by "
+            "count_corpus, without a preview"
+        )
+    sources = open_sources(names, format, options, output)
     if not allow_overlap:
         check_distinct(_provenance(sources, options).shards)
     return list(previewed(sources))
@@ -395,6 +405,17 @@ class _Count:
         frequency = self._state.frequency
         return Table(frequency.vocab_size, frequency.ignore_index, self._strict)
 
+    def told_of_id(self, source: Source, part: Part, error: IndexError) -> ValueError:
+        """An id outside of the vocabulary as an error that names its place."""
+        if not isinstance(source, StreamedSource):
+            table = self.new_table()
+            for place, batch in source.placed_batches(part):
+                try:
+                    table.add(batch)
+                except IndexError as placed:
+                    return ValueError(f"{place}: {placed}")
+        return ValueError(f"{source.path}: {error}")
+
     @property
     def must_abandon(self) -> bool:
         """Whether a worker has to leave its part as it is: a short one it may finish."""
@@ -457,7 +478,7 @@ class _Worker(threading.Thread):
             try:
                 self._table.add(batch)
             except IndexError as error:
-                raise ValueError(f"{source.path}: {error}") from None
+                raise self._count.told_of_id(source, part, error) from None
             self.tokens_read += batch.tokens.size
         if source.is_remote:
             self._unchecked.append(source)

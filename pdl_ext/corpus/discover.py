@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pdl_ext._checks import check_choice, check_path
+from pdl_ext._printable import warn
 from pdl_ext.corpus.formats import (
     arrow,
     datatrove,
@@ -207,13 +207,17 @@ def _listed(
     if real in lists:
         raise ValueError(f"{path}: lists itself, expected other files")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Ended by nothing else, since names may have whatever else ends a line elsewhere.
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a list of files ({error})") from error
-    for line in map(str.strip, lines):
+    for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
-            # As a shell would: what a list names is relative to the list.
-            yield from _expand(beside(path, line), format_name, left_out, stores, (*lists, real))
+            try:
+                # As a shell would: what a list names is relative to the list.
+                yield from _expand(beside(path, line), format_name, left_out, stores, (*lists, real))
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number}: {str(error).removeprefix('data: ')}") from error
 
 
 def _walk(folder: Place, left_out: list[Place], parents: tuple[str, ...] = ()) -> Iterator[Place]:
@@ -265,7 +269,7 @@ def _warn_of_left_out(paths: Sequence[Place]) -> None:
     different = set(map(absolute_name, paths))
     if different:
         others = f", and {len(different) - 1} other files like it" if len(different) > 1 else ""
-        warnings.warn(f"{paths[0]}: is {_INDEX_MAP}: it was left out{others}", stacklevel=2)
+        warn(f"{paths[0]}: is {_INDEX_MAP}: it was left out{others}")
 
 
 def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
@@ -276,10 +280,9 @@ def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
         paths.setdefault(source.format.partition(" ")[0], []).append(source.path)
     if len(paths) > 1:
         listed = ", ".join(f"{format} ({len(some)}, as {some[0]})" for format, some in sorted(paths.items()))
-        warnings.warn(
+        warn(
             f"{name}: got files of {len(paths)} formats, expected one: {listed}; all are counted: if some are no data, "
-            "name the others by a pattern",
-            stacklevel=2,
+            "name the others by a pattern"
         )
 
 
@@ -299,7 +302,7 @@ def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: b
         others = f"; {len(doubts) - 1} other files are in doubt, too" if len(doubts) > 1 else ""
         if strict:
             raise ValueError(doubts[0] + others)
-        warnings.warn(doubts[0] + others, stacklevel=2)
+        warn(doubts[0] + others)
 
 
 def _warn_of_others(folder: Place, known: Container[str]) -> None:
@@ -317,10 +320,9 @@ def _warn_of_others(folder: Place, known: Container[str]) -> None:
         and (compression_of(path) is None or real_name(path.with_suffix("")) not in known)
     ]
     if others:
-        warnings.warn(
+        warn(
             f"{folder}: is one dataset, which does not list {others[0]}"
-            f"{f' and {len(others) - 1} other files in it' if len(others) > 1 else ''}: not counted",
-            stacklevel=2,
+            f"{f' and {len(others) - 1} other files in it' if len(others) > 1 else ''}: not counted"
         )
 
 
@@ -343,11 +345,10 @@ def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
     for dtype, (first, *others) in paths.items():
         largest = np.iinfo(token_dtype(dtype)).max
         if vocab_size > largest + 1:
-            warnings.warn(
+            warn(
                 f"{first}: its tokens are {dtype}, and cannot hold ids above {largest} of a vocabulary of "
                 f"{vocab_size}: larger ones would have wrapped when it was written"
-                f"{f'; the same goes for {len(others)} other files' if others else ''}",
-                stacklevel=2,
+                f"{f'; the same goes for {len(others)} other files' if others else ''}"
             )
 
 

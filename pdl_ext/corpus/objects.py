@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,23 @@ from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Shard
 
-__all__ = ["StreamedSource", "opened_object"]
+__all__ = ["StreamedSource", "opener_of"]
 
 # What errors begin with: the argument's name.
 _DATA = Path("data")
 # Rows that are read at once. Those of a dataset with indices are gathered.
 _PIECE_BYTES = 2**22
+# Of a stream no more at once either, however small they are.
 _STREAMED_ROWS = 1000
 # Rows of a table's beginning and of its end, by which two tables are told apart.
 _DIGESTED_ROWS = 64
 _DIGESTED_BYTES = 2**14
 
 
-def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
-    """The source of data that are no names of files; and the data, of an iterator all that it had.
+def opener_of(data: Any) -> tuple[Callable[[ReadOptions], Source] | None, Any]:
+    """What gives the source of data that are no names of files; and the data, of an iterator all that it had.
 
-    The source is None for names. Raises TypeError or ValueError that names the argument and tells the way out.
+    It is None for names. It and this raise TypeError or ValueError that names the argument and tells the way out.
     """
     # Who has one of its objects has imported it.
     datasets = sys.modules.get("datasets")
@@ -52,23 +54,29 @@ def opened_object(data: Any, options: ReadOptions) -> tuple[Source | None, Any]:
             "the split that is trained on"
         )
     if datasets is not None and isinstance(data, datasets.Dataset):
-        return _dataset_source(data, options), data
+        return functools.partial(_dataset_source, data), data
     if datasets is not None and isinstance(data, datasets.IterableDataset):
-        return _StreamedDataset(data, options), data
+        return functools.partial(_StreamedDataset, data), data
     if hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__"):
-        return _table_source(data, options), data
+        return functools.partial(_table_source, data), data
     if isinstance(data, Tensor) or (isinstance(data, np.ndarray) and data.dtype.kind not in "USO"):
-        return _Arrays([data], options, type(data).__name__), data
+        return functools.partial(_Arrays, [data], type(data).__name__), data
     try:
         iterator = iter(data)
     except TypeError:
         return None, data
     some = list(itertools.islice(iterator, 1))
+    if not some:
+        again = ": make it anew, since an iterator gives each item once" if iterator is data else ""
+        raise ValueError(
+            f"data: got {type(data).__name__} with nothing in it, expected files, folders or patterns, or arrays of "
+            f"ids{again}"
+        )
     # Not from the beginning once more: a loader would shuffle anew.
     rest = itertools.chain(some, iterator)
-    if not some or isinstance(some[0], (str, bytes, os.PathLike)):
+    if isinstance(some[0], (str, bytes, os.PathLike)):
         return None, rest if iterator is data else data
-    return _Arrays(rest, options, type(data).__name__), data
+    return functools.partial(_Arrays, rest, type(data).__name__), data
 
 
 class _ObjectSource(Source):
@@ -113,6 +121,10 @@ class _RowsSource(_ObjectSource):
         with _arrow_errors():
             yield from self._columns.batches(self._read(part))
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with _arrow_errors():
+            yield from self._columns.placed_batches(self._read(part))
+
     def _read(self, part: Part) -> Iterator[Rows]:
         per_piece = max(1, self._rows * _PIECE_BYTES // max(self.size, 1))
         for start in range(part.start, part.stop, per_piece):
@@ -145,7 +157,7 @@ class _Arrays(StreamedSource):
 
     _unit = "arrays"
 
-    def __init__(self, arrays: Iterable[Any], options: ReadOptions, kind: str) -> None:
+    def __init__(self, arrays: Iterable[Any], kind: str, options: ReadOptions) -> None:
         for name in ("column", "mask", "skip_prompt"):
             if getattr(options.policy, name) is not None:
                 raise ValueError(
@@ -187,10 +199,11 @@ class _StreamedDataset(StreamedSource):
     def __init__(self, dataset: Any, options: ReadOptions) -> None:
         super().__init__("datasets.IterableDataset", "")
         self._dataset, self._options = dataset, options
+        # A table without rows, when there is one.
+        self._columns_seen: list[Any] = []
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        for table in self._dataset.with_format("arrow").iter(_STREAMED_ROWS):
-            # Of a dataset that does not tell what its columns hold, any table may be of another schema.
+        for table in self._tables():
             columns = Columns(_DATA, table.schema, self._options)
             self.dtype = columns.dtype
             self._unit = f"rows of {', '.join(columns.names)}"
@@ -199,6 +212,36 @@ class _StreamedDataset(StreamedSource):
                 yield from columns.batches(_record_batches(table, self._read))
             self._read += len(table)
             self._size += table.nbytes
+
+    def _tables(self) -> Iterator[Any]:
+        """Rows that follow one another: _STREAMED_ROWS at most, and one at most that is beyond _PIECE_BYTES."""
+        held: list[Any] = []
+        size = 0
+        # One by one, since it is not known how large those to come are.
+        for row in self._dataset.with_format("arrow").iter(1):
+            held.append(row)
+            size += row.nbytes
+            if len(held) == _STREAMED_ROWS or size >= _PIECE_BYTES:
+                yield self._joined(held)
+                held, size = [], 0
+        if held:
+            yield self._joined(held)
+
+    def _joined(self, rows: list[Any]) -> Any:
+        """A table of rows, whose columns may differ where the dataset does not tell what they hold."""
+        pa = require("pyarrow", "corpus")
+        # With what was seen of columns before, since a row with an empty list tells nothing of its type.
+        tables = [*self._columns_seen, *rows]
+        differ = any(not table.schema.equals(tables[0].schema) for table in tables)
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive" if differ else "none").combine_chunks()
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"data: got rows {self._read} to {self._read + len(rows) - 1} with columns that do not go together "
+                f"({str(error).splitlines()[0]}), expected the same type in all rows"
+            ) from error
+        self._columns_seen = [table[:0]]
+        return table
 
 
 def _dataset_source(dataset: Any, options: ReadOptions) -> Source:

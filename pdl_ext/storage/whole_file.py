@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pdl_ext.storage.place import Place, RemotePath
 
-__all__ = ["partial_files", "whole_file"]
+__all__ = ["partial_files", "whole_file", "write_whole"]
 
 
 @contextlib.contextmanager
@@ -38,6 +38,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def write_whole(path: Place, content: bytes) -> None:
+    """Replaces a file or an object, or makes it. Raises OSError that names it, with what was there untouched."""
+    if isinstance(path, RemotePath):
+        path.write_bytes(content)
+        return
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -40,7 +40,7 @@ def test_files_are_listed_and_nothing_is_written(tmp_path, capsys):
     assert head.split() == ["file", "bytes", "format", "dtype", "tokens"]
     number, less = (sum(map(len, rows)) for rows in (ROWS_16, ROWS_16[:9]))
     assert [re.split(r"  +", line.removeprefix(f"{data}/")) for line in files] == [
-        ["a.jsonl", "24", "jsonl", "text", "about 3"],
+        ["a.jsonl", "24", "jsonl", "int64", "about 3"],
         ["llmc.bin", f"{1024 + 2 * less:,}", "llmc", "uint16", f"{less:,}"],
         ["text_document.bin", f"{2 * number:,}", "megatron", "uint16", f"{number:,}"],
         ["tokens.npy", f"{128 + 2 * number:,}", "npy", "uint16", f"{number:,}"],
@@ -107,6 +107,30 @@ def test_estimates_by_a_sample_are_near(tmp_path, monkeypatch):
         tokens = count_corpus([path], 320, tokenizer=tokenizer).tokens_seen
         assert not file.is_exact
         assert file.tokens == pytest.approx(tokens, rel=0.15), path.name
+
+
+def test_json_lines_are_listed_as_ids_or_text(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json")
+    ids, text = json.dumps({"input_ids": [1, 2]}), json.dumps({"text": "the fox"})
+    long = json.dumps({"about": "x" * 300_000, "tokens": list(range(9))})
+    for name, content, dtype in [
+        ("a.jsonl", f"\n \n{ids}\n{text}\n", "int64"),
+        ("b.jsonl", f"{text}\n{ids}\n", "text"),
+        ("c.jsonl.gz", f"\ufeff{ids}\n{text}\n", "int64"),
+        ("d.jsonl", f"{long}\n", "int64"),
+        ("e.jsonl", json.dumps({"text": "the fox", "input_ids": [1]}), "text"),
+    ]:
+        encoded = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(encoded) if name.endswith(".gz") else encoded)
+        (file,) = preview_corpus([tmp_path / name], 320, tokenizer=tokenizer)
+        assert (file.format, file.dtype) == ("jsonl", dtype), name
+        frequency = count_corpus([tmp_path / name], 320, tokenizer=tokenizer)
+        assert frequency.provenance.shards[0].dtype == dtype
+        assert frequency.tokens_seen == pytest.approx(file.tokens, abs=2)
+    # What is damaged is told where it is read.
+    (tmp_path / "f.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match=r"f\.jsonl: line 1 \(byte 0\): is no line of JSON"):
+        count_corpus([tmp_path / "f.jsonl"], 320, tokenizer=tokenizer)
 
 
 def test_few_of_many_files_are_read(tmp_path, monkeypatch):

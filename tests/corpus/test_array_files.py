@@ -20,6 +20,7 @@ from column_files import VOCAB, assert_counts, check_damaged, count, sequences
 
 from pdl_ext import TokenFrequency
 from pdl_ext.corpus import count_corpus
+from pdl_ext.corpus.counting import preview_corpus
 from pdl_ext.corpus.formats import npz
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, (30, 7)).astype(np.int32)
@@ -81,9 +82,12 @@ def test_one_array_or_the_one_that_is_named(name, tmp_path):
     assert_counts(count(path, column="train"), IDS[:4].reshape(-1), 28)
     for column, message in [
         (None, r"got the arrays .*, expected one of integers in one axis or more: name it with --column"),
-        ("vocab_size", r"(got the arrays .*, expected one of integers in one axis or more|vocab_size.* with 0 axes)"),
+        (
+            "vocab_size",
+            r"(got the arrays .*, expected 'vocab_size' of integers in one axis or more|vocab_size.* with 0 axes)",
+        ),
         ("weights", r"weights.*(float32|F32)"),
-        ("no", "got the arrays"),
+        ("no", "got the arrays .*, expected 'no' of integers in one axis or more: name it with --column"),
     ]:
         with pytest.raises(ValueError, match=rf"{name}: .*{message}|{name}.*{message}"):
             count(path, column=column)
@@ -154,7 +158,10 @@ def test_nothing_that_could_run_is_loaded(tmp_path, monkeypatch):
         ),
         ("a.npz", r"tokens: got an array of object, expected one of .*: it holds pickles"),
         ("a.pkl", r"is a pickle, which is not read: it runs whatever it holds: load it where you trust it"),
-        ("old.pt", r"is a file of PyTorch, which is not read: count it in Python: count_corpus\(\[torch\.load"),
+        (
+            "old.pt",
+            r"is a file of PyTorch before 1\.6, which is not read: count it in Python: count_corpus\(\[torch\.load",
+        ),
     ]:
         with pytest.raises(ValueError, match=rf"{name}: {message}"):
             count(data / name, dtype="uint16" if name == "a.npy" else None)
@@ -224,14 +231,54 @@ def test_headers_of_safetensors_that_lie(tmp_path, header, message):
         count(path)
 
 
-def test_an_npz_that_is_shorter_than_it_states(tmp_path):
+@pytest.mark.parametrize("read", [count_corpus, preview_corpus])
+def test_an_npz_that_is_shorter_than_it_states(tmp_path, read):
     buffer = io.BytesIO()
     np.save(buffer, IDS)
     for content in (buffer.getvalue()[:-4], buffer.getvalue() + bytes(4)):
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
             archive.writestr("tokens.npy", content)
         with pytest.raises(ValueError, match=r"a\.npz: 'tokens' is not as long as it states: \(30, 7\) of int32"):
-            count(tmp_path / "a.npz")
+            read([tmp_path / "a.npz"], VOCAB)
+
+
+@pytest.mark.parametrize("read", [count_corpus, preview_corpus])
+def test_a_tensor_that_is_shorter_than_it_states(tmp_path, read):
+    torch.save({"tokens": torch.arange(100), "x": torch.arange(9)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive, zipfile.ZipFile(tmp_path / "b.pt", "w") as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name)[: 400 if name.endswith("data/0") else None])
+    with pytest.raises(
+        ValueError, match=r"b\.pt: (cannot be read|'tokens' is a tensor with more numbers than the file)"
+    ):
+        read([tmp_path / "b.pt"], VOCAB)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "b.npz", "a.pt", "a.bin", "b.bin"])
+def test_an_archive_that_was_cut_off(tmp_path, name):
+    path = tmp_path / name
+    (save_npz if "npz" in name or name == "b.bin" else save_torch)(path, {"input_ids": IDS})
+    whole = path.read_bytes()
+    for size in (60, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        for read in (count_corpus, preview_corpus):
+            with pytest.raises(
+                ValueError, match=rf"/{name}: was cut off: it begins as a zip archive and has no record"
+            ):
+                read([path], VOCAB)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.pt", "a.ckpt"])
+def test_what_only_its_name_makes_an_archive(tmp_path, name):
+    (tmp_path / name).write_bytes(b"the fox" * 40)
+    writer = "NumPy" if name == "a.npz" else r"torch\.save of PyTorch 1\.6 or later"
+    with pytest.raises(
+        ValueError, match=rf"{name}: begins with b'the ', expected a zip archive, as {writer} writes it"
+    ):
+        count(tmp_path / name)
+    (tmp_path / name).write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(ValueError, match=rf"{name}: (begins with|is a pickle, which is not read)"):
+        count(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.npz", "b.npz", "a.safetensors", "a.pt"])

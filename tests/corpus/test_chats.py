@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -97,6 +98,21 @@ def test_every_format_in_parts_by_several_threads(name, tmp_path, monkeypatch, t
     np.testing.assert_array_equal(frequency.counts.numpy(), said)
     # What others say is ignored, and not lost.
     assert frequency.provenance.tokens == frequency.total + int(frequency.ignored) > 2 * frequency.total
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "IterableDataset", "generator", "table"])
+def test_chats_in_memory(kind, tokenizer, said):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'pdl_ext[trl]'")
+    data = {
+        "Dataset": lambda: datasets.Dataset.from_list(CHATS),
+        "IterableDataset": lambda: datasets.Dataset.from_list(CHATS).to_iterable_dataset(),
+        # Whose rows tell their types one by one.
+        "generator": lambda: datasets.IterableDataset.from_generator(lambda: iter(CHATS)),
+        "table": lambda: pa.Table.from_pylist(CHATS),
+    }[kind]()
+    frequency = count_corpus(data, VOCAB, policy=ASSISTANT, tokenizer=tokenizer)
+    np.testing.assert_array_equal(frequency.counts.numpy(), said)
+    assert frequency.provenance.chat_template is not None
 
 
 def test_packed_rows_are_counted_in_their_order(tmp_path, monkeypatch, tokenizer):
@@ -203,6 +219,33 @@ ROWS = st.dictionaries(st.sampled_from([*COLUMNS, "chat_template_kwargs"]), ANYT
 def test_odd_rows_are_counted_or_refused(rows, learn, tmp_path, tokenizer):
     encoder = SupervisedEncoder(ReadOptions(VOCAB, TargetPolicy(learn=learn), tokenizer=tokenizer), tmp_path / "a")
     check_damaged(lambda: list(encoder.batches(("the place", row) for row in rows)), "the place: ")
+
+
+def test_a_row_that_the_tokenizer_refuses_or_that_is_too_long_is_named(tmp_path, tokenizer, monkeypatch):
+    folder = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = {token["content"]: token["id"] for token in content["added_tokens"]}
+    # Without an entry for unknown words.
+    content["model"] = {"type": "WordLevel", "vocab": {**vocabulary, "a": 9, "p": 10}, "unk_token": "?"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    for rows, learn, row in [
+        ([{"text": text} for text in ("a", "a", "b", "a")], "all", 2),
+        ([{"prompt": "<pad>", "completion": text} for text in ("a", "b")], "completions", 1),
+    ]:
+        path = write(tmp_path / "a.jsonl", rows)
+        with pytest.raises(
+            ValueError, match=rf"a\.jsonl: line {row + 1} \(byte \d+\): cannot be encoded by .*tokenizer "
+        ):
+            count(path, folder, TargetPolicy(learn=learn))
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=rf"a\.parquet: row {row} of row group 0: cannot be encoded by"):
+            count(tmp_path / "a.parquet", folder, TargetPolicy(learn=learn))
+    monkeypatch.setattr("pdl_ext.corpus.reading.tokenizer.MAX_TEXT_BYTES", 2000)
+    path = write(tmp_path / "long.jsonl", [*CHATS[:3], {"messages": [*chat(1)] * 30}])
+    with pytest.raises(
+        ValueError, match=r"line 4 \(byte \d+\): got a text of [\d,]+ characters, expected 2,000 at most"
+    ):
+        count(path, tokenizer)
 
 
 def test_a_place_in_columns(tmp_path, tokenizer):

@@ -291,3 +291,29 @@ def test_a_missing_pyarrow_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r'pyarrow is not installed: run `pip install "pdl_ext\[corpus\]"`'):
         count(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.parquet", "a.arrow", "stream.arrow", "table"])
+def test_an_id_outside_of_the_vocabulary_is_named_by_its_row(tmp_path, kind):
+    """That of a target alone, among rows that are read at once."""
+    rows = [[1, 2], [], [250, 3], [4, 260, 5], [270]]
+    marks = [[0 if token == 250 else 1 for token in row] for row in rows]
+    table = pa.table({"input_ids": rows, "mask": marks})
+    data, places = [tmp_path / kind], "row 1 of row group 1"
+    if kind == "a.jsonl":
+        lines = [json.dumps({"input_ids": row, "mask": mark}) + "\n" for row, mark in zip(rows, marks, strict=True)]
+        data[0].write_text("".join(lines))
+        places = rf"line 4 \(byte {sum(map(len, lines[:3]))}\)"
+    elif kind == "a.parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, data[0], row_group_size=2)
+    elif kind == "a.arrow":
+        with pa.ipc.new_file(str(data[0]), table.schema) as file:
+            file.write_table(table, 2)
+        places = "row 1 of record batch 1"
+    elif kind == "stream.arrow":
+        write_stream(data[0], table)
+        places = "row 3 of the file"
+    else:
+        data, places = table, "row 3 of the data"
+    with pytest.raises(ValueError, match=rf"{places}: got the id 260, expected 0 <= id < {VOCAB}$"):
+        count_corpus(data, VOCAB, policy=TargetPolicy(mask="mask"), strict=True)

@@ -158,7 +158,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": []}, "data: got []"),
+        ({"data": []}, "data: got list with nothing in it, expected files"),
         ({"data": "a.bin"}, "data: got 'a.bin', expected a list"),
         ({"data": 5}, "data: got 5, expected a list"),
         ({"data": ["a.bin", 1]}, "data: got 1 of type int, expected a path"),
@@ -167,7 +167,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),
         ({"data": ["empty"]}, "data: got nothing to count in empty"),
         ({"data": ["a.txy"], "dtype": None}, "a.txy: its format cannot be told"),
-        ({"data": ["broken.list"]}, "data: got ./gone.bin, expected a file"),
+        ({"data": ["broken.list"]}, "broken.list: line 3: got ./gone.bin, expected a file"),
         ({"data": ["binary.list"]}, "binary.list: cannot be read as a list of files"),
         ({"data": ["odd.bin"], "dtype": "uint16"}, "odd.bin: got 3 bytes, expected a multiple of 2"),
         ({"dtype": None}, "a.bin: has no header, so its dtype cannot be told: give dtype"),
@@ -192,7 +192,7 @@ def test_bad_arguments_are_named(options, message, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txy").write_bytes(b"\x01\x02")
     (tmp_path / "odd.bin").write_bytes(b"\x01\x02\x03")
-    (tmp_path / "broken.list").write_text("gone.bin\n")
+    (tmp_path / "broken.list").write_text("# a list\n\ngone.bin\n")
     (tmp_path / "binary.list").write_bytes(b"\xff\xfe\x00")
     write(tmp_path / "a.bin", zipf(50))
     options = {"data": ["a.bin"], "vocab_size": V, "dtype": "uint16"} | options

@@ -16,7 +16,9 @@ from test_huggingface import save, write_stream
 from text_tokenizer import save_tokenizer
 
 from pdl_ext import TokenFrequency
+from pdl_ext.cli.main import main
 from pdl_ext.corpus import TargetPolicy, count_corpus, discover
+from pdl_ext.corpus.counting import preview_corpus
 from pdl_ext.corpus.reading import lines, tokenizer
 from pdl_ext.corpus.source import Format
 
@@ -133,9 +135,12 @@ def test_counts_that_are_named_are_not_dropped(tmp_path):
     frequency = count_corpus([tmp_path / "a.bin"], V, dtype="uint16", checkpoint=tmp_path / "c")
     frequency.save(tmp_path / "counts")
     (tmp_path / "all.list").write_text("a.bin\ncounts\n")
-    for data in ([tmp_path / "a.bin", tmp_path / "counts"], [tmp_path / "all.list"]):
+    for data, place in (
+        ([tmp_path / "a.bin", tmp_path / "counts"], "data"),
+        ([tmp_path / "all.list"], r"all\.list: line 2"),
+    ):
         with pytest.raises(
-            ValueError, match=r"data: got .*counts, which holds counts, expected a corpus: `pdl-ext merge`"
+            ValueError, match=rf"{place}: got .*counts, which holds counts, expected a corpus: `pdl-ext merge`"
         ):
             total(*data, dtype="uint16")
     # As a shell names them for `*` when an interrupted command goes on.
@@ -281,3 +286,55 @@ def test_an_output_that_holds_data_is_counted(tmp_path):
     (tmp_path / "a.bin").write_bytes(np.arange(8, dtype="<u2").tobytes())
     (tmp_path / "b.bin").write_bytes(np.arange(12, dtype="<u2").tobytes())
     assert total(tmp_path, dtype="uint16", output=tmp_path / "b.bin") == 20
+
+
+# A line feed, a terminal's command, two characters that end a line elsewhere, and a byte that is no text.
+ODD_NAMES = ["a\nb", "c\x1b[2Jd", "e\u2028f", "g\x85h", "i\x0bj", os.fsdecode(b"k\xffl")]
+ESCAPED = [r"a\nb", r"c\x1b[2Jd", r"e\u2028f", r"g\x85h", r"i\x0bj", r"k\udcffl"]
+
+
+def test_names_are_told_in_one_line(tmp_path, capsys):
+    for number, name in enumerate(ODD_NAMES):
+        np.full(9 + number, number, "<u2").tofile(tmp_path / f"{name}.bin")
+    command = ["count", str(tmp_path), "--dtype", "uint16", "--vocab-size", str(V)]
+    assert main([*command, "--dry-run"]) == 0
+    head, *lines, _ = capsys.readouterr().out.split("\n")[:-1]
+    assert [line.split()[0] for line in lines] == [f"{tmp_path}/{name}.bin" for name in ESCAPED]
+    assert {line.index("uint16") for line in lines} == {head.index("dtype")}
+    output = tmp_path / "counts\n.out"
+    assert main([*command, "-o", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(rf"{tmp_path}/counts\n.out: ")
+    # The provenance has them as they are.
+    names = [shard.name for shard in TokenFrequency.load(output).provenance.shards]
+    assert names == [f"{tmp_path}/{name}.bin" for name in ODD_NAMES]
+    assert main(["show", str(output)]) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()[4:7]] == [
+        f"{tmp_path}/{name}.bin" for name in ESCAPED[:3]
+    ]
+    for name, escaped in zip(ODD_NAMES, ESCAPED, strict=True):
+        (tmp_path / f"{name}.bin").write_bytes(b"odd")
+        arguments = ([tmp_path / f"{name}.bin"], V)
+        with pytest.raises(ValueError, match=rf"^{re.escape(f'{tmp_path}/{escaped}')}\.bin: got 3 bytes, expected"):
+            count_corpus(*arguments, dtype="uint16")
+        with pytest.raises(ValueError, match=re.escape(f"{escaped}.bin: has no header")):
+            preview_corpus(*arguments)
+        with pytest.warns(UserWarning, match=re.escape(f"{escaped}.bin: its tokens are uint8, and cannot hold")):
+            count_corpus([tmp_path / f"{name}.bin"], 300, dtype="uint8")
+        assert main(["count", *map(str, arguments[0]), *command[2:], "-o", str(tmp_path / "other")]) == 1
+        (line,) = capsys.readouterr().err.split("\n")[:-1]
+        assert line.startswith(f"pdl-ext: {tmp_path}/{escaped}.bin: got 3 bytes")
+
+
+def test_names_of_a_list_end_at_line_feeds_alone(tmp_path):
+    for name in ODD_NAMES[:-1]:
+        np.arange(9, dtype="<u2").tofile(tmp_path / name)
+    (tmp_path / "all.list").write_bytes("\r\n".join(ODD_NAMES[1:-1]).encode())
+    assert total(tmp_path / "all.list", dtype="uint16", format="raw", allow_overlap=True) == 9 * 4
+    # Such a name can only be found.
+    (tmp_path / "all.list").write_text("# one name\na\nb\n")
+    with pytest.raises(ValueError, match=r"all\.list: line 2: got .*/a, expected a file, a folder or a pattern"):
+        total(tmp_path / "all.list", dtype="uint16", format="raw")
+    assert total(tmp_path / "a*b", dtype="uint16", format="raw") == 9
+    (tmp_path / "outer.list").write_text("all.list\n")
+    with pytest.raises(ValueError, match=r"outer\.list: line 1: .*all\.list: line 2: got"):
+        total(tmp_path / "outer.list")

@@ -78,7 +78,7 @@ CONTENTS = {
     "xz data": lambda _: lzma.compress(IDS.tobytes()),
     "LZ4 data": _lz4,
     "snappy data": lambda _: b"\xff\x06\0\0sNaPpY" + bytes(8),
-    "a file of PyTorch": lambda folder: _torch(folder, _use_new_zipfile_serialization=False),
+    "a file of PyTorch before 1.6": lambda folder: _torch(folder, _use_new_zipfile_serialization=False),
     "a zip archive": _zip,
     "a 7z archive": lambda _: b"7z\xbc\xaf\x27\x1c" + bytes(26),
     "a tar archive, as WebDataset's are": _tar,

@@ -119,7 +119,19 @@ def test_tables_and_what_they_were_made_of(tmp_path, hub):
     assert total(hub.parent) == 2 * NUMBER + 2 + 3
     # The same dataset, under the name that each of the two has for it.
     (cache / "parquet").rename(cache / "owner___name")
-    assert total(hub.parent) == NUMBER + 2 + 3
+    repository = hub / "datasets--owner--name"
+    with pytest.warns(UserWarning, match="is left out") as warned:
+        assert count(hub.parent).tokens_seen == NUMBER + 2 + 3
+    (told,) = [str(warning.message) for warning in warned if "left out" in str(warning.message)]
+    assert told == (
+        f"{repository}: is left out: its dataset is counted from the tables in {cache / 'owner___name'}; "
+        "to count the repository's files instead, name its folder"
+    )
+    # As the warning says.
+    assert total(repository) == NUMBER
+    (cache / "generator").rename(cache / "squad")
+    with pytest.warns(UserWarning, match=r"name: is left out, and 1 other repositories likewise: its dataset is"):
+        assert count(hub.parent).tokens_seen == NUMBER + 2
 
 
 @pytest.mark.parametrize("name", ["README.md", "load.py", "dataset_infos.json"])

@@ -74,6 +74,12 @@ def test_what_the_library_wrote(folder, targets):
     assert {shard.dtype for shard in shards} == dtypes[folder]
 
 
+def test_an_id_outside_of_the_vocabulary_is_named_by_its_sample():
+    first = next(number for number, row in enumerate(ROWS) if max(row) > 150)
+    with pytest.raises(ValueError, match=rf"shard\.\d+\.mds: sample {first}: got the id 1\d\d, expected 0 <= id < 151"):
+        count_corpus([GOLDEN / "mds-int32"], 151, strict=True)
+
+
 def test_labels_and_masks_that_the_library_wrote():
     targets = [label for row in LABELS for label in row if label != -100]
     frequency = count(GOLDEN / "mds-columns", skip_prompt="labels", mask="attention")

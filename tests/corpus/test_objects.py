@@ -16,7 +16,6 @@ from text_tokenizer import counts_of, save_tokenizer
 from pdl_ext import TokenFrequency
 from pdl_ext.corpus import TargetPolicy, count_corpus, counting, objects
 from pdl_ext.corpus.reading import arrays, batches
-from pdl_ext.corpus.source import ReadOptions
 
 pa = pytest.importorskip("pyarrow")
 COLUMNS = {"text": TEXTS, "input_ids": ROWS, "labels": LABELS, "mask": [[i % 2 for i in row] for row in ROWS]}
@@ -127,6 +126,49 @@ def test_a_streamed_dataset(datasets, dataset, is_typed, monkeypatch):
             count(streamed, **options)
 
 
+def test_no_more_of_a_streamed_dataset_is_held_than_some_bytes_and_a_row(datasets, monkeypatch):
+    monkeypatch.setattr(objects, "_PIECE_BYTES", 10_000)
+    held = []
+    batches_of = objects.Columns.batches
+    monkeypatch.setattr(
+        objects.Columns,
+        "batches",
+        lambda self, rows: batches_of(self, [held.append(some.batch) or some for some in rows]),
+    )
+    lengths = [1, 2000, 3, *[400] * 20, 1, 1, 5000, *[1] * 30]
+    # Beside a column that is not read, and is held all the same.
+    rows = [{"input_ids": [7] * length, "other": "x" * 8 * length} for length in lengths]
+    frequency = count(datasets.IterableDataset.from_generator(lambda: iter(rows)))
+    assert_counts(frequency, np.full(sum(lengths), 7), sum(lengths))
+    assert sum(batch.num_rows for batch in held) == len(lengths)
+    sizes = [2 * batch.nbytes for batch in held]
+    assert max(sizes) < 10_000 + 2 * 8 * 5000 + 100
+    assert sorted(sizes)[-3] < 10_000 + 2 * 8 * 400 + 100
+    assert len(held) < 14
+
+
+def test_rows_of_a_streamed_dataset_may_tell_their_types_in_part(datasets, monkeypatch):
+    """Each by itself: an empty list is one of nothing, and a column may be there in some rows alone."""
+    rows = [{"input_ids": []}, {"input_ids": [1, 2]}, {"x": "a", "input_ids": [3]}, {"input_ids": []}]
+    for size in (2, 1000):
+        monkeypatch.setattr(objects, "_STREAMED_ROWS", size)
+        frequency = count(datasets.IterableDataset.from_generator(lambda: iter(rows)))
+        assert_counts(frequency, np.array([1, 2, 3]), 3)
+        assert frequency.provenance.shards[0].name == "datasets.IterableDataset: 4 rows of input_ids"
+    for other, message in [
+        (
+            {"input_ids": ["a"]},
+            r"^data: got rows 0 to 1 with columns that do not go together \(.*\), expected the same",
+        ),
+        ({"input_ids": 5}, r"^data: got rows 0 to 1 with columns that do not go together"),
+        ({"input_ids": None}, r"^data: column 'input_ids' is null in row 1 of the data"),
+        ({"y": 5}, r"^data: column 'input_ids' is null in row 1 of the data"),
+    ]:
+        some = [rows[1], other]
+        with pytest.raises(ValueError, match=message):
+            count(datasets.IterableDataset.from_generator(lambda some=some: iter(some)))
+
+
 def test_splits_are_refused_with_the_way_out(datasets, dataset):
     splits = datasets.DatasetDict({"train": dataset, "test": dataset})
     for data in (splits, datasets.IterableDatasetDict({"train": dataset.to_iterable_dataset()})):
@@ -183,7 +225,7 @@ def test_frames_of_pandas():
 def test_errors_of_tables_name_the_argument_and_the_row():
     with pytest.raises(ValueError, match=r"^data: column 'input_ids' is null in row 2 of the data, expected no nulls"):
         count(pa.table({"input_ids": [[1], [2], None]}))
-    with pytest.raises(ValueError, match=r"^data: got the id 200, expected 0 <= id < 200$"):
+    with pytest.raises(ValueError, match=r"^data: row 1 of the data: got the id 200, expected 0 <= id < 200$"):
         count(pa.table({"input_ids": [[1], [200]]}), strict=True)
     with pytest.raises(ValueError, match=r"^data: got no token, expected some$"):
         count(pa.table({"input_ids": pa.array([[], []], pa.list_(pa.int32()))}))
@@ -278,11 +320,16 @@ def test_one_array_is_one_sequence():
         ),
         ({"input_ids": [1]}, TypeError, r"data: got dict with 'input_ids', expected one of its values"),
         (7, TypeError, r"data: got 7, expected a list of files"),
-        ([], ValueError, r"data: got \[\], expected a list of files"),
-        (iter(()), ValueError, r"data: got .*, expected a list of files"),
+        ([], ValueError, r"^data: got list with nothing in it, expected files, folders or patterns, or arrays of ids$"),
+        ({}, TypeError, r"^data: got dict with nothing, expected one of its values"),
+        (
+            iter([]),
+            ValueError,
+            r"^data: got list_iterator with nothing in it, expected files, .*: make it anew, since an iterator",
+        ),
         ([[], []], ValueError, r"^data: got no token, expected some$"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_what_is_no_data_is_refused_with_the_way_out(data, error, message):
     with pytest.raises(error, match=message):
@@ -350,9 +397,27 @@ def test_objects_like_files_count_the_same(dataset, tmp_path):
         assert torch.equal(count(data, targets="shifted").counts, expected)
 
 
-def test_a_source_is_none_for_names():
-    options = ReadOptions(VOCAB)
-    assert objects.opened_object("a", options) == (None, "a")
-    source, data = objects.opened_object(iter(["a", "b"]), options)
-    assert source is None
+def test_names_are_no_objects():
+    assert objects.opener_of("a") == (None, "a")
+    opener, data = objects.opener_of(iter(["a", "b"]))
+    assert opener is None
     assert list(data) == ["a", "b"]
+
+
+def test_a_preview_is_of_files(datasets, dataset, monkeypatch):
+    """Whatever the columns are, and without a look at the rows."""
+    monkeypatch.setattr(datasets.Dataset, "__iter__", None)
+    for data, name in [
+        (dataset, "Dataset"),
+        (dataset.select_columns("mask"), "Dataset"),
+        (dataset.to_iterable_dataset(), "IterableDataset"),
+        (pa.table(COLUMNS), "Table"),
+        (np.arange(9), "ndarray"),
+        ([[1, 2]], "list"),
+    ]:
+        with pytest.raises(TypeError) as caught:
+            counting.preview_corpus(data, VOCAB)
+        assert str(caught.value) == (
+            f"data: got {name}, expected files, folders or patterns: data in memory are counted by count_corpus, "
+            "without a preview"
+        )

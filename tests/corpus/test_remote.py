@@ -523,6 +523,39 @@ def test_counts_in_a_store_are_shown_merged_and_not_overwritten_by_others(s3, ke
     assert s3.keys(f"{key}/") == ["a.bin", "a.counts", "b.bin", "b.counts", "c.counts"]
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "beginning"),
+    [("explore", "report.html", b"<!DOCTYPE html>"), ("plot", "a.png", b"\x89PNG"), ("plot", "a.svg", b"<?xml")],
+)
+def test_pages_and_pictures_are_written_to_a_store(command, name, beginning, s3, key, tmp_path, capsys):
+    if command == "plot":
+        pytest.importorskip("matplotlib")
+    counts = s3.url(f"{key}/counts")
+    TokenFrequency.from_counts(torch.tensor([3, 2, 1])).save(counts)
+    assert main([command, counts, "-o", s3.url(f"{key}/{name}")]) == 0
+    assert main([command, counts, "-o", str(tmp_path / name)]) == 0
+    assert s3.get(f"{key}/{name}") == (tmp_path / name).read_bytes()
+    assert s3.get(f"{key}/{name}").startswith(beginning)
+    assert capsys.readouterr().out.splitlines() == [s3.url(f"{key}/{name}"), str(tmp_path / name)]
+    # Again, over its own.
+    assert main([command, counts, "-o", s3.url(f"{key}/{name}")]) == 0
+    s3.put(f"{key}/mine.html", b"<!DOCTYPE html>\n<html>\n")
+    s3.put(f"{key}/mine.pdf", b"%PDF")
+    for output, message in [
+        (s3.url(f"{key}/mine.{'html' if command == 'explore' else 'pdf'}"), "output: got s3://"),
+        (s3.http(f"{key}/{name}"), f"[Errno 30] A web server takes no files; not written: {s3.http(key)}/{name}"),
+        (f"nowhere://bucket/{name}", f"nowhere://bucket/{name}: cannot be opened"),
+    ]:
+        capsys.readouterr()
+        assert main([command, counts, "-o", output]) == 1
+        told = capsys.readouterr()
+        assert told.err.startswith("pdl-ext: ")
+        assert told.err.count("\n") == 1
+        assert message in told.err
+    assert s3.get(f"{key}/mine.html") == b"<!DOCTYPE html>\n<html>\n"
+    assert s3.get(f"{key}/mine.pdf") == b"%PDF"
+
+
 def test_what_a_store_does_not_take_is_told_before_anything_is_counted(s3, key, tmp_path):
     s3.put(f"{key}/a.bin", tokens_of(100).tobytes())
     s3.faults(forbidden="/out/")

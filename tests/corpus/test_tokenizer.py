@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
 import sys
 import threading
 import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+from test_mds import write as write_mds
 from text_tokenizer import TRAINED_ON, counts_of, save_tokenizer
 
 from pdl_ext.corpus import count_corpus, counting
 from pdl_ext.corpus.reading import tokenizer as module
 from pdl_ext.corpus.reading.pretrained import tokenizer_digest
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import ReadOptions
 from pdl_ext.provenance import TargetPolicy
 
 
+def placed(texts: Iterable[str]) -> Iterator[PlacedText]:
+    return (PlacedText(f"text {number}", text) for number, text in enumerate(texts))
+
+
 def counts(encoder: TextEncoder, texts: list[str], vocab_size: int = 320) -> np.ndarray:
     total = np.zeros(vocab_size, np.int64)
-    for batch in encoder.batches(texts):
+    for batch in encoder.batches(placed(texts)):
         tokens = batch.tokens if batch.is_target is None else batch.tokens[batch.is_target]
         total += np.bincount(tokens, minlength=vocab_size)
     return total
@@ -43,7 +51,7 @@ def test_counts_are_those_of_each_text_encoded_alone(tmp_path, monkeypatch, chun
 def test_no_texts_are_no_batches(tmp_path):
     encoder = TextEncoder(ReadOptions(320, tokenizer=save_tokenizer(tmp_path / "tokenizer.json")))
     assert list(encoder.batches([])) == []
-    assert encoder.encode(["", ""]).tokens.size == 0
+    assert encoder.encode([*placed(["", ""])]).tokens.size == 0
 
 
 def test_threads_share_what_is_encoded_at_once(tmp_path, monkeypatch):
@@ -60,10 +68,10 @@ def test_threads_share_what_is_encoded_at_once(tmp_path, monkeypatch):
             next(batches)
         return list(sizes)
 
-    alone = encoder.batches(itertools.repeat(""))
+    alone = encoder.batches(placed(itertools.repeat("")))
     # Few at first, since others may be about to begin.
     assert sizes_of(alone, 3) == [10, 160, 160]
-    beside = other.batches(itertools.repeat(""))
+    beside = other.batches(placed(itertools.repeat("")))
     assert sizes_of(beside, 2) == [10, 80]
     assert sizes_of(alone, 1) == [80]
     beside.close()
@@ -76,8 +84,9 @@ def test_a_text_larger_than_a_share_is_encoded_alone(tmp_path, monkeypatch):
     path = save_tokenizer(tmp_path / "tokenizer.json")
     monkeypatch.setattr(module, "CHUNK_CHARACTERS", 160)
     encoded = []
-    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: encoded.append([len(text) for text in texts]))
-    list(TextEncoder(ReadOptions(320, tokenizer=path)).batches(["", "x" * 200, "x" * 100, "x" * 40, "x" * 50]))
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: encoded.append([len(text) for _, text in texts]))
+    texts = placed(["", "x" * 200, "x" * 100, "x" * 40, "x" * 50])
+    list(TextEncoder(ReadOptions(320, tokenizer=path)).batches(texts))
     assert encoded == [[0], [200], [100, 40], [50]]
 
 
@@ -110,8 +119,8 @@ def test_shifted_leaves_out_the_first_token_of_each_text(tmp_path):
 def test_shifted_with_empty_texts(tmp_path):
     path = save_tokenizer(tmp_path / "tokenizer.json")
     encoder = TextEncoder(ReadOptions(320, TargetPolicy(targets="shifted"), tokenizer=path))
-    batch = encoder.encode(["", "ab", "", "", "cde", ""])
-    first = [encoder.encode([text]).tokens.size for text in ("ab", "cde")]
+    batch = encoder.encode([*placed(["", "ab", "", "", "cde", ""])])
+    first = [encoder.encode([*placed([text])]).tokens.size for text in ("ab", "cde")]
     assert np.flatnonzero(~batch.is_target).tolist() == [0, first[0]]
     assert batch.tokens.size == sum(first)
 
@@ -156,7 +165,7 @@ def test_without_a_tokenizer(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match=r"missing\.json: cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=r"missing\.json: cannot be read \(No such file.*save_pretrained.*no hub"):
         TextEncoder(ReadOptions(320, tokenizer=tmp_path / "missing.json"))
 
 
@@ -173,8 +182,9 @@ def test_a_tokenizer_at_which_the_library_panics(tmp_path):
     content = json.loads(path.read_text())
     content["post_processor"]["special_tokens"] = {}
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"a\.txt: cannot be encoded by .*tokenizer\.json"):
-        TextEncoder(ReadOptions(320, tokenizer=path), tmp_path / "a.txt").encode(["a"])
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a\.txt: line 1 \(byte 0\): cannot be encoded by .*tokenizer\.json"):
+        count_corpus([tmp_path / "a.txt"], 320, tokenizer=path)
 
 
 def test_dropout_is_left_out(tmp_path):
@@ -231,15 +241,85 @@ def test_a_tokenizer_that_is_a_pipe(tmp_path):
         count_corpus([tmp_path / "a.bin"], 9, dtype="uint16", tokenizer=tmp_path / "tokenizer.json")
 
 
-def test_a_text_that_the_tokenizer_refuses(tmp_path):
-    import tokenizers
+WORDS = ["a", "a", "a", "b", "a", "b"]
 
-    path = tmp_path / "words.json"
-    # Without an entry for unknown words.
+
+@pytest.fixture(scope="module")
+def only_a(tmp_path_factory):
+    """A tokenizer without an entry for unknown words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path_factory.mktemp("tokenizer") / "words.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?")).save(str(path))
-    encoder = TextEncoder(ReadOptions(320, tokenizer=path), tmp_path / "corpus.txt")
-    with pytest.raises(ValueError, match=r"corpus\.txt: cannot be encoded by .*words\.json"):
-        encoder.encode(["b"])
+    return path
+
+
+def texts_as(kind, folder, texts):
+    """The same texts as `kind`, and the place of the fourth one."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"text": texts})
+    records = [json.dumps({"text": text}) + "\n" for text in texts]
+    if kind == "data":
+        return table, "^data: row 3 of the data"
+    path = folder / kind
+    if kind.startswith("a.txt"):
+        content = "".join(text + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+        byte = sum(len(text) + 1 for text in texts[:3])
+        return [path], rf"a\.txt(\.gz)?: line 4 \(byte {byte}( of what it decompresses to)?\)"
+    if kind == "a.jsonl":
+        path.write_text("".join(records))
+        return [path], rf"a\.jsonl: line 4 \(byte {sum(map(len, records[:3]))}\)"
+    if kind == "a.parquet":
+        parquet.write_table(table, path, row_group_size=2)
+        return [path], r"a\.parquet: row 1 of row group 1"
+    if kind == "a.arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as stream:
+            stream.write_table(table)
+        return [path], r"a\.arrow: row 3 of the file"
+    write_mds(path, {"text": ("str", None)}, [[{"text": text.encode()} for text in texts]])
+    return [path], r"shard\.00000\.mds: sample 3"
+
+
+KINDS = ["a.txt", "a.txt.gz", "a.jsonl", "a.parquet", "a.arrow", "mds", "data"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_the_tokenizer_refuses_is_named_by_its_place(tmp_path, only_a, kind):
+    data, place = texts_as(kind, tmp_path, WORDS)
+    with pytest.raises(ValueError, match=rf"{place}: cannot be encoded by .*words\.json \(.*\)$"):
+        count_corpus(data, 320, tokenizer=only_a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_too_long_is_named_by_its_place(tmp_path, only_a, kind, monkeypatch):
+    data, place = texts_as(kind, tmp_path, ["a", "a", "a", "b" * 40, "a"])
+    monkeypatch.setattr(module, "MAX_TEXT_BYTES", 39)
+    with pytest.raises(ValueError, match=rf"{place}: got a text of 40 characters, expected 39 at most"):
+        count_corpus(data, 320, tokenizer=only_a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_id_outside_of_the_vocabulary_is_named_by_its_place(tmp_path, kind):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "words.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 7}, unk_token="a")).save(str(path))
+    data, place = texts_as(kind, tmp_path, WORDS)
+    with pytest.raises(ValueError, match=rf"{place}: got the id 7, expected 0 <= id < 5$"):
+        count_corpus(data, 5, tokenizer=path, strict=True)
+
+
+def test_documents_and_texts_that_are_refused_together_alone(tmp_path, only_a):
+    (tmp_path / "a.txt").write_text("b\na")
+    with pytest.raises(ValueError, match=r"/a\.txt: cannot be encoded by .*words\.json"):
+        count_corpus([tmp_path / "a.txt"], 320, tokenizer=only_a, policy=TargetPolicy(sample_by="document"))
+
+    def refuse_several(texts):
+        if len(texts) > 1:
+            raise RuntimeError("no memory\nfor them")
+        return texts
+
+    with pytest.raises(ValueError, match=r"^text 0: one of 3 texts from here on cannot be encoded by t \(no memory\)$"):
+        module.encoded([*placed("abc")], refuse_several, Path("t"))
 
 
 def test_without_the_library(tmp_path, monkeypatch):

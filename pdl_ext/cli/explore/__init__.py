@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdl_ext.cli.streams import report
 from pdl_ext.cli.token_text import literals_of_tokens
+
+if TYPE_CHECKING:
+    from pdl_ext.storage.place import Place
 
 __all__ = ["add_parser"]
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "beside them what it makes of the counts.",
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=f"a {_SUFFIX} file")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help=f"a {_SUFFIX} file, or its URL")
     parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to show tokens as text")
     parser.set_defaults(run=_run)
 
@@ -32,22 +34,21 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import load_counts
     from pdl_ext.cli.explore.page import page_of
     from pdl_ext.storage.place import place
-    from pdl_ext.storage.whole_file import whole_file
+    from pdl_ext.storage.whole_file import write_whole
 
-    _check_output(arguments.output)
+    output = place("output", arguments.output)
+    _check_output(output)
     counts = place("counts", arguments.counts)
     frequency = load_counts(counts)
     if frequency.total == 0:
         raise ValueError(f"counts: got {counts}, in which nothing was counted, expected some tokens")
     literal = literals_of_tokens(arguments.tokenizer, frequency.provenance)
-    page = page_of(frequency, counts, literal)
-    with whole_file(arguments.output) as partial:
-        partial.write_bytes(page)
-    report(str(arguments.output))
+    write_whole(output, page_of(frequency, counts, literal))
+    report(str(output))
     return 0
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Place) -> None:
     """Raises ValueError unless a page may be written: where no file is, or an empty one, or another page."""
     from pdl_ext.cli.counts_file import check_output_folder
     from pdl_ext.cli.explore.page import BEGINNING

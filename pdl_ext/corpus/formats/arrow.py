@@ -39,17 +39,18 @@ class _FileSource(Source):
             yield Part(start, stop, self.size * stop // number - self.size * start // number)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        with (
-            arrow_errors(self.path, "Arrow"),
-            arrow_file(self.path) as file,
-            _file_reader(file, self._fields) as reader,
-        ):
-            yield from self._columns.batches(self._rows(reader, part))
+        with arrow_errors(self.path, "Arrow"):
+            yield from self._columns.batches(self._rows(part))
 
-    def _rows(self, reader: Any, part: Part) -> Iterator[Rows]:
-        for number in range(part.start, part.stop):
-            batch = reader.get_batch(number)
-            yield Rows(batch, range(batch.num_rows), f"record batch {number}")
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with arrow_errors(self.path, "Arrow"):
+            yield from self._columns.placed_batches(self._rows(part))
+
+    def _rows(self, part: Part) -> Iterator[Rows]:
+        with arrow_file(self.path) as file, _file_reader(file, self._fields) as reader:
+            for number in range(part.start, part.stop):
+                batch = reader.get_batch(number)
+                yield Rows(batch, range(batch.num_rows), f"record batch {number}")
 
 
 def _file_reader(file: Any, fields: Sequence[int] = ()) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -17,7 +18,7 @@ from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
 from pdl_ext.corpus.reading.compression import compression_of
 from pdl_ext.corpus.reading.lines import Line, LinePlace, LineSource, has_suffix
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source
 from pdl_ext.storage.place import Place
 
@@ -44,6 +45,8 @@ class _JsonLinesSource(LineSource):
         elif options.tokenizer is not None:
             self._columns = (TEXT_COLUMN, *TOKEN_COLUMNS)
         self._supervised = None if options.policy.learn is None else SupervisedEncoder(options, path)
+        if self._supervised is None and self._begins_with_ids():
+            self.dtype = "int64"
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._policy.packing != "wrapped":
@@ -53,15 +56,34 @@ class _JsonLinesSource(LineSource):
             yield Part(0, self.size, self.size)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        lines = (line for line in self.lines(part) if line.content.strip())
+        lines = self._filled_lines(part)
         if self._supervised is not None:
             yield from self._supervised.batches((self.place(line.offset), self._record(line)) for line in lines)
             return
         items = map(self._item, lines)
         # All lines of a file are of one kind, but in odd ones.
-        for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
+        for is_text, run in itertools.groupby(items, lambda item: isinstance(item, PlacedText)):
             batches = self._encoder.batches if is_text else joined
             yield from batches(run)
+
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        for line in self._filled_lines(part):
+            place = self.place(line.offset)
+            if self._supervised is not None:
+                yield from ((place, batch) for batch in self._supervised.batches([(place, self._record(line))]))
+            else:
+                item = self._item(line)
+                yield place, item if isinstance(item, Batch) else self._encoder.encode([item])
+
+    def _filled_lines(self, part: Part) -> Iterator[Line]:
+        return (line for line in self.lines(part) if line.content.strip())
+
+    def _begins_with_ids(self) -> bool:
+        # What is damaged is an error where it is read.
+        with contextlib.suppress(ValueError):
+            first = next(self._filled_lines(Part(0, self.size, self.size)), None)
+            return first is not None and isinstance(self._item(first), Batch)
+        return False
 
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
@@ -95,7 +117,7 @@ class _JsonLinesSource(LineSource):
         value = _value(record, column, place)
         if isinstance(value, str):
             self._check_text(value, column, place)
-            return value
+            return PlacedText(place, value)
         return self._tokens(record, column, place)
 
     def _check_text(self, text: str, column: str, place: LinePlace) -> None:

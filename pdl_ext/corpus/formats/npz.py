@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.arrays import ZIP_ERRORS, ZIP_MAGIC, chosen_array, row_batches, zip_names
+from pdl_ext.corpus.reading.arrays import (
+    ZIP_ERRORS,
+    check_whole_zip,
+    chosen_array,
+    first_zip_name,
+    row_batches,
+    zip_names,
+)
 from pdl_ext.corpus.reading.npy_header import HEAD_BYTES, NpyHeader, npy_header
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, token_dtype
 from pdl_ext.storage.place import Place
@@ -28,11 +35,13 @@ class _NpzSource(Source):
     """The whole file is one part."""
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
-        headers, refused = self._headers(path)
+        headers, sizes, refused = self._headers(path)
         self._name = chosen_array(path, {name: len(header.shape) for name, header in headers.items()}, refused, options)
         self._header = headers[self._name]
         self._header.check_rows(f"{path}: {self._name}", options)
         super().__init__("npz", path, self._header.dtype)
+        if sizes[self._name] != self._header.first_byte + self.stated_tokens() * token_dtype(self.dtype).itemsize:
+            raise self._not_as_long()
         check_stated_dtype(path, self._header.dtype, options)
         self._shifted = options.policy.targets == "shifted"
 
@@ -46,9 +55,9 @@ class _NpzSource(Source):
         row = self._header.shape[-1]
         return row_batches(self._pieces(), row, self._shifted)
 
-    def _headers(self, path: Place) -> tuple[dict[str, NpyHeader], dict[str, ValueError]]:
-        """By its name each array's header, or why it is none of integers."""
-        headers, refused = {}, {}
+    def _headers(self, path: Place) -> tuple[dict[str, NpyHeader], dict[str, int], dict[str, ValueError]]:
+        """By its name each array's header and its size with it in bytes, or why it is none of integers."""
+        headers, sizes, refused = {}, {}, {}
         with _archive(path) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(_SUFFIX)
@@ -61,9 +70,15 @@ class _NpzSource(Source):
                 with archive.open(member) as file:
                     try:
                         headers[name] = npy_header(f"{path}: {name}", file.read(HEAD_BYTES))
+                        sizes[name] = member.file_size
                     except ValueError as error:
                         refused[name] = error
-        return headers, refused
+        return headers, sizes, refused
+
+    def _not_as_long(self) -> ValueError:
+        return ValueError(
+            f"{self.path}: {self._name!r} is not as long as it states: {self._header.shape} of {self._header.dtype}"
+        )
 
     def _pieces(self) -> Iterator[NDArray[Any]]:
         dtype = token_dtype(self._header.dtype)
@@ -75,9 +90,7 @@ class _NpzSource(Source):
                 left -= len(piece)
             # Read to its end, where the checksum is compared.
             if left or file.read(1):
-                raise ValueError(
-                    f"{self.path}: {self._name!r} is not as long as it states: {self._header.shape} of {dtype.name}"
-                )
+                raise self._not_as_long()
 
 
 @contextlib.contextmanager
@@ -87,14 +100,18 @@ def _archive(path: Place) -> Iterator[zipfile.ZipFile]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except ZIP_ERRORS as error:
+        if isinstance(error, zipfile.BadZipFile):
+            check_whole_zip(path, "NumPy")
         raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
 
 
 def _recognises(path: Place, head: bytes) -> bool:
     if path.suffix.lower() == ".npz":
         return True
-    names = zip_names(path) if head.startswith(ZIP_MAGIC) else []
-    return bool(names) and all(name.endswith(_SUFFIX) for name in names)
+    if not first_zip_name(head).endswith(_SUFFIX):
+        return False
+    # None of an archive that was cut off.
+    return all(name.endswith(_SUFFIX) for name in zip_names(path))
 
 
 def _open(path: Place, options: ReadOptions) -> list[Source]:

@@ -72,6 +72,10 @@ class _ParquetSource(Source):
         with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:
             yield from self._columns.batches(self._rows(file, part))
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with arrow_errors(self.path, "Parquet"), _opened(self.path, self._buffer_bytes) as file:
+            yield from self._columns.placed_batches(self._rows(file, part))
+
     def _rows(self, file: Any, part: Part) -> Iterator[Rows]:
         for group in range(part.start, part.stop):
             expected = self._rows_of[group]

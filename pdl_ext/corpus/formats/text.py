@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pdl_ext.corpus.reading.lines import LineSource, has_suffix
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Sample, Source
 from pdl_ext.storage.place import Place
 
@@ -24,10 +24,13 @@ class _TextSource(LineSource):
         self._encoder = TextEncoder(options, path)
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        return self._encoder.batches(text for text in self._texts(part) if text)
+        return self._encoder.batches(text for text in self._texts(part) if text.text)
 
-    def _texts(self, part: Part) -> Iterator[str]:
-        return map(self.decode, self.lines(part))
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        return ((text.place, self._encoder.encode([text])) for text in self._texts(part))
+
+    def _texts(self, part: Part) -> Iterator[PlacedText]:
+        return (PlacedText(self.place(line.offset), self.decode(line)) for line in self.lines(part))
 
 
 class _DocumentSource(_TextSource):
@@ -41,8 +44,8 @@ class _DocumentSource(_TextSource):
         # No part of it is a text.
         return Source.sample(self)
 
-    def _texts(self, part: Part) -> Iterator[str]:
-        yield self.decode(self.whole()).replace("\r\n", "\n")
+    def _texts(self, part: Part) -> Iterator[PlacedText]:
+        yield PlacedText(self.path, self.decode(self.whole()).replace("\r\n", "\n"))
 
 
 def _open(path: Place, options: ReadOptions) -> list[Source]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pdl_ext.corpus.reading.arrays import ZIP_MAGIC, array_batches, chosen_array, zip_names
+from pdl_ext.corpus.reading.arrays import (
+    ZIP_MAGIC,
+    array_batches,
+    check_whole_zip,
+    chosen_array,
+    first_zip_name,
+    zip_names,
+)
+from pdl_ext.corpus.reading.foreign import kind_of_content
 from pdl_ext.corpus.source import Batch, Format, Part, ReadOptions, Source, check_stated_dtype, count_dtype
 from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
+
+_SUFFIXES = (".pt", ".pth", ".ckpt")
+_PICKLE = "/data.pkl"
 
 
 class _TorchSource(Source):
@@ -43,13 +54,13 @@ class _TorchSource(Source):
 
 
 def _arrays(path: Place, options: ReadOptions, *, mapped: bool) -> list[NDArray[Any]]:
-    content = _loaded(path, mapped)
+    content, sizes = _loaded(path, mapped)
     is_list = isinstance(content, (list, tuple))
     items = dict(enumerate(content)) if is_list else content if isinstance(content, dict) else {"tokens": content}
     arrays: dict[str, NDArray[Any]] = {}
     refused: dict[str, ValueError] = {}
     for key, item in items.items():
-        if (reason := _why_no_ids(item)) is None:
+        if (reason := _why_no_ids(item, sizes)) is None:
             arrays[str(key)] = item.numpy()
         else:
             refused[str(key)] = ValueError(f"{path}: {key!r} is {reason}, expected a tensor of integers")
@@ -61,8 +72,11 @@ def _arrays(path: Place, options: ReadOptions, *, mapped: bool) -> list[NDArray[
     return [arrays[name].copy(order="C") if not arrays[name].flags.c_contiguous else arrays[name] for name in names]
 
 
-def _why_no_ids(item: Any) -> str | None:
-    """What something is that is no tensor of ids with an axis; None of such a tensor."""
+def _why_no_ids(item: Any, sizes: Container[int]) -> str | None:
+    """What something is that is no tensor of ids with an axis; None of such a tensor.
+
+    sizes: in bytes, of what the file holds, of which each tensor's memory is one.
+    """
     if not isinstance(item, Tensor):
         return f"a {type(item).__name__}"
     if item.is_meta or item.is_nested:
@@ -71,25 +85,32 @@ def _why_no_ids(item: Any) -> str | None:
         return f"a tensor of {item.dtype}"
     if item.dtype == torch.bool or not item.dim():
         return f"a tensor of {item.dtype} with {item.dim()} axes"
-    # Of axes that repeat what is there once, a file of any size may have as many numbers as it likes.
-    if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+    # Of axes that repeat what is there once, a file of any size may have as many numbers as it likes. Memory that is
+    # mapped may be said to be of any size.
+    memory = item.untyped_storage().nbytes()
+    if item.numel() * item.element_size() > memory or memory not in sizes:
         return "a tensor with more numbers than the file"
     return None
 
 
-def _loaded(path: Place, mapped: bool) -> Any:
+def _loaded(path: Place, mapped: bool) -> tuple[Any, set[int]]:
+    """What a file holds, and the sizes of its members in bytes."""
     try:
         with path.open("rb") as file:
             with zipfile.ZipFile(file) as archive:
-                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                    # Which PyTorch does not write, and would take as much memory as it asks for.
-                    raise ValueError("it is compressed")
+                members = archive.infolist()
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                # Which PyTorch does not write, and would take as much memory as it asks for.
+                raise ValueError("it is compressed")
+            sizes = {member.file_size for member in members}
             if isinstance(path, Path):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), sizes
             # No store's object can be mapped.
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True), sizes
     except Exception as error:
+        if isinstance(error, zipfile.BadZipFile):
+            check_whole_zip(path, "torch.save of PyTorch 1.6 or later")
         # Many kinds come out of damaged files.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):
@@ -102,7 +123,13 @@ def _loaded(path: Place, mapped: bool) -> Any:
 
 
 def _recognises(path: Place, head: bytes) -> bool:
-    return head.startswith(ZIP_MAGIC) and any(name.endswith("/data.pkl") for name in zip_names(path))
+    if head and path.suffix.lower() in _SUFFIXES:
+        # Not those of other kinds, older ones of PyTorch among them, which are told with what to do.
+        return head.startswith(ZIP_MAGIC) or kind_of_content(head) is None
+    if not head.startswith(ZIP_MAGIC):
+        return False
+    # The first one also of an archive that was cut off.
+    return any(name.endswith(_PICKLE) for name in (first_zip_name(head), *zip_names(path)))
 
 
 def _open(path: Place, options: ReadOptions) -> list[Source]:

@@ -16,9 +16,19 @@ from pdl_ext.corpus.reading.columns import TOKEN_COLUMNS
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable
 from pdl_ext.storage.place import Place
 
-__all__ = ["ZIP_ERRORS", "ZIP_MAGIC", "array_batches", "chosen_array", "row_batches", "zip_names"]
+__all__ = [
+    "ZIP_ERRORS",
+    "ZIP_MAGIC",
+    "array_batches",
+    "check_whole_zip",
+    "chosen_array",
+    "first_zip_name",
+    "row_batches",
+    "zip_names",
+]
 
 ZIP_MAGIC = b"PK\3\4"
+_EMPTY_ZIP_MAGIC = b"PK\5\6"
 # What Python's zipfile raises of damaged archives.
 ZIP_ERRORS = (
     *(zipfile.BadZipFile, OSError, EOFError, zlib.error, struct.error, UnicodeDecodeError, OverflowError),
@@ -66,17 +76,47 @@ def chosen_array(path: Place, axes: Mapping[str, int], refused: Mapping[str, Val
     name = policy.column
     if name is None:
         usual = [column for column in TOKEN_COLUMNS if axes.get(column)]
+        # Not another one, in silence, where the one that is meant cannot be read.
+        usual += [column for column in TOKEN_COLUMNS if column in refused]
         found = usual[:1] or [array for array in axes if axes[array]]
         name = found[0] if len(found) == 1 else next(iter(refused)) if not axes and len(refused) == 1 else None
     if name is not None and name in refused:
         raise refused[name]
     if name is None or not axes.get(name):
         names = ", ".join(map(repr, [*axes, *refused][:10])) or "none"
+        asked = "one" if policy.column is None else repr(policy.column)
         raise ValueError(
-            f"{path}: got the arrays {names}, expected one of integers in one axis or more: name it with --column, or "
-            "leave the file out by a pattern"
+            f"{path}: got the arrays {names}, expected {asked} of integers in one axis or more: name it with --column, "
+            "or leave the file out by a pattern"
         )
     return name
+
+
+def first_zip_name(head: bytes) -> str:
+    """What a zip archive holds first, by its first bytes, also of one that was cut off; empty for anything else."""
+    # Behind a header of 30 bytes, which tells its length.
+    size = int.from_bytes(head[26:28], "little")
+    return head[30 : 30 + size].decode("utf-8", "replace") if head.startswith(ZIP_MAGIC) else ""
+
+
+def check_whole_zip(path: Place, writer: str) -> None:
+    """Raises ValueError that names a file which is no zip archive, or one that was cut off.
+
+    writer: what makes such files, for the error.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(ZIP_MAGIC))
+        if head not in (ZIP_MAGIC, _EMPTY_ZIP_MAGIC):
+            raise ValueError(f"{path}: begins with {head!r}, expected a zip archive, as {writer} writes it")
+        has_end = True
+        # Of an end that is damaged.
+        with contextlib.suppress(zipfile.BadZipFile):
+            has_end = zipfile.is_zipfile(file)
+    if not has_end:
+        raise ValueError(
+            f"{path}: was cut off: it begins as a zip archive and has no record of its end, expected all of it: copy "
+            "or write it anew"
+        )
 
 
 def zip_names(path: Place) -> list[str]:

@@ -55,6 +55,10 @@ class StreamSource(Source):
         with arrow_errors(self.path, "Arrow"):
             yield from self._columns.batches(self._choose(read_stream(self.path, self._columns.names)))
 
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with arrow_errors(self.path, "Arrow"):
+            yield from self._columns.placed_batches(self._choose(read_stream(self.path, self._columns.names)))
+
 
 def read_stream(path: Place, names: Sequence[str] = ()) -> Iterator[Rows]:
     """All rows of a stream, with the columns named, or all. Raises ValueError that names a file which is damaged."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.chats import are_chats, columns_to_learn
 from pdl_ext.corpus.reading.supervised import SupervisedEncoder
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.source import Batch, ReadOptions, as_countable, as_signed, check_stated_dtype, count_dtype
 from pdl_ext.storage.place import Place
 
@@ -114,6 +114,13 @@ class Columns:
             for some in rows:
                 yield from self._batches(some)
 
+    def placed_batches(self, rows: Iterable[Rows]) -> Iterator[tuple[str, Batch]]:
+        """The same, each batch of one row and with its place."""
+        for some in rows:
+            for row in range(some.batch.num_rows):
+                alone = Rows(some.batch.slice(row, 1), some.numbers[row : row + 1], some.place)
+                yield from ((f"{self._path}: {self._row(some, row)}", batch) for batch in self.batches([alone]))
+
     def _found(self) -> str:
         tokens = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("lists", "integer")]
         if (
@@ -177,11 +184,12 @@ class Columns:
                 f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one a token id"
             )
 
-    def _texts(self, rows: Iterable[Rows]) -> Iterator[str]:
+    def _texts(self, rows: Iterable[Rows]) -> Iterator[PlacedText]:
         for some in rows:
             texts = self._array(some, self._tokens)
             for start in range(0, len(texts), _TEXTS):
-                yield from texts.slice(start, _TEXTS).to_pylist()
+                for row, text in enumerate(texts.slice(start, _TEXTS).to_pylist(), start):
+                    yield PlacedText(f"{self._path}: {self._row(some, row)}", text)
 
     def _rows_to_learn(self, rows: Iterable[Rows]) -> Iterator[tuple[str, dict[str, Any]]]:
         for some in rows:

@@ -106,7 +106,7 @@ KINDS = (
     Kind("LZ4 data", _DECOMPRESS, (".lz4",), _starts(b"\x04\x22\x4d\x18")),
     Kind("snappy data", _DECOMPRESS, (".snappy", ".sz"), _starts(b"\xff\x06\0\0sNaPpY")),
     # Since its version 1.6 PyTorch writes zip archives, which are read.
-    Kind("a file of PyTorch", _TORCH, (".pt", ".pth", ".ckpt"), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
+    Kind("a file of PyTorch before 1.6", _TORCH, (), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
     Kind("a zip archive", "unpack it first", (".zip",), _starts(b"PK\3\4", b"PK\5\6")),
     Kind("a 7z archive", _DECOMPRESS, (".7z",), _starts(b"7z\xbc\xaf\x27\x1c")),
     Kind(

@@ -8,10 +8,11 @@ three or four folders deep, and downloads/ has what it was made of.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Container
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+from pdl_ext._printable import warn
 from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = ["cached_datasets", "is_about_data"]
@@ -35,7 +36,7 @@ def cached_datasets(folder: Place) -> list[Path] | None:
     if _is_hub(hub) or (folder.name == "huggingface" and _is_tables(tables)):
         made = _tables(tables) if tables.is_dir() else []
         # Of what there are tables, the files are the same data once more.
-        return _snapshots(hub, without={path.name.lower() for path in made}) + made
+        return _snapshots(hub, without={path.name.lower(): path for path in made}) + made
     if _is_hub(folder):
         return _snapshots(folder)
     if _is_tables(folder):
@@ -73,17 +74,30 @@ def _tables(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(others))
 
 
-def _snapshots(hub: Path, without: Container[str] = ()) -> list[Path]:
+def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) -> list[Path]:
+    """The data of all repositories. without: by its name each dataset that is counted from another folder."""
     repositories = sorted(filter(_is_repository, hub.iterdir())) if hub.is_dir() else []
     others = [path for path in repositories if not path.name.startswith("datasets--")]
     if others:
         more = f" and {len(others) - 1} other repositories" if len(others) > 1 else ""
-        warnings.warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}", stacklevel=2)
+        warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}")
     found: list[Path] = []
+    twice: list[tuple[Path, Path]] = []
     for path in repositories:
         name = path.name.removeprefix("datasets--").replace("--", "___").lower()
-        if path not in others and name not in without:
+        if path in others:
+            continue
+        if name in without:
+            twice.append((path, without[name]))
+        else:
             found += _snapshot(path)
+    if twice:
+        path, table = twice[0]
+        more = f", and {len(twice) - 1} other repositories likewise" if len(twice) > 1 else ""
+        warn(
+            f"{path}: is left out{more}: its dataset is counted from the tables in {table}; to count the repository's "
+            "files instead, name its folder"
+        )
     return found
 
 
@@ -99,10 +113,9 @@ def _snapshot(repository: Path) -> list[Path]:
                 f"{repository}: holds the revisions {', '.join(path.name for path in revisions)}, expected one: name "
                 f"its folder, as {revisions[0]}"
             )
-        warnings.warn(
+        warn(
             f"{repository}: holds {len(revisions)} revisions, of which {name} is counted, that of refs/main: name "
-            "the folder of another one to count that",
-            stacklevel=2,
+            "the folder of another one to count that"
         )
         revisions = chosen
     for revision in revisions:

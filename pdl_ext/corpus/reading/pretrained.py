@@ -7,12 +7,12 @@ import functools
 import hashlib
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pdl_ext._optional import require
+from pdl_ext._printable import warn
 from pdl_ext.corpus.source import ReadOptions, Stamp
 from pdl_ext.storage.place import Place, RemotePath
 
@@ -47,7 +47,14 @@ def tokenizer_stamps(path: Place) -> _Stamps:
         files = sorted(file for file in found if file.suffix in _SUFFIXES and file.is_file())
         if not files:
             raise ValueError(f"{path}: got a folder without a tokenizer, expected one that save_pretrained wrote")
-    return tuple((file, Stamp.of(file)) for file in files)
+    try:
+        return tuple((file, Stamp.of(file)) for file in files)
+    except ValueError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise ValueError(
+            f"{error}, expected a tokenizer.json, or a folder on disk that save_pretrained wrote: no hub is asked"
+        ) from error
 
 
 def _stamp_in_store(path: RemotePath) -> Stamp:
@@ -75,10 +82,9 @@ def load_tokenizer(options: ReadOptions) -> Any:
         tokenizer = _load(options.tokenizer, stamps)
     entries = tokenizer.get_vocab_size(with_added_tokens=True)
     if entries > options.vocab_size:
-        warnings.warn(
+        warn(
             f"{options.tokenizer}: has {entries} entries, and the vocabulary {options.vocab_size}: ids beyond it "
-            "count as out of range",
-            stacklevel=2,
+            "count as out of range"
         )
     return tokenizer
 

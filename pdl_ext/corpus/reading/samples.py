@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pdl_ext.corpus.reading.access import OpenFile, opened, read_at
 from pdl_ext.corpus.reading.batches import BATCH_TOKENS, joined
 from pdl_ext.corpus.reading.columns import TEXT_COLUMN, TOKEN_COLUMNS
-from pdl_ext.corpus.reading.tokenizer import TextEncoder
+from pdl_ext.corpus.reading.tokenizer import PlacedText, TextEncoder
 from pdl_ext.corpus.reading.width import BLOCK_BYTES, doubt_of_width
 from pdl_ext.corpus.source import (
     Batch,
@@ -331,8 +331,7 @@ class SampleSource(Source):
 
     def batches(self, part: Part) -> Iterator[Batch]:
         with opened(self.path) as file:
-            # A window for each column, since those of a long sample are far from each other.
-            windows = [self._window(file)] * 3 if self._unpack else [self._window(file) for _ in range(3)]
+            windows = self._windows(file)
             if self._layout.text:
                 yield from TextEncoder(self._options, self.path).batches(self._texts(windows[0], part))
             else:
@@ -340,6 +339,21 @@ class SampleSource(Source):
                 yield from joined(pieces)
             if isinstance(windows[0], _Unpacked) and part.stop == self._samples:
                 windows[0].check_end(self._unpacked_size)
+
+    def placed_batches(self, part: Part) -> Iterator[tuple[object, Batch]]:
+        with opened(self.path) as file:
+            windows = self._windows(file)
+            if self._layout.text:
+                encoder = TextEncoder(self._options, self.path)
+                yield from ((text.place, encoder.encode([text])) for text in self._texts(windows[0], part))
+                return
+            for sample, places in self._read(windows[0], part):
+                for batch in joined(self._pieces(windows, sample, places)):
+                    yield f"{self.path}: sample {sample}", batch
+
+    def _windows(self, file: OpenFile) -> list[Reader]:
+        # One for each column, since those of a long sample are far from each other.
+        return [self._window(file)] * 3 if self._unpack else [self._window(file) for _ in range(3)]
 
     def _window(self, file: OpenFile, ahead: int = _WINDOW_BYTES) -> Reader:
         if self._unpack is None:
@@ -413,14 +427,15 @@ class SampleSource(Source):
                 )
             window.drop_before(begin)
 
-    def _texts(self, window: Reader, part: Part) -> Iterator[str]:
+    def _texts(self, window: Reader, part: Part) -> Iterator[PlacedText]:
         for sample, places in self._read(window, part):
             begin, end = places[self._layout.tokens]
             pieces = [window.read(at, min(_WINDOW_BYTES, end - at)) for at in range(begin, end, _WINDOW_BYTES)]
             try:
-                yield b"".join(piece.tobytes() for piece in pieces).decode("utf-8")
+                text = b"".join(piece.tobytes() for piece in pieces).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{self.path}: sample {sample} is not UTF-8 ({error})") from error
+            yield PlacedText(f"{self.path}: sample {sample}", text)
 
     def _pieces(self, windows: list[Reader], sample: int, places: list[tuple[int, int]]) -> Iterator[Batch]:
         layout = self._layout

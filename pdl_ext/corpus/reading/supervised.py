@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import threading
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pdl_ext._optional import require
 from pdl_ext.corpus.reading.chats import Chat, Messages, Text, example_of
 from pdl_ext.corpus.reading.pretrained import errors_told_as, load_pretrained, load_tokenizer
-from pdl_ext.corpus.reading.tokenizer import in_chunks
+from pdl_ext.corpus.reading.tokenizer import PlacedText, encoded, in_chunks
 from pdl_ext.corpus.source import Batch, ReadOptions
 from pdl_ext.storage.place import Place
 
@@ -56,7 +57,6 @@ class SupervisedEncoder:
     def __init__(self, options: ReadOptions, path: Place) -> None:
         self._options = options
         self._learn = options.policy.learn
-        self._path = path
         folder = options.tokenizer
         if not isinstance(folder, Path) or not folder.is_dir():
             raise ValueError(
@@ -80,9 +80,9 @@ class SupervisedEncoder:
         """
         sequences = _Sequences(self._options)
         rendered = (self._rendered(place, row) for place, row in rows)
-        for chunk in in_chunks(rendered, _characters, f"{self._path}: "):
-            encoded = [self._encoded(list(run)) for _, run in itertools.groupby(chunk, lambda row: row.is_chat)]
-            ids, learned = zip(*itertools.chain.from_iterable(encoded), strict=True)
+        for chunk in in_chunks(rendered, _characters):
+            of_runs = [self._encoded(list(run)) for _, run in itertools.groupby(chunk, lambda row: row.is_chat)]
+            ids, learned = zip(*itertools.chain.from_iterable(of_runs), strict=True)
             is_target = [mask & sequences.predicted(mask.size) for mask in learned]
             yield Batch(np.concatenate(ids), np.concatenate(is_target))
 
@@ -143,8 +143,8 @@ class SupervisedEncoder:
 
     def _encoded(self, rows: list[_Rendered]) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
         """The ids of rows that are all chats or none, and which of them the policy learns."""
-        encodings = self._encode([row.text for row in rows], rows[0].is_chat)
-        prompts = [row.prompt for row in rows if row.prompt is not None]
+        encodings = self._encode([PlacedText(row.place, row.text) for row in rows], rows[0].is_chat)
+        prompts = [PlacedText(row.place, row.prompt) for row in rows if row.prompt is not None]
         ids_of_prompts = map(_ids, self._encode(prompts, rows[0].is_chat))
         for row, encoding in zip(rows, encodings, strict=True):
             ids = _ids(encoding)
@@ -157,11 +157,10 @@ class SupervisedEncoder:
                 learned[: _common_prefix(next(ids_of_prompts), ids)] = False
             yield ids, learned
 
-    def _encode(self, texts: list[str], is_chat: bool) -> list[Any]:
+    def _encode(self, texts: list[PlacedText], is_chat: bool) -> list[Any]:
         # Which leaves out the offsets.
         encode = self._tokenizer.encode_batch if self._learn == "assistant" else self._tokenizer.encode_batch_fast
-        with errors_told_as(f"{self._path}: cannot be encoded by {self._folder}"):
-            return encode(texts, add_special_tokens=not is_chat)
+        return encoded(texts, functools.partial(encode, add_special_tokens=not is_chat), self._folder)
 
 
 class _Sequences:

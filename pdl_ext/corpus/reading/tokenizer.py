@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,9 +15,22 @@ from pdl_ext.corpus.reading.pretrained import errors_told_as, load_tokenizer
 from pdl_ext.corpus.source import Batch, ReadOptions
 from pdl_ext.storage.place import Place
 
-__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "TextEncoder", "in_chunks"]
+__all__ = ["CHUNK_CHARACTERS", "MAX_TEXT_BYTES", "PlacedText", "TextEncoder", "encoded", "in_chunks"]
 
-_Text = TypeVar("_Text")
+
+class PlacedText(NamedTuple):
+    """A text with its place, which errors print: it may look for its line only then."""
+
+    place: object
+    text: str
+
+
+class _Placed(Protocol):
+    @property
+    def place(self) -> object: ...
+
+
+_Text = TypeVar("_Text", bound=_Placed)
 
 # A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
 MAX_TEXT_BYTES = 2**24
@@ -38,21 +52,21 @@ class TextEncoder:
     With policy.targets "shifted" the first token of each text, which may be a special one, is no target. Threads may
     share it.
 
-    options.tokenizer: the path of the file; path: the file that the texts come from, which errors name.
+    options.tokenizer: the path of the file; path: the file that the texts come from, for errors before there are any.
     Raises ValueError without a tokenizer or for one that is damaged, ImportError if the library is missing; warns of
     one with more entries than options.vocab_size.
     """
 
     def __init__(self, options: ReadOptions, path: Place | None = None) -> None:
-        self._prefix = "" if path is None else f"{path}: "
+        prefix = "" if path is None else f"{path}: "
         if options.tokenizer is None:
             raise ValueError(
-                f"{self._prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json, or with the "
+                f"{prefix}got text without a tokenizer, expected --tokenizer with a tokenizer.json, or with the "
                 "folder of a transformers tokenizer"
             )
         if options.policy.learn is not None:
             raise ValueError(
-                f"{self._prefix}got texts, and learn {options.policy.learn} (--learn), expected rows of JSON lines, "
+                f"{prefix}got texts, and learn {options.policy.learn} (--learn), expected rows of JSON lines, "
                 "Parquet or Arrow for it"
             )
         self._path = options.tokenizer
@@ -60,18 +74,18 @@ class TextEncoder:
         self._special_tokens = options.policy.special_tokens
         self._shifted = options.policy.targets == "shifted"
 
-    def batches(self, texts: Iterable[str]) -> Iterator[Batch]:
+    def batches(self, texts: Iterable[PlacedText]) -> Iterator[Batch]:
         """The tokens of the texts, a thread's share of CHUNK_CHARACTERS or one text at a time.
 
-        Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters.
+        Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters, by its place.
         """
-        for chunk in in_chunks(texts, len, self._prefix):
+        for chunk in in_chunks(texts, lambda text: len(text.text)):
             yield self.encode(chunk)
 
-    def encode(self, texts: list[str]) -> Batch:
-        """The tokens of all texts, uint32. Raises ValueError for a text that the tokenizer refuses."""
-        with errors_told_as(f"{self._prefix}cannot be encoded by {self._path}"):
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
+    def encode(self, texts: list[PlacedText]) -> Batch:
+        """The tokens of all texts, uint32. Raises ValueError that names the place of a text that is refused."""
+        encode = functools.partial(self._tokenizer.encode_batch_fast, add_special_tokens=self._special_tokens)
+        encodings = encoded(texts, encode, self._path)
         ids = array("I")
         for encoding in encodings:
             ids += array("I", encoding.ids)
@@ -84,10 +98,24 @@ class TextEncoder:
         return Batch(tokens, is_target)
 
 
-def in_chunks(texts: Iterable[_Text], characters: Callable[[_Text], int], prefix: str) -> Iterator[list[_Text]]:
+def encoded(texts: list[PlacedText], encode: Callable[[list[str]], list[Any]], tokenizer: Place) -> list[Any]:
+    """What `encode` makes of texts at once. Raises ValueError that names the place of the first one it fails at."""
+    refused = f"cannot be encoded by {tokenizer}"
+    try:
+        with errors_told_as(f"one of {len(texts)} texts from here on {refused}", texts[0].place if texts else None):
+            return encode([text for _, text in texts])
+    except ValueError:
+        # The library does not tell which.
+        for place, text in texts:
+            with errors_told_as(refused, place):
+                encode([text])
+        raise
+
+
+def in_chunks(texts: Iterable[_Text], characters: Callable[[_Text], int]) -> Iterator[list[_Text]]:
     """Texts to encode at once: a thread's share of CHUNK_CHARACTERS, or one text.
 
-    characters: of a text. Raises ValueError, which begins with `prefix`, for one of more than MAX_TEXT_BYTES.
+    characters: of a text. Raises ValueError that names the place of one of more than MAX_TEXT_BYTES.
     """
     chunk: list[_Text] = []
     total = 0
@@ -97,7 +125,9 @@ def in_chunks(texts: Iterable[_Text], characters: Callable[[_Text], int], prefix
         for text in texts:
             number = characters(text)
             if number > MAX_TEXT_BYTES:
-                raise ValueError(f"{prefix}got a text of {number:,} characters, expected {MAX_TEXT_BYTES:,} at most")
+                raise ValueError(
+                    f"{text.place}: got a text of {number:,} characters, expected {MAX_TEXT_BYTES:,} at most"
+                )
             size = number + _CHARACTERS_PER_TEXT
             if chunk and total + size > most:
                 yield chunk
