@@ -136,7 +136,9 @@ def test_missing_model_names_the_command(
 
 def test_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delitem(sys.modules, "pdl_ext.cli.demo.command")
-    monkeypatch.delitem(sys.modules, "pdl_ext.cli.demo.plot", raising=False)
+    # A module that is imported is an attribute of its package, too.
+    monkeypatch.delitem(sys.modules, "pdl_ext.cli.demo.plot")
+    monkeypatch.delattr("pdl_ext.cli.demo.plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run_demo() == 1
     assert 'run: pip install "pdl_ext[demo]"' in capsys.readouterr().err
