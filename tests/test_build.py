@@ -41,7 +41,7 @@ def test_source_folder_without_a_build_says_what_to_run(tmp_path):
     shutil.copytree(ROOT / "pdl_ext", tmp_path / "pdl_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     # An editable install's finder would lend the copy the module that it lacks.
     forget_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
-    result = run_python(forget_editable + "import pdl_ext", PYTHONPATH=str(tmp_path))
+    result = run_python(forget_editable + "from pdl_ext import PDLLoss", PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
     assert "ImportError: pdl_ext's compiled module cannot be imported: it is not built" in result.stderr
     assert "pip install -e ." in result.stderr
@@ -50,10 +50,31 @@ def test_source_folder_without_a_build_says_what_to_run(tmp_path):
 def test_a_module_of_another_pytorch_says_how_to_build_it_anew(tmp_path):
     shutil.copytree(ROOT / "pdl_ext", tmp_path / "pdl_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "pdl_ext" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not for this system")
-    result = run_python("import pdl_ext", PYTHONPATH=str(tmp_path))
+    result = run_python("from pdl_ext import PDLLoss", PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
     assert f"was built with another PyTorch than {torch.__version__}" in result.stderr
     assert "pip install --no-build-isolation --no-deps --force-reinstall" in result.stderr
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_doctor_comes_without_a_compiled_module_that_can_be_imported(tmp_path, is_there):
+    folder = tmp_path / "the sources"
+    shutil.copytree(ROOT / "pdl_ext", folder / "pdl_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "build_backend.py", folder)
+    if is_there:
+        (folder / "pdl_ext" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"not for this system")
+    forget_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in repr(f)]; "
+    run = "from pdl_ext.cli.main import main; sys.exit(main(['doctor']))"
+    result = run_python(forget_editable + run, PYTHONPATH=str(folder))
+    assert (result.returncode, result.stderr) == (1, "")
+    lines = result.stdout.splitlines()
+    (wrong,) = (number for number, line in enumerate(lines) if line.startswith("wrong "))
+    assert lines[wrong].split()[1:3] == ["compiled", "module"]
+    assert ("was built with another PyTorch than" if is_there else "is not built") in lines[wrong]
+    command = "pip install --no-build-isolation --no-deps --force-reinstall -e"
+    assert lines[wrong + 1].strip() == f"run: {command} '{folder}'"
+    assert any(line.startswith(("ok      extra", "absent  extra")) for line in lines)
+    assert lines[-1] == "1 wrong"
 
 
 @pytest.mark.parametrize("through", ["site-packages", "a path file"])

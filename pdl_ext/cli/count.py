@@ -107,6 +107,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output is None and not arguments.dry_run:
+        raise ValueError("output: got none, expected a file for the counts (-o FILE)")
     import torch.distributed as dist
 
     from pdl_ext.cli.counts_file import check_counts_output
@@ -116,8 +118,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.storage.place import address, place
     from pdl_ext.storage.whole_file import partial_files
 
-    if arguments.output is None and not arguments.dry_run:
-        raise ValueError("output: got none, expected a file for the counts (-o FILE)")
     output = None if arguments.output is None else place("output", arguments.output)
     if output is not None:
         check_counts_output(output)
@@ -168,9 +168,13 @@ def _remove(files: list[Any]) -> None:
 
 def _dry_run(arguments: argparse.Namespace) -> int:
     from pdl_ext._printable import printable
+    from pdl_ext.cli.progress import waiting
     from pdl_ext.corpus.counting import preview_corpus
 
-    files = preview_corpus(arguments.data, arguments.vocab_size, output=arguments.output, **_read_arguments(arguments))
+    with waiting("pdl-ext count: looks at the files"):
+        files = preview_corpus(
+            arguments.data, arguments.vocab_size, output=arguments.output, **_read_arguments(arguments)
+        )
     lines = [("file", "bytes", "format", "dtype", "tokens")]
     for file in files:
         about = "" if file.is_exact else "about "

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from pdl_ext.cli import count, demo, explore, info, merge, plot, show, streams
+from pdl_ext.cli import count, demo, doctor, explore, first_steps, info, merge, plot, show, streams
 from pdl_ext.cli.memory import is_out_of_memory
 
 __all__ = ["main"]
@@ -18,15 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
     streams.prepare()
     parser = _Parser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
-    subparsers = parser.add_subparsers(required=True, metavar="command")
-    for command in (count, merge, show, plot, explore, info, demo):
+    parser.set_defaults(run=first_steps.run, shows_time=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    for command in (count, merge, show, plot, explore, info, doctor, demo):
         command.add_parser(subparsers)
     try:
         parsed = parser.parse_args(arguments)
         with warnings.catch_warnings():
             # Without the place in the library that warns.
             warnings.showwarning = _show_warning
-            code = parsed.run(parsed)
+            with _clock(parsed):
+                code = parsed.run(parsed)
             streams.flush_output()
             return code
     except BrokenPipeError:
@@ -44,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(OSError):
         streams.flush_output()
     return code
+
+
+def _clock(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """What tells the time of a sub-command that has no bar of its own."""
+    if not parsed.shows_time:
+        return contextlib.nullcontext()
+    from pdl_ext.cli.progress import waiting
+
+    return waiting(f"pdl-ext {parsed.command}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdl_ext.cli.streams import report
-from pdl_ext.storage.place import Place, place
+
+if TYPE_CHECKING:
+    from pdl_ext.storage.place import Place
 
 __all__ = ["add_parser"]
 
@@ -27,13 +29,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from pdl_ext.cli.counts_file import check_counts_output, load_counts
+    from pdl_ext.cli.progress import steps
+    from pdl_ext.storage.place import place
 
     output = place("output", arguments.output)
     check_counts_output(output)
     first, *others = (place("counts", name) for name in arguments.counts)
     frequency = load_counts(first)
     seen = {_identity(first)}
-    for path in others:
+    for path in steps(others, "merge", "file"):
         other = load_counts(path)
         # Counts that come from no files have no shards to tell it by.
         if not arguments.allow_overlap and _identity(path) in seen:

@@ -25,18 +25,19 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a .png or .svg file, or its URL")
     parser.add_argument("--alpha", type=float, nargs="+", default=_ALPHAS, metavar="A", help="exponents of the weights")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, shows_time=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pdl_ext._optional import require
-    from pdl_ext.cli.counts_file import check_output_folder, load_counts
     from pdl_ext.storage.place import place
-    from pdl_ext.storage.whole_file import write_whole
 
     output = place("output", arguments.output)
     if output.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"output: got {output}, expected a name that ends in {' or '.join(_SUFFIXES)}")
+    from pdl_ext._optional import require
+    from pdl_ext.cli.counts_file import check_output_folder, load_counts
+    from pdl_ext.storage.whole_file import write_whole
+
     check_output_folder(output)
     counts = place("counts", arguments.counts)
     frequency = load_counts(counts)

@@ -1,18 +1,63 @@
-"""How far a count has come: a bar on a terminal, plain lines elsewhere."""
+"""How far a sub-command has come: bars on a terminal, on standard error; of a count, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, TextIO
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
 
 if TYPE_CHECKING:
     from pdl_ext.corpus import Progress
 
-__all__ = ["ProgressLine"]
+__all__ = ["ProgressLine", "steps", "waiting"]
+
+T = TypeVar("T")
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Whoever waits for less needs no bar.
+_SECONDS_WITHOUT = 2.0
+_SECONDS_BETWEEN_REDRAWS = 0.5
+
+
+def steps(items: Sequence[T], name: str, unit: str) -> tqdm[T]:
+    """The items, with a bar while they take longer than two seconds."""
+    return tqdm(items, name, file=sys.stderr, unit=unit, disable=None, delay=_SECONDS_WITHOUT, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def waiting(name: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Shows how long a block takes that has no steps to count, from two seconds on. Leaves nothing behind.
+
+    stream: standard error if None.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not stream.isatty():
+        yield
+        return
+    done, begin = threading.Event(), time.monotonic()
+
+    def text() -> str:
+        return f"{name}: {tqdm.format_interval(time.monotonic() - begin)}"
+
+    def show() -> None:
+        if done.wait(_SECONDS_WITHOUT):
+            return
+        with contextlib.suppress(OSError), tqdm(desc=text(), bar_format="{desc}", file=stream, leave=False) as line:
+            while not done.wait(_SECONDS_BETWEEN_REDRAWS):
+                line.set_description_str(text())
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class ProgressLine:
@@ -22,14 +67,19 @@ class ProgressLine:
         self._stream = stream
         self._bar: tqdm[None] | None = None
         self._printed = 0.0
+        # Until there is something to show: thousands of files are opened before the first is counted.
+        self._waiting = contextlib.ExitStack()
+        self._waiting.enter_context(waiting("pdl-ext count: looks at the files", stream))
 
     def show(self, progress: Progress) -> None:
         """Takes the newest state. A stream that cannot be written to ends no count."""
+        self._waiting.close()
         with contextlib.suppress(OSError):
             self._show(progress)
 
     def close(self) -> None:
         """Leaves the last state standing."""
+        self._waiting.close()
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()

@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="tokens printed of each end (default: 10)")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, shows_time=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from pdl_ext._printable import printable
 
@@ -27,7 +28,7 @@ def prepare() -> None:
 
 def write(*lines: str) -> None:
     """Prints lines at once, each as one. Raises OSError that names the stream if they cannot be written."""
-    with _named_and_dropped():
+    with _named_and_dropped(), _without_bars():
         print(*map(printable, lines), sep="\n", flush=True)
 
 
@@ -47,6 +48,13 @@ def _named_and_dropped() -> Iterator[None]:
         raise OSError(error.errno, error.strerror, "standard output") from error
 
 
+def _without_bars() -> contextlib.AbstractContextManager[None]:
+    """Takes the bars off the terminal that a line is printed to, and draws them again below it."""
+    # Imported by whoever has drawn one.
+    tqdm: Any = sys.modules.get("tqdm")
+    return contextlib.nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(sys.stderr)
+
+
 def report(*lines: str) -> None:
     """Prints what a sub-command says when its work is done; where that fails, the work is none the worse."""
     try:
@@ -57,5 +65,5 @@ def report(*lines: str) -> None:
 
 def tell(line: str) -> None:
     """Prints a line on standard error, if that can be written."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), _without_bars():
         print(printable(line), file=sys.stderr, flush=True)

@@ -152,6 +152,8 @@ def test_too_little_memory(zeros, ranks, monkeypatch, capsys):
 # In a process of its own: what this one has freed would be taken before the system is asked for any.
 IN_LITTLE_MEMORY = """
 import os, resource, sys
+from pdl_ext import PDLLoss
+from pdl_ext.cli import progress
 from pdl_ext.cli.main import main
 
 pages = int(open("/proc/self/statm").read().split()[0])

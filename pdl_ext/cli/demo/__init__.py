@@ -130,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     try:
         from pdl_ext.cli.demo.command import run
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in ("matplotlib", "tqdm"):
+        if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         print(f"pdl-ext demo: error: {error}; run: {EXTRA_REQUIREMENT}", file=sys.stderr)
         return 1

@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import pdl_ext
 from pdl_ext.cli.demo import cost, data, evaluate, model, plot, report, train
 from pdl_ext.cli.demo.data import DemoError, Encoded
 from pdl_ext.cli.demo.train import FUSED, UNFUSED
+from pdl_ext.cli.progress import steps, waiting
 
 BEFORE, CE = "before", "cross-entropy"
 
@@ -41,8 +41,9 @@ def _demo(args: argparse.Namespace) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--output {args.output}: cannot be made a folder: {error.strerror}") from error
-    examples = data.read_text(args.text) if args.text else list(data.verses().values())
-    initial, tokenizer = model.load()
+    with waiting("load text and model"):
+        examples = data.read_text(args.text) if args.text else list(data.verses().values())
+        initial, tokenizer = model.load()
     # It needs what the model has just been loaded by.
     from pdl_ext.integrations.transformers import apply_pdl_loss
 
@@ -168,7 +169,7 @@ def _check_size(args: argparse.Namespace, kept: int, too_long: int) -> None:
 
 
 def _count(examples: Sequence[Encoded], vocab_size: int, pad_id: int) -> pdl_ext.TokenFrequency:
-    starts = tqdm(range(0, len(examples), 256), desc="count targets", unit="batch")
+    starts = steps(range(0, len(examples), 256), "count targets", "batch")
     batches = ({"labels": data.collate(examples[start : start + 256], pad_id)[1]} for start in starts)
     return pdl_ext.count_labels(batches, vocab_size, shift=True)
 

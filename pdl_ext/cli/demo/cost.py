@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from pdl_ext.cli.demo.data import Encoded, collate
 from pdl_ext.cli.demo.model import CausalLM
 from pdl_ext.cli.demo.train import loss_of
+from pdl_ext.cli.progress import steps
 
 TIMED_STEPS = 3
 
@@ -52,7 +52,7 @@ def step_costs(
     peaks: dict[str, list[int | None]] = {name: [] for name in ways}
     chosen = list(itertools.islice(itertools.cycle(batches), 1 + TIMED_STEPS))
     model.train()
-    for examples in tqdm(chosen, desc=f"compare {' and '.join(ways)}", unit="batch"):
+    for examples in steps(chosen, f"compare {' and '.join(ways)}", "batch"):
         ids, labels = (tensor.to(model.device) for tensor in collate(examples, pad_id))
         for name, give_loss in ways.items():
             give_loss(model)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pdl_ext.cli.demo.extra import EXTRA_REQUIREMENT
+from pdl_ext.cli.progress import steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> l
 
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     encoded = []
-    for start in tqdm(range(0, len(examples), 1000), desc="tokenise", unit="k examples"):
+    for start in steps(range(0, len(examples), 1000), "tokenise", "k examples"):
         chunk = examples[start : start + 1000]
         contexts = ids_of([f"{bos}user\n{e.prompt}{eos}\n{bos}assistant\n" if e.prompt else bos for e in chunk])
         completions = ids_of([e.completion for e in chunk])

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import pdl_ext
 from pdl_ext.cli.demo.data import IGNORE_INDEX, Encoded, Example, collate, pad_left
 from pdl_ext.cli.demo.model import CausalLM
+from pdl_ext.cli.progress import steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +45,7 @@ def score(model: CausalLM, examples: Sequence[Encoded], *, pad_id: int, name: st
     loss_fn.eval()
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
     nll, token, example = [], [], []
-    for start in tqdm(range(0, len(order), BATCH_SIZE), desc=f"score, {name}", unit="batch"):
+    for start in steps(range(0, len(order), BATCH_SIZE), f"score, {name}", "batch"):
         indices = order[start : start + BATCH_SIZE]
         ids, labels = collate([examples[index] for index in indices], pad_id)
         logits = model(input_ids=ids.to(model.device), use_cache=False).logits
@@ -123,7 +123,7 @@ def generate(
     pad_id = tokenizer.eos_token_id
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     texts = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"generate, {name}", unit="batch"):
+    for start in steps(range(0, len(order), batch_size), f"generate, {name}", "batch"):
         indices = order[start : start + batch_size]
         ids, mask = pad_left([prompts[index] for index in indices], pad_id)
         output = model.generate(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pdl_ext.cli.demo.data import Encoded, collate
 from pdl_ext.cli.demo.model import CausalLM
+from pdl_ext.cli.progress import steps
 
 # The two ways to the PDL loss, as the report names them.
 FUSED, UNFUSED = "fused", "unfused"
@@ -63,7 +63,7 @@ def finetune(
     tokens = target_tokens = 0
     model.train()
     start = time.perf_counter()
-    with tqdm(batches, desc=f"finetune, {name}", unit="step") as bar:
+    with steps(batches, f"finetune, {name}", "step") as bar:
         for examples in bar:
             ids, labels = (tensor.to(model.device) for tensor in collate(examples, pad_id))
             loss = loss_of(model, ids, labels)

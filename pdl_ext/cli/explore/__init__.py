@@ -27,10 +27,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=f"a {_SUFFIX} file, or its URL")
     parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to show tokens as text")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, shows_time=True)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.output.suffix.lower() != _SUFFIX:
+        raise ValueError(f"output: got {arguments.output}, expected a name that ends in {_SUFFIX}")
     from pdl_ext.cli.counts_file import load_counts
     from pdl_ext.cli.explore.page import page_of
     from pdl_ext.storage.place import place
@@ -54,8 +56,6 @@ def _check_output(path: Place) -> None:
     from pdl_ext.cli.explore.page import BEGINNING
     from pdl_ext.corpus.reading.access import read_head
 
-    if path.suffix.lower() != _SUFFIX:
-        raise ValueError(f"output: got {path}, expected a name that ends in {_SUFFIX}")
     check_output_folder(path)
     if path.is_dir():
         raise ValueError(f"output: got {path}, a folder, expected a file")
