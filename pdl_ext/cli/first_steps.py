@@ -24,5 +24,5 @@ Power-Law Decay Loss for PyTorch. Three things to do first:
 
 def run(_: argparse.Namespace) -> int:
     """Prints them; returns 0."""
-    write(_TEXT)
+    write(*_TEXT.split("\n"))
     return 0

@@ -31,14 +31,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.output.suffix.lower() != _SUFFIX:
-        raise ValueError(f"output: got {arguments.output}, expected a name that ends in {_SUFFIX}")
-    from pdl_ext.cli.counts_file import load_counts
-    from pdl_ext.cli.explore.page import page_of
     from pdl_ext.storage.place import place
-    from pdl_ext.storage.whole_file import write_whole
 
     output = place("output", arguments.output)
+    if output.suffix.lower() != _SUFFIX:
+        raise ValueError(f"output: got {output}, expected a name that ends in {_SUFFIX}")
+    from pdl_ext.cli.counts_file import load_counts
+    from pdl_ext.cli.explore.page import page_of
+    from pdl_ext.storage.whole_file import write_whole
+
     _check_output(output)
     counts = place("counts", arguments.counts)
     frequency = load_counts(counts)
