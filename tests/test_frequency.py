@@ -539,7 +539,7 @@ class TestFile:
         [
             (5, TypeError, "path: got 5 of type int, expected a path"),
             ("", ValueError, "path: got an empty name, expected a path"),
-            ("a\0b", ValueError, r"path: got 'a\\x00b', which has a null in it, expected a path"),
+            ("a\0b", ValueError, r"path: got 'a\\x00b', which has a null character, expected a path"),
         ],
         ids=["number", "empty", "null"],
     )

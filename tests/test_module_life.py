@@ -664,7 +664,7 @@ def test_a_compiled_loss_is_checked():
     for buffer in loss.frequency.buffers():
         buffer.zero_()
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="frequency: got no token, expected those that the loss was given"):
+    with pytest.raises(Exception, match="frequency: got no token, expected those given to the loss"):
         torch.compile(loss, backend="eager", fullgraph=True)(torch.zeros(3, VOCAB), torch.tensor([1, 2, 3]))
 
 

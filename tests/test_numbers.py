@@ -267,5 +267,5 @@ def test_tensors_that_are_not_dense(kind):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_script_is_refused(scripted):
-    with pytest.raises(TypeError, match=r"pdl_ext: torch\.jit\.script does not take it, expected torch\.compile"):
+    with pytest.raises(TypeError, match=r"pdl_ext: torch\.jit\.script is not supported, expected torch\.compile"):
         torch.jit.script(scripted)

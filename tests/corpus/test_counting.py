@@ -133,7 +133,8 @@ def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "_LARGEST_HEADER", 4096 + 500)
     options = {"dtype": "uint16", "progress": seen.append}
     with pytest.raises(
-        ValueError, match=r"^data: got 3 files, .* would have \d+ bytes of metadata, expected at most 500"
+        ValueError,
+        match=r"^data: got 3 files, .* would need \d+ bytes of metadata in a counts file, expected at most 500",
     ):
         count_corpus([tmp_path], V, **options, output=tmp_path / "counts", checkpoint=tmp_path / "checkpoint")
     assert not seen
