@@ -1,4 +1,4 @@
-"""Whether an error says that memory is not enough."""
+"""Recognises errors of insufficient memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["is_out_of_memory"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is Python's, NumPy's or PyTorch's for memory that cannot be had."""
-    # Of the CPU's memory PyTorch tells in the text alone.
+    """Whether an error of Python, NumPy or PyTorch reports insufficient memory."""
+    # For the CPU's memory PyTorch says so only in the text.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""How far a count has come: a bar on a terminal, plain lines elsewhere."""
+"""Shows the progress of a count: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ProgressLine:
         self._printed = 0.0
 
     def show(self, progress: Progress) -> None:
-        """Takes the newest state. A stream that cannot be written to ends no count."""
+        """Shows the newest progress. A stream that cannot be written to does not end the count."""
         with contextlib.suppress(OSError):
             self._show(progress)
 
     def close(self) -> None:
-        """Leaves the last state standing."""
+        """Leaves the last line visible."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()

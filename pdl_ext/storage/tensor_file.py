@@ -36,8 +36,8 @@ def write_tensors(path: Place, tensors: Mapping[str, Tensor], metadata: Mapping[
     """Replaces a file, or creates it; after a crash at any moment the old file is intact.
 
     metadata: its "format" first. The same tensors and metadata give the same bytes.
-    Errors leave the old file untouched: OSError that names the path, TypeError for tensors other than uint8 and int64,
-    ValueError for metadata that are too large.
+    Raises OSError that names the path, TypeError for tensors other than uint8 and int64, ValueError for metadata that
+    are too large. An error leaves the old file untouched.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:

@@ -175,7 +175,7 @@ def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(TokenFrequency, "save", save)
         assert main([*COUNT, "50"]) == 128 + signal.SIGINT
-    assert "the same command goes on from it" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "counts.safetensors").exists()
     # It goes on, and does not read the corpus again.
     monkeypatch.setattr(counting._Worker, "run", lambda worker: worker.done.set())

@@ -153,7 +153,7 @@ def test_nothing_that_could_run_is_loaded(tmp_path, monkeypatch):
             r"got an array of object, expected one of .*: it holds pickles: give the rows, as arrays of integers",
         ),
         ("a.npz", r"tokens: got an array of object, expected one of .*: it holds pickles"),
-        ("a.pkl", r"is a pickle, which is not read: it runs whatever it holds: load it where you trust it"),
+        ("a.pkl", r"is a pickle, which is not read: loading it can run any code: load it only if you trust it"),
         ("old.pt", r"is a file of PyTorch, which is not read: count it in Python: count_corpus\(\[torch\.load"),
     ]:
         with pytest.raises(ValueError, match=rf"{name}: {message}"):

@@ -145,7 +145,7 @@ REFUSED = {
     ),
     "no chat": ({"prompt": "a", "text": "b"}, "has 'prompt', 'text', expected 'prompt' and 'completion', 'messages', "),
     "null": ({"messages": None}, "has nothing, expected 'prompt' and 'completion', 'messages'"),
-    "token ids": ({"input_ids": [1, 2]}, "has 'input_ids', expected .* of token ids --mask or --skip-prompt tells"),
+    "token ids": ({"input_ids": [1, 2]}, "has 'input_ids', expected .* for token ids use --mask or --skip-prompt"),
     "no list": ({"messages": {"role": "user"}}, "'messages' is dict, expected a text or a list of messages"),
     "no messages": ({"messages": []}, "'messages' is an empty list, expected a text or a list of messages"),
     "no object": ({"messages": ["a"]}, "message 0 of 'messages' is str, expected an object with role and content"),
@@ -233,7 +233,7 @@ def test_columns_that_hold_nothing_to_learn(tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_chats_without_a_policy(name, tmp_path, tokenizer):
     path = (write if name == "a.jsonl" else write_columns)(tmp_path / name, CHATS)
-    with pytest.raises(ValueError, match=r"messages.*tell by --learn what is learned"):
+    with pytest.raises(ValueError, match=r"messages.*choose the targets by --learn"):
         count(path, tokenizer, TargetPolicy())
 
 

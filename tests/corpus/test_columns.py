@@ -163,7 +163,7 @@ def test_dictionaries_are_decoded():
 def test_an_integer_a_row_is_taken_for_ids_by_its_name_alone(name, is_dictionary):
     array = pa.array([7, 9, 7], pa.int32())
     batch = pa.record_batch({name: array.dictionary_encode() if is_dictionary else array})
-    with pytest.raises(ValueError, match=rf"or text with a tokenizer: --column {name} takes it for an id a row$"):
+    with pytest.raises(ValueError, match=rf"or text with a tokenizer: --column {name} reads it as an id a row$"):
         read(batch)
     assert read(batch, column=name)[0].tolist() == [7, 9, 7]
 
@@ -281,7 +281,9 @@ def test_a_narrow_dtype_warns(tmp_path):
 
 def test_a_dtype_that_is_not_the_columns_is_an_error(tmp_path):
     write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint64()))})
-    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected uint64, which the file tells, or none"):
+    with pytest.raises(
+        ValueError, match=r"a\.arrow: got dtype uint16, expected uint64, which the file states, or none"
+    ):
         count_corpus([tmp_path], VOCAB, dtype="uint16")
     assert count_corpus([tmp_path], VOCAB, dtype="int64").total == 1
 

@@ -171,7 +171,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": ["broken.list"]}, "data: got ./gone.bin, expected a file"),
         ({"data": ["binary.list"]}, "binary.list: cannot be read as a list of files"),
         ({"data": ["odd.bin"], "dtype": "uint16"}, "odd.bin: got 3 bytes, expected a multiple of 2"),
-        ({"dtype": None}, "a.bin: has no header, so its dtype cannot be told: give dtype"),
+        ({"dtype": None}, "a.bin: has no header, so its dtype is unknown: give dtype"),
         ({"dtype": "float32"}, "dtype: got 'float32'"),
         ({"format": "arrows"}, "format: got 'arrows', expected one of"),
         ({"vocab_size": 0}, "vocab_size: got 0"),

@@ -148,7 +148,7 @@ def test_npy_without_a_header_is_raw(tmp_path):
     tokens = np.arange(100, dtype=np.uint16)
     tokens.tofile(tmp_path / "part-0.npy")
     assert count_corpus([tmp_path / "part-0.npy"], V, dtype="uint16").counts.tolist() == bincount(tokens)
-    with pytest.raises(ValueError, match=r"part-0\.npy: has no header, so its dtype cannot be told"):
+    with pytest.raises(ValueError, match=r"part-0\.npy: has no header, so its dtype is unknown"):
         count_corpus([tmp_path / "part-0.npy"], V)
 
 
@@ -198,14 +198,14 @@ def test_the_mask_of_datatrove(tmp_path):
 def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
     tokens = np.arange(12, dtype=np.uint32)
     tokens.tofile(tmp_path / "a.ds")
-    with pytest.raises(ValueError, match=r"a\.ds: has no header, and nothing beside it tells its dtype"):
+    with pytest.raises(ValueError, match=r"a\.ds: has no header, and no file beside it states its dtype"):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer\n12\n12 T")
-    with pytest.raises(ValueError, match=r"nothing beside it tells its dtype"):
+    with pytest.raises(ValueError, match=r"no file beside it states its dtype"):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer|4\n12\n12 T")
     assert count_corpus([tmp_path / "a.ds"], V).counts.tolist() == bincount(tokens)
-    with pytest.raises(ValueError, match=r"a\.ds: got dtype uint16, expected uint32, which the file tells, or none"):
+    with pytest.raises(ValueError, match=r"a\.ds: got dtype uint16, expected uint32, which the file states, or none"):
         count_corpus([tmp_path / "a.ds"], V, dtype="uint16")
     # Of twice as many tokens as there are, which 2 bytes each would be.
     np.array([24], np.uint64).tofile(tmp_path / "a.ds.index")
@@ -216,7 +216,7 @@ def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
 @pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "fairseq", "litdata"])
 def test_a_dtype_that_is_not_what_the_file_tells_is_an_error(name, tmp_path):
     path = FORMATS[name][0](tmp_path, [np.arange(n, dtype="uint16") for n in (3, 5, 7)])
-    with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file tells, or none"):
+    with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file states, or none"):
         count_corpus([path], V, dtype="int16")
     assert count_corpus([path], V, dtype="uint16").total == 15
 
@@ -307,7 +307,7 @@ def _litdata(chunk=None, index=None, config=None, listed=None):
 
 BAD = {
     "raw, odd": ({"a.bin": bytes(7)}, {"dtype": "uint16"}, r"a\.bin: got 7 bytes, expected a multiple of 2"),
-    "raw, no dtype": ({"a.bin": bytes(8)}, {}, r"a\.bin: has no header, so its dtype cannot be told: give dtype"),
+    "raw, no dtype": ({"a.bin": bytes(8)}, {}, r"a\.bin: has no header, so its dtype is unknown: give dtype"),
     "llmc, truncated": (_llmc(tokens=3), {}, r"a\.bin: got 1030 bytes, expected 1032: it states 4 tokens of uint16"),
     "llmc, longer": (_llmc(tokens=5), {}, r"a\.bin: got 1034 bytes, expected 1032"),
     "llmc, no header": ({"a.bin": llmc_header(20240520, 1, 4)[:500]}, {}, r"a\.bin: got 500 bytes, expected a header"),

@@ -80,7 +80,7 @@ def test_a_hub_its_repositories_and_their_revisions(hub):
 @pytest.mark.filterwarnings("ignore:.*got files of 2 formats")
 def test_models_are_left_out_and_told_of(hub, model):
     for data in (hub, hub.parent):
-        with pytest.warns(UserWarning, match=r"models--owner--model: are no datasets, and left out of those in"):
+        with pytest.warns(UserWarning, match=r"models--owner--model: not a dataset, so left out of those in"):
             assert count(data).tokens_seen == NUMBER + 3
 
 

@@ -97,7 +97,7 @@ def test_texts_that_the_library_wrote(tmp_path):
 def test_bytes_need_a_dtype(tmp_path):
     folder = write_tokens(tmp_path / "data", sequences(5))
     with pytest.raises(
-        ValueError, match=r"index\.json: column 'tokens' holds bytes.*--dtype\), int64 for what llm-foundry"
+        ValueError, match=r"index\.json: column 'tokens' holds bytes.*--dtype\), int64 for files of llm-foundry"
     ):
         count(folder)
 

@@ -43,7 +43,7 @@ def _demo(args: argparse.Namespace) -> None:
         raise DemoError(f"--output {args.output}: cannot be made a folder: {error.strerror}") from error
     examples = data.read_text(args.text) if args.text else list(data.verses().values())
     initial, tokenizer = model.load()
-    # It needs what the model has just been loaded by.
+    # It needs transformers, which loading the model has checked.
     from pdl_ext.integrations.transformers import apply_pdl_loss
 
     pad_id = tokenizer.eos_token_id
@@ -140,7 +140,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    # A run that diverged is a result as well; JSON has no NaN, so it becomes null.
+    # A diverged run is a result, too; JSON has no NaN, so it becomes null.
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

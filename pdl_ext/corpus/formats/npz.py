@@ -1,4 +1,4 @@
-"""NumPy's .npz: a zip archive of .npy files, of which one is read, piece by piece."""
+"""NumPy's .npz: a zip archive of .npy files; one of them is read, piece by piece."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FORMAT"]
 
 _SUFFIX = ".npy"
 _PIECE_BYTES = 2**20
-# Others may take as much memory as they ask for. NumPy writes none of them.
+# Other methods may use any amount of memory. NumPy writes none of them.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -47,7 +47,7 @@ class _NpzSource(Source):
         return row_batches(self._pieces(), row, self._shifted)
 
     def _headers(self, path: Place) -> tuple[dict[str, NpyHeader], dict[str, ValueError]]:
-        """By its name each array's header, or why it is none of integers."""
+        """For each array, by name, its header, or the error that it is not integers."""
         headers, refused = {}, {}
         with _archive(path) as archive:
             for member in archive.infolist():
@@ -73,7 +73,7 @@ class _NpzSource(Source):
             while left and (piece := file.read(min(left, _PIECE_BYTES))) and not len(piece) % dtype.itemsize:
                 yield np.frombuffer(piece, dtype)
                 left -= len(piece)
-            # Read to its end, where the checksum is compared.
+            # Reading to the end makes zipfile compare the checksum.
             if left or file.read(1):
                 raise ValueError(
                     f"{self.path}: {self._name!r} is not as long as it states: {self._header.shape} of {dtype.name}"
@@ -82,7 +82,7 @@ class _NpzSource(Source):
 
 @contextlib.contextmanager
 def _archive(path: Place) -> Iterator[zipfile.ZipFile]:
-    """Raises ValueError that names one which is damaged, also while it is read."""
+    """Opens an archive. Raises ValueError that names a damaged one, also while it is read."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive

@@ -1,4 +1,4 @@
-"""Files of safetensors: a header of JSON that tells name, dtype, shape and place of each tensor; one is read."""
+"""Files of safetensors: a JSON header with name, dtype, shape and offsets of each tensor; one tensor is read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
-# By the format's names. uint64 is counted as int64.
+# The format's names of dtypes. uint64 is counted as int64.
 _DTYPES = {"U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"}
 _DTYPES |= {"I64": "int64", "U64": "int64"}
-# The library refuses longer ones.
+# The safetensors library refuses longer headers.
 _LARGEST_HEADER = 100_000_000
 
 
