@@ -1,4 +1,4 @@
-"""What a model makes of the examples: the nll of their targets, and generated texts."""
+"""A model's results on the examples: the nll of their targets, and generated texts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from evidence.training import OutOfTime
 from pdl_ext.cli.demo.evaluate import generate
 from pdl_ext.functional import decoding_offset
 
-# Texts between two writes of what has been generated.
+# The number of texts between two writes of the generated texts.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Unweighted nll in nats and the token weight of each target, its token, and the place of its example."""
+    """Unweighted nll in nats and the token weight of each target, its token, and the position of its example."""
 
     nll: Tensor
     weight: Tensor
@@ -85,7 +85,7 @@ def generate_texts(
     kept: Path,
     go_on: Callable[[], bool] = lambda: True,
 ) -> list[str]:
-    """Texts of at most `limit` tokens, in the order of `prompts`; `kept` holds those that there are already.
+    """Texts of at most `limit` tokens, in the order of `prompts`; `kept` holds those that exist already.
 
     Raises OutOfTime.
     """

@@ -90,7 +90,7 @@ def test_one_array_or_the_one_that_is_named(name, tmp_path):
     for option in ("mask", "skip_prompt"):
         with pytest.raises(ValueError, match=rf"{name}: got {option} 'm', expected None"):
             count(path, column="train", **{option: "m"})
-    with pytest.raises(ValueError, match=rf"{name}: got dtype uint16, expected int32, which the file tells"):
+    with pytest.raises(ValueError, match=rf"{name}: got dtype uint16, expected int32, which the file states"):
         count(path, column="train", dtype="uint16")
 
 

@@ -266,7 +266,7 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     sample = {"tokens": b"\x10\x04\x01" + bytes(2), "labels": bytes(8)}
     # Of a shard without samples none is told.
     folder = write(tmp_path / "data", columns, [[sample], []])
-    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file tells"):
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file states"):
         count(folder, dtype="int64")
     # Of the labels another one may be given.
     assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([0]), 1)
@@ -274,7 +274,7 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     # Counted as int64, and told as what it is.
     array = {"tokens": np.arange(1, dtype="<u8").tobytes()}
     folder = write(tmp_path / "wide", {"tokens": ("ndarray:uint64:1", 8)}, [[array]])
-    with pytest.raises(ValueError, match=r"mds: got dtype uint16, expected uint64, which the file tells"):
+    with pytest.raises(ValueError, match=r"mds: got dtype uint16, expected uint64, which the file states"):
         count(folder, dtype="uint16")
     assert_counts(count(folder, dtype="int64"), np.array([0]), 1)
 
