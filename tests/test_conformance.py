@@ -97,7 +97,7 @@ def test_every_case_finds_a_wrong_implementation(case):
     [
         ("mean by weights: divided by their sum", lambda s, t: right(s, cases.Task(t.targets, t.weight, "sum")) / 24),
         ("sum by weights", lambda s, t: right(s, cases.Task(t.targets, None, "sum"))),
-        # What was wrong in public: all rows scaled by the first upstream gradient.
+        # A bug of a published library: all rows scaled by the first upstream gradient.
         ("each row's loss by weights, upstream gradients of its own for each", lambda s, t: FirstUpstream.apply(*s, t)),
     ],
 )

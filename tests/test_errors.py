@@ -1,4 +1,4 @@
-"""Every input that the loss refuses: the error names the argument, what came and what was expected."""
+"""Every input that the loss refuses: the error names the argument, the value received and the value expected."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def test_tables_of_every_card(device, monkeypatch, card, multiprocessors, vocab_
     largest = min(vocab_size + 4, 2**16) if dtype == torch.uint16 else vocab_size + 4
     tokens = (torch.rand(600_013, generator=torch.Generator().manual_seed(0)) ** 2 * largest).to(dtype)
     tokens[::9] = ignore_index
-    # One of which no block has a counter, before the first vector.
+    # One without a counter in any block, before the first vector.
     tokens[1] = largest - 1
     frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
     # Not at an aligned address.
@@ -180,7 +180,7 @@ def test_ignore_index_inside_the_vocabulary(device):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("ignore_index", [3, 12, -1, 2**8 + 3])
 def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
-    # Among which are the id that is ignored, and one that is it but for the bits that the dtype does not have.
+    # These include the ignored id, and one that equals it except for bits that the dtype lacks.
     tokens = torch.randint(-1, 14, (n,), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     frequency = TokenFrequency.from_counts(torch.arange(100, 110, device=device), ignore_index=ignore_index)
     frequency.update(tokens)
@@ -192,8 +192,8 @@ def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
     assert_conserved(frequency, 1045 + n)
 
 
-# In a process of its own, which has freed no memory that could be taken again. There is enough for the table of one of
-# two threads.
+# In a process of its own, which has freed no memory that could be reused. There is enough for the table of one of two
+# threads.
 IN_LITTLE_MEMORY = """
 import resource, torch
 from pdl_ext import TokenFrequency
@@ -235,7 +235,7 @@ def test_tokens_all_alike(device, token):
 
 
 def test_ignoring_id_zero(device):
-    # CUDA: what the idle lanes of the last warp hold must not be taken for it.
+    # CUDA: the idle lanes of the last warp must not count as this id.
     frequency = TokenFrequency(9, ignore_index=0).to(device)
     frequency.update(torch.arange(45, device=device) % 9)
     assert frequency.counts.tolist() == [0, *[5] * 8]
@@ -366,7 +366,7 @@ def test_probabilities(device):
 @pytest.mark.parametrize(
     ("counts", "shares", "expected"),
     [
-        # Sorted 60, 20, 10, 6, 4: what lies before them is 0, 60, 80, 90, 96 %.
+        # Sorted 60, 20, 10, 6, 4: the shares before them are 0, 60, 80, 90, 96 %.
         ([10, 60, 4, 20, 6, 0], (0.8, 0.15, 0.05), [1, 0, 2, 0, 1, 2]),
         ([10, 60, 4, 20, 6, 0], (0.5, 0.5), [1, 0, 1, 1, 1, 1]),
         ([10, 60, 4], (1.0,), [0, 0, 0]),
@@ -818,7 +818,7 @@ MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
 
 
 def used(frequency, path):
-    """Everything that a frequency does, which adds [0, 2, 1] to its counts."""
+    """All operations of a frequency, which add [0, 2, 1] to its counts."""
     before = frequency.counts.clone()
     frequency.update(torch.tensor([1]))
     frequency.update(np.array([2]), strict=True)

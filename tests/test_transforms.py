@@ -1,4 +1,4 @@
-"""torch.func's transforms: each gives the right result, or an error that says what to do; never a gradient of None."""
+"""torch.func's transforms: each gives the right result or an error that says what to do, never a gradient of None."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pdl-ext count --dry-run`: what would be counted, in which format and dtype, and about how many tokens."""
+"""`pdl-ext count --dry-run`: the files that would be counted, their format and dtype, and their approximate tokens."""
 
 from __future__ import annotations
 

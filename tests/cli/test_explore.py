@@ -1,4 +1,4 @@
-"""`pdl-ext explore`: a page whole or not at all, of a bounded size, in which data are data."""
+"""`pdl-ext explore`: a page of bounded size, written completely or not at all, in which data are only data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `pdl-ext explore` in a browser: its numbers, its keyboard, its looks, and what it lets run."""
+"""The page of `pdl-ext explore` in a browser: its numbers, keyboard, appearance, and security."""
 
 from __future__ import annotations
 

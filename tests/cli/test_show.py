@@ -1,4 +1,4 @@
-"""`pdl-ext show`: what it prints of counts, and what it refuses."""
+"""`pdl-ext show`: its output for counts, and its errors."""
 
 from __future__ import annotations
 

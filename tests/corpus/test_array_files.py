@@ -1,4 +1,4 @@
-"""Files of named arrays, .npz, .safetensors and torch.save's: counted as the arrays are, and nothing is run."""
+"""Files of named arrays, .npz, .safetensors and torch.save's: counted like the arrays, without running code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrow files, Feather and streams: equal counts for each, none for what was cut off."""
+"""Arrow files, Feather and streams: equal counts for each, errors for truncated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chats and prompts with completions: every format and option as for texts, what is refused, and what is kept of it."""
+"""Chats and prompts with completions: every format and option as for texts, errors, and the provenance."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def count(path, tokenizer, policy=ASSISTANT, **options):
 
 @pytest.fixture(scope="module")
 def said(tokenizer):
-    """The counts of what the assistant says in CHATS, each by itself."""
+    """The counts of each assistant's turns in CHATS."""
     loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     ids = [
         token

@@ -1,4 +1,4 @@
-"""The counting loop, on raw files: every token once, over threads and parts; what is refused; what a stop leaves."""
+"""The counting loop, on raw files: every token once, over threads and parts; errors; and the state after a stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands for data and what does not: nothing is left out, read as something else or waited for without a word."""
+"""Which names are data and which are not: nothing is silently left out, misread or waited for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of formats whose tokens lie flat in a file: counts are of what was written, and bad files are told of."""
+"""Readers of formats with consecutive tokens: correct counts, and errors for bad files."""
 
 from __future__ import annotations
 
@@ -736,8 +736,8 @@ def test_a_count_leaves_the_number_of_threads_alone(tmp_path):
         torch.set_num_threads(before)
 
 
-# In a process of its own, in which no thread of PyTorch's is left of other tests. Its kernels and additions would share
-# out tables and batches of this size.
+# In a process of its own, without PyTorch's threads of other tests. Its kernels and additions would divide tables and
+# batches of this size.
 TASKS = """
 import os, sys
 import numpy as np, torch

@@ -1,4 +1,4 @@
-"""Files of kinds that are not read: each is called by its name, whatever it is named, with what to do about it."""
+"""Unsupported kinds of files: the error names the kind, whatever the file's name, and says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk: those that the library wrote, with indices, splits and a cache, and damaged ones."""
+"""Hugging Face datasets on disk: those written by the library, with indices, splits and a cache, and damaged ones."""
 
 from __future__ import annotations
 

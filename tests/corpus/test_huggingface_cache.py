@@ -1,4 +1,4 @@
-"""The root of a Hugging Face cache: each dataset in it once, no models, nothing read that is none of its data."""
+"""The root of a Hugging Face cache: each dataset once, no models, and no other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trainers leave beside their tokens: left out with a note, and nothing else with it."""
+"""Files of trainers beside their tokens: they are left out with a warning, and no other file is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MDS folders: those that MosaicML's own writer wrote, every encoding, and shards and indexes that lie."""
+"""MDS folders: those of MosaicML's own writer, every encoding, and shards and indexes with wrong data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects in Python: datasets, tables of Arrow and iterables of arrays count as the same data do from files."""
+"""Objects in Python: datasets, tables of Arrow and iterables of arrays have the counts of files with the same data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet: equal counts whatever the row groups, pages and codecs; damaged files are errors that name them."""
+"""Parquet: equal counts for all row groups, pages and codecs; errors that name damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora in object stores: the counts of the same files on disk, whatever the store does, and no secrets told."""
+"""Corpora in object stores: the counts of the same files on disk, whatever the store does, and no secrets shown."""
 
 from __future__ import annotations
 

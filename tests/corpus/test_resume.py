@@ -1,4 +1,4 @@
-"""A count that is killed at any moment goes on to the counts of one that was not."""
+"""A count that is killed at any moment and resumed has the counts of an uninterrupted one."""
 
 from __future__ import annotations
 

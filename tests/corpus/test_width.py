@@ -1,4 +1,4 @@
-"""Tokens of a wider dtype than the one that was given are told of, and no others are."""
+"""Tokens of a wider dtype than the given one give a warning, and no others do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code blocks of a page of the documentation, by the heading that they stand under."""
+"""The code blocks of a page of the documentation, by their headings."""
 
 from __future__ import annotations
 
