@@ -397,6 +397,6 @@ def _format_of(path: Place, name: str | None, options: ReadOptions) -> Format:
     # For example a file that a writer of columns has not finished.
     reason = "" if head else "is empty, so that "
     raise ValueError(
-        f"{path}: {reason}its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
+        f"{path}: {reason}its format is unknown; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
         "dtype), or leave the file out by a pattern"
     )

@@ -160,14 +160,14 @@ REFUSED = {
         "message 0 of 'messages' has a part of type 'image', expected text alone",
     ),
     "an image beside": ({**CHATS[0], "images": ["a.png"]}, "got 'images', expected text alone"),
-    "tools": ({**CHATS[0], "tools": "bark"}, "'tools' is no JSON"),
+    "tools": ({**CHATS[0], "tools": "bark"}, "'tools' is not JSON"),
     "one tool": ({**CHATS[0], "tools": {"name": "bark"}}, "'tools' is dict, expected a list"),
     "options": ({**CHATS[0], "chat_template_kwargs": [1]}, "'chat_template_kwargs' is list, expected an object"),
     "another template": (
         {**CHATS[0], "chat_template_kwargs": {"chat_template": "a"}},
         "cannot be rendered by the chat template of .*chat_template",
     ),
-    "half a character": ({"messages": [*chat(1), {"role": "user", "content": "\ud800"}]}, "is no Unicode text"),
+    "half a character": ({"messages": [*chat(1), {"role": "user", "content": "\ud800"}]}, "is not Unicode text"),
     "Alpaca with a history": (
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
         "got 'history' beside 'instruction', expected a chat under 'messages'",

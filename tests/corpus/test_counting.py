@@ -167,7 +167,7 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": np.array("a.bin")}, "data: got array('a.bin', dtype='<U5'), expected a list"),
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),
         ({"data": ["empty"]}, "data: got nothing to count in empty"),
-        ({"data": ["a.txy"], "dtype": None}, "a.txy: its format cannot be told"),
+        ({"data": ["a.txy"], "dtype": None}, "a.txy: its format is unknown"),
         ({"data": ["broken.list"]}, "data: got ./gone.bin, expected a file"),
         ({"data": ["binary.list"]}, "binary.list: cannot be read as a list of files"),
         ({"data": ["odd.bin"], "dtype": "uint16"}, "odd.bin: got 3 bytes, expected a multiple of 2"),

@@ -72,7 +72,7 @@ def test_a_folder_may_be_named_as_a_file_is(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_an_empty_file_of_no_format_is_told_to_be_empty(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format cannot be told"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format is unknown"):
         total(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
     (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
     (tmp_path / name).write_bytes(b"others'")
     with pytest.raises(
-        ValueError, match=rf"{re.escape(name)}: (its format cannot be told|got 7 bytes, expected a header of)"
+        ValueError, match=rf"{re.escape(name)}: (its format is unknown|got 7 bytes, expected a header of)"
     ):
         total(tmp_path, dtype="uint16")
 
@@ -146,7 +146,7 @@ def test_counts_that_are_named_are_not_dropped(tmp_path):
 def test_lists_are_followed_where_they_are_named_alone(tmp_path, data):
     write_npy(tmp_path, ROWS)
     (tmp_path / "all.list").write_text("tokens.npy\n")
-    with pytest.raises(ValueError, match=r"all\.list: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"all\.list: its format is unknown"):
         total(tmp_path / data)
 
 

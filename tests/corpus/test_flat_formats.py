@@ -578,7 +578,7 @@ BAD = {
     "litdata, truncated": (
         _litdata(chunk=_litdata()["chunk-0-0.bin"][:-1]),
         {},
-        r"chunk-0-0\.bin: its items lie from byte 16 to 32, expected",
+        r"chunk-0-0\.bin: its items are from byte 16 to 32, expected",
     ),
     "litdata, outside": (
         _litdata(chunk=np.array([2, 16, 99, 32, 1, 2, 3, 4], "<u4").tobytes()),

@@ -237,7 +237,7 @@ def test_ids_are_not_taken_for_another_kind(dtype, seed, tmp_path):
 def test_an_object_over_several_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"input_ids": [1, 2]}, indent=1))
     with pytest.raises(
-        ValueError, match=r"a\.json: line 1 \(byte 0\): is no line of JSON .*, expected an object a line"
+        ValueError, match=r"a\.json: line 1 \(byte 0\): is not a line of JSON .*, expected an object a line"
     ):
         count_corpus([tmp_path / "a.json"], V)
 

@@ -60,7 +60,7 @@ def _only_split(folder: Place) -> Place:
             f"on, as {folder / splits[0]}"
         )
     if not is_folder(folder / splits[0]):
-        raise ValueError(f"{folder / splits[0]}: is no folder, which {_SPLITS} lists")
+        raise ValueError(f"{folder / splits[0]}: is not a folder, although {_SPLITS} lists it")
     return folder / splits[0]
 
 

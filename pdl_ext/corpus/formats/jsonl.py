@@ -75,7 +75,7 @@ class _JsonLinesSource(LineSource):
         except (ValueError, RecursionError) as error:
             # The line in the error is always the first.
             reason = f"{error.msg}: character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{place}: is no line of JSON ({reason}), expected an object a line") from error
+            raise ValueError(f"{place}: is not a line of JSON ({reason}), expected an object a line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
         return record
@@ -108,7 +108,7 @@ class _JsonLinesSource(LineSource):
             text.encode()
         except UnicodeEncodeError as error:
             # JSON can escape half of a surrogate pair.
-            raise ValueError(f"{place}: {column!r} is no Unicode text ({error.reason})") from error
+            raise ValueError(f"{place}: {column!r} is not Unicode text ({error.reason})") from error
 
     def _tokens(self, record: dict[str, Any], column: str, place: LinePlace) -> Batch:
         ids = _integers(record, column, {int}, place, "a string or a list of integers")

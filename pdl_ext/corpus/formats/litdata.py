@@ -255,7 +255,7 @@ def _token_stream(
     offsets = AscendingNumbers(path, "<u4", 4, items + 1)
     if begin != first_byte or offsets.last != size:
         raise ValueError(
-            f"{path}: its items lie from byte {begin} to {offsets.last}, expected from {first_byte} to {size}, the "
+            f"{path}: its items are from byte {begin} to {offsets.last}, expected from {first_byte} to {size}, the "
             "file's end"
         )
     itemsize = token_dtype(dtype).itemsize

@@ -129,7 +129,7 @@ def _tools(row: Mapping[str, Any], place: object) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: 'tools' is no JSON ({error}), expected a list") from error
+            raise ValueError(f"{place}: 'tools' is not JSON ({error}), expected a list") from error
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{place}: 'tools' is {type(tools).__name__}, expected a list")
     return tools

@@ -49,7 +49,7 @@ class LinePlace:
 
     def __str__(self) -> str:
         source, offset = self._source, self._offset
-        byte = f"byte {offset}{' of what it decompresses to' if source.is_compressed else ''}"
+        byte = f"byte {offset}{' of its decompressed content' if source.is_compressed else ''}"
         try:
             return f"{source.path}: line {source.line_number(offset)} ({byte})"
         except ValueError:

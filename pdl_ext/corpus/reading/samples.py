@@ -241,7 +241,7 @@ class _Unpacked:
         block = next(self._blocks, None)
         if block is None:
             raise ValueError(
-                f"{self._path}: ends at byte {self._start + len(self._held)} of what it decompresses to, expected "
+                f"{self._path}: ends at byte {self._start + len(self._held)} of its decompressed content, expected "
                 f"{expected} or more"
             )
         self._held += block
@@ -301,7 +301,7 @@ class SampleSource(Source):
     def check_own(self, window: Reader, begin: int, end: int) -> None:
         """Raises ValueError for invalid data between offsets and samples. Here there must be none."""
         if begin != end:
-            raise ValueError(f"{self.path}: its samples lie from byte {end} on, expected from {begin}")
+            raise ValueError(f"{self.path}: its samples are from byte {end} on, expected from {begin}")
 
     def doubt(self) -> str | None:
         if self._layout.text or self._layout.encodings[self._layout.tokens].kind != "bytes":

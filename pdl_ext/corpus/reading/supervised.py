@@ -91,7 +91,7 @@ class SupervisedEncoder:
         template = self._pretrained.get_chat_template() if self._has_template else ""
         if not _GENERATION.search(template):
             raise ValueError(
-                f"{self._folder}: got a chat template without {{% generation %}}, expected what the assistant says "
+                f"{self._folder}: got a chat template without {{% generation %}}, expected the assistant's turns "
                 "between {% generation %} and {% endgeneration %}, for learn assistant (--learn): put the marks there, "
                 "or save a tokenizer with tokenizer.chat_template = "
                 "trl.chat_template_utils.get_training_chat_template(tokenizer), or learn completions"
@@ -200,7 +200,7 @@ def _unicode(text: str, place: object) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can escape half of a surrogate pair.
-        raise ValueError(f"{place}: is no Unicode text ({error.reason})") from error
+        raise ValueError(f"{place}: is not Unicode text ({error.reason})") from error
     return text
 
 
