@@ -95,11 +95,11 @@ class TokenWeights:
         return self._checked is not None and self._checked() is counts
 
     def check(self, counts: Tensor) -> None:
-        """Remembers that a tensor of counts was found to be one."""
+        """Records that a tensor of counts has passed its check."""
         self._checked = weakref.ref(counts)
 
     def blend_of(self, state: Tensor) -> float:
-        """The blend in a state, which is restored if it is none. Waits for the device."""
+        """The blend in a state. An invalid state gets its blend back. Waits for the device."""
         if state.is_meta:
             return self._blend
         found = int(state)

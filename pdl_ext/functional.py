@@ -55,7 +55,7 @@ def pdl_loss(
         logit_offset: float32 [V], added to the logits last (logit adjustment, or -inf to mask). It gets no gradient.
         reduction: "mean" (divided by the sum of weights), "token_mean" (by the number of rows), "sum" or "none".
         shift: the row at position t predicts targets[..., t + 1], as in causal language models, without a copy of the
-            logits. Every tensor with one element a row is aligned with `targets`.
+            logits. Every tensor with one element per row is aligned with `targets`.
         label_smoothing: share of the target distribution that is spread evenly over the vocabulary, from 0 to 1.
         label_smoothing_weight: the factor of that share. "target": the target's token weight; "none": 1; "class": each
             class's own weight, as F.cross_entropy does. Row weights and modulations multiply the whole.

@@ -66,7 +66,7 @@ def _entry(batch: Any, key: str | int) -> Any:
 
 
 def _rows(labels: Any) -> Iterator[Tensor]:
-    """The labels as one tensor, or as one tensor a row if they are lists of different lengths."""
+    """The labels as one tensor, or as one tensor per row if they are lists of different lengths."""
     if isinstance(labels, Sequence) and len(lengths := set(map(_length, labels))) > 1 and None not in lengths:
         yield from map(torch.as_tensor, labels)
     else:

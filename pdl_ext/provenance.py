@@ -21,7 +21,7 @@ TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
 LEARNED = ("completions", "assistant", "all")
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# Smaller files are equal by chance: one document of a few tokens or words a file. The overhead of some formats is one
+# Smaller files are equal by chance: one document of a few tokens or words per file. The overhead of some formats is one
 # to three KB.
 _LEAST_COMPARED_BYTES = 4096
 # Of the beginning and of the end each. A change that keeps both, and the size, is not detected.
@@ -160,7 +160,7 @@ class Provenance:
                 check_integer("size or tokens", size, 0, 2**63 - 1, "an int >= 0")
             names = [name for shard in shards for name in (shard.name, shard.digest, shard.format, shard.dtype)]
             if not all(isinstance(name, str) for name in (version, tokenizer or "", chat_template or "", *names)):
-                raise TypeError("got a name that is no text")
+                raise TypeError("got a name that is not text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no provenance of counts ({error!r})") from error
         return cls(shards, tokens, policy, tokenizer, version, chat_template)

@@ -556,7 +556,7 @@ class TestFile:
     def test_a_file_that_cannot_be_read_is_not_told_to_be_damaged_or_absent(self, tmp_path, saved, monkeypatch):
         (tmp_path / "loop").symlink_to("loop")
         for path, reason in [
-            (tmp_path, "is no regular file, expected one"),
+            (tmp_path, "is not a regular file, expected one"),
             (tmp_path / "loop", "cannot be read (Too many levels of symbolic links)"),
             (tmp_path / ("a" * 5000), "cannot be read (File name too long)"),
         ]:
@@ -574,7 +574,7 @@ class TestFile:
     def test_truncated_file(self, saved, kept):
         _, path = saved
         path.write_bytes(path.read_bytes()[:kept])
-        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match=r"path: .* is damaged or not a safetensors file"):
             TokenFrequency.load(path)
 
     def test_changed_counts(self, saved):
@@ -593,7 +593,7 @@ class TestFile:
         with pytest.raises(ValueError, match=r"path: .* has format None, expected 'pdl_ext.TokenFrequency/2'"):
             TokenFrequency.load(path)
         path.write_text("a text, not tensors")
-        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match=r"path: .* is damaged or not a safetensors file"):
             TokenFrequency.load(path)
 
     def test_the_same_counts_give_the_same_bytes(self, tmp_path):

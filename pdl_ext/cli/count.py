@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "data",
         nargs="+",
         metavar="DATA",
-        help="files, folders, patterns, or .list files with one of these a line; URLs, too (s3://, hf://, ...)",
+        help="files, folders, patterns, or .list files with one of these on each line; URLs, too (s3://, hf://, ...)",
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
     parser.add_argument("-o", "--output", metavar="FILE", help="counts, as safetensors")
@@ -99,7 +99,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--allow-overlap", action="store_true", help="count each of several files with the same content"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (default: one a processor)")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (default: one per processor)")
     parser.add_argument(
         "--checkpoint-every",
         type=float,

@@ -91,9 +91,10 @@ def count_corpus(
     """Counts the tokens of files, of any size and in any format of docs/corpora.md, or of data in memory.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line; on disk, or as URLs
-            that fsspec supports. Or an object: a datasets.Dataset or IterableDataset, a table of Arrow, an iterable of
-            integer arrays. Those are NumPy's, tensors or lists, and each row of their last axis is a sequence.
+        data: files, folders, glob patterns, and files that end in .list with one of these on each line. They are on
+            disk, or URLs that fsspec supports. Or an object: a datasets.Dataset or IterableDataset, a table of Arrow,
+            an iterable of integer arrays. The arrays are NumPy's, tensors or lists, and each row of their last axis is
+            a sequence.
         vocab_size: V.
         format: the format of the files, needed only if it cannot be detected.
         dtype: of ids in files that do not state one: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".

@@ -151,7 +151,7 @@ class Stamp(NamedTuple):
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         # Pipes and devices have no size, and can be read only once.
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: is no regular file, expected one")
+            raise ValueError(f"{path}: is not a regular file, expected one")
         return cls(status.st_size, status.st_mtime_ns)
 
     def check(self, path: Place) -> None:

@@ -1,7 +1,7 @@
 """Ray Data: counts the tokens of a dataset's column on the workers that hold its blocks.
 
-Workers send one table a block, int64 [V + 3]. It holds the counts, then the numbers of ignored ids, of ids out of range
-and of all tokens.
+Workers send one table per block, int64 [V + 3]. It holds the counts, then the numbers of ignored ids, of ids out of
+range and of all tokens.
 """
 
 from __future__ import annotations

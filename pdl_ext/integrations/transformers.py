@@ -182,7 +182,7 @@ class ModelLoss:
         """The loss of logits that were not computed; None for other logits."""
         if not isinstance(logits, LazyLogits):
             if self.fused and not torch.compiler.is_compiling():
-                _tell_once("the head is no plain linear layer, or its weight is not available after its forward")
+                _tell_once("the head is not a plain linear layer, or its weight is not available after its forward")
             return None
         transform = logits.transform()
         if transform is None:

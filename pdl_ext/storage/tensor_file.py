@@ -93,7 +93,7 @@ def read_tensors(path: Place, name: str, file_format: str) -> tuple[dict[str, Te
     try:
         # Reading a pipe would block.
         if not isinstance(path, RemotePath) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{name}: {path} is no regular file, expected one")
+            raise ValueError(f"{name}: {path} is not a regular file, expected one")
         with on_disk(path) as there:
             # The safetensors library reports any file that it cannot open as missing.
             with open(there, "rb") as head:
@@ -111,7 +111,7 @@ def read_tensors(path: Place, name: str, file_format: str) -> tuple[dict[str, Te
         # OSErrors of the library have no strerror.
         raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
+        raise ValueError(f"{name}: {path} is damaged or not a safetensors file ({error})") from error
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")

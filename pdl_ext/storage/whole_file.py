@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         if real.exists() and not real.is_file():
             # It would be replaced: for a device that affects every program on the machine.
-            raise FileExistsError(errno.EEXIST, "There is something that is no regular file")
+            raise FileExistsError(errno.EEXIST, "There is something that is not a regular file")
         yield partial
         os.replace(partial, real)
         # Without this a power cut might restore the old file after the checkpoints behind the new one were deleted.

@@ -202,10 +202,10 @@ def test_counts_are_no_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"{", "is damaged or no file of safetensors"),
-        (b"[]", "is damaged or no file of safetensors"),
-        (b'{"tokens": 5}', "is damaged or no file of safetensors"),
-        (b'{"tokens": {"dtype": "I32", "shape": [2]}}', "is damaged or no file of safetensors"),
+        (b"{", "is damaged or not a file of safetensors"),
+        (b"[]", "is damaged or not a file of safetensors"),
+        (b'{"tokens": 5}', "is damaged or not a file of safetensors"),
+        (b'{"tokens": {"dtype": "I32", "shape": [2]}}', "is damaged or not a file of safetensors"),
         (b'{"tokens": {"dtype": "I32", "shape": [2], "data_offsets": [0, 7]}}', "expected \\d+ and the 7 of its"),
         (b'{"tokens": {"dtype": "I32", "shape": [3], "data_offsets": [0, 8]}}', "got 'tokens' in bytes 0 to 8 of"),
         (b'{"tokens": {"dtype": "I32", "shape": [-2], "data_offsets": [0, 8]}}', "without shape and place"),

@@ -286,7 +286,7 @@ def test_folders_that_are_no_tokenizer(damage, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
         (folder / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Own: pass\n")
     path = write(tmp_path / "a.jsonl", CHATS)
-    with pytest.raises(ValueError, match=r"folder: (got a folder without|is damaged or no folder of)") as raised:
+    with pytest.raises(ValueError, match=r"folder: (got a folder without|is damaged or not a folder of)") as raised:
         count(path, folder)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "was run").exists()

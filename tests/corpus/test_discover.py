@@ -33,7 +33,7 @@ def total(*data, **options) -> int:
 def test_pipes_and_devices_are_refused_unopened(tmp_path, format):
     os.mkfifo(tmp_path / "f.bin")
     for data in (tmp_path / "f.bin", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match=r"(f\.bin|/dev/zero): is no regular file"):
+        with pytest.raises(ValueError, match=r"(f\.bin|/dev/zero): is not a regular file"):
             total(data, dtype="uint16", format=format)
 
 
@@ -50,7 +50,7 @@ def test_a_damaged_index_does_not_make_raw_ids_of_its_tokens(tmp_path, damage):
 def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
     npy = write_npy(tmp_path, ROWS)
     npy.write_bytes(b"\0" + npy.read_bytes()[1:])
-    with pytest.raises(ValueError, match=r"tokens\.npy: is damaged or no \.npy file"):
+    with pytest.raises(ValueError, match=r"tokens\.npy: is damaged or not a \.npy file"):
         total(npy, dtype="uint16")
     llmc = write_llmc(tmp_path, [row.astype(np.uint16) for row in ROWS])
     llmc.write_bytes((20240521).to_bytes(4, "little") + llmc.read_bytes()[4:])

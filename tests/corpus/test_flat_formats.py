@@ -353,14 +353,14 @@ BAD = {
     "npy, version": (
         {"a.npy": b"\x93NUMPY\x04\0" + bytes(90)},
         {},
-        r"a\.npy: is damaged or no \.npy file .*version 4\.0",
+        r"a\.npy: is damaged or not a \.npy file .*version 4\.0",
     ),
-    "npy, no header": ({"a.npy": b"\x93NUMPY\1\0" + bytes(90)}, {}, r"a\.npy: is damaged or no \.npy file"),
-    "npy, long header": ({"a.npy": b"\x93NUMPY\2\0" + b"\xff" * 90}, {}, r"a\.npy: is damaged or no \.npy file"),
+    "npy, no header": ({"a.npy": b"\x93NUMPY\1\0" + bytes(90)}, {}, r"a\.npy: is damaged or not a \.npy file"),
+    "npy, long header": ({"a.npy": b"\x93NUMPY\2\0" + b"\xff" * 90}, {}, r"a\.npy: is damaged or not a \.npy file"),
     "npy, nested header": (
         {"a.npy": b"\x93NUMPY\1\0" + struct.pack("<H", 9000) + b"(" * 9000},
         {},
-        r"a\.npy: is damaged or no \.npy file",
+        r"a\.npy: is damaged or not a \.npy file",
     ),
     "megatron, no bin": ({"a.idx": _megatron()["a.idx"]}, {}, r"a\.bin: is missing, expected it beside a\.idx"),
     "megatron, no idx": ({"a.bin": bytes(8)}, {"format": "megatron"}, r"a\.idx: is missing, expected it beside a\.bin"),
@@ -470,7 +470,11 @@ BAD = {
     ),
     "datatrove, index": (_datatrove((4, 3, 4)), {}, r"a\.ds\.index: got 3 after 4 at entry 1 from byte 0 on"),
     "datatrove, huge": (_datatrove((2**63, 4)), {}, r"a\.ds\.index: got -\d+ after 0 at entry 0"),
-    "datatrove, mask": (_datatrove(loss=bytes(3)), {}, r"a\.ds\.loss: got 3 bytes, expected 4, one a token of .*a\.ds"),
+    "datatrove, mask": (
+        _datatrove(loss=bytes(3)),
+        {},
+        r"a\.ds\.loss: got 3 bytes, expected 4, one per token of .*a\.ds",
+    ),
     "datatrove, missing": ({"a.ds.index": bytes(8)}, {}, r"a\.ds: is missing, expected it beside a\.ds\.index"),
     "litdata, no chunk": (
         {"index.json": _litdata()["index.json"]},

@@ -178,7 +178,7 @@ def test_bad_lines(write, line, message):
     ("value", "message"),
     [
         (None, "'marks' is null, expected a list of integers"),
-        ([1], "got 1 entries of 'marks', expected 2, one a token of 'input_ids'"),
+        ([1], "got 1 entries of 'marks', expected 2, one per token of 'input_ids'"),
         ([1, 2, 3], "got 3 entries of 'marks', expected 2"),
         ([1, 0.5], "'marks' is a list with a float in it"),
         ([1, 2**64], "'marks' has an integer in it that does not fit"),

@@ -291,7 +291,7 @@ def test_labels_that_were_wrapped(tmp_path, dtype):
 def test_masks_of_other_lengths(tmp_path):
     sample = {"tokens": bytes(8), "m": b"\x04\x03" + bytes(3)}
     folder = write(tmp_path / "data", {"tokens": ("bytes", None), "m": ("ndarray:uint8", None)}, [[sample]])
-    with pytest.raises(ValueError, match=r"column 'm' has 3 values in sample 0, expected 2, one a token"):
+    with pytest.raises(ValueError, match=r"column 'm' has 3 values in sample 0, expected 2, one per token"):
         count(folder, dtype="int32", mask="m")
 
 
@@ -359,8 +359,8 @@ def test_truncated_shards(tmp_path, cut):
     [
         ({"format": "json"}, r"got shards of format 'json', expected 'mds'"),
         ({"samples": 3}, r"shard\.00000\.mds: got 30 samples in \d+ bytes, expected 3"),
-        ({"samples": "x"}, r"index\.json: is damaged or no index of MDS shards .*samples 'x'"),
-        ({"samples": 30.0}, r"index\.json: is damaged or no index of MDS shards .*samples 30\.0"),
+        ({"samples": "x"}, r"index\.json: is damaged or not an index of MDS shards .*samples 'x'"),
+        ({"samples": 30.0}, r"index\.json: is damaged or not an index of MDS shards .*samples 30\.0"),
         ({"column_names": ["input_ids"]}, r"shard\.00000\.mds: got the columns .*'tokens'.*, expected .*'input_ids'"),
         ({"column_sizes": [8]}, r"shard\.00000\.mds: got the columns .*, expected .*8"),
         ({"column_sizes": [float("inf")]}, r"got no columns of shard\.00000\.mds"),
@@ -379,7 +379,7 @@ def test_truncated_shards(tmp_path, cut):
             {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}},
             r"shard\.00000\.mds: got \d+ bytes, expected 1, as",
         ),
-        ({"raw_data": None}, r"index\.json: is damaged or no index of MDS shards"),
+        ({"raw_data": None}, r"index\.json: is damaged or not an index of MDS shards"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -404,9 +404,9 @@ def test_a_shard_that_is_listed_twice(tmp_path):
         ('{"shards"', "cannot be read as JSON"),
         ('["shards"]', "got list, expected an object"),
         ('{"shards": [], "version": 3}', "got version 3, expected 2"),
-        ('{"shards": []}', "is damaged or no index of MDS shards"),
-        ('{"shards": 3, "version": 2}', "is damaged or no index of MDS shards"),
-        ('{"shards": [3], "version": 2}', "is damaged or no index of MDS shards"),
+        ('{"shards": []}', "is damaged or not an index of MDS shards"),
+        ('{"shards": 3, "version": 2}', "is damaged or not an index of MDS shards"),
+        ('{"shards": [3], "version": 2}', "is damaged or not an index of MDS shards"),
     ],
 )
 def test_damaged_indexes(tmp_path, index, message):

@@ -1,7 +1,7 @@
 """datatrove's .ds: token ids only, with the ends of documents and the loss mask in files beside it.
 
 - .ds.index: the end of each document in tokens (u64).
-- .ds.loss: one byte a token, 0 where it is not a target.
+- .ds.loss: one byte per token, 0 where it is not a target.
 - .ds.metadata: the tokenizer, then the number of tokens. Newer versions put the tokens' size after the tokenizer,
   behind a bar.
 """

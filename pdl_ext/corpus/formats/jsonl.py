@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, with a text for the tokenizer or a list of token ids."""
+"""JSON lines: one object per line, with a text for the tokenizer or a list of token ids."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean
 class _JsonLinesSource(LineSource):
     """policy.column names the key of a line's text or ids. Blank lines are skipped.
 
-    policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only. policy.learn: lines are rows of
-    supervised finetuning instead.
+    policy.mask, policy.skip_prompt: keys of lists with one entry per token, for ids only. policy.learn: lines are rows
+    of supervised finetuning instead.
     """
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
@@ -75,7 +75,7 @@ class _JsonLinesSource(LineSource):
         except (ValueError, RecursionError) as error:
             # The line in the error is always the first.
             reason = f"{error.msg}: character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{place}: is not a line of JSON ({reason}), expected an object a line") from error
+            raise ValueError(f"{place}: is not a line of JSON ({reason}), expected one object per line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
         return record
@@ -120,7 +120,8 @@ class _JsonLinesSource(LineSource):
                 marks = _integers(record, name, {int, bool}, place, "a list of integers")
                 if marks.size != ids.size:
                     raise ValueError(
-                        f"{place}: got {marks.size} entries of {name!r}, expected {ids.size}, one a token of {column!r}"
+                        f"{place}: got {marks.size} entries of {name!r}, expected {ids.size}, one per token of "
+                        f"{column!r}"
                     )
                 is_target &= marks != no_target
         return Batch(ids, is_target)

@@ -37,7 +37,7 @@ _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
 # The header of a chunk whose items are compressed some at a time: magic, version, flags and three numbers. These are
 # the numbers of items, of items in a batch, and of batches. Then come the positions of the items, from 0 on, and 24
-# bytes a batch.
+# bytes per batch.
 _BATCHES = struct.Struct("<8sHHIII")
 _BATCHES_MAGIC, _BATCHES_VERSION = b"LDFZ01\0\0", 1
 _BATCH_BYTES = 24
@@ -122,7 +122,7 @@ def _index(path: Place, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int 
             for chunk in index["chunks"]
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: is damaged or no index of litdata ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: is damaged or not an index of litdata ({type(error).__name__}: {error})") from error
     if encryption:
         raise ValueError(
             f"{path}: got chunks with encryption {encryption!r}, expected none: write them anew without it"

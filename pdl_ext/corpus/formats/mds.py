@@ -139,7 +139,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
             if only is None or only in _names(entry):
                 sources.append(_shard(index_file, entry, options))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{index_file}: is damaged or no index of MDS shards ({error!r})") from error
+        raise ValueError(f"{index_file}: is damaged or not an index of MDS shards ({error!r})") from error
     if not sources and only is not None:
         raise ValueError(f"{path}: is not among the {len(index['shards'])} shards of {index_file}")
     return sources

@@ -87,7 +87,7 @@ def _archive(path: Place) -> Iterator[zipfile.ZipFile]:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except ZIP_ERRORS as error:
-        raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
+        raise ValueError(f"{path}: is damaged or not an archive of NumPy ({error})") from error
 
 
 def _recognises(path: Place, head: bytes) -> bool:

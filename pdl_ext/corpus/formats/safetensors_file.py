@@ -35,7 +35,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
         axes = {name: len(tensor["shape"]) for name, tensor in tensors.items() if tensor["dtype"] in _DTYPES}
         last = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged or no file of safetensors ({error!r})") from error
+        raise ValueError(f"{path}: is damaged or not a file of safetensors ({error!r})") from error
     if last != size - 8 - header_bytes:
         raise ValueError(f"{path}: got {size} bytes, expected {8 + header_bytes} and the {last} of its tensors")
     refused = {

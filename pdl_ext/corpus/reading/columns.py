@@ -46,13 +46,13 @@ def arrow_errors(path: Place, format_name: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: is damaged or no {format_name} file ({reason})") from error
+        raise ValueError(f"{path}: is damaged or not in the {format_name} format ({reason})") from error
 
 
 class Columns:
     """The columns of a file that are read, and the conversion of their rows to batches.
 
-    A column of tokens holds lists of integers, each a sequence, or one integer a row, without sequences. With
+    A column of tokens holds lists of integers, each a sequence, or one integer per row, without sequences. With
     options.tokenizer it may also hold texts. With options.policy.learn the columns are those of supervised finetuning.
 
     names: the columns read; dtype: of the tokens, a name in TOKEN_DTYPES, or "text".
@@ -94,7 +94,7 @@ class Columns:
                 raise ValueError(f"{path}: column {self._tokens!r} holds bool, expected integers")
             if kind == "flat" and self._policy.targets == "shifted":
                 raise ValueError(
-                    f"{path}: column {self._tokens!r} holds a token a row, without the beginnings of sequences: "
+                    f"{path}: column {self._tokens!r} holds one token per row, without the beginnings of sequences: "
                     "expected lists of tokens for targets 'shifted'"
                 )
             stated = str(_numbers(self._type(self._tokens)))
@@ -127,7 +127,7 @@ class Columns:
             got = [f"{field.name} ({field.type})" if field.name in defaults else field.name for field in self._schema]
             flat = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("flat", "integer")]
             # Such a column may hold ids, or numbers of ids.
-            named = f"--column {flat[0]} reads it as an id a row" if flat else "name another with --column"
+            named = f"--column {flat[0]} reads it as one id per row" if flat else "name another with --column"
             if are_chats(self._schema.names):
                 named = "choose the targets by --learn"
             raise ValueError(
@@ -174,7 +174,7 @@ class Columns:
         if kind == "text" or other[0] != kind or other[1] not in numeric:
             raise ValueError(
                 f"{self._path}: column {name!r} holds {self._type(name)} beside {self._tokens!r} with "
-                f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one a token id"
+                f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one per token id"
             )
 
     def _texts(self, rows: Iterable[Rows]) -> Iterator[str]:
@@ -213,12 +213,12 @@ class Columns:
             row = int(np.flatnonzero(own != offsets)[0]) - 1
             raise ValueError(
                 f"{self._path}: column {name!r} has {own[row + 1] - own[row]} values in {self._row(rows, row)}, "
-                f"expected {offsets[row + 1] - offsets[row]}, one a token of {self._tokens!r}"
+                f"expected {offsets[row + 1] - offsets[row]}, one per token of {self._tokens!r}"
             )
         return values
 
     def _values(self, rows: Rows, name: str) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
-        """The numbers of all rows, and the positions where rows begin and the last ends; None for one number a row."""
+        """The numbers of all rows, and the positions where rows begin and the last ends; None if rows are numbers."""
         pa = require("pyarrow", "corpus")
         array = self._array(rows, name)
         if pa.types.is_fixed_size_list(array.type):

@@ -24,7 +24,7 @@ class FlatSource(Source):
 
     tokens: the number that the file states, None if it states none. starts_between(a, b): the positions from a to
     before b where a sequence starts; with targets "shifted" those tokens are not counted. Position 0 may be included or
-    not. None: the file is one sequence. mask: a file with one byte a token, 0 where it is not a target. is_given:
+    not. None: the file is one sequence. mask: a file with one byte per token, 0 where it is not a target. is_given:
     whether the dtype comes from the user, not from the file. has_columns: whether policy.column named the tokens.
 
     A part is a range of tokens.
@@ -68,7 +68,7 @@ class FlatSource(Source):
                 f"{first_byte} on"
             )
         if mask is not None and self.stamps[mask].size != tokens:
-            raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
+            raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one per token of {path}")
         self.first_byte = first_byte
         self.tokens = tokens
         self._options = options

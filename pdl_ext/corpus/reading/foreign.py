@@ -134,7 +134,7 @@ KINDS = (
     Kind("a spreadsheet", _CONVERT, (".xls", ".xlsx")),
     Kind("XML", _CONVERT, (".xml",), _starts(b"<?xml "), is_text=True),
     # A file that begins with an object is read as lines.
-    Kind("JSON that is no object a line", "convert it to JSON lines, an object a line", (".json",)),
+    Kind("JSON that is not one object per line", "convert it to JSON lines, one object per line", (".json",)),
 )
 # Encodings of text other than UTF-8. Ids may begin so, too.
 _TEXT_KINDS = (

@@ -57,7 +57,7 @@ def npy_header(place: str, head: bytes) -> NpyHeader:
         MemoryError,
         OverflowError,
     ) as error:
-        raise ValueError(f"{place}: is damaged or no .npy file of version 1 to 3 ({error})") from error
+        raise ValueError(f"{place}: is damaged or not a .npy file of version 1 to 3 ({error})") from error
     if dtype.byteorder == ">":
         raise ValueError(f"{place}: got big-endian {dtype.name}, expected little-endian tokens")
     counted = count_dtype(dtype.name)

@@ -153,7 +153,7 @@ def _load(path: Place, stamps: _Stamps) -> Any:
         return _load_pretrained(path, stamps).backend_tokenizer
     tokenizers = require("tokenizers", "corpus")
     content = path.read_bytes() if isinstance(path, RemotePath) else None
-    with errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
+    with errors_told_as(f"{path}: is damaged or not a file of the tokenizers library"):
         if content is None:
             return _plain(tokenizers.Tokenizer.from_file(str(path)))
         return _plain(tokenizers.Tokenizer.from_buffer(content))
@@ -164,7 +164,7 @@ def _load_pretrained(folder: Path, stamps: _Stamps) -> Any:
     transformers = require("transformers", "chat")
     # transformers needs it only when a template is used.
     require("jinja2", "chat")
-    with errors_told_as(f"{folder}: is damaged or no folder of a transformers tokenizer"):
+    with errors_told_as(f"{folder}: is damaged or not a folder of a transformers tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )

@@ -439,7 +439,7 @@ class SampleSource(Source):
                 if numbers.number != tokens.number:
                     raise ValueError(
                         f"{self.path}: column {name!r} has {numbers.number} values in sample {sample}, expected "
-                        f"{tokens.number}, one a token"
+                        f"{tokens.number}, one per token"
                     )
                 # Bytes have no known shape.
                 if numbers.shape != tokens.shape and (-1,) not in (
