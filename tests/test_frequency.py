@@ -524,7 +524,7 @@ class TestFile:
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
     def test_save_replaces_no_pipe(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(FileExistsError, match=r"no regular file; not written: .*pipe$"):
+        with pytest.raises(FileExistsError, match=r"not a regular file; not written: .*pipe$"):
             TokenFrequency(3).save(tmp_path / "pipe")
         assert (tmp_path / "pipe").is_fifo()
         assert os.listdir(tmp_path) == ["pipe"]
