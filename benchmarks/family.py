@@ -1,7 +1,7 @@
-"""What the losses of the family cost beside the plain one, beside PyTorch, and beside two passes of our own.
+"""The cost of the losses of the family beside the plain one, beside PyTorch, and beside two passes of our own.
 
-A module of cpu.py. The first provider of a workload is the plain loss, so that what it prints of the others is their
-price. Two passes: statistics first, then a row weight made of them, as every modulation took before it was fused.
+A module of cpu.py. The first provider of a workload is the plain loss, so the ratios of the others are their extra
+cost. Two passes: first statistics, then a row weight computed from them, as every modulation did before it was fused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from workloads import LossFunction, LossInputs, forward_and_backward, loss_limit
 from pdl_ext import functional, reference
 from pdl_ext.modulation import DFT, EAFT, Focal, MiLe, Modulation
 
-# Of logits and targets.
+# A loss of logits and targets.
 Loss = Callable[[Tensor, Tensor], Tensor]
 FAMILY: Sequence[Modulation] = (DFT(), Focal(), EAFT(), MiLe())
 IN_PYTORCH: Sequence[Modulation] = (DFT(), EAFT(), MiLe())
 
 
 def _factor_of(modulation: Modulation, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
-    """The factor of each row, detached; every row counts."""
+    """The factor of each row, detached; all rows count."""
     factor = modulation.factor(nll, entropy, vocab_size)
     return factor / factor.mean() if modulation.is_normalized else factor
 
@@ -55,7 +55,7 @@ def _in_pytorch(modulation: Modulation, weight: Tensor) -> Loss:
 
 
 class _Truth:
-    """The mean loss under a modulation in float64, and its gradient at some rows, part by part."""
+    """The mean loss under a modulation in float64, and its gradient at some rows, in parts."""
 
     def __init__(self, logits_of: Callable[[Tensor], Tensor], targets: Tensor, weight: Tensor, vocab_size: int) -> None:
         self.logits_of, self.targets, self.weight = logits_of, targets, weight

@@ -1,10 +1,10 @@
 """The loss, the histogram and the weights on a CUDA device, beside PyTorch and every peer that is installed.
 
-python benchmarks/gpu.py --output DIR [--budget SECONDS] [--compile-groups N] [--dry]
+    python benchmarks/gpu.py --output DIR [--budget SECONDS] [--compile-groups N] [--dry]
 
 Writes DIR/benchmark.json and DIR/benchmark.md, by the protocol of harness.py. Workloads come in the order of their
-importance; what the budget has no room for is listed as left out. The loss is the weighted mean; a peer that takes no
-weights computes the unweighted one, and its row says so. Backward alone is measured where one forward allows many.
+importance; those beyond the budget are listed as left out. The loss is the weighted mean; a peer without weights
+computes the unweighted one, and its row says so. Backward alone is measured if one forward allows several.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the workloads are."""
+    """The sizes of the workloads."""
 
     rows: int = 8192
     few_rows: tuple[int, ...] = (1, 64)
@@ -97,7 +97,7 @@ def installed_peers() -> dict[str, str]:
 def _peer_functions(weight: Tensor) -> Iterator[LossFunction]:
     peers = installed_peers()
     if peers["liger-kernel"] != "absent":
-        # Resolved inside the call, so that a peer that cannot be imported costs its rows and nothing else.
+        # Resolved inside the call, so that a peer that cannot be imported loses only its own rows.
         def liger(logits: Tensor, targets: Tensor) -> Tensor:
             from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -148,7 +148,7 @@ def loss_functions(weight: Tensor, dtype: torch.dtype, compiled: bool) -> list[L
 
 MODES = {
     "forward + backward": forward_and_backward,
-    # The same call, beside the bytes that it has to move if forward leaves the gradient where the logits were.
+    # The same call; if forward overwrites the logits with the gradient, it must move other bytes.
     "at once, in place": forward_and_backward,
     "forward": forward,
     "backward": backward,
@@ -173,9 +173,9 @@ def loss_group(
     functions: Callable[[Tensor], list[LossFunction]] | None = None,
     compiled: bool = True,
 ) -> Group:
-    """The loss with its gradient, and either alone. functions: of the weights, by default everything there is.
+    """The loss with its gradient, and either alone. functions: of the weights, by default all that exist.
 
-    compiled: whether PyTorch's compiler takes part, to which each shape costs a quarter of a minute.
+    compiled: whether PyTorch's compiler takes part, which costs a quarter of a minute for each shape.
     """
     kind = f"{'peaked' if peaked else 'random'}, {ignored:.0%} ignored"
     name = f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {kind}"
@@ -213,7 +213,7 @@ def counting_group(clock: Clock, vocab_size: int, kind: str, count: int) -> Grou
 
 
 def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
-    """Counting of uint16 ids in the host's memory, beside a copy of them from pinned memory."""
+    """Counting of uint16 ids in the host's memory, beside copying them from pinned memory."""
     name = f"histogram of {count} ids in host memory, V {vocab_size}"
 
     def workloads() -> Iterator[Workload]:
@@ -245,7 +245,10 @@ def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
 
 
 def plan(clock: Clock, sizes: Sizes, compile_groups: int) -> list[Group]:
-    """All workloads, the most important first. compile_groups: of the loss, how many the compiler takes part in."""
+    """All workloads, the most important first.
+
+    compile_groups: the number of loss groups in which the compiler takes part.
+    """
     numbers = itertools.count()
 
     def loss(vocab_size: int, dtype: torch.dtype, rows: int = sizes.rows, **kind: Any) -> Group:

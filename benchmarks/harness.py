@@ -1,15 +1,15 @@
-"""Times providers of one result beside each other, on whichever device: the protocol of the benchmarks.
+"""Times several providers of one result side by side, on any device: the protocol of the benchmarks.
 
-- A provider's result is compared with the float64 definition, and only then does its time count.
-- Each warms up for 200 ms, once the peaks of all are known. Then they take turns, a sample each, so that a noisy
-  neighbour or a falling clock hits all. The order is drawn anew each time: none always bears what another leaves, such
-  as memory that the system takes back.
+- A provider's time is valid only if its result agrees with the float64 definition.
+- Each warms up for 200 ms, after the peaks of all are measured. Then they take turns, a sample each, so that a noisy
+  neighbour or a lower clock affects all. The order is drawn anew each time. So no provider always suffers from the
+  effects of the same other one, such as memory that the system reclaims.
 - Calls rotate over buffers that exceed three times the last cache, so that inputs come from memory.
-- A sample is a row of calls. `wall` is the host's clock around eager calls, the device awaited. `kernel`, on CUDA, is
-  the device's clock around the same calls replayed as one CUDA graph, without the host.
-- Median, 20th and 80th percentile. Bytes a second count the least bytes that the task has to move. They stand beside
-  the bandwidth of a large copy in the same run.
-- What fails costs its own row: it is recorded and the run goes on, until its budget of seconds is used.
+- A sample is several consecutive calls. `wall` is the host's clock around eager calls, until the device has finished.
+  `kernel`, on CUDA, is the device's clock around the same calls replayed as one CUDA graph, without the host.
+- Reported are the median, and the 20th and 80th percentile. Bytes a second count the least bytes that the task has to
+  move. They are compared with the bandwidth of a large copy in the same run.
+- A failure only costs its own row: it is recorded and the run continues, until its budget of seconds is used.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Provider:
     name: str
     # Makes the call that uses buffer `i` and returns its result.
     call: Callable[[int], Any]
-    # How far the result of call(0) is from the float64 definition, relative to its largest entry.
+    # The error of call(0) against the float64 definition, relative to the definition's largest entry.
     error: Callable[[Any], float]
-    # Gives back inputs that a call overwrote; its time does not count.
+    # Restores inputs that a call overwrote; its time does not count.
     restore: Callable[[], None] | None = None
     # Why no CUDA graph can hold the call; empty if one can.
     not_capturable: str = ""
@@ -61,29 +61,29 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A result to compute, and who computes it: the others are compared with the first provider."""
+    """A result to compute, and its providers; the others are compared with the first."""
 
     name: str
     providers: Sequence[Provider]
-    # The largest error with which a time counts.
+    # The largest error of a valid time.
     limit: float
-    # What one call has to read and write at least; 0 where the time does not depend on it.
+    # The least bytes that one call has to read and write; 0 if the time does not depend on it.
     least_bytes: int
     # Calls in a sample, each on the buffer of its number.
     calls: int = 1
-    # The elements, ids or tokens of one call; 0 where the time of each says nothing.
+    # The elements, ids or tokens of one call; 0 if the time of each is meaningless.
     items: int = 0
-    # Of the products that the task needs; 0 where it is bound by memory.
+    # The operations of the products that the task needs; 0 if it is bound by memory.
     flop: int = 0
-    # What a call returns, which its peak of memory leaves out.
+    # The bytes that a call returns, which its peak of memory leaves out.
     result_bytes: int = 0
-    # Fewer samples than the protocol asks for, where calls are slow; 0 for the protocol's.
+    # A smaller number of samples for slow calls; 0 for the protocol's.
     least_rounds: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Workloads that share inputs, made when their turn comes."""
+    """Workloads that share inputs, which are created when it is the group's turn."""
 
     name: str
     workloads: Callable[[], Iterator[Workload]]
@@ -116,7 +116,7 @@ class Times:
 
 @dataclasses.dataclass
 class Row:
-    """What was measured of one provider."""
+    """The measurements of one provider."""
 
     workload: str
     provider: str
@@ -134,14 +134,14 @@ class Row:
     # This provider's time over the first one's.
     wall_ratio: float | None = None
     kernel_ratio: float | None = None
-    # Why there are no times, or no kernel time.
+    # The reason why there are no times, or no kernel time.
     failure: str = ""
     no_kernel: str = ""
 
 
 def last_cache_bytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
-    """The size of the CPU's largest cache, by Linux; where it does not tell, one that few exceed by much."""
-    # Not os.sysconf, in which Python has no name for it.
+    """The size of the CPU's largest cache, from Linux; otherwise a size that few exceed by much."""
+    # Not os.sysconf, which has no name for it in Python.
     sizes = [_read(str(path)).strip() for path in caches.glob("index*/size")]
     return max((1024 * int(size[:-1]) for size in sizes if size.endswith("K")), default=2**25)
 
@@ -165,9 +165,9 @@ class HostClock:
         return None
 
     def peak_bytes(self, work: Callable[[], Any]) -> int | None:
-        """The growth of resident memory while `work` runs; None where Linux does not tell."""
+        """The growth of resident memory while `work` runs; None if Linux does not report it."""
         try:
-            # Or garbage that is collected meanwhile, or free memory, would hide what the work takes.
+            # Without this, garbage that is collected meanwhile, or free memory, would hide the memory of the work.
             self.release()
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
@@ -178,7 +178,7 @@ class HostClock:
 
     def release(self) -> None:
         gc.collect()
-        # The C library keeps what was freed; where it can give it back to the system, it does.
+        # The C library keeps freed memory, and returns it to the system if it supports that.
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
@@ -207,7 +207,7 @@ class CudaClock:
         return time.perf_counter() - start
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], float]:
-        """Records the work as a graph; what is returned replays it and says how long the device took."""
+        """Records the work as a graph. The result replays it and returns the device's time."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             work()
@@ -239,7 +239,7 @@ Clock = HostClock | CudaClock
 
 
 def buffers_for(clock: Clock, bytes_each: int) -> int:
-    """How many buffers of this size exceed three times the last cache."""
+    """The number of buffers of this size that exceed three times the last cache."""
     return CACHE_MULTIPLE * clock.cache_bytes // bytes_each + 1
 
 
@@ -264,7 +264,7 @@ class _Contestant:
             row.peak_bytes = max(0, row.peak_bytes - workload.result_bytes)
 
     def prepare(self, protocol: Protocol) -> None:
-        """Warms up, and records the work where a device can replay it."""
+        """Warms up, and records the work if the device can replay it."""
         self._warm_up(protocol, lambda: self.clock.wall(self.work))
         if self.provider.not_capturable:
             self.row.no_kernel = self.provider.not_capturable
@@ -322,7 +322,7 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
         except Exception as error:
             row.failure = describe(error)
             clock.release()
-    # Not before all peaks are known: to tell one, the memory that malloc has kept is given back.
+    # Only after all peaks are measured, since measuring one releases the memory that malloc has kept.
     for contestant in list(contestants):
         try:
             contestant.prepare(protocol)
@@ -363,7 +363,7 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
 
 
 def copy_row(clock: Clock, size: int, protocol: Protocol) -> Row:
-    """A copy of `size` bytes, which reads and writes them: the bandwidth that results are a share of."""
+    """A copy of `size` bytes, which reads and writes them: the bandwidth to which results are compared."""
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=clock.device)
     destination = torch.empty_like(source)
     copy = Provider("copy", lambda i: destination.copy_(source), lambda copied: 0.0 if copied.equal(source) else 1.0)
@@ -372,13 +372,13 @@ def copy_row(clock: Clock, size: int, protocol: Protocol) -> Row:
 
 @dataclasses.dataclass
 class Report:
-    """The results, written as JSON and Markdown after every workload, so that a run that is cut off leaves its part."""
+    """The results, written as JSON and Markdown after every workload, so that an interrupted run leaves its part."""
 
     folder: Path
     title: str
     about: dict[str, Any]
     protocol: Protocol
-    # Whether the clock can have kernel times: no table speaks of them otherwise.
+    # Whether the clock supports kernel times; if not, tables leave them out.
     kernel_times: bool = True
     copy: Row | None = None
     rows: list[Row] = dataclasses.field(default_factory=list)
@@ -427,7 +427,7 @@ def table_line(values: Sequence[str]) -> str:
 
 
 def _row_cells(row: Row, kernel_times: bool) -> dict[str, str]:
-    """What a table says of a row, by the columns' headings."""
+    """The cells of a row, by the columns' headings."""
 
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "" if value is None else format(value * scale, form)
@@ -465,14 +465,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
+    """Writes a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def run(groups: Sequence[Group], clock: Clock, report: Report, budget: float, copy_bytes: int) -> None:
-    """Measures the groups in their order until the budget of seconds is used, and records what is left out."""
+    """Measures the groups in their order until the budget of seconds is used, and records those left out."""
     start = time.monotonic()
 
     def spent() -> bool:
@@ -502,7 +502,7 @@ def run(groups: Sequence[Group], clock: Clock, report: Report, budget: float, co
     report.write()
 
 
-# A function of its own: when it returns, the group's tensors are free.
+# A separate function: when it returns, the group's tensors are freed.
 def _run_group(group: Group, clock: Clock, report: Report, spent: Callable[[], bool]) -> None:
     copy_rate = report.copy.bytes_per_second if report.copy else None
     for workload in group.workloads():
@@ -518,7 +518,7 @@ def _run_group(group: Group, clock: Clock, report: Report, spent: Callable[[], b
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a result depends on, besides the code: the device, the versions, the commit."""
+    """The properties of the machine on which a result depends: the device, the versions, the commit."""
     about: dict[str, Any] = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -543,12 +543,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def has_bfloat16_products() -> bool:
-    """Whether PyTorch has more than loops of its own for products in bfloat16 on this CPU."""
+    """Whether PyTorch has more than its own loops for products in bfloat16 on this CPU."""
     return products._has_instructions(torch.bfloat16)
 
 
 def version_of(package: str, module: str) -> str:
-    """The version of a package that is installed, or "absent"."""
+    """The version of an installed package, or "absent"."""
     if importlib.util.find_spec(module) is None:
         return "absent"
     try:
@@ -558,7 +558,7 @@ def version_of(package: str, module: str) -> str:
 
 
 def results_folder(kind: str, about: dict[str, Any]) -> Path:
-    """Where the results of a kind of benchmark on a machine go, unless told otherwise."""
+    """The default folder for the results of a kind of benchmark on a machine."""
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     return ROOT / "benchmarks" / "results" / f"{kind}-{device}-{about['date'][:10]}"
 
@@ -571,7 +571,7 @@ def _read(path: str) -> str:
 
 
 def _output(*command: str) -> str | None:
-    """The first line that a command prints; None if it is not there or fails."""
+    """The first line that a command prints; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

@@ -1,8 +1,9 @@
-"""The fused linear beside what else makes a loss and its gradients of hidden states and a classifier.
+"""The fused linear beside other ways to compute a loss and its gradients of hidden states and a classifier.
 
 A module of cpu.py and gpu.py. Every provider returns the loss and the gradients of hidden states and classifier; peaks
-are beyond those gradients. TFLOP/s count the three products that the task needs, 6 N H V, whatever a provider computes.
-On the CPU one provider is no peer: it forms those products without a loss, which is the least that the task costs.
+do not include those gradients. TFLOP/s count the three products that the task needs, 6 N H V, whatever a provider
+computes. On the CPU one provider is not a peer: it computes those products without a loss, which is the lower bound of
+the task.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import pdl_ext
 from pdl_ext.engine import linear
 from pdl_ext.engine.products import product_into
 
-# The provider that is no peer: what the task costs without a loss.
+# The provider that is not a peer: the cost of the task without a loss.
 PRODUCTS = "the three products alone"
-# The release of TRL from which its head needs no Triton.
+# The first release of TRL whose head does not need Triton.
 OLDEST_TRL = (1, 16)
 # A mean loss of hidden states, classifier and targets.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,13 +35,13 @@ LEAST_ROUNDS = 3
 
 
 class LinearInputs:
-    """Hidden states, classifier and targets, and what the results must be."""
+    """Hidden states, classifier and targets, and the true results."""
 
     def __init__(self, clock: Clock, rows: int, hidden: int, vocab_size: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(clock.device).manual_seed(0)
         make = functools.partial(torch.randn, device=clock.device, generator=generator)
         self.hidden = make(rows, hidden).to(dtype).requires_grad_()
-        # The logits are as those of a model: their size is about 2.
+        # The logits resemble those of a model: their size is about 2.
         self.classifier = (make(vocab_size, hidden) * 2 / hidden**0.5).to(dtype).requires_grad_()
         self.targets = torch.randint(vocab_size, (rows,), device=clock.device, generator=generator)
         self.weight = 0.5 + torch.rand(vocab_size, device=clock.device, generator=generator)
@@ -80,12 +81,12 @@ class LinearInputs:
 
 
 def _parts(rows: int, classifier: Tensor) -> tuple[Tensor, ...]:
-    """Rows whose logits in float64 are no more than some."""
+    """Groups of rows whose float64 logits have a limited size."""
     return torch.arange(rows, device=classifier.device).split(max(1, PART // len(classifier)))
 
 
 def cpu_peers() -> dict[str, str]:
-    """What a report says of the peers that run on a CPU and may be missing."""
+    """The versions of the peers that run on a CPU and may be missing, for a report."""
     version = harness.version_of("trl", "trl")
     if version != "absent" and not _has_trl_head():
         version += ", too old: its head runs on a CPU from 1.16 on"
@@ -102,7 +103,7 @@ def products_provider(inputs: LinearInputs) -> Provider:
     """h W^T, g W and g^T h in the slabs of rows that pdl_ext takes on the CPU. g are the logits as they are."""
     hidden, classifier = inputs.hidden.detach(), inputs.classifier.detach()
     vocab_size = len(classifier)
-    # As pdl_ext aligns the rows of its slabs, which makes products faster.
+    # The alignment of pdl_ext's slabs, which makes products faster.
     stride = linear._row_stride(vocab_size)
     most = min(linear._MOST_ROWS, linear._MAX_CHUNK_BYTES["cpu"] // hidden.itemsize // stride)
     slabs = linear._ranges(len(hidden), most, linear._LEAST_ROWS)
@@ -110,7 +111,7 @@ def products_provider(inputs: LinearInputs) -> Provider:
     def call(_: int) -> tuple[Tensor, Tensor]:
         of_hidden, of_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
         memory = hidden.new_empty(slabs[0][1], stride)
-        # oneDNN's 16-bit products read what is between the rows.
+        # oneDNN's 16-bit products read the memory between the rows.
         memory[:, vocab_size:].zero_()
         for begin, end in slabs:
             rows, slab = hidden[begin:end], memory[: end - begin, :vocab_size]
@@ -153,7 +154,7 @@ def _pytorch(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Loss, bo
 
 
 def _installed(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
-    # Resolved inside the calls, so that a peer that cannot be imported costs its rows and nothing else.
+    # Resolved inside the calls, so that a peer that cannot be imported loses only its own rows.
     def liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -175,7 +176,7 @@ def _installed(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
             from trl.kernels import ChunkedLogProbFunction
             from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-            # As its head calls it, and its user weighs the losses of rows.
+            # As its head calls it, with rows weighted as its user does.
             log_probs, *_ = ChunkedLogProbFunction.apply(h, w, None, y, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
             of_rows = weight[y]
             return -(of_rows * log_probs).sum() / of_rows.sum()

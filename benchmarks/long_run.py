@@ -1,14 +1,14 @@
 """Whether PDLLoss at alpha 0 stays on the loss curve of F.cross_entropy over a long run in bfloat16 with a resume.
 
-python benchmarks/long_run.py [--steps N] [--seeds N] [--output DIR]
+    python benchmarks/long_run.py [--steps N] [--seeds N] [--output DIR]
 
 A small transformer under bfloat16's autocast learns Bible verses. A seed draws its weights and its batches. It is
-trained by F.cross_entropy, and by a PDLLoss that counts online. At alpha 0 all of its weights are 1. In the middle of
-the latter, model, optimizer and PDLLoss are written to a file, from which a new process builds them.
+trained by F.cross_entropy, and by a PDLLoss that counts online. At alpha 0 all weights of the latter are 1. In the
+middle of the PDLLoss run, model, optimizer and PDLLoss are written to a file, and a new process restores them.
 
-The deviation of seeds is the standard deviation of F.cross_entropy's smoothed curves over them, its median over the
-steps. Their spread is twice that. The run fails where the smoothed curves of one seed are further apart. Rounding in
-another order is enough to part them by some of it. Writes DIR/long-run.json and long-run.png.
+The deviation of seeds is the standard deviation of F.cross_entropy's smoothed curves over the seeds, its median over
+the steps. Their spread is twice that. The run fails if the two smoothed curves of one seed differ by more. Rounding in
+another order already causes some of this difference. Writes DIR/long-run.json and long-run.png.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pdl_ext import PDLLoss, PowerLaw
 CROSS_ENTROPY, OURS = "F.cross_entropy", "PDLLoss"
 SIZES = Sizes(vocab_size=4096, width=96, heads=4, layers=2, sequences=8, length=48)
 LEARNING_RATE = 1e-3
-# Of all steps: over how many the curves are smoothed, and how many warm up.
+# The shares of all steps over which the curves are smoothed, and for warm-up.
 WINDOW, WARM_UP = 1 / 40, 1 / 20
 # In standard deviations, as is usual.
 SPREAD = 2
@@ -58,9 +58,9 @@ class Run:
 
 
 class _ProductsInFloat32(TorchDispatchMode):
-    """What instructions for bfloat16 do: products of rounded operands, summed in float32, of which the sum is rounded.
+    """Products as with bfloat16 instructions: rounded operands, a float32 sum, and a rounded result.
 
-    A CPU without them would take PyTorch's loops, which are far slower.
+    A CPU without them would use PyTorch's loops, which are far slower.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -76,7 +76,7 @@ class _ProductsInFloat32(TorchDispatchMode):
 
 
 def verses(vocab_size: int) -> torch.Tensor:
-    """The ids of a modern translation, by a BPE that is made of it. DemoError where a package is missing."""
+    """The ids of a modern translation, by a BPE that is trained on it. Raises DemoError if a package is missing."""
     from pdl_ext.cli.demo.data import verses
 
     lines = [f"{example.completion}\n" for example in verses().values()]
@@ -91,9 +91,9 @@ def verses(vocab_size: int) -> torch.Tensor:
 
 
 def train(run: Run, first: int, last: int, file: Path) -> tuple[list[float], int]:
-    """The losses of the steps from `first` to before `last`, and how many tokens PDLLoss has counted.
+    """The losses of the steps from `first` to before `last`, and the number of tokens that PDLLoss has counted.
 
-    A part that does not begin the run builds everything anew from the file that the part before it has left.
+    A part that does not begin the run restores everything from the file of the previous part.
     """
     torch.manual_seed(run.seed)
     model = LanguageModel(run.sizes)
@@ -114,7 +114,7 @@ def train(run: Run, first: int, last: int, file: Path) -> tuple[list[float], int
         with products:
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(tokens[:, :-1])
-            # F.cross_entropy as transformers calls it: in float32. PDLLoss computes in float32 whatever it is given.
+            # F.cross_entropy as transformers calls it: in float32. PDLLoss always computes in float32.
             of_step = pdl_loss if run.loss == OURS else lambda x, y: cross_entropy(x.float(), y)
             loss = of_step(logits, tokens[:, 1:])
             loss.backward()
@@ -132,13 +132,13 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def smoothed(losses: list[float]) -> np.ndarray:
-    """Means over a window that moves."""
+    """Means over a moving window."""
     window = max(1, int(WINDOW * len(losses)))
     return np.convolve(losses, np.full(window, 1 / window), "valid")
 
 
 def compared(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """What the curves say: by loss a list of losses for each seed."""
+    """The comparison of the curves: for each loss a list of losses for each seed."""
     theirs, ours = (np.stack([smoothed(of_seed) for of_seed in losses[name]]) for name in (CROSS_ENTROPY, OURS))
     deviation = float(np.median(theirs.std(0, ddof=1)))
     distances = np.abs(ours - theirs).max(1)
@@ -147,7 +147,7 @@ def compared(losses: dict[str, list[list[float]]]) -> dict[str, Any]:
         "largest_distance_by_seed": distances.tolist(),
         "largest_distance": float(distances.max()),
         "largest_distance_in_deviations": float(distances.max()) / deviation,
-        # NaN is on no curve.
+        # NaN counts as a difference.
         "stays": bool((distances <= SPREAD * deviation).all()),
         "smoothed": {CROSS_ENTROPY: theirs.round(5).tolist(), OURS: ours.round(5).tolist()},
     }

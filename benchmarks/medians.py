@@ -1,9 +1,9 @@
-"""Fills the tables of a page that are medians over several runs of cpu.py.
+"""Fills those tables of a page that are medians over several runs of cpu.py.
 
-python benchmarks/medians.py docs/performance.md [--check]
+    python benchmarks/medians.py docs/performance.md [--check]
 
-A table stands between two comments. The first names the kind of workloads and the folders of the runs:
-<!-- medians of loss: benchmarks/results/RUN-1 benchmarks/results/RUN-2 -->, the second is <!-- end of medians -->.
+A table is between two comments. The first names the kind of workloads and the folders of the runs: <!-- medians of
+loss: benchmarks/results/RUN-1 benchmarks/results/RUN-2 -->, the second is <!-- end of medians -->.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MARKED = re.compile(r"(<!-- medians of (\w+): (.+?) -->\n)(.*?)(<!-- end of medi
 
 
 def filled(page: str) -> str:
-    """The page with its tables as the results have them. OSError if there are none."""
+    """The page with its tables from the results. Raises OSError if there are no results."""
 
     def table(match: re.Match[str]) -> str:
         folders = [harness.ROOT / name for name in match[3].split()]

@@ -1,8 +1,8 @@
 """Draws how many times faster the loss with its gradient is than PyTorch's, by vocabulary and dtype.
 
-python benchmarks/plot.py RESULTS.json docs/speed.png
+    python benchmarks/plot.py RESULTS.json docs/speed.png
 
-RESULTS.json is the benchmark.json that cpu.py wrote for one regime of memory, of which the picture tells.
+RESULTS.json is the benchmark.json of cpu.py for one regime of memory, which the picture names.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PEERS = {
     "F.cross_entropy": "F.cross_entropy(weight=)",
     "F.cross_entropy, compiled": "torch.compile of F.cross_entropy(weight=)",
 }
-# Of a dtype: with a new gradient in the pale colour, in place in the full one.
+# The colours of a dtype: with a new gradient the pale one, in place the full one.
 COLOURS = {"float32": ("#90b4d8", "#2b6cb0"), "bfloat16": ("#f0b98a", "#d9730d")}
 OURS = ("pdl_ext", "pdl_ext, in place")
 
@@ -28,7 +28,7 @@ Medians = dict[tuple[str, int], dict[str, float]]
 
 
 def medians(results: dict[str, Any]) -> Medians:
-    """The measured times of the loss workloads. ValueError if there are none of ours."""
+    """The measured times of the loss workloads. Raises ValueError if there are none of pdl_ext."""
     found: Medians = {}
     for row in results["rows"]:
         shape = re.fullmatch(r"loss (\w+) \[\d+, (\d+)\]", row["workload"])
@@ -40,7 +40,7 @@ def medians(results: dict[str, Any]) -> Medians:
 
 
 def speed_ups(times: Medians, peer: str) -> Iterator[tuple[str, str, dict[int, float]]]:
-    """(dtype, provider of ours, speed-up by vocabulary's size); a vocabulary without one of both times is left out."""
+    """(dtype, provider of ours, speed-up by vocabulary's size), for vocabularies with both times."""
     for dtype in COLOURS:
         for ours in OURS:
             measured = {size: of for (its_dtype, size), of in times.items() if its_dtype == dtype}
@@ -76,7 +76,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     about = results["about"]
     where = f"{about['device']}, {about['threads']} threads, PyTorch {about['torch']}, {about['date'][:10]}"
-    # Results from before there were regimes do not tell.
+    # Results from before regimes existed do not state one.
     where += f", {about['memory']}" if "memory" in about else ""
     figure.suptitle(f"pdl_ext: loss and gradient, {where}")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Where a large tensor's memory comes from: pages that the system maps anew, or pages that malloc has kept.
+"""The source of a large tensor's memory: pages that the system maps anew, or pages that malloc has kept.
 
-By default, glibc maps a large tensor and gives it back when it is freed, so that each step touches new pages first.
-Most set-ups for training on a CPU keep what was freed, by tcmalloc or jemalloc. So does glibc if variables of the
-environment tell it to, which it reads when a process starts.
+By default, glibc maps a large tensor and returns it to the system when it is freed, so that each step first touches new
+pages. Most set-ups for training on a CPU keep freed memory, by tcmalloc or jemalloc. So does glibc with certain
+environment variables, which it reads when a process starts.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ VARIABLES = {
 }
 NAMES = {FRESH: "fresh pages", KEPT: "pages kept"}
 TENSOR_BYTES = 2**27
-# glibc has found room for a tensor after some of them, since what aligns one splits what another has left.
+# After some tensors glibc finds room for a new one, since aligning one splits the remains of another.
 TENSORS_BEFORE = 12
-# Huge pages make the faults of a new tensor as few as 64.
+# With huge pages a new tensor has as few as 64 faults.
 FEW_FAULTS = 16
 
 
@@ -40,7 +40,7 @@ def is_told(regime: str) -> bool:
 
 
 def page_faults() -> int:
-    """How many pages of a new tensor, as large as many before it, this process has to ask the system for."""
+    """The number of new pages that this process requests for a new tensor, after many of the same size."""
     faults = []
     for _ in range(TENSORS_BEFORE + 3):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -50,7 +50,7 @@ def page_faults() -> int:
 
 
 def about(regime: str) -> tuple[dict[str, Any], str]:
-    """What a report says of the memory of this process, and why it is not that of the regime; empty if it is."""
+    """A description of this process' memory for a report, and why it is not that of the regime; empty if it is."""
     faults = page_faults()
     libc = " ".join(platform.libc_ver()).strip() or f"the C library of {platform.system()}"
     told = " ".join(f"{name}={value}" for name, value in VARIABLES[regime].items())

@@ -1,9 +1,9 @@
-"""How fast a count reads from a store, beside the same file on disk, and what memory it takes.
+"""The speed and the memory of a count from a store, beside the same file on disk.
 
-python benchmarks/remote.py [--mebibytes 2048]        needs `pip install s3fs`
+    python benchmarks/remote.py [--mebibytes 2048]        needs `pip install s3fs`
 
-The store is a server on this machine that speaks as much of S3 as reading takes. Before each answer it waits for the
-latency, and a connection sends at most so much a second. Server and count share the processors.
+The store is a server on this machine with the part of S3 that reading needs. It waits for the latency before each
+answer, and limits the bytes a second of each connection. Server and count share the processors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 VOCAB_SIZE = 50257
 PACE_BYTES = 2**18
-# Latency in seconds, bytes a second and connection (0: as many as there are), threads.
+# Latency in seconds, bytes a second and connection (0: unlimited), threads.
 CASES = ((0, 0, 2), (0, 0, 4), (0.05, 0, 2), (0.05, 0, 4), (0.05, 1e8, 1), (0.05, 1e8, 2), (0.05, 1e8, 4))
 COUNT = """
 import json, re, sys, time

@@ -1,11 +1,11 @@
-"""What the loss costs in a training step: a small transformer, trained with plain cross-entropy and with PDLLoss.
+"""The cost of the loss in a training step: a small transformer, trained with plain cross-entropy and with PDLLoss.
 
-python benchmarks/train_step.py [--output DIR]
+    python benchmarks/train_step.py [--output DIR]
 
 One copy of the same model for each loss, all on the same batches of random Zipf tokens, in turns of a step each. Writes
-DIR/benchmark.json and DIR/benchmark.md by harness.py: a step's median time, its ratio to that of plain cross-entropy,
-and how far memory grows while one runs. A time counts if the first step's loss, and its gradient through all layers,
-are those of the same model in float64.
+DIR/benchmark.json and DIR/benchmark.md by harness.py. They have a step's median time, its ratio to that of plain
+cross-entropy, and the growth of memory while one runs. A time is valid if the first step's loss, and its gradient
+through all layers, agree with the same model in float64.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAW = PowerLaw(alpha=0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the model and its batches are."""
+    """The sizes of the model and its batches."""
 
     vocab_size: int = 32000
     width: int = 256
@@ -79,7 +79,7 @@ LossOfStep = Callable[[Tensor, Tensor], Tensor]
 def step_provider(
     name: str, loss_of: LossOfStep, truth: tuple[Tensor, Tensor], model: LanguageModel, batches: Tensor
 ) -> Provider:
-    """Steps of a copy of the model, one batch after the other; the truth is that of the first one."""
+    """Steps of a copy of the model, one batch after the other; the truth is that of the first step."""
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     following = itertools.cycle(batches)

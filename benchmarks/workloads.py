@@ -1,4 +1,4 @@
-"""What the benchmarks of both devices share: inputs, what the results must be, the providers that run on either."""
+"""Shared by the benchmarks of both devices: inputs, true results, and the providers that run on either."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pdl_ext
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, reference
 
 IGNORED = -100
-# Elements of a float64 truth that are computed at once.
+# The number of elements of a float64 truth that are computed at once.
 PART = 2**25
 
 
@@ -28,7 +28,7 @@ class LossFunction:
     name: str
     function: Callable[[Tensor, Tensor], Tensor]
     weighted: bool = True
-    # Whether backward leaves the gradient where the logits were; "forward" if forward already does.
+    # Whether backward overwrites the logits with the gradient; "forward" if forward already does.
     overwrites: str = ""
     # Whether the graph of one forward can be differentiated again and again.
     repeats_backward: bool = False
@@ -44,7 +44,7 @@ def pdl_ext_functions(weight: Tensor) -> list[LossFunction]:
         LossFunction(
             "pdl_ext, in place",
             lambda x, y: pdl_ext.functional.pdl_loss(x, y, weight, inplace_backward=True),
-            # float16 is overwritten in backward only, which is as good as forward for whoever gives back the logits.
+            # float16 is overwritten only in backward, which is as good for a caller that restores the logits.
             overwrites="forward",
             forward_alone=False,
         ),
@@ -52,12 +52,13 @@ def pdl_ext_functions(weight: Tensor) -> list[LossFunction]:
 
 
 def pytorch_functions(weight: Tensor, dtype: torch.dtype, compiled: bool = True) -> list[LossFunction]:
-    """What PyTorch has for it: eager and, unless it is not to be `compiled`, that."""
+    """PyTorch's losses: eager and, if `compiled`, compiled."""
     in_dtype = weight.to(dtype)
     eager = LossFunction("F.cross_entropy", lambda x, y: F.cross_entropy(x, y, weight=in_dtype), repeats_backward=True)
     if not compiled:
         return [eager]
-    # What was compiled for another vocabulary must not make this one dynamic, nor count to the limit of recompilations.
+    # A graph compiled for another vocabulary must not make this one dynamic, nor count towards the limit of
+    # recompilations.
     torch.compiler.reset()
     function = torch.compile(lambda x, y: F.cross_entropy(x.float(), y, weight=weight), dynamic=False)
     # Compiled once, with its backward: compiling takes longer than measuring.
@@ -65,7 +66,7 @@ def pytorch_functions(weight: Tensor, dtype: torch.dtype, compiled: bool = True)
 
 
 class LossInputs:
-    """The rotating logits and targets of a group, and what the results must be."""
+    """The rotating logits and targets of a group, and the true results."""
 
     def __init__(
         self, clock: Clock, rows: int, vocab_size: int, dtype: torch.dtype, peaked: bool, ignored: float
@@ -106,7 +107,7 @@ class LossInputs:
         denominator = weight[targets[targets != IGNORED]].double().sum()
         total = torch.zeros_like(denominator)
         gradient = torch.empty_like(logits, dtype=torch.float64)
-        # Part by part, or what lies between would take many times the logits' memory.
+        # In parts: otherwise intermediate results would take many times the logits' memory.
         for part in torch.arange(targets.numel(), device=targets.device).split(max(1, PART // logits.shape[1])):
             exact = logits[part].double().requires_grad_()
             loss = reference.pdl_loss(exact, targets[part], weight, reduction="sum") / denominator
@@ -115,9 +116,9 @@ class LossInputs:
         return total, gradient
 
     def error(self, result: tuple[Tensor | None, Tensor | None], weighted: bool) -> float:
-        """The largest error of the loss, of the gradient at a target, and of any row's gradient off it.
+        """The largest error of the loss, of the gradient at a target, and of any row's gradient off the target.
 
-        Either may be missing. Off the target it is that of the row's norm, relative to the truth's: the target's
+        Either may be missing. Off the target it is the error of the row's norm, relative to the truth's: the target's
         element would hide it.
         """
         loss, gradient = result
@@ -130,7 +131,7 @@ class LossInputs:
             for part in torch.arange(len(gradient), device=gradient.device).split(256):
                 off = gradient[part].detach().double() - true_gradient[part]
                 counted = self.targets[0][part] != IGNORED
-                # Of an ignored row all is 0, whichever element it is.
+                # An ignored row is 0 everywhere.
                 target = torch.where(counted, self.targets[0][part], 0).unsqueeze(1)
                 errors.append(float((off.gather(1, target).abs() / size).max()))
                 truth = true_gradient[part].scatter(1, target, 0).norm(dim=1)
@@ -166,7 +167,7 @@ def backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[No
 
 
 class _Computed(torch.autograd.Function):
-    """A tensor's memory as what a model computed."""
+    """A tensor's memory as the output of a model."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ class _Computed(torch.autograd.Function):
 
 def forward_and_backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[Tensor, Tensor]]:
     def call(i: int) -> tuple[Tensor, Tensor]:
-        # What a loss in place takes is no leaf, and no view of one.
+        # A loss in place accepts neither a leaf nor a view of one.
         computed = _Computed.apply(logits[i]) if loss.overwrites else logits[i].view_as(logits[i])
         result = loss.function(computed, inputs.targets[i])
         (gradient,) = torch.autograd.grad(result, logits[i])
@@ -192,7 +193,7 @@ def forward_and_backward(inputs: LossInputs, loss: LossFunction) -> Callable[[in
 def loss_provider(
     inputs: LossInputs, loss: LossFunction, make: Callable[[LossInputs, LossFunction], Callable[[int], Any]]
 ) -> Provider:
-    """A provider of what `make` makes of the loss: `forward`, `backward` or `forward_and_backward`."""
+    """A provider of one pass of the loss: `forward`, `backward` or `forward_and_backward`."""
     return Provider(
         loss.name,
         make(inputs, loss),
@@ -204,13 +205,13 @@ def loss_provider(
 
 
 def loss_limit(dtype: torch.dtype) -> float:
-    """The error of the loss or the gradient with which a time counts."""
-    # The exponent of a large logit rounds more than one epsilon.
+    """The largest error of the loss or the gradient of a valid time."""
+    # The exponent of a large logit has a rounding error of more than one epsilon.
     return max(4 * torch.finfo(dtype).eps, 1e-5)
 
 
 def zipf_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
-    """int32 ids, the id of rank r with a probability in proportion to 1 / r."""
+    """int32 ids; the id of rank r has a probability proportional to 1 / r."""
     generator = torch.Generator(clock.device).manual_seed(1)
     ranks = torch.arange(1, vocab_size + 1, device=clock.device, dtype=torch.float64)
     edges = (1 / ranks).cumsum(0)
@@ -223,7 +224,7 @@ def zipf_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
 
 
 def scattered_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
-    """zipf_ids of a vocabulary that is in no order: the frequent ones are anywhere in it."""
+    """zipf_ids of an unordered vocabulary: frequent ids are anywhere in it."""
     generator = torch.Generator(clock.device).manual_seed(2)
     order = torch.randperm(vocab_size, device=clock.device, generator=generator, dtype=torch.int32)
     return order[zipf_ids(clock, count, vocab_size)]
@@ -244,7 +245,7 @@ def sorted_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
 
 
 def alternating_ids(clock: Clock, count: int, vocab_size: int) -> Tensor:
-    """The first id and the last in turn: never a run, and always the same two counters."""
+    """The first id and the last in turns: never a run, and always the same two counters."""
     return torch.arange(count, dtype=torch.int32, device=clock.device).remainder_(2).mul_(vocab_size - 1)
 
 
@@ -263,7 +264,7 @@ Counter = Callable[[list[Tensor], int, Callable[[Tensor], float]], Provider]
 
 
 def count_by_pdl_ext(buffers: list[Tensor], vocab_size: int, error: Callable[[Tensor], float]) -> Provider:
-    # The first call adds to nothing, so what it leaves are the counts of its buffer.
+    # The first call adds to zeros, so its results are the counts of its buffer.
     frequency = TokenFrequency(vocab_size).to(buffers[0].device)
 
     def call(i: int) -> Tensor:
@@ -330,7 +331,7 @@ def weights_group(clock: Clock, vocab_size: int) -> Group:
 
 
 def tiny_group(clock: Clock, rows: int, vocab_size: int, calls: int) -> Group:
-    """A step of the module on logits so few that only the overhead is left."""
+    """A step of the module on logits so few that only the overhead remains."""
     name = f"step of the module, float32 [{rows}, {vocab_size}]"
     law = PowerLaw(alpha=0.5)
 
@@ -373,7 +374,7 @@ def is_ours(row: Row) -> bool:
 
 
 def failures(report: Report) -> list[str]:
-    """What keeps a run from being a success, a line each. That a peer fails does not."""
+    """The failures of a run, a line each. Failures of peers are left out."""
     ours = [row for row in report.rows if is_ours(row)]
     lines = [f"{row.workload}, {row.provider}: {row.failure}" for row in ours if row.failure]
     lines += [f"{name}: {why}" for name, why in report.failures.items()]

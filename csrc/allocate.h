@@ -1,4 +1,4 @@
-// Memory for what an op returns and for its scratch.
+// Memory for the results of an op and for its scratch data.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,8 +9,8 @@
 
 namespace pdl {
 
-// An uninitialised tensor on the device of `like`. Not torch::stable::new_empty, which looks its op up by name: that
-// takes a microsecond more, four times a loss.
+// An uninitialised tensor on the device of `like`. Not torch::stable::new_empty, which looks up its op by name: that
+// takes a microsecond more, four times per loss.
 inline torch::stable::Tensor allocate_strided(const torch::stable::Tensor& like,
                                               torch::headeronly::IntHeaderOnlyArrayRef shape,
                                               torch::headeronly::IntHeaderOnlyArrayRef strides,
@@ -25,7 +25,7 @@ inline torch::stable::Tensor allocate_strided(const torch::stable::Tensor& like,
   return torch::stable::Tensor(result);
 }
 
-// A contiguous one.
+// A contiguous tensor.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
                                       torch::headeronly::ScalarType dtype) {
   std::array<int64_t, 2> strides;

@@ -1,4 +1,4 @@
-// What the histogram op shares between devices: what it adds to, and the checks that keep memory safe.
+// Shared by the histogram op on all devices: its output table, and the checks that keep memory safe.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,12 +9,12 @@ namespace pdl {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// As pdl_ext/counts.py has it.
+// The same names as in pdl_ext/counts.py.
 struct CountTable {
   int64_t* counts;
   int64_t* ignored;
   int64_t* out_of_range;
-  // All tokens given, so that a histogram that loses or invents one is found out.
+  // The number of all tokens given, by which a histogram that loses or invents one is detected.
   int64_t* seen;
 };
 

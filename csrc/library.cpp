@@ -1,5 +1,5 @@
-// The schemas of the ops, and the Python module `pdl_ext._C`: importing it registers the ops, and its functions tell
-// how it was built. The kernels register themselves, each device beside its own code.
+// The schemas of the ops, and the Python module `pdl_ext._C`. Importing the module registers the ops; its functions
+// report how it was built. The kernels register themselves, each device beside its own code.
 #include <pybind11/pybind11.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>

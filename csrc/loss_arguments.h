@@ -1,5 +1,5 @@
-// What the loss ops share between devices: their arguments, the checks that keep memory safe, and their outputs.
-// Friendly errors that name the user's argument are Python's; these are for whoever calls the ops directly.
+// Shared by the loss ops on all devices: their arguments, the checks that keep memory safe, and their outputs. Python
+// raises the friendly errors, which name the user's argument. The errors here are for direct callers of the ops.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,10 +20,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Entries of the normalizer tensor: the denominators of the weighted term and of the z-loss term.
 constexpr int64_t kNormalizers = 2;
-// So that an index within a row, and one stride more, fit into 32 bits.
+// With this limit an index within a row, plus one stride, fits into 32 bits.
 constexpr int64_t kMaxVocabSize = int64_t(1) << 30;
 
-// The logits are columns [first_id, first_id + V) of a vocabulary, which other processes may hold the rest of.
+// The logits are the V columns from first_id on of a vocabulary; other processes may hold the rest.
 struct VocabularyShard {
   int64_t first_id;
   int64_t vocab_size;
@@ -34,7 +34,7 @@ const A* data_or_null(const OptionalTensor& tensor) {
   return tensor ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// The token weight of each row's target: from a table [V], of its own [N, 1], or 1.
+// The token weight of each row's target: from a table [V], from one weight a row [N, 1], or 1.
 template <typename A>
 struct TokenWeights {
   const float* weights;
@@ -45,7 +45,7 @@ struct TokenWeights {
   }
 };
 
-// What a loss takes beside the logits.
+// The inputs of a loss besides the logits.
 struct LossInputs {
   Tensor targets;
   OptionalTensor token_weight;
@@ -56,7 +56,7 @@ struct LossInputs {
 
   bool is_plain() const { return pdl::is_plain(options, data_or_null<float>(logit_offset)); }
 
-  // Of a call that also returns the statistics of its rows, or does not.
+  // stats: whether the call also returns the statistics of its rows.
   Loop loop(bool stats) const {
     if (!is_plain()) return Loop::general;
     return stats || needs_entropy(options.modulation) ? Loop::entropy : Loop::plain;
@@ -138,7 +138,7 @@ inline void check_saved_rows(const Tensor& saved_rows, const Tensor& targets, Sc
                   "saved_rows must be what loss_forward returned");
 }
 
-// Without grad_loss the upstream gradient of a scalar reduction is that of the factors.
+// Without grad_loss the upstream gradient of a scalar reduction is that in the factors.
 inline void check_backward_arguments(const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows,
                                      const Tensor& factors, const OptionalTensor& grad_loss,
                                      const VocabularyShard& shard) {
@@ -175,7 +175,7 @@ inline void check_reduce_arguments(const Tensor& saved_rows, const LossInputs& i
   check_table(inputs.normalizer, "normalizer", saved_rows, kNormalizers, dtype);
 }
 
-// Of what an op writes to.
+// For a tensor that an op writes to.
 inline void check_rows_apart(const Tensor& written, const char* name) {
   STD_TORCH_CHECK(written.dim() == 2 && (written.stride(1) == 1 || written.size(1) == 1) &&
                       written.size(1) <= kMaxVocabSize &&
@@ -191,7 +191,7 @@ inline void check_gradient(const Tensor& logits, const Tensor& gradient, Reducti
                   "gradient must be like the logits");
 }
 
-// One number on the device: an upstream gradient of a scalar loss, or what multiplies one.
+// One number on the device: an upstream gradient of a scalar loss, or a factor of one.
 inline void check_scalar(const OptionalTensor& number, const char* name, const Tensor& logits) {
   STD_TORCH_CHECK(
       !number || (number->numel() == 1 && number->scalar_type() == accumulator_dtype(logits.scalar_type()) &&
@@ -199,7 +199,7 @@ inline void check_scalar(const OptionalTensor& number, const char* name, const T
       name, " must be one number of the loss's dtype, on the logits' device");
 }
 
-// Of correct_gradient_: `factors` tell for which upstream gradient `gradient` was computed.
+// For correct_gradient_: `factors` hold the upstream gradient for which `gradient` was computed.
 inline void check_correction_arguments(const Tensor& gradient, const OptionalTensor& expected, const Tensor& grad_loss,
                                        const Tensor& logits, const LossInputs& inputs, const Tensor& saved_rows,
                                        const Tensor& factors) {
@@ -239,7 +239,7 @@ void dispatch_loop(Loop loop, F&& f) {
   }
 }
 
-// Calls f with a value of the logits' type; the 16-bit ones differ between devices.
+// Calls f with a value of the logits' type; the 16-bit types differ between devices.
 template <typename BFloat16, typename Float16, typename F>
 void dispatch_logits(const Tensor& logits, F&& f) {
   switch (logits.scalar_type()) {

@@ -1,4 +1,4 @@
-// The options of a loss, as the ops take them: one `float[] options`, in the order of this list and of
+// The options of a loss in the form that the ops take: one `float[] options`, in the order of this list and of
 // pdl_ext/options.py.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace pdl {
 
 enum class Reduction : int64_t { none = 0, sum = 1, mean = 2, token_mean = 3 };
 
-// By which token weight the share is multiplied that label smoothing spreads: the target's, none, or each class's own.
+// The weight of label smoothing's share: the target's token weight, none, or each class's own.
 enum class SmoothingWeight : int64_t { target = 0, none = 1, of_class = 2 };
 
 #define PDL_LOSS_OPTIONS(OPTION)                  \
@@ -42,7 +42,7 @@ struct LossOptions {
 #undef PDL_OPTION_NAME
   }
 
-  // Throws std::invalid_argument for another number of numbers. float64 holds every id exactly.
+  // Throws std::invalid_argument for a list of another length. float64 holds every id exactly.
   static LossOptions unpack(const std::vector<double>& numbers) {
 #define PDL_OPTION_COUNT(type, name) +1
     constexpr size_t kOptions = 0 PDL_LOSS_OPTIONS(PDL_OPTION_COUNT);

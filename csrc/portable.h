@@ -1,8 +1,8 @@
-// What host and device code share: function qualifiers, the accumulator of a logits dtype, exp, tanh and power.
+// Shared by host and device code: function qualifiers, the accumulator of a logits dtype, exp, tanh and power.
 //
-// On the host exp, tanh and power are branch-free polynomials, so that a plain loop over them becomes vector code; on
-// the device exp is the special function unit's and the others are CUDA's own. exp and tanh of float64 are the
-// library's.
+// On the host exp, tanh and power are branch-free polynomials, so that a plain loop over them becomes vector code. On
+// the device exp uses the special function unit. The other two are CUDA's own there. exp and tanh of float64 are those
+// of the standard library.
 #pragma once
 
 #include <bit>
@@ -35,7 +35,7 @@ PDL_INLINE constexpr A infinity() {
   return std::numeric_limits<A>::infinity();
 }
 
-// Unlike ==, of zeros with other signs not, and of equal NaNs.
+// Unlike ==, it is false for zeros of different sign and true for equal NaNs.
 template <typename A>
 PDL_INLINE bool same_bits(A a, A b) {
   using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
@@ -49,7 +49,8 @@ PDL_INLINE constexpr A not_a_number() {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x, on the device 0 where that would be subnormal. PDL_EX2_APPROX is the instruction where it is emulated.
+// 2^x; on the device 0 where the result would be subnormal. PDL_EX2_APPROX replaces the instruction when it is
+// emulated.
 PDL_INLINE float exp2_approximate(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -63,7 +64,8 @@ PDL_INLINE float exp2_approximate(float x) {
 }
 
 // exp(x) for x <= 0, -inf or NaN; 0 where the result would be subnormal. Within 2 ulp on the host. On the device the
-// rounding of x log2(e) adds |x| / 2^24, as much as the subtraction that made x did: 2 instructions, expf takes 8.
+// rounding of x log2(e) adds |x| / 2^24, as much as the subtraction that computed x. It takes 2 instructions, expf
+// takes 8.
 PDL_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__) || defined(PDL_EX2_APPROX)
   return exp2_approximate(x * kLog2E);
@@ -92,10 +94,10 @@ PDL_INLINE double exp_nonpositive(double x) {
   return exp(x);
 }
 
-// exp_nonpositive(x) without that rounding, and 0 for NaN on the device: 5 instructions.
+// exp_nonpositive(x) without that rounding error, and 0 for NaN on the device. It takes 5 instructions.
 PDL_INLINE float exp_compensated(float x) {
 #if defined(__CUDA_ARCH__) || defined(PDL_EX2_APPROX)
-  // Far below what has an exponential, so that the difference of two infinities is none.
+  // Far below any number with a nonzero exponential: otherwise infinity - infinity would give NaN.
   x = fmaxf(x, -200.0f);
   const float e = exp_nonpositive(x);
   return fmaf(e, fmaf(x * kLog2E, -0.693147180559945309f, x), e);
@@ -131,8 +133,8 @@ PDL_INLINE double hyperbolic_tangent(double x) {
   return tanh(x);
 }
 
-// Of an integer that is not negative. On the host by its halves, each in the low bits of a double with the exponent
-// that gives it its place: vector units before AVX-512 convert no int64.
+// For an integer that is not negative. The host converts its halves. Each goes into the low bits of a double whose
+// exponent gives it its position, since vector units before AVX-512 cannot convert int64.
 PDL_INLINE double to_double(int64_t x) {
 #if defined(__CUDA_ARCH__)
   return double(x);
@@ -144,8 +146,9 @@ PDL_INLINE double to_double(int64_t x) {
 #endif
 }
 
-// x^y for x > 0, a subnormal one as the least normal one, and 1 for y = 0: relative error below 1e-14 (1 + |y log2 x|);
-// infinity and 0 where float64 ends. Shifts of unsigned numbers, which AVX2 has too.
+// x^y for x > 0, and 1 for y = 0; a subnormal x counts as the smallest normal number. The relative error is below 1e-14
+// (1 + |y log2 x|). Beyond the range of float64 the result is infinity or 0. The shifts are of unsigned numbers, which
+// AVX2 also has.
 PDL_INLINE double power(double x, double y) {
 #if defined(__CUDA_ARCH__)
   return y == 0.0 ? 1.0 : exp2(y * log2(x));
@@ -173,7 +176,7 @@ PDL_INLINE double power(double x, double y) {
   double z = y * (e + s * p * 2.8853900817779268);
   z = z < -1100.0 ? -1100.0 : z;
   z = z > 1100.0 ? 1100.0 : z;
-  // Rounded to an integer, which then stands in the low bits.
+  // Rounded to an integer, which is then in the low bits.
   constexpr double kRound = 6755399441055744.0;
   const double shifted = z + kRound;
   const double r = (z - (shifted - kRound)) * 0.69314718055994531;
@@ -191,7 +194,7 @@ PDL_INLINE double power(double x, double y) {
   t = t * r + 0.5;
   t = t * r + 1.0;
   t = t * r + 1.0;
-  // In two factors, since the exponent may lie outside of float64's.
+  // In two factors, since the exponent may be outside the range of float64.
   const uint64_t n = std::bit_cast<uint64_t>(shifted) - std::bit_cast<uint64_t>(kRound) + kOffset;
   const uint64_t half = n >> 1;
   return t * std::bit_cast<double>((half + 1023 - kOffset / 2) << 52) *

@@ -11,8 +11,8 @@
 //     d loss / d z_j = A p_j - B_j,    p = softmax(z),    A = r (m ((1 - s) w + s mean_j u_j) + c ce),
 //     B_j = r m s u_j / V, and at the target r (m (1 - s) w + c ce) more.
 //
-// `gradient_row` makes these three numbers, and `GradientRow` evaluates the gradient for one element. A new weighting
-// or modulation changes a scalar here, never a loop.
+// `gradient_row` computes these three numbers, and `GradientRow` evaluates the gradient for one element. A new
+// weighting or modulation changes a scalar here, never a loop.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@
 
 namespace pdl {
 
-// The options in the accumulator's precision, as a row's mathematics takes them. vocab_size: of the whole vocabulary.
+// The options in the accumulator's precision, for the mathematics of a row. vocab_size: of the whole vocabulary.
 template <typename A>
 struct RowOptions {
   template <typename T>
@@ -43,7 +43,7 @@ struct RowOptions {
   }
 };
 
-// z = softcap * tanh(scale * x / softcap) + offset[j]; softcap 0 and offset nullptr stand for their absence.
+// z = softcap * tanh(scale * x / softcap) + offset[j]. softcap 0 is no softcap, offset nullptr is no offset.
 template <typename A>
 struct LogitTransform {
   A scale = 1;
@@ -73,18 +73,18 @@ struct LogitTransform {
   }
 };
 
-// u_j of the above where each class has its own, else 1.
+// The u_j above if each class has its own weight, otherwise 1.
 template <typename A>
 struct ClassWeights {
   const float* of_class = nullptr;
 
   PDL_INLINE A at(int64_t j) const { return of_class != nullptr ? A(of_class[j]) : A(1); }
-  // u_j times a difference that a masked class makes infinite; a weight of 0 leaves nothing of it.
+  // u_j times a difference, which is infinite for a masked class; with a weight of 0 the product is 0.
   PDL_INLINE static A times(A weight, A difference) { return weight == A(0) ? A(0) : weight * difference; }
 };
 
 // The loops over a row. `plain` gathers its maximum and sum of exp, `entropy` also the entropy and the argmax.
-// `general` has the sum of z and the transform besides.
+// `general` also gathers the sum of z and applies the transform.
 enum class Loop { plain, entropy, general };
 
 template <Loop kLoop>
@@ -94,8 +94,8 @@ inline bool is_plain(const LossOptions& options, const float* offset) {
   return options.label_smoothing == 0.0 && options.logit_scale == 1.0 && options.softcap == 0.0 && offset == nullptr;
 }
 
-// Of a share of a row: the largest z and its index, sum of exp(z - max), and sum of u_j (z_j - centre). The centre is
-// one number for the whole row. The identity is what a share without elements has.
+// Statistics of a share of a row: the largest z and its index, sum of exp(z - max), and sum of u_j (z_j - centre). The
+// centre is one number for the whole row. The default values are those of a share without elements.
 template <typename A>
 struct RowStatistics {
   A max = -infinity<A>();
@@ -104,7 +104,7 @@ struct RowStatistics {
   int32_t argmax = -1;
 };
 
-// With sum of exp(z - max) (z - max), of which the entropy follows, and sum of u_j.
+// Also the sum of exp(z - max) (z - max), from which the entropy is computed, and the sum of u_j.
 template <typename A>
 struct WideStatistics : RowStatistics<A> {
   A scaled = 0;
@@ -114,7 +114,7 @@ struct WideStatistics : RowStatistics<A> {
 template <Loop kLoop, typename A>
 using StatisticsOf = std::conditional_t<kLoop == Loop::plain, RowStatistics<A>, WideStatistics<A>>;
 
-// What to subtract before exp: a share that is all -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+// The number to subtract before exp: a share of only -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
 template <typename A>
 PDL_INLINE A exp_shift(A max) {
   return max == -infinity<A>() ? A(0) : max;
@@ -133,7 +133,7 @@ PDL_INLINE RowStatistics<A> merge(const RowStatistics<A>& a, const RowStatistics
   return merged;
 }
 
-// z - max, but not below where its exponential is 0: 0 * -inf would be NaN.
+// z - max, limited to where its exponential is 0: 0 * -inf would be NaN.
 template <typename A>
 PDL_INLINE A finite_log_ratio(A below) {
   const A least = sizeof(A) == 8 ? A(-1000) : A(-200);
@@ -156,7 +156,7 @@ PDL_INLINE WideStatistics<A> merge(const WideStatistics<A>& a, const WideStatist
   return merged;
 }
 
-// The entropy of softmax(z) in nats, log(sum) - scaled / sum, or 0 where it was not gathered; at least 0.
+// The entropy of softmax(z) in nats, log(sum) - scaled / sum, at least 0; 0 if it was not gathered.
 template <typename A>
 PDL_INLINE A entropy_of(const RowStatistics<A>&, A) {
   return A(0);
@@ -167,7 +167,7 @@ PDL_INLINE A entropy_of(const WideStatistics<A>& row, A log_sum) {
   return entropy < A(0) ? A(0) : entropy;
 }
 
-// The sum of u_j, which only rows that are smoothed by class gather.
+// The sum of u_j, which is gathered only for label smoothing by class.
 template <typename A>
 PDL_INLINE A class_weight_of(const RowStatistics<A>&) {
   return A(0);
@@ -177,13 +177,13 @@ PDL_INLINE A class_weight_of(const WideStatistics<A>& row) {
   return row.class_weight;
 }
 
-// The target's own z keeps sum_j u_j (z_j - centre) free of cancellation when all logits share a large offset.
+// With the target's own z as centre, sum_j u_j (z_j - centre) does not cancel when all logits share a large offset.
 template <typename A>
 PDL_INLINE A smoothing_centre(A z_target) {
   return z_target == -infinity<A>() ? A(0) : z_target;
 }
 
-// What is kept of a row, for its gradient and for the caller: one column of the op's `saved_rows` [kNumbers, rows].
+// The data kept of a row, for its gradient and for the caller: one column of the op's `saved_rows` [kNumbers, rows].
 template <typename A>
 struct SavedRow {
   A max;
@@ -199,7 +199,7 @@ struct SavedRow {
   static constexpr int kNumbers = 9;
 
   PDL_INLINE A lse() const { return max + log_sum; }
-  // Where the modulation is 0 the loss is, also of a target that has no probability.
+  // With a modulation of 0 the loss is 0, even for a target with probability 0.
   PDL_INLINE A modulated_ce() const { return modulation == A(0) ? A(0) : modulation * ce; }
 
   PDL_INLINE static SavedRow load(const A* saved_rows, int64_t rows, int64_t i) {
@@ -219,12 +219,13 @@ struct SavedRow {
     row[7 * rows] = entropy;
     row[8 * rows] = smoothing_weight;
   }
-  // Of a row without a target in the vocabulary.
+  // For a row without a target in the vocabulary.
   PDL_INLINE static SavedRow filled(A value) { return {value, value, value, value, value, value, value, value, value}; }
 };
 
-// A row of which max, sum, log_sum, nll, token_weight and entropy are known. Its ce is the mean over the vocabulary of
-// u_j (lse - z_j), and its smoothing_weight that of u_j. A u_j that is the target's token weight counts as 1 in both.
+// Completes a row whose max, sum, log_sum, nll, token_weight and entropy are known. Its ce is the mean over the
+// vocabulary of u_j (lse - z_j), and its smoothing_weight that of u_j. A u_j that is the target's token weight counts
+// as 1 in both.
 template <typename A>
 PDL_INLINE void complete_row(SavedRow<A>& row, const RowOptions<A>& options) {
   const A smoothed = row.ce, s = options.label_smoothing;
@@ -256,16 +257,16 @@ PDL_INLINE SavedRow<A> row_loss(const Statistics& row, A z_target, A token_weigh
   return saved;
 }
 
-// One row's term of the loss, of which `weight` divides what is weighted.
+// One row's term of the loss. `weight` includes the denominator.
 template <typename A>
 PDL_INLINE A row_term(A weight, A ce, A lse, const RowOptions<A>& options) {
   return options.z_loss != A(0) ? weight * ce + options.z_loss * lse * lse : weight * ce;
 }
 
-// Factors of the weighted term and of the z-loss term, and `correction`. That is the weighted mean where the
-// denominator depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is (m ce - token_weight *
-// correction) * weighted. `modulation` is the mean of m by which it is divided, in `weighted` already, or 1. `upstream`
-// is the gradient of the loss for which a gradient was computed at once. In memory: the op's `factors` [kNumbers].
+// Factors of the weighted term and of the z-loss term, and `correction`. That is the weighted mean if the denominator
+// depends on the row weights (reduction "mean"), else 0. So d loss / d row_weight is (m ce - token_weight * correction)
+// * weighted. `modulation` is the mean by which m is divided, or 1; `weighted` already includes it. `upstream` is the
+// upstream gradient for which a gradient was computed at once. In memory: the op's `factors` [kNumbers].
 template <typename A>
 struct Factors {
   A weighted;
@@ -292,13 +293,13 @@ struct Factors {
   }
 };
 
-// 0 stands for 1/0: with nothing left to count the loss is 0 and so is every gradient.
+// 0 instead of 1/0: if no row counts, the loss is 0 and so is every gradient.
 template <typename A>
 PDL_INLINE A reciprocal_or_zero(A denominator) {
   return denominator == A(0) ? A(0) : A(1) / denominator;
 }
 
-// Sums over the rows that count, in float64: a million rows of float32 would lose the small ones.
+// Sums over the rows that count, in float64: a sum of a million rows in float32 would lose small terms.
 struct RowSums {
   double weighted_ce = 0;
   double weight = 0;
@@ -310,7 +311,7 @@ struct RowSums {
     weight += token_weight * row_weight;
     rows += 1;
   }
-  // modulated_ce: with its token weight.
+  // modulated_ce: includes the token weight.
   PDL_INLINE void add(double token_weight, double row_weight, double modulated_ce, double lse, double m) {
     add_weight(token_weight, row_weight);
     weighted_ce += row_weight * modulated_ce;
@@ -324,7 +325,7 @@ struct RowSums {
   }
 };
 
-// `normalizer`: the denominators of the weighted term and of the z-loss term, where they are given.
+// `normalizer`: the denominators of the weighted term and of the z-loss term, or nullptr.
 template <typename A>
 PDL_INLINE Factors<double> factors_of(Reduction reduction, const RowSums& sums, const A* normalizer, bool normalize) {
   Factors<double> factors{1.0, 1.0, 0.0, 1.0};
@@ -348,9 +349,9 @@ PDL_INLINE double reduced_loss(const RowSums& sums, const Factors<double>& facto
   return z_loss != 0.0 ? weighted + z_loss * sums.lse_squares * factors.rows : weighted;
 }
 
-// The gradient of one row, element by element, in the accumulator's precision: at the target p_y - q_y is taken
-// before anything is rounded to the logits' dtype. Of probabilities it takes ratios to the largest one, exp(z - max):
-// exp((z - max) - log_sum) would round twice, the second time a larger number.
+// The gradient of one row, element by element, in the accumulator's precision. At the target p_y - q_y is computed
+// before anything is rounded to the logits' dtype. Probabilities are expressed as ratios to the largest one, exp(z -
+// max): exp((z - max) - log_sum) would round twice, the second time a larger number.
 template <typename A>
 struct GradientRow {
   A max;
@@ -361,11 +362,11 @@ struct GradientRow {
   A rest;      // A less that
 
   PDL_INLINE A log_ratio(A z) const { return z - max; }
-  // Of a row with a NaN, which is in a_largest, any number will do.
+  // In a row with a NaN, which is in a_largest, the ratio may be any number.
   PDL_INLINE A ratio(A z) const { return exp_compensated(log_ratio(z)); }
   PDL_INLINE A off_target_of(A ratio) const { return a_largest * ratio - b_smoothed; }
   PDL_INLINE A off_target_of(A ratio, A class_weight) const { return a_largest * ratio - b_smoothed * class_weight; }
-  // The same row for ratios to exp(origin - max). Only where all that is relative to it is -inf may it be above max.
+  // The same row for ratios to exp(origin - max). origin may be above max only if all numbers relative to it are -inf.
   PDL_INLINE GradientRow relative_to(A origin) const {
     GradientRow row = *this;
     row.a_largest *= exp_nonpositive(origin > max ? A(0) : origin - max);
@@ -373,17 +374,17 @@ struct GradientRow {
   }
   PDL_INLINE A off_target(A z) const { return off_target_of(ratio(z)); }
   PDL_INLINE A off_target(A z, A class_weight) const { return off_target_of(ratio(z), class_weight); }
-  // A p_y - B_y; near p_y = 1 as B_y (p_y - 1) + (A - B_y) p_y, since the difference of e to the sum is exact there.
+  // A p_y - B_y. Near p_y = 1 it is computed as B_y (p_y - 1) + (A - B_y) p_y, since there e - sum is exact.
   PDL_INLINE A at_target(A z) const {
     const A e = ratio(z);
     return e > A(0.5) * sum ? b_target * ((e - sum) / sum) + rest * (e / sum) : a_largest * e - b_target;
   }
 };
 
-// Off the target of a row whose numbers are 16-bit floats as they are: exp(z - max) is 2^(scale z - shift - residual).
-// The residual, which is what rounding left of max * scale, is one of the row, and is in `a`. So an element takes two
-// multiply-adds and an exponential. The rounding of the first is below 2^-18 of the result, an eighth of half an ulp of
-// float16 is 2^-15.
+// The gradient off the target for a plain row of 16-bit floats: exp(z - max) is 2^(scale z - shift - residual). The
+// residual is the rounding error of max * scale. It is the same for the whole row, and is included in `a`. So an
+// element takes two multiply-adds and an exponential. The rounding error of the first is below 2^-18 of the result; an
+// eighth of half an ulp of float16 is 2^-15.
 struct GradientRowOfHalves {
   float scale;
   float shift;
@@ -391,7 +392,7 @@ struct GradientRowOfHalves {
   float b;
 
   PDL_INLINE explicit GradientRowOfHalves(const GradientRow<float>& row) {
-    // Beyond it two bfloat16 numbers are further from one another than an exponential reaches. A scale of 1 is exact.
+    // Beyond this two bfloat16 numbers differ by more than the range of exponentials. A scale of 1 is exact.
     constexpr float kNear = 65536.0f;
     scale = fabsf(row.max) <= kNear ? kLog2E : 1.0f;
     shift = row.max * scale;
@@ -403,13 +404,13 @@ struct GradientRowOfHalves {
   PDL_INLINE float off_target(float z) const { return fmaf(a, exp2_approximate(fmaf(z, scale, -shift)), -b); }
 };
 
-// NaN as narrow_number keeps it, whatever the user's weights had.
+// A NaN in the form that narrow_number keeps, whatever NaN the user's weights had.
 template <typename A>
 PDL_INLINE A canonical(A x) {
   return x == x ? x : not_a_number<A>();
 }
 
-// The largest logit's probability is 1 / sum. Where all are -inf it has none.
+// The largest logit's probability is 1 / sum. If all logits are -inf it is undefined.
 template <typename A>
 PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A upstream, const Factors<A>& factors,
                                        const RowOptions<A>& options) {
@@ -417,12 +418,12 @@ PDL_INLINE GradientRow<A> gradient_row(const SavedRow<A>& row, A row_weight, A u
   A m = 1, of_modulation = 0;
   if (options.modulation != Modulation::none) {
     const A slope = modulation_of(row.nll, row.entropy, options).slope;
-    // Where nll is infinite the product is none: its limit is 0.
+    // With an infinite nll the product is NaN, and its limit is 0.
     of_modulation = slope == A(0) ? A(0) : weighted * (slope * row.ce);
     m = row.modulation;
   }
   const A s = options.label_smoothing, uniform = s / A(options.vocab_size), w = row.token_weight;
-  // What A and B have in common is one number, or the rounding of two would be left of them.
+  // The common part of A and B is computed once: otherwise the rounding errors of two numbers would remain.
   A of_lse, of_class, of_target, rest;
   if (options.label_smoothing_weight == SmoothingWeight::target) {
     of_lse = upstream * (w * row_weight) * factors.weighted * m;

@@ -7,7 +7,7 @@
 
 namespace pdl {
 
-// A kernel reads one a row, so that the ids' type is a branch which all rows take alike, and no template parameter.
+// A kernel reads one target a row. So the ids' type is a branch, the same for all rows, and not a template parameter.
 struct Targets {
   const void* ids;
   bool is_int32;

@@ -13,21 +13,21 @@ namespace pdl {
 
 enum class Normalize : int64_t { none = 0, corpus = 1, types = 2 };
 
-// What all counts add up to, and the least of those that count for the mean.
+// The sum of all counts, and the smallest count among those in the mean.
 struct CountSums {
   static constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
 
   int64_t total = 0;
-  // kMost less that count; 0: there is none.
+  // kMost minus that count; 0 if there is none.
   int64_t rareness = 0;
 
-  // Past 2^63 the total becomes negative.
+  // From 2^63 on the total becomes negative.
   PDL_INLINE CountSums operator+(const CountSums& other) const {
     return {int64_t(uint64_t(total) + uint64_t(other.total)), rareness > other.rareness ? rareness : other.rareness};
   }
 };
 
-// What turns counts into frequencies, and these into weights that float64 can hold.
+// The factors from counts to frequencies, and from these to weights within the range of float64.
 struct WeightScale {
   double of_count;      // 1 / (N + smoothing V), or 1 where frequencies are counts
   double of_frequency;  // the reciprocal of the frequency whose weight is 1
@@ -48,18 +48,18 @@ struct PowerLaw {
     return {count, counts_for_mean ? CountSums::kMost - count : 0};
   }
 
-  // A weight that is divided by the mean may be in any unit. This one is the largest weight of an entry that the mean
-  // is taken over, so that the mean is neither infinite nor 0, and no weight is a quotient of such.
+  // A weight that is divided by the mean may be in any unit. The unit is the largest weight among the entries in the
+  // mean. So the mean is neither infinite nor 0, and no weight is a quotient of such numbers.
   PDL_INLINE WeightScale scale(const CountSums& sums) const {
     const double denominator = double(sums.total) + smoothing * double(vocab_size);
-    // Nothing counted and nothing smoothed is uniform.
+    // Without counts and without smoothing the weights are uniform.
     WeightScale scale{relative && denominator > 0.0 ? 1.0 / denominator : 1.0, 1.0, max_weight};
     if (sums.total < 0) {
-      // Which no weight is less than.
+      // No weight is less than NaN.
       scale.max_weight = not_a_number<double>();
       return scale;
     }
-    // Where nothing was counted all counts are 0, and all entries count.
+    // Without counts all entries have count 0, and all are in the mean.
     const bool is_empty = normalize == Normalize::corpus && sums.total == 0;
     const int64_t rareness = is_empty ? CountSums::kMost : sums.rareness;
     if (normalize == Normalize::none || rareness == 0 || alpha == 0.0) return scale;
@@ -77,14 +77,14 @@ struct PowerLaw {
     return (to_double(count) + smoothing) * scale.of_count + epsilon;
   }
 
-  // NaN of a count that is negative, and of all where their sum is.
+  // NaN for a negative count, and for all counts if their sum is negative.
   PDL_INLINE double weight(int64_t count, const WeightScale& scale) const {
     const double w = power(frequency(count, scale) * scale.of_frequency, -alpha);
     const double limited = w < scale.max_weight ? w : scale.max_weight;
     return count < 0 ? not_a_number<double>() : limited;
   }
 
-  // What the entry counts for in the mean that normalises the weights.
+  // The entry's weight in the mean that normalises the weights.
   PDL_INLINE double share(int64_t count, int64_t total) const {
     return normalize == Normalize::corpus && total > 0 ? to_double(count) : 1.0;
   }
@@ -94,14 +94,15 @@ struct PowerLaw {
   }
 };
 
-// Not 1 + blend * (w - 1): that rounds a small w to the grain of 1, and to 0 below it. At most what float32 can hold.
+// Not 1 + blend * (w - 1), which rounds a small w to the spacing of numbers near 1, or to 0. At most the largest
+// float32.
 PDL_INLINE float blended(double weight, double mean, double blend) {
   const double mixed = (1.0 - blend) + (blend == 0.0 ? 0.0 : blend * (weight / mean));
   constexpr float kLargest = std::numeric_limits<float>::max();
   return mixed > double(kLargest) ? kLargest : float(mixed);
 }
 
-// An entry that the user fixed takes no part in the mean and is not blended; NaN in the table marks a free one.
+// An entry with a fixed weight is not in the mean and is not blended; NaN in the table marks an entry without one.
 PDL_INLINE bool is_fixed(const float* fixed, int64_t t) {
   return fixed != nullptr && fixed[t] == fixed[t];
 }

@@ -1,4 +1,4 @@
-// What the token weight op shares between devices: the checks that keep memory safe.
+// Shared by the token weight op on all devices: the checks that keep memory safe.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,13 +1,14 @@
-"""Learns which tokens of a text are worth a training step: CaMeLS (arXiv 2305.15076) at the size of a CPU.
+"""Learns which tokens of a text are worth a training step: CaMeLS (arXiv 2305.15076) at a size for a CPU.
 
     pip install "pdl_ext[demo]"
     python examples/camels.py
 
-A small language model of modern English takes one SGD step on verses of the King James Version. Then it is asked for
+A small language model of modern English takes one SGD step on verses of the King James Version. Then it is tested on
 the same verses in modern English: their nll is the outer loss. A weight model gives each token of the old verses its
-weight in that step. It is trained so that the outer loss falls.
+weight in that step. It is trained to lower the outer loss.
 
-What differs from the published code, and what its six steps in sequence would add: docs/family.md, "Learned weights".
+docs/family.md, "Learned weights", lists the differences from the published code, and the effect of its six consecutive
+steps.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ LONGEST = 48
 WIDTH = 64
 BEGIN, PAD = 0, 1
 BASE_BATCH = 32
-# As many as the paper has in sequence between two outer losses; here they share one step.
+# The paper has this number of consecutive documents between two outer losses; here they share one step.
 DOCUMENTS = 6
-# What softplus with beta 3 makes of 0.
+# softplus of 0 with beta 3.
 START = math.log(2) / 3
-# What learned weights have to beat: one weight for all, since with a larger one any step goes further.
+# The baseline of learned weights: one larger weight for all, with which any step goes further.
 BASELINE = "uniform, the best"
 
 
 class Pair(NamedTuple):
-    """Texts that are read, and those that are asked for afterwards: int64 [documents, length], padded with PAD."""
+    """Texts to read, and texts to test on afterwards: int64 [documents, length], padded with PAD."""
 
     document: Tensor
     question: Tensor
@@ -95,7 +96,8 @@ class LanguageModel(nn.Module):
 class WeightModel(nn.Module):
     """The weight of each token as a target: int64 [batch, length] ids to positive [batch, length].
 
-    A weight sees its own token and those before it. All are ln 2 / 3 at first, since the last layer begins as zeros.
+    A weight depends on its own token and those before it. All are ln 2 / 3 at first, since the last layer is
+    initialised to zeros.
     Source: arXiv 2305.15076.
     """
 
@@ -121,23 +123,23 @@ def row_weight_gradient(
 ) -> Tensor:
     """Gradient of an outer loss by the row weights of one inner SGD step, from two forward passes.
 
-    The step is theta' = theta - factor sum_i w_i d nll_i / d theta. With v = d outer / d theta' the gradient is
-    d outer / d w_i = -factor <v, d nll_i / d theta>. The product is nll_i's derivative along v: here a central
-    difference, whose error falls with the square of `radius` until rounding takes over.
+    The step is theta' = theta - factor sum_i w_i d nll_i / d theta. With v = d outer / d theta' the gradient is d outer
+    / d w_i = -factor <v, d nll_i / d theta>. The product is nll_i's derivative along v. Here it is a central
+    difference, whose error falls with the square of `radius` until rounding errors dominate.
 
-    Of several steps in sequence this is the truncated form, with v the gradient by the last parameters. It leaves out
-    how a step changes the gradients of those after it. For the whole derivative v goes back through each later step,
+    For several consecutive steps this is the truncated form, with v the gradient by the last parameters. It ignores how
+    a step changes the gradients of later steps. For the whole derivative v is propagated back through each later step,
     as v - factor H v. H is the Hessian of that step's weighted sum, and H v a difference of two gradients.
 
     Args:
         row_nll: parameters to the unweighted nll of each row, any shape, 0 where a row is ignored.
         parameters: theta by name, float32 or float64.
-        outer_gradient: v by name. Parameters that it leaves out are those that the step leaves alone.
-        factor: the learning rate over what the inner loss divides its weighted sum by.
-        radius: how far both passes are from theta, as a norm over all parameters.
+        outer_gradient: v by name. Parameters without an entry are those that the step does not change.
+        factor: the learning rate over the denominator of the inner loss.
+        radius: the distance of both passes from theta, as a norm over all parameters.
 
     Returns the gradient in the shape of the rows; zeros for a v of zeros.
-    Raises ValueError for a radius <= 0, and KeyError for a gradient of no parameter.
+    Raises ValueError for a radius <= 0, and KeyError for a gradient without a parameter.
     Source: the chain rule; arXiv 2305.15076 differentiates through the step instead.
     """
     if not radius > 0:
@@ -173,7 +175,10 @@ def inner_step(model: nn.Module, ids: Tensor, row_weight: Tensor, learning_rate:
 
 
 def meta_step(model: nn.Module, weight_model: nn.Module, pair: Pair, learning_rate: float) -> float:
-    """Adds the gradient of the outer loss to the weight model's, and returns the loss; the model stays as it is."""
+    """Adds the gradient of the outer loss to that of the weight model, and returns the loss.
+
+    The language model does not change.
+    """
     weights = weight_model(pair.document)
     after = inner_step(model, pair.document, weights.detach(), learning_rate)
     outer = outer_loss(model, after, pair.question)
@@ -207,7 +212,7 @@ def uniform(value: float) -> Weights:
 
 
 def shuffled(weights: Weights, seed: int) -> Weights:
-    """The same weights, each given to another token of the batch."""
+    """The same weights in random order over the tokens of the batch."""
     generator = torch.Generator().manual_seed(seed)
 
     def of(ids: Tensor) -> Tensor:
@@ -220,7 +225,7 @@ def shuffled(weights: Weights, seed: int) -> Weights:
 
 
 def by_frequency(pairs: Sequence[Pair]) -> Weights:
-    """PDL's weights of rare tokens, counted in the documents, with the mean that the weight model begins with."""
+    """PDL's weights of rare tokens, counted in the documents, with the initial mean of the weight model."""
     frequency = pdl_ext.TokenFrequency(VOCABULARY)
     for pair in pairs:
         frequency.update(labels_of(pair.document)[:, 1:])
@@ -275,10 +280,10 @@ def train_weights(model: LanguageModel, pairs: Sequence[Pair], learning_rate: fl
 
 
 def experiment(args: argparse.Namespace) -> dict[str, Tensor]:
-    """Train both models and return the held-out outer losses by the weights that the step had, each [batches].
+    """Train both models and return the held-out outer losses by the weights of the step, each [batches].
 
     args: as `main` parses them. Prints the tokens of the smallest and of the largest weights.
-    Raises data.DemoError where the verses are missing or too few.
+    Raises data.DemoError if the verses are missing or too few.
     """
     torch.manual_seed(args.seed)
     verses = [(e.prompt.removeprefix(data.INSTRUCTION), e.completion) for e in data.verses().values()]
@@ -318,7 +323,7 @@ def experiment(args: argparse.Namespace) -> dict[str, Tensor]:
 
 
 def print_extremes(tokenizer: Tokenizer, weights: Weights, pairs: Sequence[Pair]) -> None:
-    """Prints the smallest and largest mean weights of tokens that some of the documents have."""
+    """Prints the smallest and largest mean weights of tokens that occur in several documents."""
     sums, counts = torch.zeros(VOCABULARY), torch.zeros(VOCABULARY)
     with torch.no_grad():
         for pair in pairs:
@@ -334,7 +339,7 @@ def print_extremes(tokenizer: Tokenizer, weights: Weights, pairs: Sequence[Pair]
 
 
 def table(losses: Mapping[str, Tensor]) -> str:
-    """Means of the losses, and of their differences from the baseline's, which pairs share."""
+    """Means of the losses, and of their differences from the baseline's on the same pairs."""
     lines = [f"{'weights of the inner step':<28} outer loss   beside '{BASELINE}' (standard error)"]
     for name, values in losses.items():
         difference = values - losses[BASELINE]

@@ -3,7 +3,7 @@
     pip install "pdl_ext[transformers]"
     torchrun --nproc-per-node 2 examples/fsdp2.py text.txt --model HuggingFaceTB/SmolLM2-135M
 
-Each line of the text is an example. Without --model a tiny one is trained from its beginning.
+Each line of the text is an example. Without --model it trains a tiny one from scratch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     encoded = tokenizer([line + tokenizer.eos_token for line in lines], truncation=True, max_length=args.max_length)
     examples = [{"input_ids": ids, "labels": list(ids)} for ids in encoded["input_ids"]]
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
-    # This rank's rows of each batch; the last one, where it is not full, is left out.
+    # This rank's rows of each batch; an incomplete last batch is left out.
     starts = range(0, len(examples) - args.batch_size + 1, args.batch_size)
     collate = DataCollatorForSeq2Seq(tokenizer)
     batches = [collate([examples[i] for i in order[s + rank : s + args.batch_size : ranks]]) for s in starts]
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.to(device).train()
     for layer in model.model.layers:
         fully_shard(layer)
-    # The head belongs to the root unit: its weight is gathered when the loss takes it.
+    # The head belongs to the root unit: its weight is gathered when the loss uses it.
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             inputs = {name: value.to(device) for name, value in batch.items()}
             items = (inputs["labels"][:, 1:] != -100).sum()
             dist.all_reduce(items)
-            # Gradients are averaged over the ranks, hence the items of one of them.
+            # Gradients are averaged over the ranks, so the number of items is that of one rank.
             loss = model(**inputs, num_items_in_batch=items / ranks).loss
             loss.backward()
             optimizer.step()

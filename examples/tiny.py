@@ -1,4 +1,4 @@
-"""A language model and a tokenizer that need no download: what the other examples train without --model."""
+"""A language model and a tokenizer without a download, which the other examples train without --model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["lines_of", "model_and_tokenizer"]
 
 VOCABULARY = 512
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"
-# The marks of generation tell TRL what the assistant says.
+# The marks of generation show TRL the assistant's turns.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<s>' + message['role'] + '\\n' }}
@@ -28,7 +28,7 @@ CHAT_TEMPLATE = """\
 
 
 def lines_of(path: Path, least: int) -> list[str]:
-    """The lines of a text that hold something. Ends the script with a message where they are fewer than `least`."""
+    """The nonempty lines of a text. Ends the script with a message if there are fewer than `least`."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +41,7 @@ def lines_of(path: Path, least: int) -> list[str]:
 def model_and_tokenizer(
     name: str | None, texts: Iterable[str], seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained model by its name or folder; without one a new Llama whose tokenizer is learned from the texts."""
+    """A pretrained model by its name or folder; without one a new Llama, with a tokenizer trained on the texts."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if name is not None:

@@ -3,8 +3,8 @@
     pip install "pdl_ext[transformers]"
     python examples/transformers_trainer.py text.txt --model HuggingFaceTB/SmolLM2-135M
 
-Each line of the text is an example, and every tenth of them is held out. Without --model a tiny one is trained from its
-beginning.
+Each line of the text is an example, and every tenth of them is held out. Without --model it trains a tiny one from
+scratch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", default="trainer-output", help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    # One to learn from, and one that is held out.
+    # One for training, and one that is held out.
     lines = tiny.lines_of(args.text, 2)
     model, tokenizer = tiny.model_and_tokenizer(args.model, lines)
     encoded = tokenizer([line + tokenizer.eos_token for line in lines], truncation=True, max_length=args.max_length)
     examples = [{"input_ids": ids, "labels": list(ids)} for ids in encoded["input_ids"]]
     train = [example for number, example in enumerate(examples) if number % 10]
 
-    # What the training will see is counted first, so that its weights are right from the first step on.
+    # The training data are counted first, so that the weights are right from the first step on.
     frequency = pdl_ext.count_labels(train, model.get_output_embeddings().out_features, shift=True)
     loss_fn = pdl_ext.PDLLoss(frequency, alpha=args.alpha)
     apply_pdl_loss(model, loss_fn)

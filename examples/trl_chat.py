@@ -1,11 +1,11 @@
-"""Finetunes a chat model with Power-Law Decay Loss by TRL, on what the assistant says.
+"""Finetunes a chat model with Power-Law Decay Loss by TRL, on the assistant's turns.
 
     pip install "pdl_ext[trl]"
     python examples/trl_chat.py chats.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 Each line of the file is a conversation: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}.
-Every tenth of them is held out. Without --model a tiny one is trained from its beginning. The chat template has to mark
-what the assistant says, by `{% generation %}`; TRL puts the marks into those of well-known models.
+Every tenth of them is held out. Without --model it trains a tiny one from scratch. The chat template has to mark the
+assistant's turns by `{% generation %}`; TRL adds the marks to those of well-known models.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--output", default="trl-output", help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    # One to learn from, and one that is held out.
+    # One for training, and one that is held out.
     chats = [json.loads(line) for line in tiny.lines_of(args.chats, 2)]
     texts = [message["content"] for chat in chats for message in chat["messages"]]
     model, tokenizer = tiny.model_and_tokenizer(args.model, texts)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         train_dataset=Dataset.from_list([chat for number, chat in enumerate(chats) if number not in held_out]),
         eval_dataset=Dataset.from_list([chats[number] for number in sorted(held_out)]),
         processing_class=tokenizer,
-        # It learns the frequencies of what it trains on, on all ranks together.
+        # It learns the frequencies of its training data, over all ranks together.
         pdl_loss=pdl_ext.PDLLoss(alpha=args.alpha, vocab_size=model.get_output_embeddings().out_features, sync_every=1),
     )
     trainer.train()

@@ -12,9 +12,10 @@ __all__ = ["tensor_to_read"]
 
 
 def tensor_to_read(array: np.ndarray[Any, Any]) -> Tensor:
-    """A tensor of the array's memory, which is not to be written to. Raises TypeError for a dtype that tensors lack."""
+    """A read-only tensor over the array's memory. Raises TypeError for a dtype that PyTorch does not have."""
     if not array.flags.writeable and not array.dtype.hasobject:
-        # PyTorch warns of those. A filter would be the whole process', and come in the way of other threads'.
+        # PyTorch warns about read-only arrays. A warnings filter would apply to the whole process, other threads
+        # included.
         array = np.asarray(_Writable(array))
     return torch.from_numpy(array)
 

@@ -1,4 +1,4 @@
-"""Checks of single values, whose errors name the argument, what came and what was expected."""
+"""Checks of single values. Each error names the argument, the value received and the value expected."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 MAX = sys.float_info.max
 
-# NumPy's scalars are among them; mypy knows no order of these.
+# NumPy's scalars are included. mypy does not know that these numbers can be compared.
 _NUMBERS: Any = numbers.Real
 _INTEGERS: Any = numbers.Integral
 _functorch: Any = torch._C._functorch
@@ -46,11 +46,11 @@ _ASKED_BY_SCRIPT = "__prepare_scriptable__"
 
 
 def check_number(name: str, value: Any, low: float, high: float, expected: str, *, open_low: bool = False) -> float:
-    """The value as a float; any real number is one, NumPy's too.
+    """The value as a float. Any real number is accepted, NumPy's too.
 
     Raises TypeError unless it is a number, ValueError unless low <= value <= high (open_low: low < value).
     """
-    # An abstract class takes a microsecond to ask, and a step has five of these.
+    # isinstance of an abstract class takes a microsecond, and a step has five of these checks.
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, _NUMBERS)):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected {expected}")
     try:
@@ -63,12 +63,12 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str, 
 
 
 def check_exponent(name: str, value: Any) -> float:
-    """The exponent of a frequency as a float. Raises TypeError or ValueError unless it is in [-10000, 10000]."""
+    """The exponent of a frequency as a float. Raises TypeError or ValueError unless it is from -10000 to 10000."""
     return check_number(name, value, -10_000, 10_000, "a number in [-10000, 10000]")
 
 
 def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
-    """The value as an int; NumPy's are ints. Raises ValueError unless it is one with low <= value <= high."""
+    """The value as an int; NumPy's integers are accepted. Raises ValueError unless low <= value <= high."""
     is_integer = type(value) is int or (isinstance(value, _INTEGERS) and not isinstance(value, bool))
     if not is_integer or not low <= value <= high:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
@@ -88,47 +88,47 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_vocab_size(vocab_size: int) -> int:
-    """The size as an int. Raises ValueError unless it is one in [1, 2^31)."""
+    """The size as an int. Raises ValueError unless it is an int from 1 to 2^31 - 1."""
     return check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
 
 
 def check_ignore_index(ignore_index: int) -> int:
-    """The id as an int. Raises ValueError unless it is one that fits into int32."""
+    """The id as an int. Raises ValueError unless it fits into int32."""
     return check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raises TypeError unless value is a path, ValueError for one that no file has."""
+    """Raises TypeError unless value is a path, ValueError for an empty one and for one with a null character."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a path")
     if not os.fspath(value):
         raise ValueError(f"{name}: got an empty name, expected a path")
     if "\0" in os.fspath(value):
-        raise ValueError(f"{name}: got {os.fspath(value)!r}, which has a null in it, expected a path")
+        raise ValueError(f"{name}: got {os.fspath(value)!r}, which has a null character, expected a path")
 
 
 def check_group(group: Any) -> Any:
-    """Gives the group. Raises TypeError unless it is one of processes, this one among them, or None."""
-    # A rank outside of a group has a placeholder for it, which collectives take and do nothing.
+    """Returns the group. Raises TypeError unless it is None or a ProcessGroup that includes this process."""
+    # A rank outside a group has a placeholder for it. Collectives accept that placeholder and do nothing.
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: got {type(group).__name__}, expected a ProcessGroup that this rank is in, or None")
     return group
 
 
 def default_device() -> torch.device:
-    """Where PyTorch puts what a module makes; the CPU instead of meta: counts are no weights that are filled later."""
+    """PyTorch's default device, or the CPU instead of meta: counts cannot be filled in later as weights can."""
     device = torch.get_default_device()
     return torch.device("cpu") if device.type == "meta" else device
 
 
 def is_dtensor(value: Any) -> bool:
-    """Whether it is one of torch.distributed's DTensors, without an import of these."""
-    # A compiler does not see all of a DTensor's attributes.
+    """Whether the value is a DTensor of torch.distributed, without importing that module."""
+    # isinstance is not used: the compiler does not see all attributes of a DTensor.
     return type(value) is not Tensor and hasattr(value, "device_mesh")
 
 
 def check_dense(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a tensor that is sparse, nested, or a DTensor."""
+    """Raises TypeError for a sparse tensor, a nested tensor or a DTensor."""
     if is_dtensor(tensor):
         raise TypeError(f"{name}: got a DTensor, expected a plain tensor, as full_tensor() gives")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -139,23 +139,23 @@ def check_dense(name: str, tensor: Tensor) -> None:
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises RuntimeError inside a transform of torch.func that wraps one of the tensors.
 
-    The kernels would see through the wrapper, and leave no gradient.
+    The kernels would read through the wrapper and produce no gradient.
     """
     if not torch._C._are_functorch_transforms_active():
         return
-    # A compiler's tracer does not know it.
+    # The compiler's tracer does not support is_functorch_wrapped_tensor.
     if torch.compiler.is_compiling() or any(
         tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
     ):
         raise RuntimeError(
-            "pdl_ext: the kernels do not go with torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
+            "pdl_ext: the kernels do not support torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
             "leading dimensions at once instead of vmap, and take gradients by backward() or torch.autograd.grad; "
-            "pdl_ext.reference goes with all of them"
+            "pdl_ext.reference supports all of them"
         )
 
 
 def is_traced() -> bool:
-    """Whether the values of tensors are not to be had, or of no use later: under a compiler, a tracer or a mode."""
+    """Whether tensors have no usable values: under a compiler, a tracer or a dispatch mode."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -164,17 +164,17 @@ def is_traced() -> bool:
 
 
 def not_scriptable(callable_: T) -> T:
-    """Decorates a function, or a module's class: torch.jit.script raises TypeError, and no riddle about annotations."""
+    """Decorates a function or a module's class, so that torch.jit.script raises a TypeError that says what to use."""
     setattr(callable_, _ASKED_BY_SCRIPT, _refuse_script)
     return callable_
 
 
 def _refuse_script(*_: object) -> NoReturn:
     raise TypeError(
-        "pdl_ext: torch.jit.script does not take it, expected torch.compile, torch.export or torch.jit.trace"
+        "pdl_ext: torch.jit.script is not supported, expected torch.compile, torch.export or torch.jit.trace"
     )
 
 
 def names_of(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The names of dtypes, for an error."""
+    """The names of dtypes, for an error message."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

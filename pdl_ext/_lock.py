@@ -1,4 +1,4 @@
-"""A lock that goes with an object through copies, pickles and forks."""
+"""A lock that survives copies, pickles and forks of the object that owns it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Exclusion:
-    """Holds a `lock`, which the thread that has it may take again.
+    """Holds a reentrant `lock`.
 
-    A shallow copy of the owner has the same one, as it has the same tensors; a deep or pickled one has its own; a
-    forked process, in which no thread is left to give it back, has a new one.
+    A shallow copy of the owner shares the lock, since it shares the tensors. A deep copy or a pickle gets its own. A
+    forked process gets a new lock, since the thread that held the old one does not exist there.
     """
 
     __slots__ = ("__weakref__", "lock")
@@ -44,7 +44,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def exclusive(method: Method) -> Method:
-    """Lets one thread at a time into those methods of an object that have this, by its `lock`."""
+    """Decorates methods of an object with a `lock`: one thread at a time runs any of them."""
 
     @functools.wraps(method)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:

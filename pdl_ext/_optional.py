@@ -1,4 +1,4 @@
-"""Packages that a part of the library needs and the rest does not."""
+"""Optional packages, which only parts of the library need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["require"]
 
 
 def require(module: str, extra: str) -> Any:
-    """Imports a module of an optional package. Raises ImportError that names the pip command where it is missing."""
+    """Imports a module of an optional package. Raises ImportError with the pip command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

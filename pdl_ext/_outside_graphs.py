@@ -1,7 +1,7 @@
-"""Calls beside compiled graphs, which hold no counter, no error and no collective now and then.
+"""Calls outside of compiled graphs, which can hold no counter, no error and no conditional collective.
 
-A module of its own, since `torch.compiler` imports the compiler for it. Counting a corpus and most losses do without
-these 72 MiB and this second.
+A module of its own, since `torch.compiler` imports the compiler for it. That takes 72 MiB and a second, which counting
+a corpus and most losses do not need.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def call_outside(function: Callable[..., T], *arguments: Any) -> T:
 
 @torch.compiler.assume_constant_result
 def mark_called_while_traced(method: Callable[..., bool]) -> bool:
-    """Has a method called while a graph is traced that has no room for it; the results mean nothing.
+    """Calls a method once, while a graph is traced, outside of that graph; its result has no meaning.
 
-    A method, since PyTorch 2.10 takes no module as an argument of such a function.
+    It takes a method, since PyTorch 2.10 accepts no module as an argument of such a function.
     """
     torch.compiler.assume_constant_result(method)
     return True

@@ -1,6 +1,6 @@
-"""The tables of a loss that follow from counts, kept for as long as nothing has changed that they follow from.
+"""The tables that a loss computes from counts, kept until one of their inputs changes.
 
-They are no buffers: what saves, casts, shards or initialises the buffers of a model would take them for state.
+They are not buffers: code that saves, casts, shards or initialises a model's buffers would treat them as state.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from pdl_ext.weighting.base import fixed_table
 
 __all__ = ["TokenWeights", "blend_state"]
 
-# A blend as an integer: -(_ZERO + blend * _ONE). Of most blends that is all of float64's digits.
+# The encoding of a blend as an integer: -(_ZERO + blend * _ONE). For most blends it keeps all digits of float64.
 _ZERO, _ONE = 2**40, 2**60
 
 
 def blend_state(blend: float, device: torch.device) -> Tensor:
-    """A blend as a buffer: 0-d int64, a negative number that is linear in it.
+    """A blend as a buffer: 0-d int64, a negative number that is linear in the blend.
 
-    Integers are left alone by what casts a model's floating buffers, as FSDP's buffer_dtype and .half() do; memory that
-    nobody has written, 0 most often, is no such number; and an average of several is that of their blends.
+    Code that casts a model's floating buffers, such as FSDP's buffer_dtype and .half(), leaves integers alone. Memory
+    that was never written, mostly 0, is not a valid encoding. The average of several encodings is the encoding of the
+    average.
     """
-    # It may be set outside of the inference mode that it is made in.
+    # It may be made under inference mode and set outside of it.
     with torch.inference_mode(False):
         return torch.tensor(_encoded(blend), dtype=torch.int64, device=device)
 
@@ -38,20 +39,20 @@ def _encoded(blend: float) -> int:
 
 
 def _mix(state: Tensor) -> Tensor:
-    """The blend as the op takes it, on the state's device."""
-    # An average may be rounded beyond the ends.
+    """The blend in the form that the op takes, on the state's device."""
+    # The rounding of an average may exceed the ends.
     return ((-state - _ZERO).to(torch.float64) / _ONE).clamp(0.0, 1.0).to(torch.float32)
 
 
 class _Source(NamedTuple):
-    """A tensor that something was computed from, and what PyTorch had counted of the writes to it."""
+    """A tensor that something was computed from, and its version (PyTorch's count of the writes to it)."""
 
     tensor: weakref.ref[Tensor]
     version: int
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Source | None:
-        """None for a tensor of inference mode, where no writes are counted."""
+        """None for a tensor of inference mode, which has no version."""
         return None if tensor.is_inference() else cls(weakref.ref(tensor), tensor._version)
 
     def is_current(self, tensor: Tensor) -> bool:
@@ -59,7 +60,7 @@ class _Source(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What the op takes beside counts, and what it was made from."""
+    """The op's arguments besides the counts, and their sources."""
 
     mix: Tensor
     fixed: Tensor | None
@@ -69,21 +70,21 @@ class _Settings(NamedTuple):
 
 
 class TokenWeights:
-    """Weights of counts under a weighting and a blend, of one module on one device.
+    """Weights of counts under a weighting and a blend, for one module on one device.
 
-    Computed in place where they can be, so that CUDA graphs that were captured see new ones. A copy of it, also a
-    pickled one, knows the blend alone.
+    They are computed in place where possible, so that a captured CUDA graph reads the new ones. A copy or a pickle
+    keeps only the blend.
     """
 
     def __init__(self, blend: float) -> None:
-        # What the state is restored to where it turns out to be memory that nobody has written.
+        # The value that replaces a state which turns out to be memory that was never written.
         self._blend = blend
-        # The counts that were found to be some.
+        # The counts that were checked.
         self._checked: weakref.ref[Tensor] | None = None
         self._settings: _Settings | None = None
-        # Of counts under settings.
+        # The weights of counts under settings.
         self._kept: tuple[_Source | None, _Settings, Tensor] | None = None
-        # Of counts under an adjustment.
+        # The offset of counts under an adjustment.
         self._kept_offset: tuple[_Source | None, float, Tensor] | None = None
 
     def __reduce__(self) -> tuple[type[TokenWeights], tuple[float]]:
@@ -94,11 +95,11 @@ class TokenWeights:
         return self._checked is not None and self._checked() is counts
 
     def check(self, counts: Tensor) -> None:
-        """Remembers that a tensor of counts was found to be one."""
+        """Records that a tensor of counts has passed its check."""
         self._checked = weakref.ref(counts)
 
     def blend_of(self, state: Tensor) -> float:
-        """The blend in a state, which is restored if it is none. Waits for the device."""
+        """The blend in a state. An invalid state gets its blend back. Waits for the device."""
         if state.is_meta:
             return self._blend
         found = int(state)
@@ -116,21 +117,21 @@ class TokenWeights:
             state.fill_(_encoded(blend))
 
     def forget(self) -> None:
-        """Makes the next call compute everything."""
+        """Makes the next call compute everything again."""
         if self._settings is not None:
             self._settings = self._settings._replace(state=None)
         if self._kept_offset is not None:
             self._kept_offset = None, *self._kept_offset[1:]
 
     def kept(self, counts: Tensor, state: Tensor, weighting: Weighting) -> Tensor:
-        """The weights [V] of counts; those of the last call if nothing has changed."""
+        """The weights [V] of counts; those of the last call if nothing has changed since."""
         settings = self._current_settings(counts, state, weighting)
         if self._kept is not None:
             source, of_settings, weights = self._kept
-            # FSDP moves a buffer to another device without a new tensor, which the settings have noticed.
+            # FSDP moves a buffer to another device without a new tensor; the settings detect that.
             if source is not None and source.is_current(counts) and of_settings is settings:
                 return weights
-        # They may be needed outside of inference mode, too.
+        # The weights may be needed outside of inference mode, too.
         with torch.inference_mode(False), torch.no_grad():
             computed = weighting.table(counts, settings.mix, settings.fixed)
             weights = computed if self._kept is None else _in_place(self._kept[2], computed)
@@ -146,7 +147,7 @@ class TokenWeights:
         return weighting.table(counts, mix, fixed)
 
     def offset(self, counts: Tensor, adjustment: float) -> Tensor:
-        """adjustment * log f, float32 [V] of counts; that of the last call if nothing has changed."""
+        """adjustment * log f, float32 [V] of counts; that of the last call if nothing has changed since."""
         old = self._kept_offset
         if old is not None:
             source, of_adjustment, offset = old
@@ -161,7 +162,7 @@ class TokenWeights:
 
     def _current_settings(self, counts: Tensor, state: Tensor, weighting: Weighting) -> _Settings:
         old = self._settings
-        # Another blend, as DistributedDataParallel writes one in each step, leaves the table of fixed weights as it is.
+        # A new blend, such as DistributedDataParallel writes in each step, does not change the table of fixed weights.
         fixed_is_current = (
             old is not None
             and old.weighting is weighting
@@ -173,7 +174,7 @@ class TokenWeights:
         if (old is None or old.state is None or old.state.tensor() is not state) and not _is_capturing(state):
             self.blend_of(state)
         with torch.inference_mode(False), torch.no_grad():
-            # On meta there is nothing of it: whoever loaded the counts left it out.
+            # A state on meta has no value: whoever loaded the counts left it out.
             mix = torch.tensor(self._blend, dtype=torch.float32, device="cpu") if state.is_meta else _mix(state)
             mix = mix.to(counts.device)
             mix = mix if old is None else _in_place(old.mix, mix)
@@ -183,7 +184,7 @@ class TokenWeights:
 
 
 def _in_place(old: Tensor, new: Tensor) -> Tensor:
-    """The new values, where the old ones are if they can be there."""
+    """The new values, in the memory of the old ones if device and shape allow."""
     return old.copy_(new) if (old.device, old.shape) == (new.device, new.shape) else new
 
 

@@ -1,4 +1,4 @@
-"""The version of the package, in a module that imports nothing of it."""
+"""The version of the package, in a module that imports nothing else of it."""
 
 from importlib.metadata import PackageNotFoundError, version
 

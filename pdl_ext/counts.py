@@ -1,4 +1,4 @@
-"""The table that tokens are counted into, and the law that holds in each."""
+"""The table of token counts, and the conservation law that every table obeys."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class CountTable(NamedTuple):
     """Counts of tokens, which methods write to: int64 tensors on one device.
 
     counts: [V], how often each id occurs; ignored, out_of_range, seen: one element each. `seen` is the number of all
-    tokens given. The law: counts.sum() + ignored + out_of_range == seen.
-    Packed it is one int64 [V + 3]: the counts, then the others in this order. The struct of csrc/histogram_arguments.h
-    has the same names.
+    tokens given. The conservation law: counts.sum() + ignored + out_of_range == seen.
+    Packed, a table is one int64 [V + 3]: the counts, then the others in this order. The struct of
+    csrc/histogram_arguments.h has the same names.
     """
 
     counts: Tensor
@@ -31,18 +31,18 @@ class CountTable(NamedTuple):
 
     @staticmethod
     def packed_size(vocab_size: int) -> int:
-        """How many numbers a packed table has."""
+        """The number of elements of a packed table."""
         return vocab_size + 3
 
     @classmethod
     def zeros(cls, vocab_size: int, device: torch.device) -> CountTable:
-        """A table in which nothing is counted; its counts lie in memory of their own."""
+        """An empty table; its counts have memory of their own."""
         counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
         return cls(counts, *torch.zeros(3, dtype=torch.int64, device=device).unbind())
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> CountTable:
-        """A table that lies in a packed one."""
+        """A table that is a view of a packed one."""
         return cls(packed[:-3], packed[-3], packed[-2], packed[-1])
 
     def packed(self) -> Tensor:
@@ -52,10 +52,10 @@ class CountTable(NamedTuple):
     def add(self, tokens: Tensor, *, ignore_index: int, strict: bool = False, alone: bool = False) -> None:
         """Counts tokens: any shape, a dtype of TOKEN_DTYPES, on the table's device.
 
-        Calls from several threads add up, each whole. With `strict` (CPU only) an id out of range raises IndexError
-        before anything is changed. With `alone` (CPU only) no other thread uses this table, and this one counts by
-        itself, whatever number of threads PyTorch has.
-        Raises TypeError or ValueError for tokens of another kind.
+        Several threads may call it at once; each call is counted completely. With `strict` (CPU only) an id out of
+        range raises IndexError before anything is changed. With `alone` (CPU only) the caller guarantees that no other
+        thread uses this table. The call then runs on its thread only, whatever number of threads PyTorch has.
+        Raises TypeError or ValueError for tokens of another dtype, layout or device.
         """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens: got {type(tokens).__name__}, expected a tensor")
@@ -67,11 +67,11 @@ class CountTable(NamedTuple):
             raise ValueError(f"tokens: got device {tokens.device}, expected {self.counts.device}, where the counts are")
         ops.compiled.count_tokens_(*self, tokens.contiguous(), ignore_index, strict, alone)
         if not alone and not torch.compiler.is_compiling() and not self.counts.is_inference():
-            # Which PyTorch does for its own ops.
+            # PyTorch does this only for its own ops.
             torch.autograd.graph.increment_version(self.counts)
 
     def ignore(self, number: int) -> None:
-        """Counts so many tokens as ignored."""
+        """Counts this number of tokens as ignored."""
         self.ignored.add_(number)
         self.seen.add_(number)
 
@@ -81,12 +81,12 @@ class CountTable(NamedTuple):
             mine.add_(theirs)
 
     def copy_(self, other: CountTable) -> None:
-        """Takes over the numbers of another table of the same vocabulary."""
+        """Copies the numbers of another table of the same vocabulary."""
         for mine, theirs in zip(self, other, strict=True):
             mine.copy_(theirs)
 
     def check_conserved(self, name: str) -> None:
-        """Raises ValueError for a table that breaks the law, has a negative number or a sum past 2^63.
+        """Raises ValueError for a table that breaks the law, or that has a negative number or a sum of 2^63 or more.
 
         Waits for the device.
         """
@@ -101,13 +101,13 @@ class CountTable(NamedTuple):
 
 
 def log_probabilities(counts: Tensor) -> Tensor:
-    """log ((n + 1) / (N + V)) of counts n, float32 [V]; not smoothed it would be infinite for what was never seen."""
+    """log ((n + 1) / (N + V)) of counts n, float32 [V]. The smoothing keeps it finite for types never seen."""
     n = counts.double()
     return ((n + 1) / (n.sum() + n.shape[0])).log().to(torch.float32)
 
 
 def check_counts(counts: Tensor) -> None:
-    """Raises TypeError or ValueError unless these are int64 [V] counts; on the CPU also for what no count can be."""
+    """Raises TypeError or ValueError unless these are int64 [V] counts. Their values are checked on the CPU only."""
     if not isinstance(counts, Tensor):
         raise TypeError(f"counts: got {type(counts).__name__}, expected an int64 tensor of shape [V]")
     check_dense("counts", counts)
@@ -116,16 +116,16 @@ def check_counts(counts: Tensor) -> None:
         raise TypeError(f"counts: got dtype {counts.dtype}, expected int64")
     if counts.dim() != 1 or counts.shape[0] == 0:
         raise ValueError(f"counts: got shape {list(counts.shape)}, expected [V] with V >= 1")
-    # On CUDA that would wait for the device, and a tracer has no numbers.
+    # On CUDA this check would wait for the device, and a tracer has no values.
     if counts.device.type == "cpu" and not is_traced():
         check_count_values("counts", counts)
 
 
 def check_count_values(name: str, counts: Tensor) -> None:
-    """Raises ValueError for a negative count, or a sum past 2^63. Waits for the device."""
+    """Raises ValueError for a negative count, or a sum of 2^63 or more. Waits for the device."""
     if bool((counts < 0).any()):
         raise ValueError(f"{name}: got a negative count, expected all >= 0")
-    # By halves: the sum itself may be past it, and float64 is too coarse to tell.
+    # Summed in halves: the sum itself may overflow int64, and float64 is too coarse.
     high, low = (int(half.sum()) for half in (counts >> 32, counts & 0xFFFFFFFF))
     if (high << 32) + low >= 2**63:
         raise ValueError(f"{name}: got counts whose sum is past 2^63, expected an int64 sum")

@@ -31,7 +31,7 @@ from pdl_ext.storage.tensor_file import read_tensors, write_tensors
 
 __all__ = ["TokenFrequency", "unpacked"]
 
-# The old name of it, for one release.
+# The old name, kept for one release.
 unpacked = CountTable.unpacked
 
 _FORMAT = "pdl_ext.TokenFrequency/2"
@@ -39,19 +39,23 @@ _FORMAT = "pdl_ext.TokenFrequency/2"
 
 @not_scriptable
 class TokenFrequency(nn.Module):
-    """Counts of the tokens of a corpus, exact, gathered a batch at a time.
+    """Exact counts of the tokens of a corpus, gathered one batch at a time.
 
-    Buffers, all int64, so that `.half()` and `.to(dtype)` leave them alone: `counts` [V], and the 0-d `ignored`,
-    `out_of_range` and `seen`, the number of tokens given, which counts.sum() + ignored + out_of_range must be: `save`,
-    `load` and `merge` check it. Write to none of them; `from_counts` makes a frequency of other counts. `provenance`
-    tells of those that were read from files (`pdl-ext count`, `corpus.count_corpus`) where they come from; None if none
-    were. Over ranks `all_reduce` sums once, `sync` as often as wanted.
+    Attributes:
+        counts: int64 [V], how often each id occurs.
+        ignored, out_of_range: int64, 0-d, the number of tokens that were not counted.
+        seen: int64, 0-d, the number of tokens given: counts.sum() + ignored + out_of_range.
+        provenance: the files that were counted (`pdl-ext count`, `corpus.count_corpus`), or None if there were none.
 
-    Threads may share one: `update`, `merge`, `sync`, `all_reduce`, `save` and loading a state take place one after the
-    other, each whole. With two exceptions: compiled updates wait for other updates only, and only Inductor's do; and a
-    `state_dict` holds the counts themselves, which other threads go on adding to while it, or a deep copy, is made.
+    All of these but `provenance` are buffers. They are int64, so that `.half()` and `.to(dtype)` leave them alone. Do
+    not write to them: `save`, `load` and `merge` check that `seen` is that sum. `from_counts` makes a frequency of
+    other counts. Over ranks `all_reduce` sums once, and `sync` may be called repeatedly.
 
-    Raises ValueError for a vocab_size outside [1, 2^31) or an ignore_index that is no int.
+    Threads may share one frequency: `update`, `merge`, `sync`, `all_reduce`, `save` and loading a state run one after
+    the other. There are two exceptions. Compiled updates wait for other updates only, and only Inductor's do. A
+    `state_dict` holds the counts themselves, so other threads may change them while it, or a deep copy, is made.
+
+    Raises ValueError for a vocab_size outside 1 to 2^31 - 1, or an ignore_index that is not an int32.
     """
 
     counts: Tensor
@@ -59,13 +63,13 @@ class TokenFrequency(nn.Module):
     out_of_range: Tensor
     seen: Tensor
     provenance: Provenance | None
-    # What update and merge have added since the last sync, packed [V + 3]; None is nothing. No buffer, or
-    # DistributedDataParallel would overwrite it by rank 0's. Until _tracked it is everything that the counts hold, and
-    # a frequency that only counts does not count twice.
+    # The counts that update and merge have added since the last sync, packed [V + 3]; None means none. It is not a
+    # buffer, or DistributedDataParallel would overwrite it with rank 0's. Until _tracked is set, all counts are this
+    # rank's own, so that a frequency that is never synced does not count twice.
     _own: Tensor | None
     _tracked: bool
 
-    # Counting and training may begin under inference_mode, and must be able to go on without.
+    # Counting and training may begin under inference_mode and continue outside of it.
     @torch.inference_mode(False)
     def __init__(self, vocab_size: int, *, ignore_index: int = -100) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class TokenFrequency(nn.Module):
     def from_counts(cls, counts: Tensor, *, ignore_index: int = -100) -> TokenFrequency:
         """A frequency with a copy of the given counts, int64 [V], on their device.
 
-        Raises TypeError for another dtype, ValueError for another shape, a negative count or a sum past 2^63.
+        Raises TypeError for another dtype, ValueError for another shape, a negative count or a sum of 2^63 or more.
         """
         check_counts(counts)
         if counts.is_cuda and not is_traced():
@@ -99,14 +103,14 @@ class TokenFrequency(nn.Module):
 
     @property
     def table(self) -> CountTable:
-        """The counts themselves, for this package: nobody else writes to them."""
-        # Not as attributes, which nn.Module looks up in a microsecond each: a tiny step has ten of them.
+        """The counts themselves, for use inside this package only: other code must not write to them."""
+        # Not by attribute: nn.Module takes a microsecond for each, and a tiny step reads ten of them.
         buffers: Any = self._buffers
         return CountTable(buffers["counts"], buffers["ignored"], buffers["out_of_range"], buffers["seen"])
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
-        """Who holds it sees whole batches; for this package."""
+        """While it is held no batch is half counted. For use inside this package."""
         return self._exclusion.lock
 
     @property
@@ -116,12 +120,12 @@ class TokenFrequency(nn.Module):
 
     @property
     def total(self) -> int:
-        """N, the number of tokens counted, without the ignored and the out of range. Waits for the device."""
+        """N, the number of tokens counted, without ignored ids and ids out of range. Waits for the device."""
         return int(self.counts.sum())
 
     @property
     def tokens_seen(self) -> int:
-        """All tokens, counted, ignored or out of range. Waits for the device."""
+        """The number of all tokens given: counted, ignored or out of range. Waits for the device."""
         return int(self.seen)
 
     def extra_repr(self) -> str:
@@ -130,15 +134,18 @@ class TokenFrequency(nn.Module):
     def update(self, tokens: Tensor | np.ndarray[Any, Any], *, strict: bool = False) -> None:
         """Counts a batch.
 
-        tokens: any shape, integers of any dtype, read in that: a tensor on the counts' device, or a NumPy array, of
-        which a CUDA device counts a part while the next is copied to it. An id outside [0, V) adds to `out_of_range`;
-        with `strict` it raises IndexError before anything is counted (on CUDA this waits for the device). int8, int16
-        and uint64 are converted first.
-        Raises TypeError or ValueError for a wrong dtype or device, TypeError that says what to pass for a list or a
-        batch of several entries.
+        Args:
+            tokens: any shape, integers of any dtype: a tensor on the counts' device, or a NumPy array. An array is
+                copied to a CUDA device in parts, and each part is counted while the next is copied. int8, int16 and
+                uint64 are converted first; the other dtypes are read as they are.
+            strict: an id outside the vocabulary raises IndexError before anything is counted; on CUDA this waits for
+                the device. Without it the id adds to `out_of_range`.
+
+        Raises TypeError or ValueError for a wrong dtype or device. The TypeError for a list or a batch of several
+        entries says what to pass instead.
         """
         if torch.compiler.is_compiling():
-            # No graph holds a lock.
+            # A compiled graph cannot hold a lock.
             self._update(tokens, strict)
         else:
             with self.lock:
@@ -175,15 +182,17 @@ class TokenFrequency(nn.Module):
     def merge(self, other: TokenFrequency, *, allow_overlap: bool = False) -> None:
         """Adds the counts of another frequency of the same vocabulary.
 
-        Raises ValueError, with nothing changed, for another vocabulary or ignore_index, for a sum past 2^63, and where
-        both have a provenance for another tokenizer or policy, or for a shard that both have counted (`allow_overlap`
-        counts it again). Waits for the device.
+        allow_overlap: also add counts of a shard that both have counted.
+
+        Raises ValueError, with nothing changed, for another vocabulary or ignore_index, and for a sum of 2^63 or more.
+        It also raises ValueError if both have a provenance and these differ in tokenizer or policy, or share a shard.
+        Waits for the device.
         """
         if not isinstance(other, TokenFrequency):
             raise TypeError(f"other: got {type(other).__name__}, expected TokenFrequency")
         if other.vocab_size != self.vocab_size:
             raise ValueError(f"other: got a vocabulary of {other.vocab_size}, expected {self.vocab_size}")
-        # One lock at a time, or two threads that merge each into the other would wait for ever.
+        # One lock at a time: two threads that merge each into the other would wait for each other forever.
         with other.lock:
             other.check_conserved("other")
             packed, of_files = other.table.packed().to(self.counts.device), other.provenance
@@ -196,7 +205,8 @@ class TokenFrequency(nn.Module):
     def _add(self, added: CountTable, provenance: Provenance | None, allow_overlap: bool) -> None:
         if self.provenance is not None and provenance is not None:
             provenance = self.provenance.merged(provenance, allow_overlap=allow_overlap)
-        # DistributedDataParallel may have put rank 0's counts, but not its provenance, in place of these until a sync.
+        # Before a sync DistributedDataParallel may have replaced the counts, but not the provenance, by those of rank
+        # 0.
         self.check_conserved("self", with_files=not self._tracked)
         tokens = int(added.seen)
         if self.tokens_seen + tokens >= 2**63:
@@ -211,10 +221,11 @@ class TokenFrequency(nn.Module):
     def all_reduce(self, group: dist.ProcessGroup | None = None, *, allow_overlap: bool = False) -> None:
         """Replaces the counts by their sum over the ranks of a group: once, when every rank has counted its part.
 
-        It sums all that the counts hold, also what was loaded, and joins the ranks' provenances. `sync` may follow, and
-        goes on from the sum. Without a process group it changes nothing, as `sync`.
-        Raises TypeError for what is no process group, ValueError on every rank, with nothing changed, if their
-        vocabularies or ignored ids differ, or as `merge` does for their provenances (`allow_overlap` is its).
+        It sums all counts, loaded ones included, and joins the provenances of the ranks. `sync` may follow, and
+        continues from the sum. Without a process group it changes nothing, as `sync` does.
+        Raises TypeError if `group` is not a process group. Raises ValueError on every rank, with nothing changed, if
+        the vocabularies or ignored ids differ, or if `merge` would refuse the provenances. `allow_overlap` is as in
+        `merge`.
         """
         if _is_alone(group):
             return
@@ -240,24 +251,26 @@ class TokenFrequency(nn.Module):
     @exclusive
     @torch.no_grad()
     def sync(self, group: dist.ProcessGroup | None = None) -> None:
-        """Adds what `update` and `merge` have counted on the other ranks of a group since the last sync.
+        """Adds the counts that `update` and `merge` added on the other ranks of a group since the last sync.
 
-        Afterwards the counts are the same on all ranks. What else they held (given, loaded, of the last sync or of
-        `all_reduce`) must be the same on all ranks beforehand and is counted once, as the group's first rank has it.
+        Afterwards the counts are the same on all ranks. The earlier counts (given, loaded, of the last sync or of
+        `all_reduce`) must already be the same on all ranks. They are counted once, as the group's first rank has them.
 
-        All ranks call it equally often, or they wait for each other for ever; how much each has counted makes no
-        difference. Save after a sync: the state of one rank lacks what others have counted since. In a module under
-        DistributedDataParallel, which overwrites the counts by those of rank 0, sync once before the first update; from
-        then on nothing is lost. Each rank keeps its own provenance, and a pickled frequency what it had counted as its
-        own: load the state, and not the module, on several ranks. Does nothing without a process group.
-        Raises TypeError for what is no process group, ValueError on every rank if their vocabularies or
-        ignored ids differ.
+        All ranks must call it equally often, or they wait for each other forever; they need not have counted equally
+        much. Save after a sync: before that, one rank's state lacks what the others counted since the last sync.
+        DistributedDataParallel overwrites the counts by those of rank 0: in such a module sync once before the first
+        update. After that nothing is lost.
+
+        Each rank keeps its own provenance. A pickled frequency keeps its own unsynced counts: on several ranks load the
+        state, not the pickled module. Does nothing without a process group.
+        Raises TypeError if `group` is not a process group, ValueError on every rank if their vocabularies or ignored
+        ids differ.
         """
         if _is_alone(group):
             return
         name = "" if group is None else check_group(group).group_name
         if self._checked_group != name:
-            # Once, since it waits for the device.
+            # Once for each group, since it waits for the device.
             self._check_ranks(group)
             self._checked_group = name
         all_of_it = not self._tracked or dist.get_rank(group) == 0
@@ -280,17 +293,17 @@ class TokenFrequency(nn.Module):
         self.track_own()
 
     def probabilities(self) -> Tensor:
-        """n / N, float64 [V]; uniform while nothing is counted."""
-        # What another thread adds between two reads would leave a sum that is not 1.
+        """n / N, float64 [V]; uniform if nothing was counted."""
+        # A copy: another thread may count between two reads, and the sum would not be 1.
         counts = self.counts.clone()
         total = counts.sum()
         counted = counts.double() / total.clamp(min=1)
         return torch.where(total > 0, counted, 1.0 / self.vocab_size)
 
     def rarer_than(self, count: int) -> Tensor:
-        """Which vocabulary entries were seen less often than `count` times, if ever: bool [V].
+        """The entries that were seen less than `count` times, or never: bool [V].
 
-        Raises ValueError unless count is an int in [1, 2^63).
+        Raises ValueError unless count is an int from 1 to 2^63 - 1.
         Source: the low-frequency words of RSFD (arXiv 2211.15076), seen less than 200 times.
         """
         return self.counts < check_integer("count", count, 1, 2**63 - 1, "an int in [1, 2^63)")
@@ -298,8 +311,8 @@ class TokenFrequency(nn.Module):
     def buckets(self, shares: Sequence[float] = (0.8, 0.15, 0.05)) -> Tensor:
         """The frequency bucket of every vocabulary entry: int64 [V], 0 the most frequent.
 
-        Entries are sorted by count; an entry belongs to the bucket in which the occurrences before it end, so bucket 0
-        covers the first `shares[0]` of all occurrences. An entry that was never seen is in the last one.
+        Entries are sorted by count. The share of all occurrences that come before an entry decides its bucket: bucket 0
+        covers the first `shares[0]` of them. Entries never seen are in the last bucket.
         Raises ValueError unless the shares are positive and sum to 1. Source: the rank buckets of MiLe (NAACL 2024).
         """
         if not all(share > 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-6:
@@ -307,20 +320,20 @@ class TokenFrequency(nn.Module):
         counts, order = torch.sort(self.counts, descending=True, stable=True)
         before = (counts.cumsum(0) - counts).double() / counts.sum().clamp(min=1)
         edges = torch.tensor(shares, dtype=torch.float64, device=counts.device).cumsum(0)[:-1]
-        # 0.8 + 0.15 is a little more than 0.95, which must not pull in the entry that begins there.
+        # In floating point 0.8 + 0.15 exceeds 0.95; without this the entry that begins at 0.95 would move down a
+        # bucket.
         edges = edges - 1e-9
         bucket = torch.bucketize(before, edges, right=True)
         bucket = torch.where(counts > 0, bucket, len(shares) - 1)
         return torch.empty_like(bucket).scatter_(0, order, bucket)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes counts and provenance as a safetensors file with metadata; the file appears whole or not at all.
+        """Writes counts and provenance as a safetensors file with metadata, completely or not at all.
 
-        path: also a URL that fsspec takes.
+        path: a path, or a URL that fsspec supports.
 
-        Raises OSError that names the path if it cannot be written, ValueError if the counts break the law that they are
-        saved under: none is negative, with the ignored and the out of range they are as many as the tokens seen, and
-        files have not given more than these.
+        Raises OSError that names the path if it cannot be written. Raises ValueError for invalid counts: a negative
+        one, more or fewer than `seen` tokens in all, or fewer tokens than the provenance's files hold.
         """
         write_tensors(place("path", path), *self._for_a_file())
 
@@ -336,20 +349,20 @@ class TokenFrequency(nn.Module):
         if self.provenance is not None:
             metadata["provenance"] = self.provenance.to_json()
         names = ("counts", "ignored", "out_of_range")
-        # Copies, so that nobody waits for a disk to count on.
+        # Copies, so that other threads can count while the file is written.
         return {name: getattr(self, name).to("cpu", copy=True) for name in names}, metadata
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenFrequency:
-        """Reads a file that `save` wrote, onto the CPU. path: also a URL.
+        """Reads a file that `save` wrote, onto the CPU. path: a path or a URL.
 
-        Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is no counts file.
+        Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is not a counts file.
         """
         tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
         try:
             vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])
             if tensors["counts"].shape != (vocab_size,):
-                # Before a table is made that may be larger than memory.
+                # Before a table is allocated, which might be larger than memory.
                 raise ValueError(f"counts of shape {list(tensors['counts'].shape)}, a vocabulary of {vocab_size}")
             check_integer("tokens_seen", tokens_seen, 0, 2**63 - 1, "an int in [0, 2^63)")
             with torch.device("cpu"):
@@ -366,7 +379,10 @@ class TokenFrequency(nn.Module):
         return frequency
 
     def check_conserved(self, name: str, *, with_files: bool = True) -> None:
-        """Raises ValueError for counts that break their law, or hold less than files have given; for this package."""
+        """Raises ValueError for counts that break the law, or are fewer than the files hold.
+
+        For use inside this package.
+        """
         self.table.check_conserved(name)
         read = 0 if self.provenance is None or not with_files else self.provenance.tokens
         if self.tokens_seen < read:
@@ -375,7 +391,10 @@ class TokenFrequency(nn.Module):
             )
 
     def track_own(self) -> None:
-        """What the counts hold now is no rank's own; what is added from now on is. For this package."""
+        """Treats the present counts as shared by all ranks, and later ones as this rank's own.
+
+        For use inside this package.
+        """
         self._tracked = True
         if self._own is not None:
             self._own.zero_()
@@ -386,7 +405,8 @@ class TokenFrequency(nn.Module):
             with torch.inference_mode(False):
                 self._own = torch.zeros(size, dtype=torch.int64, device=self.counts.device)
         elif self._own.device != self.counts.device:
-            # Here, since FSDP moves buffers without a call of the module's. Of meta there is nothing to move.
+            # Moved here, since FSDP moves buffers without calling a method of the module. A tensor on meta has no
+            # values to move.
             with torch.inference_mode(False):
                 own = torch.zeros_like(self._own, device="cpu") if self._own.is_meta else self._own
                 self._own = own.to(self.counts.device)
@@ -400,7 +420,7 @@ class TokenFrequency(nn.Module):
     @torch.inference_mode(False)
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Of a copy that is made under inference_mode.
+        # For a copy that is made under inference_mode.
         self._apply(lambda total: total.clone() if total.is_inference() else total)
         if self._own is not None and self._own.is_inference():
             self._own = self._own.clone()
@@ -414,20 +434,20 @@ class TokenFrequency(nn.Module):
                 if counts.is_cuda:
                     check_count_values("counts", counts)
             except (TypeError, ValueError) as error:
-                # Told with what else is wrong, and nothing is loaded.
+                # load_state_dict reports it with its other errors, and nothing is loaded.
                 args[-1].append(f"{prefix}{error}")
                 return
         before = None if self.provenance is None or self.counts.is_meta else self.table.packed()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if counts is not None:
             if before is None or self.counts.is_meta or not torch.equal(before, self.table.packed().to(before.device)):
-                # It was that of other counts.
+                # The provenance belongs to other counts.
                 self.provenance = None
             self.track_own()
 
 
 def _check_is_one(tokens: Any) -> None:
-    """Raises TypeError for what is not one tensor or array, that says what to pass instead."""
+    """Raises TypeError, which says what to pass instead, unless tokens is one tensor or one array."""
     if isinstance(tokens, (Tensor, np.ndarray)):
         return
     instead = ""
@@ -440,12 +460,15 @@ def _check_is_one(tokens: Any) -> None:
 
 
 def _countable(tokens: Tensor) -> Tensor:
-    """Integers as the histogram counts them: those above 2^63 become negative, and are of no vocabulary either way."""
+    """The integers in a dtype that the histogram reads.
+
+    uint64 ids from 2^63 on become negative, which is out of range either way.
+    """
     if tokens.dtype in (torch.int8, torch.int16):
         return tokens.to(torch.int32)
     return tokens.view(torch.int64) if tokens.dtype == torch.uint64 else tokens
 
 
 def _is_alone(group: dist.ProcessGroup | None) -> bool:
-    """Whether no group is meant, and there is none."""
+    """Whether no group is given, and no default group exists."""
     return group is None and not (dist.is_available() and dist.is_initialized())

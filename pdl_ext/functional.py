@@ -16,7 +16,7 @@ from pdl_ext.weighting.base import check_weighting, weights_of_counts
 
 __all__ = ["RowStats", "count_tokens", "decoding_offset", "linear_pdl_loss", "pdl_loss", "token_weights"]
 
-# What pickles call it, and what loads them safely knows it by.
+# The module name in pickles, and in the list of classes that are safe to load.
 RowStats.__module__ = __name__
 
 
@@ -37,53 +37,54 @@ def pdl_loss(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of each row times its token weight, fused with its gradient.
 
-    Where logits require grad and the reduction is a scalar, this call computes their gradient, too, in one pass. It is
-    that for an upstream gradient of 1. For another one backward computes it from the logits, in the same bits, by one
-    pass more. A loss that nobody differentiates then costs a gradient's time, and its memory while it lives: use
-    no_grad. Each of several losses under way holds one; of those of a PDLLoss only the first does. float16, whose loss
-    scale comes later, "none", a normalized modulation, `process_group` and torch.compile leave it to backward.
+    If the logits require grad and the reduction is a scalar, this call also computes their gradient, in the same pass.
+    That gradient is for an upstream gradient of 1. For another one, backward computes it from the logits in one more
+    pass, with the same bits. Use no_grad for a loss that nobody differentiates: it would cost a gradient's time, and
+    its memory while the loss exists. Of several losses that exist at once, each holds a gradient; of those of one
+    PDLLoss only the first does. Five cases leave the gradient to backward: float16, whose loss scale comes later,
+    "none", a normalized modulation, `process_group` and torch.compile.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64. The last dimension may be a slice of a padded one. A
-            DTensor whose one-dimensional mesh cuts it over the vocabulary is taken as with `process_group`.
-        targets: [...] token ids, int64 or int32; rows whose target is `ignore_index` count for nothing.
-        token_weight: float32 [V], or None for ones. It takes no gradient.
-        row_weight: [...] extra factor of each row, any floating dtype; it takes a gradient.
-        normalizer: replaces the denominator of "mean" and "token_mean": a number >= 0 or a 0-d tensor, such as the
-            number of items in an accumulated batch, or a sum of weights reduced over ranks. With 0 the loss is 0.
-        logit_offset: float32 [V], added to the logits last (logit adjustment, or -inf to mask). No gradient.
+            DTensor whose one-dimensional mesh shards the vocabulary is treated as with `process_group`.
+        targets: [...] token ids, int64 or int32. Rows whose target is `ignore_index` are left out.
+        token_weight: float32 [V], or None for ones. It gets no gradient.
+        row_weight: [...] extra factor of each row, any floating dtype. It gets a gradient.
+        normalizer: replaces the denominator of "mean" and "token_mean": a number >= 0 or a 0-d tensor. Examples are the
+            number of items in an accumulated batch, or a sum of weights over ranks. With 0 the loss is 0.
+        logit_offset: float32 [V], added to the logits last (logit adjustment, or -inf to mask). It gets no gradient.
         reduction: "mean" (divided by the sum of weights), "token_mean" (by the number of rows), "sum" or "none".
-        shift: the row at position t predicts targets[..., t + 1], as in causal language models, without a copy of
-            the logits. Whatever has one element a row lines up with `targets`.
-        label_smoothing: share of the target distribution spread evenly over the vocabulary, in [0, 1].
-        label_smoothing_weight: what that share is multiplied by. "target": the target's token weight; "none": 1;
-            "class": each class's own weight, as F.cross_entropy does. Row weights and modulations multiply the whole.
+        shift: the row at position t predicts targets[..., t + 1], as in causal language models, without a copy of the
+            logits. Every tensor with one element per row is aligned with `targets`.
+        label_smoothing: share of the target distribution that is spread evenly over the vocabulary, from 0 to 1.
+        label_smoothing_weight: the factor of that share. "target": the target's token weight; "none": 1; "class": each
+            class's own weight, as F.cross_entropy does. Row weights and modulations multiply the whole.
         z_loss: factor of lse ** 2, added to each row unweighted; "mean" and "token_mean" divide it by the number of
             rows, or by `normalizer`.
-        modulation: of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy that follows from its nll or
-            its entropy. It is in no denominator, and not in the z-loss.
+        modulation: one of `pdl_ext.modulation`, or None: a factor of each row's cross-entropy, computed from its nll or
+            its entropy. It is not part of a denominator, and does not multiply the z-loss.
         softcap, logit_scale: z = softcap * tanh(logit_scale * x / softcap) + logit_offset.
-        inplace_backward: the gradient overwrites the logits, which saves their size in memory. It does so in this call
-            if they require grad and the reduction is a scalar. float16 waits for backward: its loss scale has to come
-            first. Do not read them afterwards; another gradient that needs
-            them raises, and so does a second backward, or a checkpoint around the loss alone; a leaf and a view of one
-            are refused. An upstream gradient other than 1 costs one more pass, and one more rounding: prefer
-            `normalizer` to dividing the loss. So does a normalized modulation. Ignored under torch.compile, where the
-            compiler plans memory.
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory. This call does so if
+            they require grad and the reduction is a scalar. float16 waits for backward, since its loss scale has to
+            come first. Do not read the logits afterwards. Another gradient that needs them raises, and so does a second
+            backward, or a checkpoint around the loss alone. A leaf and a view of a leaf are refused. An upstream
+            gradient other than 1 costs one more pass and one more rounding: prefer `normalizer` to dividing the loss. A
+            normalized modulation costs the same. Ignored under torch.compile, where the compiler plans memory.
         return_stats: also return RowStats.
-        process_group: the logits are this rank's columns of the vocabulary, in the order of the ranks, one or more;
-            V, targets, tables and results are those of the whole vocabulary, the same on every rank. Other targets on
-            another rank are a ValueError. On CUDA the host waits for what ranks tell in a first call only, of a number
-            of columns and a size of the tables. Make that call before a CUDA graph is captured. Later other targets
-            make the loss and its gradients NaN, and so do other columns of another rank. An error that only one rank
-            finds leaves the others waiting for it.
+        process_group: the logits are this rank's columns of the vocabulary, one or more, in the order of the ranks. V,
+            targets, tables and results refer to the whole vocabulary and are the same on every rank. Targets that
+            differ between ranks raise ValueError. On CUDA the host waits for this check only in the first call with a
+            given number of columns and size of the tables. Make that call before a CUDA graph is captured. In later
+            calls, targets or columns that differ make the loss and its gradients NaN. An error that only one rank finds
+            leaves the others waiting for it.
 
-    Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits); with
-    `return_stats` a pair. If nothing is left to count, 0 with zero gradients.
-    Raises TypeError or ValueError that names the argument; on the CPU IndexError for a target outside [0, V). On CUDA
-    such a row's loss and gradient are NaN. RuntimeError for `inplace_backward` with a leaf or a view of one, and inside
-    a transform of torch.func. Second derivatives and forward mode are those of the definition in plain PyTorch. With
-    `process_group`, and of a gradient that `inplace_backward` has computed at once, they are a RuntimeError.
+    Returns a 0-d tensor, or [...] for "none" (0 at ignored rows), in float32 (float64 for float64 logits). With
+    `return_stats` it returns a pair. If every row is left out, the loss is 0 and its gradients are 0.
+    Raises TypeError or ValueError that names the argument. A target outside the vocabulary raises IndexError on the
+    CPU; on CUDA that row's loss and gradient are NaN. Raises RuntimeError for `inplace_backward` with a leaf or a view
+    of one, and inside a transform of torch.func. Second derivatives and forward mode are those of the definition in
+    plain PyTorch. They raise RuntimeError with `process_group`, and for a gradient that `inplace_backward` has already
+    computed.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y).
     """
     call = LossCall(
@@ -121,22 +122,23 @@ def linear_pdl_loss(
     process_group: dist.ProcessGroup | None = None,
     **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """pdl_loss of the logits hidden @ weight.T + bias, of which no more than a slab is ever held.
+    """pdl_loss of the logits hidden @ weight.T + bias, which are computed one chunk of rows at a time.
 
     Args:
-        hidden: [..., H], float32, bfloat16, float16 or float64; under autocast the products are in its dtype.
-        weight: [V, H], the classifier, and bias: [V] or None, in the dtype of hidden. DTensors whose one-dimensional
-            mesh cuts them over the vocabulary are taken as with `process_group`; hidden may be a DTensor of that mesh.
-        max_chunk_bytes: the largest slab of logits, but for at least 128 rows; 512 MB on CUDA and 64 MB on the CPU if
-            None.
-        accumulate: how the classifier's gradient is summed over chunks. "float32": on the CPU from three chunks on;
-            two are added in its own dtype. "weight": always in its own dtype. That saves memory or time where it is a
-            16-bit one, and loses what small chunks would have added.
+        hidden: [..., H], float32, bfloat16, float16 or float64. Under autocast the products are in autocast's dtype.
+        weight: [V, H], the classifier, in the dtype of hidden. A DTensor whose one-dimensional mesh shards the
+            vocabulary is treated as with `process_group`; hidden may be a DTensor of the same mesh.
+        bias: [V] or None, in the dtype of hidden; a DTensor as for weight.
+        max_chunk_bytes: the largest chunk of logits; a chunk has at least 128 rows, though. None: 512 MB on CUDA and 64
+            MB on the CPU.
+        accumulate: the dtype in which the classifier's gradient is summed over chunks. "float32": float32; on the CPU
+            two chunks are added in the classifier's own dtype. "weight": always the classifier's own. That saves memory
+            or time with a 16-bit dtype, and loses small terms when there are many chunks.
         process_group: as in pdl_loss, with the same max_chunk_bytes on every rank. `weight` and `bias` hold this rank's
             shard of the vocabulary. `hidden` is the same on every rank, and its gradient is summed over the ranks.
         The others: as in pdl_loss.
 
-    Returns what pdl_loss does. With a scalar reduction the gradients are computed in this call, and only those that are
+    Returns the same as pdl_loss. With a scalar reduction this call computes the gradients, and only those that are
     needed. float16, reduction "none", and a normalized modulation with a z-loss compute the logits again in backward.
     Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
     Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
@@ -163,11 +165,11 @@ def linear_pdl_loss(
 def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     """The weight of every vocabulary entry from its count.
 
-    counts: int64 [V], none of them negative, of a sum below 2^63: ValueError on the CPU, NaN on CUDA. Returns
-    float32 [V].
-    Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside
-    the vocabulary.
-    Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; the others of the family as their classes say.
+    counts: int64 [V], all >= 0, with a sum below 2^63. Others raise ValueError on the CPU, and give NaN on CUDA.
+    Returns float32 [V].
+    Raises TypeError or ValueError that names the argument, also if `weighting.fixed` names a token outside the
+    vocabulary.
+    Source: arXiv 2505.16900, w(t) = 1 / (freq(t) + eps) ** alpha; the classes of other weightings name theirs.
     """
     check_weighting(weighting)
     return weights_of_counts(counts, weighting)
@@ -175,10 +177,10 @@ def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
 
 @not_scriptable
 def decoding_offset(frequency: TokenFrequency | Tensor, alpha: float) -> Tensor:
-    """What generation adds to the logits to favour rare tokens: -alpha log f, f = (n + 1) / (N + V).
+    """The offset of the logits that favours rare tokens in generation: -alpha log f, f = (n + 1) / (N + V).
 
-    frequency: a TokenFrequency or int64 [V] counts. Returns float32 [V] on their device. A model trained with
-    cross-entropy that decodes with it has the minimiser of a loss that weighs by f ** -alpha.
+    frequency: a TokenFrequency or int64 [V] counts. Returns float32 [V] on their device. Training with cross-entropy
+    and decoding with this offset has the same optimum as a loss that weighs by f ** -alpha.
     Raises TypeError or ValueError that names the argument.
     Source: Menon et al. 2021 (arXiv 2007.07314), post-hoc logit adjustment.
     """
@@ -192,8 +194,9 @@ def decoding_offset(frequency: TokenFrequency | Tensor, alpha: float) -> Tensor:
 def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -> Tensor:
     """How often each token id occurs.
 
-    tokens: any shape, uint8, uint16, int32, uint32 or int64, read in that dtype. Ids equal to `ignore_index` or outside
-    [0, vocab_size) are left out (TokenFrequency keeps their number). Returns int64 [vocab_size] on the tokens' device.
+    tokens: any shape, uint8, uint16, int32, uint32 or int64, read in that dtype. Ids equal to `ignore_index` and ids
+    outside the vocabulary are left out (TokenFrequency keeps their number). Returns int64 [vocab_size] on the tokens'
+    device.
     Raises TypeError or ValueError that names the argument.
     """
     vocab_size = check_vocab_size(vocab_size)
@@ -206,7 +209,7 @@ def count_tokens(tokens: Tensor, vocab_size: int, *, ignore_index: int = -100) -
 
 
 def _size_of(*tables: Tensor | None) -> int | None:
-    """The vocabulary's size as the first of the tables has it, which are checked later."""
+    """The vocabulary's size by the first table that has one dimension. The tables are checked later."""
     for table in tables:
         if isinstance(table, Tensor) and table.dim() == 1:
             return table.shape[0]

@@ -1,4 +1,4 @@
-"""What a training loop will learn, counted before it begins."""
+"""Counts the labels of a training loop before training begins."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["count_labels"]
 
 
 def count_labels(batches: Any, vocab_size: int, *, shift: bool, key: str | int = "labels") -> TokenFrequency:
-    """How often each label occurs in the batches of a training loop, each of which is taken once.
+    """How often each label occurs in the batches of a training loop, which are iterated once.
 
     Args:
-        batches: an iterable of mappings or tuples, as any loader is, or a Trainer, whose training DataLoader is taken.
-            So masks, packing, truncation and chat templates are those of the training. An iterator is used up.
+        batches: an iterable of mappings or tuples, such as a DataLoader, or a Trainer, whose training DataLoader is
+            used. So masks, packing, truncation and chat templates are those of the training. An iterator is used up.
         vocab_size: V, the last size of the logits.
-        shift: whether position t predicts label t + 1, so that a first label counts for nothing: True for causal
-            language models, False for encoder-decoders.
-        key: of the labels in each batch, integers [..., T] on any device or lists of rows of any length; a position
-            where batches are tuples.
+        shift: whether position t predicts label t + 1, so that the first label is not counted. True for causal language
+            models, False for encoder-decoders.
+        key: the key of the labels in each batch, or their position if batches are tuples. Labels are integers [..., T]
+            on any device, or lists of rows of any length.
 
     Labels equal to -100 are ignored. On several ranks each counts its own batches: call `all_reduce` on the result.
 
-    Raises TypeError or ValueError that names the argument, IndexError for a label outside [0, V).
+    Raises TypeError or ValueError that names the argument, IndexError for a label outside the vocabulary.
     """
     check_flag("shift", shift)
     if isinstance(key, bool) or not isinstance(key, (str, int)):
@@ -42,7 +42,7 @@ def count_labels(batches: Any, vocab_size: int, *, shift: bool, key: str | int =
         for labels in filter(Tensor.numel, _rows(_entry(batch, key))):
             if shift and labels.dim() == 0:
                 raise ValueError(f"batches: got {key!r} of shape [], expected [..., T] with shift=True")
-            # Loaders may leave batches where the model is.
+            # A loader may already have moved batches to the model's device.
             labels = labels.to(frequency.counts.device)
             frequency.update(labels[..., 1:] if shift else labels, strict=True)
     return frequency
@@ -66,7 +66,7 @@ def _entry(batch: Any, key: str | int) -> Any:
 
 
 def _rows(labels: Any) -> Iterator[Tensor]:
-    """The labels as one tensor or, of lists of different lengths, one a row."""
+    """The labels as one tensor, or as one tensor per row if they are lists of different lengths."""
     if isinstance(labels, Sequence) and len(lengths := set(map(_length, labels))) > 1 and None not in lengths:
         yield from map(torch.as_tensor, labels)
     else:

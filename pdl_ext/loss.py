@@ -1,4 +1,4 @@
-"""The loss as a module: it owns the frequency and the weights that follow from it."""
+"""The loss as a module: it owns the frequency and the weights computed from it."""
 
 from __future__ import annotations
 
@@ -38,42 +38,44 @@ _beginning = Exclusion()
 
 @not_scriptable
 class PDLLoss(OptionsAsAttributes, nn.Module):
-    """Cross-entropy in which each target weighs (frequency + epsilon) ** -alpha.
+    """Cross-entropy in which each target is weighted by (frequency + epsilon) ** -alpha.
 
     Args:
         frequency: a TokenFrequency, its int64 [V] counts, or the path of a counts file. None learns it online: in
-            training mode each call first counts its targets and then weighs them, so that a target is never unseen;
-            in eval mode nothing is counted.
+            training mode each call first counts its targets and then weights them, so that no target is unseen. In eval
+            mode nothing is counted.
         alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
-        weighting: PowerLaw with everything else that it can do, or another of `pdl_ext.weighting`. With one that needs
-            no counts, as Uniform, nothing is learned.
-        logit_adjustment: the factor of log f, f = (n + 1) / (N + V), that is added to the logits, also in eval mode.
-            The frequency is the loss's own, kept whatever the weighting. 1 is balanced softmax (arXiv 2007.07314).
-        weight_drop: the share of rows, in [0, 1], whose token weight is 1 instead (arXiv 2010.04380). Each call in
-            training mode draws them anew, by PyTorch's generator on the targets' device. It does not go with
-            label_smoothing_weight="class": set later, that raises at the next training call.
-        vocab_size: V of an online loss; without it V is that of the first logits.
-        sync_every: k of an online loss on several ranks of torch.distributed: each k-th call in training mode, after
-            counting and before weighing, adds what the other ranks have counted since (`TokenFrequency.sync`), so that
-            the weights are then the same on all ranks. All ranks must make equally many calls. None: each rank counts
-            for itself, of which the first one warns once. Without a process group it changes nothing.
-        inplace_backward, and the options of a loss: as in `functional.pdl_loss`. The options are attributes, too, and
-            may be set while training; a wrong value raises at once.
+        weighting: PowerLaw with its further options, or another class of `pdl_ext.weighting`. With one that needs no
+            counts, such as Uniform, nothing is learned.
+        logit_adjustment: the factor of log f, which is added to the logits, also in eval mode. The smoothed frequency
+            f = (n + 1) / (N + V) comes from the loss's own counts, whatever the weighting. 1 is balanced softmax (arXiv
+            2007.07314).
+        weight_drop: the share of rows, from 0 to 1, whose token weight is replaced by 1 (arXiv 2010.04380). Each call
+            in training mode draws the rows anew, with PyTorch's generator on the targets' device. It cannot be combined
+            with label_smoothing_weight="class": set later, that raises at the next training call.
+        vocab_size: V of an online loss. Without it V is taken from the first logits.
+        sync_every: k, for an online loss on several ranks of torch.distributed. After counting, and before weighting,
+            each k-th call in training mode adds the other ranks' counts since then (`TokenFrequency.sync`). The weights
+            are then the same on all ranks. All ranks must make equally many calls. With None each rank counts for
+            itself, and the first one warns once. Without a process group it has no effect.
+        inplace_backward, and the options of a loss: as in `functional.pdl_loss`. The options are also attributes, which
+            may be set during training; a wrong value raises at once.
 
-    In training mode a call computes the gradient, too, as `functional.pdl_loss` says. It does so for the upstream
-    gradient that came last: a loss scale or a division by accumulated batches repeats itself. In eval mode backward
-    computes it.
+    In training mode a call also computes the gradient, as `functional.pdl_loss` does. It uses the most recent upstream
+    gradient: a loss scale or a division by accumulated batches stays the same from step to step. In eval mode backward
+    computes the gradient.
 
-    The weights of a given frequency are kept until its counts, `blend` or `weighting` change; every write that PyTorch
-    sees is noticed. Call `refresh` after one that it does not see (`.data`, NumPy, a collective of gloo), and before a
-    CUDA graph is replayed on other counts. Compiled graphs compute the weights in each call.
+    The weights of a given frequency are kept until its counts, `blend` or `weighting` change. PyTorch's count of writes
+    detects such a change. It misses writes by `.data`, NumPy or a collective of gloo: call `refresh` after one. Call it
+    also before a CUDA graph is replayed on other counts. Compiled graphs compute the weights in each call.
 
-    `state_dict` holds the counts and `blend`. `load_state_dict` restores them also into an online loss that has seen no
-    logits yet; what loads in place, as torch.distributed.checkpoint and from_pretrained do, needs `vocab_size`.
+    `state_dict` holds the counts and `blend`. `load_state_dict` also restores them into an online loss that has seen no
+    logits yet. Loaders that write in place, such as torch.distributed.checkpoint and from_pretrained, need
+    `vocab_size`.
 
-    Raises TypeError or ValueError that names the argument. A call raises ValueError for counts that are memory which
-    nobody has written, and warns of those that break the law of TokenFrequency. `state_dict` raises ValueError for an
-    online loss without vocab_size that has seen no logits.
+    Raises TypeError or ValueError that names the argument. A call raises ValueError if the counts are uninitialised
+    memory, and warns if they break the conservation law of TokenFrequency. `state_dict` raises ValueError for an online
+    loss without vocab_size that has seen no logits.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y) with w(t) = 1 / (freq(t) + eps) ** alpha.
     """
 
@@ -136,7 +138,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
         self.frequency = frequency
         self._weights = TokenWeights(self.weighting.blend)
-        # What was given holds tokens, which memory that nobody has written does not tell.
+        # Whether the given frequency is not empty. Memory that was never written, mostly 0, cannot show this later.
         self._holds_tokens = (
             frequency is not None and not frequency.counts.is_meta and not is_traced() and frequency.total > 0
         )
@@ -153,7 +155,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @property
     def weight_drop(self) -> float:
-        """The share of rows whose token weight is 1 in training. May be set while training."""
+        """The share of rows whose token weight is 1 in training. May be set during training."""
         return self._weight_drop
 
     @weight_drop.setter
@@ -165,7 +167,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @property
     def logit_adjustment(self) -> float:
-        """The factor of log f that is added to the logits. May be set while training."""
+        """The factor of log f that is added to the logits. May be set during training."""
         return self._logit_adjustment
 
     @logit_adjustment.setter
@@ -174,7 +176,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @property
     def blend(self) -> float:
-        """How far the weights are from 1, in [0, 1]; 0 is plain cross-entropy. May be set while training."""
+        """The factor of w - 1 in the weights, from 0 to 1; 0 is plain cross-entropy. May be set during training."""
         return self._weights.blend_of(self._blend)
 
     @blend.setter
@@ -184,9 +186,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes what follows from a given frequency again, in place; an online loss does so at every call.
+        """Computes the tables of a given frequency again, in place; an online loss does so at every call.
 
-        Only needed after a write that PyTorch does not see, or before a CUDA graph is replayed.
+        Only needed after a write that PyTorch does not detect, or before a CUDA graph is replayed.
         """
         self._weights.forget()
         frequency = self.frequency
@@ -210,9 +212,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
     ) -> Tensor | tuple[Tensor, RowStats]:
         """The loss of logits [..., V] and targets [...]; arguments, result and errors as in `functional.pdl_loss`.
 
-        options: of this call, instead of the loss's own, which stay; all but `ignore_index`, by which it counts.
+        options: for this call only, instead of the loss's own. `ignore_index` is not allowed: counts depend on it.
         """
-        # Everything that can be refused is refused before an online loss counts its targets.
+        # All errors are raised before an online loss counts its targets.
         call = LossCall(
             logits,
             targets,
@@ -245,9 +247,9 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         process_group: dist.ProcessGroup | None = None,
         **options: Unpack[LossKeywords],
     ) -> Tensor | tuple[Tensor, RowStats]:
-        """The loss of hidden states [..., H] under a classifier [V, H], without their logits [..., V] in memory.
+        """The loss of hidden states [..., H] under a classifier [V, H], without all logits [..., V] in memory.
 
-        Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no meaning here.
+        Arguments, result and errors as in `functional.linear_pdl_loss`; `inplace_backward` has no effect here.
         options: as in forward.
         """
         call = LinearLossCall(
@@ -267,7 +269,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         return self._loss("weight", call, logit_offset)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles of 0.1.0's first builds have each option as an attribute.
+        # Pickles of the first builds of 0.1.0 have each option as an attribute.
         given = {name: state[name] for name in DEFAULTS.keys() & state.keys()}
         kept = {name: value for name, value in state.items() if name not in given}
         kept.setdefault("_last_upstream", LastUpstream())
@@ -288,7 +290,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             return self._options
         check_keywords("PDLLoss", given)
         if "ignore_index" in given:
-            raise TypeError("ignore_index: got one in a call, expected none: it is the loss's own, by which it counts")
+            raise TypeError("ignore_index: got one in a call, expected none: pass it to PDLLoss, which counts by it")
         return dataclasses.replace(self._options, **given)
 
     def _loss(
@@ -304,7 +306,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             call.drop_weights(weights, self._weight_drop)
             weights = None
         elif weights is not None and call.options.smooths_by_class and not self.online:
-            # Backward needs them, and the kept ones may be written to before.
+            # A copy: backward needs the weights, and the kept table may be overwritten before.
             weights = weights.clone()
         if self._logit_adjustment != 0:
             adjustment = self._log_frequency()
@@ -316,7 +318,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         return None if frequency is None else frequency.table.counts.shape[0]
 
     def _log_frequency(self) -> Tensor:
-        """What is added to the logits, in memory that is not written to before a backward needs it."""
+        """The offset of the logits, in memory that nothing overwrites before backward needs it."""
         counts = cast("TokenFrequency", self.frequency).table.counts
         if self.online or is_traced():
             return self.logit_adjustment * log_probabilities(counts)
@@ -324,12 +326,12 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     def _current_weights(self, name: str, call: LossCall | LinearLossCall) -> Tensor | None:
         """The table of weights, or None for ones."""
-        # Not as an attribute, which nn.Module looks up in a microsecond.
+        # Not by attribute, for which nn.Module takes a microsecond.
         frequency = cast("TokenFrequency | None", self._modules.get("frequency"))
         if frequency is None and not self.online:
             return None if self.weighting.is_one() else self._weights_without_counts(call)
         if frequency is None:
-            # Of threads that begin at the same time one makes the frequency, in which the others count.
+            # If several threads begin at once, one creates the frequency and the others count into it.
             with _beginning.lock:
                 return self._learned_weights(self.frequency, name, call)
         kept, counts = self._weights, frequency.table.counts
@@ -342,7 +344,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.weighting.is_one():
             return None
         of_counts = kept.fresh if traced else kept.kept
-        # Likewise.
+        # Not by attribute either.
         return of_counts(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _weights_without_counts(self, call: LossCall | LinearLossCall) -> Tensor:
@@ -364,7 +366,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             except IndexError:
                 raise call.bad_target() from None
         if is_new:
-            # A validation pass under inference_mode may come first, and training must be able to go on from it.
+            # A validation pass under inference_mode may come first; training must be able to use its buffers.
             with torch.inference_mode(False):
                 self._blend = self._blend.to(device)
             self.frequency = frequency
@@ -377,7 +379,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         return self._weights.fresh(counts, cast("Tensor", self._buffers["_blend"]), self.weighting)
 
     def _check_state(self, process_group: dist.ProcessGroup | None) -> None:
-        """Raises ValueError, or warns, of what is wrong whatever the inputs of a call are."""
+        """Raises ValueError, or warns, for problems that do not depend on a call's inputs."""
         if process_group is not None and self.sync_every is not None:
             raise ValueError(
                 "process_group: got one with sync_every, expected either: its ranks count the same targets, so call "
@@ -396,7 +398,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.frequency is not None:
             self._check_counts(self.frequency)
         if type(self._blend) is Tensor:
-            # Which restores it where it was lost.
+            # This restores the blend if it was lost.
             self._weights.blend_of(self._blend)
         if self.online and self.training and self.sync_every is None and not of_shard:
             self._tell_of_ranks(None)
@@ -410,7 +412,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
                 frequency.sync()
 
     def _check_counts(self, frequency: TokenFrequency) -> None:
-        # Once for each tensor of counts, since it waits for the device; loading in place and counting make no new one.
+        # Once for each tensor of counts, since it waits for the device. Loading in place and counting keep the tensor.
         counts = frequency.counts
         # A tracer's tensors have no numbers.
         if (
@@ -427,39 +429,39 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
             except ValueError as error:
                 raise ValueError(f"{error}. {lost}") from None
             if self._holds_tokens and not frequency.total:
-                raise ValueError(f"frequency: got no token, expected those that the loss was given. {lost}")
+                raise ValueError(f"frequency: got no token, expected those given to the loss. {lost}")
             try:
                 frequency.check_conserved("frequency", with_files=False)
             except ValueError as error:
-                # An average of a model's buffers is not conserved either, and of use.
+                # An average of a model's buffers breaks the law, too, but is still useful.
                 warnings.warn(f"{error}. {lost}", stacklevel=6)
         self._weights.check(counts)
 
     def _tell_of_ranks(self, process_group: dist.ProcessGroup | None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             return
-        # Those of a vocabulary that is cut count the same targets.
+        # The ranks of a sharded vocabulary count the same targets.
         ranks = dist.get_world_size() // (1 if process_group is None else dist.get_world_size(process_group))
         if ranks > 1:
             self._told_of_ranks = True
             if dist.get_rank() == 0:
                 warnings.warn(
-                    f"PDLLoss: learns the frequencies online on {ranks} ranks, each from its own targets, so that they "
-                    "weigh differently. Pass sync_every=k for counts of all ranks, or count ahead and pass the "
-                    "frequency; if each rank is to learn for itself, there is nothing to do",
+                    f"PDLLoss: learns the frequencies online on {ranks} ranks, each from its own targets, so that "
+                    "their weights differ. Pass sync_every=k for counts of all ranks, or count ahead and pass the "
+                    "frequency. Ignore this warning if each rank is to learn for itself",
                     stacklevel=7,
                 )
 
     def _new_frequency(self, vocab_size: int) -> TokenFrequency:
         frequency = TokenFrequency(vocab_size, ignore_index=self._options.ignore_index)
         if self.sync_every is not None:
-            # From the first count on, which comes before the first sync.
+            # From the first count on, since counting comes before the first sync.
             frequency.track_own()
         return frequency
 
     def _replicate_for_data_parallel(self) -> PDLLoss:
         replica = super()._replicate_for_data_parallel()
-        # On a device of its own, and for one call.
+        # The replica is on another device, and exists for one call.
         replica._weights = copy.copy(self._weights)
         return replica
 
@@ -467,8 +469,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.frequency is None and self.online:
             raise ValueError(
                 f"vocab_size: got none for {prefix.removesuffix('.') or 'a loss'}, which learns online and has seen no "
-                "logits, expected PDLLoss(vocab_size=...): what asks for its state in order to load into it, as "
-                "torch.distributed.checkpoint and from_pretrained do, would leave the counts of a checkpoint out"
+                "logits, expected PDLLoss(vocab_size=...): loaders that first read its state, such as "
+                "torch.distributed.checkpoint and from_pretrained, would leave out the counts of a checkpoint"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -480,7 +482,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
                 self.frequency = self._new_frequency(counts.shape[0]).to(self._blend.device)
         blend = state_dict.get(f"{prefix}_blend")
         if blend is not None and blend.is_floating_point() and not blend.is_meta:
-            # As it was once kept.
+            # The blend was once saved as a floating-point number.
             state = blend_state(check_blend(float(blend)), blend.device)
             state_dict = {**state_dict, f"{prefix}_blend": state}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -504,6 +506,6 @@ def _no_drop_by_class(weight_drop: float) -> ValueError:
 
 # At module level, so that the loss can be pickled.
 def _refresh_after_load(loss: PDLLoss, _: Any) -> None:
-    # Whenever ranks load, they go on in step.
+    # After loading, all ranks count their calls from 0 again.
     loss._calls_since_sync = 0
     loss.refresh()

@@ -1,4 +1,4 @@
-"""Factors of a row's loss that follow from the model's own prediction."""
+"""Factors of a row's loss, computed from the model's own prediction."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ _EXPECTED = "a finite number >= 0"
 
 @dataclass(frozen=True)
 class Modulation:
-    """What the classes of this module have in common; p is the probability of the row's target, exp(-nll).
+    """The base of this module's classes; p is the probability of the row's target, exp(-nll).
 
-    A modulation multiplies the row's cross-entropy, smoothed or not. It is no part of a denominator, and of no z-loss.
+    A modulation multiplies the row's cross-entropy, smoothed or not. It is not part of a denominator, and does not
+    multiply the z-loss.
     """
 
-    # In csrc/modulation.h's enum of the same name.
+    # Its value in the enum of the same name in csrc/modulation.h.
     number: ClassVar[int]
-    # What the compiled ops take: gamma, scale, whether it is detached, whether it is normalized. A name is a field's.
+    # The arguments of the compiled ops: gamma, scale, whether it is detached, whether it is normalized. A string names
+    # a field.
     packs: ClassVar[tuple[str | float, str | float, str | float, str | float]]
-    # Whether it follows from the entropy of the row, which is then gathered in the same pass.
+    # Whether it depends on the entropy of the row, which is then gathered in the same pass.
     of_entropy: ClassVar[bool] = False
 
     def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
-        """The factor of each row by its definition, before it is normalized; `entropy` takes no gradient."""
+        """The factor of each row by its definition, before it is normalized; `entropy` gets no gradient."""
         raise NotImplementedError
 
     @property
@@ -47,7 +49,7 @@ class Modulation:
 
     @staticmethod
     def pack(modulation: Modulation | None) -> list[float]:
-        """A modulation, or none, as the last options of the compiled ops: its number, and what it packs."""
+        """A modulation, or None, as the last options of the compiled ops: its number and its packed fields."""
         if modulation is None:
             return [0.0] * 5
         packed = [x if isinstance(x, float) else float(getattr(modulation, x)) for x in modulation.packs]
@@ -55,7 +57,7 @@ class Modulation:
 
     @staticmethod
     def unpacked(number: float, *packed: float) -> Modulation | None:
-        """The modulation with a number, of which the others are packed; None for 0."""
+        """The modulation with this number and these packed fields; None for 0."""
         if number == 0:
             return None
         kind = next(kind for kind in MODULATIONS if kind.number == number)
@@ -69,10 +71,10 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Focal(Modulation):
-    """(1 - p) ** gamma: less weight for what is predicted well.
+    """(1 - p) ** gamma: less weight for rows that are predicted well.
 
-    Its derivative is a part of the gradient, unless `detach` takes it as a constant. At p = 1 the derivative is 0 for
-    gamma > 1 and for gamma < 1, where the limit is infinite.
+    Its derivative is part of the gradient, unless `detach` treats the factor as a constant. At p = 1 the derivative is
+    taken as 0 for gamma < 1, where the limit is infinite, and is 0 for gamma > 1.
 
     Raises TypeError or ValueError that names the option.
     Source: Lin et al. 2017 (arXiv 1708.02002), focal loss.
@@ -89,19 +91,19 @@ class Focal(Modulation):
         check_flag("detach", self.detach)
 
     def factor(self, nll: Tensor, entropy: Tensor, vocab_size: int) -> Tensor:
-        # The derivative at infinity is 0, and not infinity times 0.
+        # The derivative at infinity is 0; computed directly it would be infinity times 0.
         masked = nll.isinf()
         q = torch.where(masked, 1.0, -torch.expm1(-torch.where(masked, 0.0, nll).clamp(min=0)))
         q = q.detach() if self.detach else q
         if self.gamma in (0, 1):
             return q**self.gamma
-        # Of 0 the derivative may be infinite, and counts as 0.
+        # At 0 the derivative may be infinite, and is taken as 0.
         return torch.where(q == 0, 0.0, torch.where(q == 0, 1.0, q) ** self.gamma)
 
 
 @dataclass(frozen=True)
 class AntiFocal(Modulation):
-    """(1 + scale * p) ** gamma, detached: more weight for what is predicted well.
+    """(1 + scale * p) ** gamma, detached: more weight for rows that are predicted well.
 
     Raises TypeError or ValueError that names the option.
     Source: Raunak et al. 2020 (arXiv 2010.04867), anti-focal loss.
@@ -137,11 +139,11 @@ class DFT(Modulation):
 
 @dataclass(frozen=True)
 class MiLe(Modulation):
-    """(1 + H) ** gamma, detached, H the entropy of the row in nats: more weight where the model is unsure.
+    """(1 + H) ** gamma, detached, with H the entropy of the row in nats: more weight where the model is unsure.
 
-    With `normalize` it is divided by its mean over the rows of a call that are not ignored. That is the mean of this
-    rank and of this micro-batch. For another one give `normalize=False` and a `normalizer`. A gamma beyond some 30
-    leaves float32.
+    `normalize` divides it by its mean over the rows of a call that are not ignored. That is the mean over this rank and
+    this micro-batch. For another mean pass `normalize=False` and a `normalizer`. A gamma above about 30 exceeds
+    float32.
 
     Raises TypeError or ValueError that names the option.
     Source: Su et al. 2024 (arXiv 2310.19531), MiLe loss.
@@ -172,10 +174,10 @@ class MiLe(Modulation):
 
 @dataclass(frozen=True)
 class EAFT(Modulation):
-    """(H / log V) ** power, detached, H the entropy of the row: less weight where the model is sure.
+    """(H / log V) ** power, detached, with H the entropy of the row: less weight where the model is sure.
 
     Raises TypeError or ValueError that names the option.
-    Source: arXiv 2601.02151, entropy-adaptive finetuning, where H is that of the 20 largest logits, and V is 20.
+    Source: arXiv 2601.02151, entropy-adaptive finetuning. There H is the entropy of the 20 largest logits, and V is 20.
     """
 
     power: float = 1.0
@@ -191,5 +193,5 @@ class EAFT(Modulation):
         return (entropy / math.log(vocab_size) if vocab_size > 1 else entropy) ** self.power
 
 
-# What the compiled ops know.
+# The modulations that the compiled ops implement.
 MODULATIONS: tuple[type[Modulation], ...] = (Focal, AntiFocal, DFT, MiLe, EAFT)

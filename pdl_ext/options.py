@@ -49,7 +49,7 @@ class LossKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What a loss is told beside its tensors; `functional.pdl_loss` says what each option does.
+    """The options of a loss besides its tensors; `functional.pdl_loss` explains each.
 
     Raises TypeError or ValueError that names the first option of a wrong type or outside its range.
     """
@@ -89,51 +89,51 @@ class LossOptions:
         object.__setattr__(self, name, value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Of a build with fewer options; what is packed is that build's.
+        # A state of a build with fewer options; its packed list is that build's.
         LossOptions.__init__(self, **{name: state[name] for name in DEFAULTS.keys() & state.keys()})
 
     @property
     def packed(self) -> list[float]:
         """The options as the compiled ops take them, in the order of OP_OPTIONS."""
-        # No field: the compiler of PyTorch 2.10 makes a frozen dataclass anew from all of its fields.
+        # Not a field: the compiler of PyTorch 2.10 rebuilds a frozen dataclass from all of its fields.
         packed: list[float] = self.__dict__["_packed"]
         return packed
 
     @property
     def smooths_by_class(self) -> bool:
-        """Whether each class has its own weight in what label smoothing spreads."""
+        """Whether label smoothing spreads its share by each class's own weight."""
         return self.label_smoothing_weight == "class" and self.label_smoothing > 0
 
     @property
     def unnormalized(self) -> LossOptions:
-        """The options with which a modulation is not divided by its mean: that may be known too late."""
+        """The options with a modulation that is not divided by its mean, which may be known too late."""
         if self.modulation is None or not self.modulation.is_normalized:
             return self
         return dataclasses.replace(self, modulation=self.modulation.of_row)
 
     @classmethod
     def of(cls, function: str, keywords: LossKeywords) -> LossOptions:
-        """The options of a call. Raises TypeError in the name of the function for a keyword that is no option."""
-        # To make them takes ten microseconds of a step's thirty. Under a tracer the cache would be seen through.
+        """The options of a call. Raises TypeError in the name of the function for an unknown keyword."""
+        # Checking them takes ten microseconds of a step's thirty. A tracer would look inside the cache.
         if not torch.compiler.is_compiling():
             try:
                 return _kept(**keywords)
             except TypeError:
-                # No option, of a wrong type, or not hashable: told below.
+                # An unknown option, a wrong type or an unhashable value: reported below.
                 pass
         check_keywords(function, keywords)
         return cls(**keywords)
 
     @classmethod
     def unpacked(cls, numbers: Sequence[float]) -> LossOptions:
-        """The options of which `packed` is the list; `shift` is done before an op is called.
+        """The options from their list `packed`; `shift` is applied before an op is called.
 
-        Raises ValueError for another number of numbers.
+        Raises ValueError for a list of another length.
         """
         return _unpacked(tuple(numbers))
 
 
-# typed: True is not 1.
+# typed, so that True and 1 are different keys.
 @functools.lru_cache(maxsize=64, typed=True)
 def _kept(**keywords: Any) -> LossOptions:
     return LossOptions(**keywords)
@@ -151,7 +151,7 @@ def _unpacked(numbers: tuple[float, ...]) -> LossOptions:
     return LossOptions(**values)
 
 
-# Options that are words, and their numbers in C++.
+# Options with words as values, and the numbers of these in C++.
 _NUMBERED = {"reduction": REDUCTIONS, "label_smoothing_weight": SMOOTHING_WEIGHTS}
 
 
@@ -162,28 +162,28 @@ def _number(name: str, value: Any) -> float:
 
 
 DEFAULTS: dict[str, Any] = {option.name: option.default for option in fields(LossOptions)}
-# Of what a modulation is packed into.
+# The fields that a modulation is packed into.
 _OF_MODULATION = ("modulation", "gamma", "modulation_scale", "modulation_detach", "modulation_normalize")
-# `shift` is none of the ops': targets are shifted before.
+# `shift` is not an option of the ops: targets are shifted before.
 _SCALARS = tuple(name for name in DEFAULTS if name not in ("shift", "modulation"))
 OP_OPTIONS = _SCALARS + _OF_MODULATION
 
 
 def check_keywords(function: str, keywords: LossKeywords) -> None:
-    """Raises TypeError in the name of the function for a keyword that is no option."""
+    """Raises TypeError in the name of the function for an unknown keyword."""
     unknown = keywords.keys() - DEFAULTS.keys()
     if unknown:
         raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
 
 
 class _Attribute(Generic[T]):
-    """One of the options in an owner's `_options`; to set it makes these anew."""
+    """One of the options in an owner's `_options`; setting it makes new options."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, owner: Any, _: type | None = None) -> T:
-        # Of the class, as help() asks, it is the default.
+        # On the class, as for help(), it is the default.
         return DEFAULTS[self._name] if owner is None else getattr(owner._options, self._name)
 
     def __set__(self, owner: Any, value: T) -> None:
@@ -191,7 +191,7 @@ class _Attribute(Generic[T]):
 
 
 class OptionsAsAttributes:
-    """For what has LossOptions as `_options`: each of them as an attribute that may be set."""
+    """A mixin for classes with LossOptions as `_options`: each option is an attribute that may be set."""
 
     _options: LossOptions
 
@@ -207,7 +207,7 @@ class OptionsAsAttributes:
 
 
 def spells_out_options(function: F) -> F:
-    """Decorates what takes `**options: Unpack[LossKeywords]`: its signature, as help() shows it, names them all."""
+    """Decorates a function with `**options: Unpack[LossKeywords]`: help() then shows all options in its signature."""
     signature = inspect.signature(function)
     named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     options = inspect.signature(LossOptions).parameters.values()

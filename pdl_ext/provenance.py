@@ -1,4 +1,4 @@
-"""Where counts come from: the files, what of them was counted, and with which tokenizer."""
+"""The origin of counts: the files, the tokens counted in them, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TARGETS = ("all", "shifted")
 SAMPLES = ("line", "document")
 LEARNED = ("completions", "assistant", "all")
 PACKINGS = ("bfd", "bfd_split", "wrapped")
-# Smaller files are the same by chance: a document a file, of a few tokens or words. Some formats have one to three KB
-# around them.
+# Smaller files are equal by chance: one document of a few tokens or words per file. The overhead of some formats is one
+# to three KB.
 _LEAST_COMPARED_BYTES = 4096
-# Of the beginning and of the end: a change that keeps both and the size is not seen.
+# Of the beginning and of the end each. A change that keeps both, and the size, is not detected.
 _DIGESTED_BYTES = 16 * 1024
 
 
@@ -36,15 +36,15 @@ class TargetPolicy:
         targets: "all", or "shifted" without the first token of each sequence, which nothing predicts.
         ignore_index: an id that is never a target.
         column: the column of the tokens or of the text, None for the format's own.
-        mask: a column that is 0 where a token is no target.
+        mask: a column that is 0 where a token is not a target.
         skip_prompt: a column of labels, ignore_index where a token belongs to the prompt.
         special_tokens: whether a tokenizer adds them to text.
-        sample_by: what one text of a plain text file is, a "line" or the whole "document".
-        learn: what supervised finetuning learns of rows of chats, prompts and completions, or texts: "completions",
-            what the "assistant" says, or "all". It implies the targets "shifted". None for token ids and plain text.
+        sample_by: one text of a plain text file is a "line" or the whole "document".
+        learn: the targets of supervised finetuning in rows of chats, prompts and completions, or texts: "completions",
+            the turns of the "assistant", or "all". It implies the targets "shifted". None for token ids and plain text.
         max_length: with learn, how many tokens of a row are trained on. None for all.
-        packing: with learn and max_length, how rows become sequences, as TRL names it: "bfd", "bfd_split", "wrapped".
-            None for a row a sequence, of which as much is learned as with "bfd".
+        packing: with learn and max_length, how rows become sequences, by TRL's names: "bfd", "bfd_split", "wrapped".
+            None for one row a sequence, which has the same targets as "bfd".
 
     Raises TypeError or ValueError that names the option.
     """
@@ -80,8 +80,8 @@ class TargetPolicy:
         for name, without in (("mask", None), ("skip_prompt", None), ("special_tokens", True)):
             if getattr(self, name) != without:
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)!r} with learn={self.learn!r}, expected {without}: a row of text "
-                    "tells what is learned, and a trainer's tokens are all there"
+                    f"{name}: got {getattr(self, name)!r} with learn={self.learn!r}, expected {without}: learn itself "
+                    "selects the tokens of a row, special tokens included"
                 )
         if self.max_length is not None:
             check_integer("max_length", self.max_length, 1, 2**31 - 1, "None or an int in [1, 2^31)")
@@ -104,14 +104,14 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the counts of a TokenFrequency come from.
+    """The origin of the counts of a TokenFrequency.
 
     Args:
         shards: the files counted, in order.
-        tokens: how many they hold, counted or not.
-        policy: what was counted of them.
+        tokens: how many tokens they hold, counted or not.
+        policy: which of the tokens were counted.
         tokenizer: the digest of the tokenizer, None for files of ids.
-        version: pdl_ext's that counted.
+        version: the version of pdl_ext that counted.
         chat_template: the digest of the tokenizer's chat template, None without one or without policy.learn.
     """
 
@@ -125,7 +125,7 @@ class Provenance:
     def merged(self, other: Provenance, *, allow_overlap: bool = False) -> Provenance:
         """The provenance of both counts together.
 
-        Raises ValueError that names what differs, if policies or tokenizers do, or the shards which both have.
+        Raises ValueError that names the difference if policies or tokenizers differ, or a shard that both have.
         """
         for field in dataclasses.fields(TargetPolicy):
             mine, theirs = getattr(self.policy, field.name), getattr(other.policy, field.name)
@@ -135,51 +135,52 @@ class Provenance:
             raise ValueError(f"other: got counts of tokenizer {other.tokenizer}, expected {self.tokenizer}")
         if self.chat_template != other.chat_template:
             raise ValueError(f"other: got counts of chat template {other.chat_template}, expected {self.chat_template}")
-        # Between the two: within one it was allowed before.
+        # Only between the two: within one it was allowed before.
         if not allow_overlap and _may_overlap(self.shards, other.shards):
             check_distinct(other.shards, among=self.shards)
         shards = self.shards + other.shards
         return dataclasses.replace(self, shards=shards, tokens=self.tokens + other.tokens)
 
     def to_json(self) -> str:
-        """All of it, as from_json reads it."""
-        # Not asdict of all, which copies the shards one by one.
+        """The provenance as JSON, for from_json."""
+        # Not asdict of the whole, which copies the shards one by one.
         return json.dumps({**vars(self), "policy": dataclasses.asdict(self.policy)}, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Provenance:
-        """What to_json wrote. Raises ValueError for anything else."""
+        """Reads the text that to_json wrote. Raises ValueError for any other text."""
         try:
             fields: Mapping[str, Any] = json.loads(text)
             shards = tuple(Shard(*shard) for shard in fields["shards"])
             policy = TargetPolicy(**fields["policy"])
             tokens, tokenizer, version = fields["tokens"], fields["tokenizer"], fields["version"]
-            # Which earlier counts have none of.
+            # Counts of earlier versions have none.
             chat_template = fields.get("chat_template")
             for size in (tokens, *(shard.size for shard in shards)):
                 check_integer("size or tokens", size, 0, 2**63 - 1, "an int >= 0")
             names = [name for shard in shards for name in (shard.name, shard.digest, shard.format, shard.dtype)]
             if not all(isinstance(name, str) for name in (version, tokenizer or "", chat_template or "", *names)):
-                raise TypeError("got a name that is no text")
+                raise TypeError("got a name that is not text")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"no provenance of counts ({error!r})") from error
         return cls(shards, tokens, policy, tokenizer, version, chat_template)
 
 
 def _may_overlap(first: tuple[Shard, ...], second: tuple[Shard, ...]) -> bool:
-    # A set of the fewer, and no loop over the others: a merge of many files comes here with ever more on one side.
+    # A set of the smaller side only: merging many files makes one side grow with each.
     few, many = sorted((first, second), key=len)
     digest = operator.attrgetter("digest")
     return not set(map(digest, few)).isdisjoint(map(digest, many))
 
 
 def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None) -> None:
-    """Raises ValueError that names two shards with the same size, head and tail; if given, one of them of `among`.
+    """Raises ValueError that names two shards of equal content, by size, head and tail.
 
-    Of shards below 4,096 bytes it warns, once, unless all are of `among`.
+    among: if given, a shard is compared with these instead of with the other shards.
+    Shards below 4,096 bytes only give one warning, unless all shards are in `among`.
     """
     seen = {(shard.size, shard.digest): shard.name for shard in among or ()}
-    # Empty ones overlap nowhere.
+    # Empty shards have no tokens to count twice.
     shards = [shard for shard in shards if shard.size]
     small = []
     for shard in shards:
@@ -189,7 +190,7 @@ def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None
                 seen[content] = shard.name
             continue
         small.append((shard.name, seen[content]))
-        # Not by chance, if each of the counts' shards is another one's.
+        # If every shard is among the others, this is not by chance.
         if shard.size >= _LEAST_COMPARED_BYTES or (among is not None and len(small) == len(shards)):
             name, other = printable(shard.name), printable(seen[content])
             raise ValueError(
@@ -200,7 +201,7 @@ def check_distinct(shards: Iterable[Shard], among: Iterable[Shard] | None = None
         others = f", and {len(small) - 1} other files like it" if len(small) > 1 else ""
         warn(
             f"{small[0][0]}: has the same content as {small[0][1]}{others}: each is counted, since files below "
-            f"{_LEAST_COMPARED_BYTES} bytes are the same by chance (allow_overlap, --allow-overlap: no warning)"
+            f"{_LEAST_COMPARED_BYTES} bytes may be equal by chance (allow_overlap, --allow-overlap: no warning)"
         )
 
 

@@ -1,6 +1,6 @@
-"""The definitions in plain PyTorch: what every kernel is tested against.
+"""The definitions in plain PyTorch, against which every kernel is tested.
 
-Slow, and differentiable as often as PyTorch is. In float64 these are the yardstick.
+They are slow, and differentiable as often as PyTorch is. In float64 they are the standard of accuracy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def pdl_loss(
     return_stats: bool = False,
     **options: Unpack[LossKeywords],
 ) -> Tensor | tuple[Tensor, RowStats]:
-    """The loss of `functional.pdl_loss`, with the same arguments and result, by its definition; no tensor is checked.
+    """The loss of `functional.pdl_loss` by its definition, with the same arguments and result; no tensor is checked.
 
     Differentiable as often as PyTorch is, and by torch.func's transforms.
     """
@@ -90,7 +90,7 @@ def linear_pdl_loss(
 def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
     """The weights of `functional.token_weights` by their definition: float64 [V] from int64 [V] counts."""
     n = counts.double()
-    # As logarithms, since a power may be beyond float64 where its quotient by the mean is not.
+    # As logarithms: a power may exceed float64 although its quotient by the mean does not.
     log_weight = _log_weight(n, weighting)
     if weighting.max_weight is not None:
         log_weight = log_weight.clamp(max=math.log(weighting.max_weight))
@@ -104,7 +104,7 @@ def token_weights(counts: Tensor, weighting: Weighting) -> Tensor:
         if share.sum() > 0 and log_mean > -torch.inf:
             log_weight = log_weight - log_mean
     weight = log_weight.exp()
-    # Before they are mixed: 0 * inf would be NaN.
+    # Before the blend: 0 * inf would be NaN.
     weight = weight.clamp(max=torch.finfo(torch.float64).max)
     weight = (1 - weighting.blend) + weighting.blend * weight
     weight = weight.clamp(max=torch.finfo(torch.float32).max)

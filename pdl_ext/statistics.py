@@ -1,4 +1,4 @@
-"""What counts say about a corpus, and what a weighting would make of it: the numbers to choose one by."""
+"""Statistics of counts, and of the weights of a weighting over them, to choose a weighting by."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "zipf_slope",
 ]
 
-# Whose share of the weight is told: in text these are the words without which no sentence is.
+# How many of the most frequent types the statistics sum up; in text these are mostly function words.
 MOST_FREQUENT = 100
 
 
@@ -46,15 +46,15 @@ class WeightStatistics:
 
 
 def alpha_statistics(frequency: TokenFrequency, alpha: float) -> WeightStatistics:
-    """What an exponent makes of a corpus, PowerLaw's other options at their defaults.
+    """The statistics of PowerLaw with this exponent, its other options at their defaults.
 
-    Raises TypeError or ValueError for an alpha that PowerLaw does not take.
+    Raises TypeError or ValueError for an alpha that PowerLaw does not accept.
     """
     return weight_statistics(frequency, PowerLaw(alpha=alpha))
 
 
 def weight_statistics(frequency: TokenFrequency, weighting: Weighting) -> WeightStatistics:
-    """What a weighting makes of a corpus."""
+    """The statistics of a weighting over a corpus."""
     weights = weighting.weights(frequency).double()
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     counts, weights = frequency.counts[order].double(), weights[order]
@@ -75,7 +75,7 @@ def weight_statistics(frequency: TokenFrequency, weighting: Weighting) -> Weight
 def zipf_slope(counts: torch.Tensor) -> float | None:
     """The slope of log count over log rank: -1 is Zipf's law. None with fewer than two types seen.
 
-    counts: int64 [V]. Least squares over ranks that are evenly spaced in their logarithm, since almost all ranks lie in
+    counts: int64 [V]. Least squares over ranks that are evenly spaced in their logarithm, since almost all ranks are in
     the last decade.
     """
     seen = torch.sort(counts[counts > 0], descending=True).values.double()
@@ -88,6 +88,6 @@ def zipf_slope(counts: torch.Tensor) -> float | None:
 
 
 def log_spaced_ranks(types: int, number: int) -> torch.Tensor:
-    """About `number` ranks from 0 to types - 1, both of them in it, whose logarithms are evenly spaced: int64."""
+    """About `number` ranks from 0 to types - 1, both included, with evenly spaced logarithms: int64."""
     exact = torch.logspace(0, math.log10(types), number, dtype=torch.float64, device="cpu") - 1
     return torch.unique(exact.round().long().clamp(0, types - 1))

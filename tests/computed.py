@@ -1,4 +1,4 @@
-"""The memory of a leaf as what a model computed, which may be written to: for tensors too large to copy."""
+"""The memory of a leaf as a model's output, which may be written to: for tensors too large to copy."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ class _Computed(torch.autograd.Function):
 
 
 def computed(leaf: Tensor) -> Tensor:
-    """The leaf's memory, whose gradient is the leaf's."""
+    """The leaf's memory as a tensor that is not a leaf; its gradient is the leaf's."""
     return _Computed.apply(leaf)

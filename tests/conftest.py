@@ -1,7 +1,7 @@
-"""The devices that tests run on, the yardstick that every kernel is measured with, and the inputs it is measured on.
+"""The devices of the tests, the standard by which every kernel is measured, and the inputs for it.
 
-A test that takes `device` runs on each of them: "cpu"; "emulated", the CUDA kernels run on the CPU by cuda_emulator;
-"cuda" where there is a card. `@pytest.mark.devices(...)` names fewer.
+A test with the argument `device` runs on each of three devices. These are "cpu"; "emulated", the CUDA kernels run on
+the CPU by cuda_emulator; and "cuda" if there is a card. `@pytest.mark.devices(...)` selects fewer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from pdl_ext.engine import ops
 
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan():
-    # As it is from the first import on, unless a test has changed it.
+    # The state since the first import, unless a test has changed it.
     uninitialized.fill()
 
 
 @pytest.fixture
 def little_garbage():
-    """What stands before a test is none of its garbage: to look through all that was imported takes a second."""
+    """Excludes objects from before the test from garbage collection: searching all imported modules takes a second."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -44,11 +44,11 @@ def little_garbage():
 
 @contextlib.contextmanager
 def turn(alone: bool):
-    """Waits until no other process tests alone, or where this one is to be `alone` until none tests at all."""
+    """Waits while another process tests alone; with `alone`, until no other process tests at all."""
     folder = cuda_emulator.ROOT / "build"
     folder.mkdir(exist_ok=True)
     with open(folder / "gate", "w") as gate, open(folder / "room", "w") as room:
-        # Who waits for the room holds the gate, so that nobody who comes later goes in before.
+        # A process that waits for the room holds the gate, so that later ones cannot overtake it.
         fcntl.flock(gate, fcntl.LOCK_EX)
         fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         fcntl.flock(gate, fcntl.LOCK_UN)
@@ -57,7 +57,7 @@ def turn(alone: bool):
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory):
-    """once(name, make): a folder that make(folder) has filled, by whichever of pytest-xdist's processes came first."""
+    """once(name, make): a folder filled by make(folder), in the first of pytest-xdist's processes that needs it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    """What is tested: the versions of what the integrations are of."""
+    """The tested versions of the integrated packages."""
     found = []
     for name in ("torch", "transformers", "accelerate", "trl", "peft", "lightning", "ray"):
         with contextlib.suppress(PackageNotFoundError):
@@ -125,7 +125,7 @@ def device(device_name, request, monkeypatch):
 
 @pytest.fixture
 def guarded(device):
-    """Copies a tensor to where no memory follows (or precedes) it; on a card, compute-sanitizer is what would tell."""
+    """Copies a tensor to a place without memory after (or before) it; on a card only compute-sanitizer would notice."""
 
     def copy(tensor: Tensor, at_end: bool = True) -> Tensor:
         return tensor.to(device) if device.type == "cuda" else cuda_emulator.guarded(tensor, at_end)
@@ -151,7 +151,7 @@ class Case:
     view: Callable[[Tensor], Tensor] = lambda leaf: leaf
 
     def run(self, function: Callable, dtype: torch.dtype | None = None, **options) -> dict[str, Tensor]:
-        """The loss, its gradients under a random upstream gradient and the stats if asked for; in `dtype`."""
+        """The loss, its gradients under a random upstream gradient and, on request, the stats; in `dtype`."""
         leaf = self.leaf.detach().to(dtype or self.leaf.dtype).clone().requires_grad_()
         row_weight = None
         if self.row_weight is not None:
@@ -169,7 +169,7 @@ class Case:
         return results
 
     def size_of_mean_gradient(self, normalizer=None, **options) -> Tensor:
-        """The size of what cancels in the gradient of a row weight under reduction "mean"."""
+        """The size of the terms that cancel in the gradient of a row weight under reduction "mean"."""
         options.update(reduction="sum", return_stats=True)
         summed = self.run(reference.pdl_loss, torch.float64, **options)
         return summed["grad_row_weight"].abs() / float(summed["weight"].sum() if normalizer is None else normalizer)
@@ -185,10 +185,10 @@ def relative_error(got: Tensor, truth: Tensor, size: Tensor) -> float:
 
 @pytest.fixture
 def assert_accurate():
-    """Asserts that a result is at most twice as wrong as plain PyTorch's, plus an epsilon of its dtype, and not zero.
+    """Asserts that a result is not zero, and at most twice as wrong as plain PyTorch's, plus an epsilon of its dtype.
 
-    Errors are relative to `size`, the result itself unless given. An entry that is small beside its row because its
-    terms cancel is measured by the row's median entry.
+    Errors are relative to `size`, by default the result itself. An entry that is small beside its row because its terms
+    cancel is measured by the row's median entry.
     """
 
     def check(got: Tensor, plain: Tensor, truth: Tensor, name: str = "result", size: Tensor | None = None) -> None:
@@ -200,7 +200,7 @@ def assert_accurate():
                 size = torch.maximum(size, size.median(-1, keepdim=True).values)
         limits = torch.finfo(got.dtype)
         size = size.double().clamp(min=limits.tiny)
-        # Nothing wider measures float64: there the difference is the roundings of both sides.
+        # There is no wider dtype to measure float64 with: the difference is the rounding of both sides.
         roundings = 1000 if got.dtype == torch.float64 else 1
         tolerance = 2 * relative_error(plain, truth, size) + roundings * limits.eps
         error = relative_error(got, truth, size)
@@ -213,7 +213,7 @@ def assert_accurate():
 
 
 def at_targets(case: Case, shift: bool, ignore_index: int) -> Tensor:
-    """Which logits are a target's."""
+    """A mask of the targets' logits."""
     targets = torch.nn.functional.pad(case.targets[..., 1:], (0, 1), value=ignore_index) if shift else case.targets
     ids = torch.arange(case.leaf.shape[-1], device=targets.device)
     return (targets.unsqueeze(-1) == ids) & (targets != ignore_index).unsqueeze(-1)
@@ -229,7 +229,7 @@ def assert_matches(assert_accurate):
         plain = case.run(reference.pdl_loss, **options)
         for name in truth:
             if name == "grad_logits" and case.leaf.shape[:-1] == case.targets.shape and case.leaf.dim() > 1:
-                # p_y - 1 cancels where p_y is near 1: that must not excuse the other entries.
+                # p_y - 1 cancels where p_y is near 1; this must not excuse errors of other entries.
                 target = at_targets(case, options.get("shift", False), options.get("ignore_index", -100))
                 for part, mask in (("at targets", target), ("off targets", ~target)):
                     values = (torch.where(mask, gradient[name], 0.0) for gradient in (got, plain, truth))
@@ -239,7 +239,7 @@ def assert_matches(assert_accurate):
                 size = (truth[name].abs() + case.size_of_mean_gradient(**options)).expand_as(truth[name])
                 assert_accurate(got[name], plain[name], truth[name], name, size)
             elif name == "entropy":
-                # A difference of sums over the vocabulary, of which log V is the range.
+                # A difference of sums over the vocabulary, whose range is log V.
                 size = torch.full_like(truth[name], math.log(case.leaf.shape[-1]))
                 assert_accurate(got[name], plain[name], truth[name], name, size)
             else:
@@ -253,7 +253,7 @@ def assert_matches(assert_accurate):
 def make_case(device):
     """Builds inputs: `shape` of the targets, logits flat or peaked (p_y near 1 at some rows, near 0 at others).
 
-    In float64, whose yardstick is no finer than itself, peaked p_y stays away from 1.
+    In float64, whose standard is not more precise than itself, peaked p_y stays away from 1.
     """
 
     def make(

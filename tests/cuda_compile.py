@@ -1,12 +1,12 @@
 """Compiles every CUDA source for every architecture, without a GPU, and refuses kernels that spill registers.
 
-python tests/cuda_compile.py [--arch 80,90,100] [FILE.cu ...]
+    python tests/cuda_compile.py [--arch 80,90,100] [FILE.cu ...]
 
-Of Hopper's machine code the inner loops are counted (machine_code.py), and refused where they would cost more than a
-share of what memory takes. That needs nvdisasm, of the CUDA toolkit or of the package triton.
+In Hopper's machine code the inner loops are counted (machine_code.py). They are refused if they would take more than a
+share of memory's time. That needs nvdisasm, from the CUDA toolkit or the package triton.
 
-What was compiled once is remembered in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch
-or the compiler changes.
+Results are kept in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch or the compiler
+changes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FLAGS = [*BUILD_FLAGS["common"], *BUILD_FLAGS["nvcc"], *BUILD_FLAGS["with_cuda"]
 
 @dataclass
 class Kernel:
-    """What ptxas says of one function; one that is called, not launched, has no registers of its own."""
+    """ptxas' report of one function; a function that is called, not launched, has no registers of its own."""
 
     name: str
     architecture: str
@@ -59,7 +59,7 @@ class Kernel:
 
 
 def parse(output: str, architecture: str) -> tuple[list[Kernel], str]:
-    """The kernels in what `nvcc -Xptxas -v` printed, and every line that is no part of that report."""
+    """The kernels in the output of `nvcc -Xptxas -v`, and every line that is not part of that report."""
     kernels: dict[str, Kernel] = {}
     entry = function = None
     rest = []
@@ -127,21 +127,21 @@ def find_nvcc() -> Path | None:
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
-    """What torch.utils.cpp_extension adds to every nvcc call of a CUDAExtension: flags, and where headers are."""
+    """The flags and include folders that torch.utils.cpp_extension adds to every nvcc call of a CUDAExtension."""
     from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-    # -isystem: nvcc's warnings about PyTorch's own headers are not ours to mend. CSRC: for the emulator's kernels.
+    # -isystem: we cannot fix nvcc's warnings about PyTorch's own headers. CSRC: for the emulator's kernels.
     return COMMON_NVCC_FLAGS, [f"-I{CSRC}", *(part for folder in include_paths() for part in ("-isystem", folder))]
 
 
 def cache() -> Path:
-    """Where results are kept: outside of the clone, so that a new one compiles only what has changed."""
+    """The folder of results, outside of the clone, so that a new clone compiles only what has changed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdl_ext" / "cuda_compile"
 
 
 @functools.cache
 def compilers(nvcc: Path) -> tuple[str, ...]:
-    """What the compiler and the host's say of themselves, and what the environment adds to each call."""
+    """The versions of nvcc and of the host's compiler, and the flags that the environment adds to each call."""
     versions = []
     for program in (str(nvcc), "c++"):
         try:
@@ -152,8 +152,8 @@ def compilers(nvcc: Path) -> tuple[str, ...]:
 
 
 def record_of(nvcc: Path, flags: list[str], source: Path, architecture: str) -> Path:
-    """Where the result is kept: its name tells of all that the result depends on."""
-    # Of PyTorch the version instead of the folder, which is another one in each clone.
+    """The file of the result: its name depends on everything that the result depends on."""
+    # PyTorch's version instead of its folder, which differs between clones.
     key = hashlib.sha256(repr((compilers(nvcc), flags, version("torch"))).encode())
     for path in (__file__, machine_code.__file__):
         key.update(Path(path).read_bytes())
@@ -187,7 +187,7 @@ class Compilation:
 
 
 def compile_source(nvcc: Path, flags: list[str], includes: list[str], source: Path, architecture: str) -> Compilation:
-    """Compiles, or remembers what came of it."""
+    """Compiles, or returns the kept result."""
     flags = [*flags, "-gencode", f"arch=compute_{architecture},code=sm_{architecture}", "-Xptxas", "-v"]
     # The host's code is the same for all of them, and takes two fifths of the time.
     flags.append("-c" if architecture == WITH_HOST_CODE else "-cubin")

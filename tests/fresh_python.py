@@ -1,7 +1,7 @@
-"""A Python process for a test, which imports the pdl_ext that the test itself has: the only way that tests start one.
+"""A Python process for a test, which imports the same pdl_ext as the test: the only way that tests start one.
 
-Python puts the folder that it is started in, or that of the script, before what is installed. Started in the source
-folder it would test the sources, and never the wheel that `make torch-versions` installs.
+Python searches the folder in which it is started, or that of the script, before installed packages. Started in the
+source folder it would test the sources, and never the wheel that `make torch-versions` installs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pdl_ext
 __all__ = ["environment", "popen", "run"]
 
 PACKAGE = Path(pdl_ext.__file__).resolve().parent
-# Kept for as long as this process lives.
+# Kept while this process exists.
 EMPTY = tempfile.TemporaryDirectory()
 
 
@@ -33,7 +33,7 @@ def environment(more: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def popen(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen:
-    """Python with these arguments, in a folder that has no pdl_ext.
+    """Starts Python with these arguments, in a folder that has no pdl_ext.
 
     env: added to that of this process; cwd: by default an empty folder.
     """
@@ -46,7 +46,7 @@ def popen(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None,
 def run(
     *arguments: str | os.PathLike[str], timeout: float | None = None, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess:
-    """What Python with these arguments printed, as text. check: an exit code other than 0 is an error."""
+    """The output of Python with these arguments, as text. check: an exit code other than 0 is an error."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     with popen(*arguments, **options) as process:
         try:

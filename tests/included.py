@@ -1,4 +1,4 @@
-"""The text of a source and of what it includes by name, so that a change compiles only what sees it."""
+"""The text of a source and its includes, so that a change recompiles only the sources that include it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["with_headers"]
 
 
 def with_headers(source: Path, csrc: Path) -> bytes:
-    """Of a source file, whose includes lie beside it or in csrc."""
+    """The text of a source file, whose includes are beside it or in csrc."""
     texts: dict[Path, bytes] = {}
     paths = [source]
     while paths:

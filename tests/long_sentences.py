@@ -1,12 +1,13 @@
 """The check of `make lint` that no sentence of docs, docstrings and comments has more than 25 words.
 
-    python tests/long_sentences.py             what is too long
-    python tests/long_sentences.py --shrink    takes what was shortened out of the list
+    python tests/long_sentences.py             lists longer sentences
+    python tests/long_sentences.py --shrink    removes shortened sentences from the list of exceptions
 
-Sentences that were longer before this check existed stand in `long_sentences.txt`, which only ever shrinks. An entry
-is the hash of a sentence's words: one that is moved or wrapped anew stays the same.
+Sentences that were longer before this check existed are in `long_sentences.txt`, to which nothing is added. An entry is
+the hash of a sentence's words, so it stays valid if the sentence is moved or wrapped anew.
 
-Pygments finds comments, markdown-it finds blocks, and neither knows a docstring's sections or where a sentence ends.
+Pygments finds comments, and markdown-it finds blocks. Neither recognises a docstring's sections or the end of a
+sentence.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = "tests/long_sentences.txt"
 SHRINK = "python tests/long_sentences.py --shrink"
 LIMIT = 25
-# How many entries the list had in November 2026. A clone without the whole history tells by it that one was added.
+# The number of entries in November 2026. It shows an addition in a clone without the whole history.
 MOST = 200
 
 FOLDERS = ("pdl_ext", "csrc", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
-# What a file is, by its name or its suffix: a name of Pygments'.
+# The kind of a file, by its name or its suffix: a name of Pygments'.
 KINDS = {
     "Makefile": "make",
     "CMakeLists.txt": "cmake",
@@ -56,9 +57,9 @@ KINDS = {
     **dict.fromkeys((".h", ".cpp", ".cu", ".cuh"), "cpp"),
 }
 
-# No HTML, since `vector<float>` in a comment is none.
+# No HTML, since `vector<float>` in a comment is not HTML.
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table")
-# Stands for a span of code, which is one word whatever is in it.
+# Replaces a span of code, which is one word whatever its content.
 CODE = "\ue000"
 NOT_PROSE = re.compile(
     r"!|\s*(noqa|type:|mypy:|ruff:|fmt:|pragma[: ]\s*no\b|pylint:|clang-format o|NOLINT|SPDX-|Copyright (\(c\)|\d))"
@@ -68,18 +69,18 @@ SECTION = re.compile(
     r"Raises|References|Returns|See Also|Tips?|Todo|Warnings?|Warns|Yields):"
 )
 ENTRY = re.compile(r"\*{0,2}[\w.`]+(, \*{0,2}[\w.`]+)*( \([^)]*\))?:(?= |$)")
-# A line of commented-out C++ or shell: an assignment, a call, a head of a block, or what closes one.
+# A line of commented-out C++ or shell: an assignment, a call, the head of a block, or its end.
 CODE_LINE = re.compile(
     r"([\w:<>,*&]+\s+){0,3}[\w:.<>\[\]-]+\s*[-+*/|&]?=[^=].*;"
     r"|([\w:<>,*&]+\s+)?[\w:.<>-]+\(.*\)\s*[;{]"
     r"|(\}\s*)?(if|for|while|switch|else)\b.*\{"
     r"|[})]+[;,]?"
 )
-# A full stop, what closes a quotation or a bracket behind it, and the word that follows.
+# A full stop, closing quotation marks and brackets after it, and the next word.
 END = re.compile(r"(?<=\S)[.!?…]+[\"')\]]*(\s+)(?=(\S+))")
-# No sentence ends on these, and on the others only where a capital follows, as after any word.
+# A sentence never ends with e.g. or i.e., and with the others only if a capital follows, as after any word.
 ABBREVIATION = re.compile(r"(?:^|[\s(\[\"'])(e\.g|i\.e|vs|cf|fig|figs|eq|sec|al)\.$", re.IGNORECASE)
-# A word in small letters goes on with the sentence; `pdl_ext`, `int32` and `loss.cu` are names, which may open one.
+# A lower-case word continues the sentence; `pdl_ext`, `int32` and `loss.cu` are names, which may begin one.
 GOES_ON = re.compile(
     r"(?!(?:git|mypy|numpy|nvcc|ptxas|pyarrow|pytest|ruff|torch)\b)[\"'(\[]*[a-z][a-z'-]*[,;:.!?)\]\"']*$"
 )
@@ -123,8 +124,8 @@ def sentences(source: str, kind: str) -> Iterator[Sentence]:
 
 
 def docstrings(source: str) -> Iterator[Text]:
-    """Strings that are statements: of modules, classes, functions at any depth, and behind attributes."""
-    # Statements alone: to walk through expressions as well takes three times as long.
+    """Strings that are statements: of modules, classes, functions at any depth, and after attributes."""
+    # Statements only: visiting expressions as well takes three times as long.
     remaining: list[ast.AST] = [ast.parse(source)]
     while remaining:
         node = remaining.pop()
@@ -136,7 +137,7 @@ def docstrings(source: str) -> Iterator[Text]:
 
 
 def comments(source: str, kind: str) -> Iterator[Text]:
-    """Comments, those on consecutive lines and in one column as one text; one behind code begins a text."""
+    """Comments: those on consecutive lines and in one column are one text; one after code begins a new text."""
     lines = source.splitlines()
     text, place = Text(0, []), (0, 0)
     for line, column, comment in python_comments(source) if kind == "python" else other_comments(source, kind):
@@ -187,9 +188,9 @@ def is_code(text: Text) -> bool:
 
 
 def chunks(text: Text) -> Iterator[Text]:
-    """Parts of a docstring or a comment that Markdown would run together.
+    """Parts of a docstring or a comment that Markdown would join.
 
-    A deeper line behind a colon begins one, and so does each entry of a section such as Args, behind its name.
+    A deeper line after a colon begins a part, and so does each entry of a section such as Args, after its name.
     """
     chunk, section = Text(text.line, []), -1
     previous = ""
@@ -235,7 +236,7 @@ def sentences_of_markdown(text: Text) -> Iterator[Sentence]:
 def sentences_of_block(line: int, block: str, codes: list[str]) -> Iterator[Sentence]:
     start, remaining = 0, iter(codes)
     for end in [*(match.end() for match in END.finditer(block) if is_end(block, match)), len(block)]:
-        # Only what has a letter or a digit is a word; a span of code is one by itself.
+        # Only a part with a letter or a digit is a word; a span of code is one by itself.
         parts = [part for part in block[start:end].split() if re.search(rf"[^\W_]|{CODE}", part)]
         words = tuple(re.sub(CODE, lambda _: next(remaining), part) for part in parts)
         indent = len(block[start:end]) - len(block[start:end].lstrip())
@@ -249,7 +250,7 @@ def is_end(block: str, stop: re.Match[str]) -> bool:
 
 
 def files(root: Path) -> Iterator[tuple[Path, str]]:
-    """What is checked, with its kind; without the results that benchmarks write."""
+    """The checked files with their kinds, without the results that benchmarks write."""
     paths = [*sorted(root.iterdir()), *(path for folder in FOLDERS for path in sorted((root / folder).rglob("*")))]
     for path in paths:
         kind = KINDS.get(path.name) or KINDS.get(path.suffix)
@@ -264,7 +265,7 @@ def entries(text: str) -> dict[str, int]:
 
 
 def allowed(root: Path) -> set[str] | None:
-    """What the list had when it was first committed and no commit has removed since; None where git does not tell."""
+    """The list as first committed, without entries that a later commit removed; None without git's history."""
     command = [
         "git",
         "log",

@@ -1,7 +1,7 @@
-"""What the kernels' machine code for Hopper costs, counted: instructions of the inner loops, waits, fences.
+"""Counts of the kernels' machine code for Hopper: instructions of the inner loops, waits, fences.
 
-A module of cuda_compile.py. It reads what nvdisasm prints of a cubin. The upper bits of an instruction's encoding say
-which loads it waits for. The disassembler comes with the CUDA toolkit and with the package triton.
+A module of cuda_compile.py. It reads nvdisasm's listing of a cubin. The upper bits of an instruction's encoding name
+the loads that it waits for. The disassembler comes with the CUDA toolkit and with the package triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 # An H200: thread instructions a second of all schedulers, and bytes a second of a copy.
 ISSUE_RATE = 132 * 128 * 1.755e9
 BYTES_PER_SECOND = 4.3e12
-# The share of memory's time that issue may take.
+# The share of memory's time that issuing instructions may take.
 LIMIT = 0.65
 VECTOR_BYTES = 16
 BARRIERS = 6
@@ -25,7 +25,7 @@ BARRIERS = 6
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, where it lies, and the loads that it begins or waits for, by the number of their barrier."""
+    """One instruction, its address, and the loads that it begins or waits for, by the number of their barrier."""
 
     address: int
     text: str
@@ -60,7 +60,7 @@ class Function:
 
 
 class Loop(NamedTuple):
-    """An inner loop that goes through a row by vectors of 16 bytes, counted by element."""
+    """An inner loop over a row in vectors of 16 bytes, counted by element."""
 
     elements: int
     instructions: int
@@ -90,7 +90,7 @@ def disassemble(program: Path, cubin: Path) -> str:
 
 
 def parse(listing: str) -> list[Function]:
-    """The functions of a listing by `nvdisasm -c -hex`."""
+    """The functions in a listing of `nvdisasm -c -hex`."""
     functions: list[Function] = []
     begun: tuple[int, str] | None = None
     waiting: list[str] = []
@@ -125,14 +125,14 @@ def _vector_accesses(body: Iterable[Instruction], *names: str) -> int:
 
 
 def vector_loops(function: Function, element_bytes: int) -> list[Loop]:
-    """The loops over a row, each way of going through it once: that with the most elements a turn."""
+    """The loops over a row: for each way of reading it, the loop with the most elements an iteration."""
     best: dict[str, Loop] = {}
     for body in function.loops():
         copies, stores = _vector_accesses(body, "LDGSTS"), _vector_accesses(body, "STG")
         loads = _vector_accesses(body, "LDG", "LDS", "LD")
         vectors = copies or stores or loads
         exponentials = sum(x.name.startswith("MUFU.EX2") for x in body)
-        # What fills a row with one number is no pass over it.
+        # Filling a row with one number is not a pass over it.
         if vectors == 0 or (stores and not exponentials):
             continue
         conversions = sum(x.is_a("F2F", "F2FP") for x in body)
@@ -144,7 +144,7 @@ def vector_loops(function: Function, element_bytes: int) -> list[Loop]:
 
 
 def waits_before_first_read(function: Function) -> list[str]:
-    """The loads from memory that something waits for before the first vector is asked for."""
+    """The loads from memory that are waited for before the first vector is requested."""
     pending: dict[int, str] = {}
     waited = []
     for instruction in function.instructions:
@@ -158,25 +158,25 @@ def waits_before_first_read(function: Function) -> list[str]:
 
 
 class Expected(NamedTuple):
-    """Of a kernel: how often it moves a row between memory and the chip, and which loads may come before the row's."""
+    """For a kernel: how often it moves a row between memory and the chip, and which loads may precede the row's."""
 
     passes: int
     loops: tuple[str, ...]
-    # A target's number is of 64 or of 32 bits: two loads, of which one is switched off.
+    # A target has 64 or 32 bits: two loads, one of which is disabled.
     most_before: int | None
 
 
 EXPECTED = {
     "on_chip_kernel<__nv_bfloat16, (Loop)0>": Expected(2, ("copy", "statistics", "gradient"), 2),
     "statistics_kernel<__nv_bfloat16, (Loop)0>": Expected(1, ("statistics",), 2),
-    # It needs what statistics_kernel saved.
+    # It needs the results of statistics_kernel.
     "gradient_kernel<__nv_bfloat16, true>": Expected(2, ("gradient",), None),
 }
 ELEMENT_BYTES = 2
 
 
 class Count(NamedTuple):
-    """What was counted of a kernel."""
+    """The counts of a kernel."""
 
     kernel: str
     loops: list[Loop]
@@ -202,7 +202,7 @@ class Count(NamedTuple):
 
 
 def counts(functions: Mapping[str, Function]) -> list[Count]:
-    """Of those functions, by their short names, that are counted."""
+    """The counts of the checked functions, by their short names."""
     return [
         Count(
             name,
@@ -216,7 +216,7 @@ def counts(functions: Mapping[str, Function]) -> list[Count]:
 
 
 def table(counts: Iterable[Count]) -> list[str]:
-    """Lines for people."""
+    """Lines to print."""
     headings = ("an element", "instructions", "16-byte accesses", "exponentials", "conversions")
     lines = ["", f"{headings[0]:56}" + "".join(f"  {heading:>16}" for heading in headings[1:])]
     for count in counts:

@@ -1,7 +1,7 @@
-"""A pytest plugin: each call into the package is made under another default dtype, and on the default device meta.
+"""A pytest plugin: every call into the package is made under another default dtype, and on the default device meta.
 
-What a program sets, the package must not heed: of its tensors it names dtype and device. The tests' own tensors are
-made outside of these calls, so that all tests run as they are.
+The package must not depend on these settings of a program: it names dtype and device of its tensors. The tests' own
+tensors are made outside of these calls, so that all tests run unchanged.
 """
 
 from __future__ import annotations

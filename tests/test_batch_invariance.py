@@ -1,4 +1,4 @@
-"""A row's loss and gradient are the same bits whatever other rows are in the call, wherever it lies, on any threads."""
+"""A row's loss and gradient have the same bits for any other rows in the call, at any position, with any threads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bits(tensor):
 
 
 def results(logits, targets, weight, reduction, options):
-    """The gradient and what is known of each row, as integers."""
+    """The gradient and the statistics of each row, as integers."""
     leaf = logits.detach().requires_grad_()
     extra = {"normalizer": 3.0} if reduction == "token_mean" else {}
     loss, stats = functional.pdl_loss(leaf, targets, weight, reduction=reduction, return_stats=True, **extra, **options)
@@ -44,7 +44,7 @@ def results(logits, targets, weight, reduction, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [8, 1009, 8200, pytest.param(40001, marks=pytest.mark.slow)])
 def test_other_rows_and_threads(make_case, device_name, threads, vocab_size, dtype, reduction, options):
-    # On a card a row's vectors begin where 16 bytes do, so its place counts unless rows are whole vectors.
+    # On a card a row's vectors begin at multiples of 16 bytes, so its position matters unless rows are whole vectors.
     rows = 9 if device_name == "cpu" else 5
     vocab_size = vocab_size if device_name == "cpu" else -(-vocab_size // 8) * 8
     case = make_case((rows,), vocab_size, dtype, peaked=True)

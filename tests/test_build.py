@@ -1,4 +1,4 @@
-"""What a build asks for, and what an import without a build says."""
+"""The choices of a build, and the errors of an import without a build."""
 
 import json
 import os

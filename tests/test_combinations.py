@@ -48,14 +48,14 @@ PRODUCT = {
     "way": ({"way": "two calls"}, {"way": "in place"}, {"way": "linear"}),
     "dtype": tuple({"dtype": dtype} for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
 }
-# Of the norm of what the reference finds in float64 of the same inputs.
+# Relative to the norm of the float64 reference for the same inputs.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SAMPLE = 4000
 OF_NO_MEAN = [place for place, reduction in enumerate(REDUCTIONS) if reduction in ("none", "sum")]
 
 
 def sample(number, seed=0):
-    """Places in PRODUCT, one of each option; a normalizer goes with means alone."""
+    """Positions in PRODUCT, one of each option; a normalizer is only for means."""
     draw = random.Random(seed)
     drawn = []
     for _ in range(number):
@@ -146,7 +146,7 @@ def test_some_combinations_match_reference(device):
         check(device, options_at(places))
 
 
-# Pairs that are refused: what they are, and a call with them. docs/family.md has the table.
+# Refused pairs of options: their names, and a call with them. docs/family.md has the table.
 
 LOGITS, TARGETS = torch.zeros(2, 3), torch.tensor([0, 2])
 COUNTS = torch.tensor([5, 2, 1])
@@ -244,7 +244,7 @@ def group_of_one(tmp_path):
 
 
 def error_of(message):
-    """What names an argument is a ValueError."""
+    """An error that names an argument is a ValueError."""
     return ValueError if message.endswith(": got") else RuntimeError
 
 

@@ -100,7 +100,7 @@ def test_every_case_finds_a_wrong_implementation(case):
             lambda s, t: right(s, cases.Task(t.targets, t.weight, "sum")) / 24,
         ),
         ("weighted sum", lambda s, t: right(s, cases.Task(t.targets, None, "sum"))),
-        # What was wrong in public: all rows scaled by the first upstream gradient.
+        # A bug of a published library: all rows scaled by the first upstream gradient.
         ("weighted loss of each row, an upstream gradient for each row", lambda s, t: FirstUpstream.apply(*s, t)),
     ],
 )

@@ -1,4 +1,4 @@
-"""The table of counts: its layout, which all layers share, and what it refuses."""
+"""The table of counts: its layout, which all layers share, and the counts that it refuses."""
 
 from __future__ import annotations
 

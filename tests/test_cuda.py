@@ -1,4 +1,4 @@
-"""What only a CUDA device does: NaN instead of an error, streams, graphs, several devices, inputs beyond 32 bits."""
+"""Behaviour of CUDA devices only: NaN instead of an error, streams, graphs, several devices, inputs beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def need_memory(gibibytes):
 
 
 def loss_and_gradient(logits, targets, **options):
-    """Of a leaf with the values of `logits`, which belongs to the current stream."""
+    """The loss and gradient of a leaf with the values of `logits`, which belongs to the current stream."""
     leaf = logits.detach().clone().requires_grad_()
     loss = functional.pdl_loss(leaf, targets, **options)
     loss.backward(torch.ones_like(loss))
@@ -88,7 +88,7 @@ class TestGraphs:
         assert torch.equal(captured.frequency.counts, eager.frequency.counts)
 
     def test_upstream_gradients_that_change_between_replays(self, cuda):
-        # What a module expects lies on the device: each replay finds out by itself whether it guessed right.
+        # A module's expected gradient is on the device: each replay checks whether it guessed right.
         loss_fn = PDLLoss(torch.ones(1009, dtype=torch.int64, device=cuda))
         logits = torch.randn(16, 1009, device=cuda, requires_grad=True)
         targets = torch.randint(1009, (16,), device=cuda)
@@ -113,7 +113,7 @@ class TestGraphs:
     @pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
     @pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
     def test_whole_training_step(self, cuda, optimizer_name, inplace_backward):
-        """Model, online loss, gradients and optimizer in one graph: its replays are what the same steps are eagerly."""
+        """Model, online loss, gradients and optimizer in one graph: its replays equal the same eager steps."""
         vocab_size, rows = 1009, 64
 
         def make_optimizer(model):
@@ -214,7 +214,7 @@ class TestVocabularyParallel:
         self.step(fused, hidden, weight, targets, None)
         refused = pytest.raises(RuntimeError, match="expected one before the capture")
         with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
-            # Or the graph would be empty, of which PyTorch warns.
+            # Otherwise the graph would be empty, and PyTorch warns of that.
             hidden.sum()
             self.step(fused, hidden, weight, targets, nccl_group)
         side = torch.cuda.Stream()
@@ -237,7 +237,7 @@ class TestVocabularyParallel:
 
 class TestStreams:
     def test_current_stream_is_honoured(self, cuda):
-        """The inputs appear on a side stream after a while: kernels on any other stream would see what was before."""
+        """The inputs are written on a side stream after a while: kernels on another stream would read old values."""
         vocab_size, law = 5003, PowerLaw(alpha=0.5)
         source = torch.randn(64, vocab_size, device=cuda)
         ids = torch.randint(vocab_size, (64,), device=cuda)
@@ -312,7 +312,7 @@ def test_counting_from_host_memory(cuda, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
 def test_counting_on_chip(cuda, dtype):
-    # More tokens than two for each counter that all multiprocessors keep, whose shared memory is 227 KiB at most.
+    # More than two tokens for each counter of all multiprocessors, whose shared memory is at most 227 KiB.
     count = 2 * torch.cuda.get_device_properties(cuda).multi_processor_count * 227 * 256 + 3
     ids = torch.rand(count, device=cuda) ** 2 * 60_004
     tokens = ids.to(torch.int64)

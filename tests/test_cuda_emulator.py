@@ -1,4 +1,4 @@
-"""The emulator itself, by the kernels of cuda_emulator/kernels: right ones, and mistakes that it has to catch."""
+"""The emulator itself, by the kernels of cuda_emulator/kernels: correct ones, and mistakes that it has to detect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def zero():
 
 
 def run(kernel, output, *arguments, **shape):
-    """What a right kernel leaves in its output."""
+    """The output of a correct kernel."""
     message = launch(kernel, output, *arguments, **shape)
     assert message == ""
     return output
@@ -41,7 +41,7 @@ def run(kernel, output, *arguments, **shape):
 
 @pytest.fixture
 def over_seeds(monkeypatch):
-    """For each seed what a kernel leaves in its output, and the message of its fault."""
+    """For each seed a kernel's output, and the message of its fault."""
 
     def call(kernel, output, *arguments, **shape):
         results = []
@@ -56,7 +56,7 @@ def over_seeds(monkeypatch):
 
 @pytest.fixture
 def assert_right(over_seeds):
-    """Asserts that a kernel leaves what is expected with every seed."""
+    """Asserts that a kernel's output is as expected with every seed."""
 
     def check(kernel, expected, *arguments, output=None, **shape):
         for message, result in over_seeds(
@@ -70,7 +70,7 @@ def assert_right(over_seeds):
 
 @pytest.fixture
 def assert_shows(over_seeds):
-    """Asserts that a kernel with a mistake leaves something else with some seed, and has no fault with any."""
+    """Asserts that a kernel with a mistake gives a wrong output with some seed, and no fault with any."""
 
     def check(kernel, expected, *arguments, output=None, **shape):
         results = over_seeds(kernel, poisoned(*expected.shape) if output is None else output, *arguments, **shape)
@@ -80,7 +80,7 @@ def assert_shows(over_seeds):
     return check
 
 
-# What each kernel's mistake is called; the launches are two blocks of 96 threads unless given.
+# The name of each kernel's mistake; launches have two blocks of 96 threads unless given.
 FAULTS = {
     "early_return": r"deadlock in block .* __syncthreads at .*blocks\.cu.* 1 have returned",
     "divergent_barriers": r"__syncthreads at .* meets that at",
@@ -147,7 +147,7 @@ def test_reports(kernel):
     cluster = 2 if kernel in IN_CLUSTERS else (0, 0, 0)
     message = launch(kernel, memory, numbers, ARGUMENTS.get(kernel, 0), grid=2, block=96, cluster=cluster)
     assert re.search(FAULTS[kernel], message), message
-    # What a fault leaves behind does not disturb the next launch.
+    # The state after a fault does not disturb the next launch.
     assert run("correct", torch.zeros(1, dtype=torch.int32), grid=2, block=96) == 6 * 96 * 95 // 2
 
 
@@ -339,7 +339,7 @@ def test_bulk_load_not_waited_for_shows(mistake, assert_shows):
 
 
 def test_wait_for_the_wrong_phase_shows(over_seeds):
-    # Too early, or after that phase for ever.
+    # Too early, or after that phase forever.
     given, expected = tile_sums(2)
     results = over_seeds("tile_sums_with_wrong_parity", zero(), given, 2, grid=1, block=96)
     assert any(message == "" and not torch.equal(output, expected) for message, output in results)
@@ -347,7 +347,7 @@ def test_wait_for_the_wrong_phase_shows(over_seeds):
 
 
 def test_bulk_load_into_a_buffer_in_use_shows(over_seeds):
-    # Consumers that the producer laps wait for a phase that has long been over.
+    # Consumers that the producer overtakes wait for a phase that has long ended.
     given, _ = tile_sums(3)
     messages = [message for message, _ in over_seeds("tile_sums_without_release", zero(), given, 3, grid=1, block=96)]
     assert any(re.search(r"deadlock in block .* mbarrier_try_wait_parity at", message) for message in messages)
@@ -554,7 +554,7 @@ def test_limits_of_dynamic_shared_memory(monkeypatch):
     assert launch("write_at", out, **shape, dynamic_shared=0, max_dynamic_shared=232449) == f"error {INVALID_VALUE}"
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", "sm_80")
     assert launch("write_at", out, **shape, dynamic_shared=166913) == f"error {INVALID_VALUE}"
-    # Another device knows nothing of what the first was told.
+    # The first device's settings do not apply to another device.
     request = dict(max_dynamic_shared=166912)
     assert launch("write_at", out, **shape, dynamic_shared=166912) == f"error {INVALID_VALUE}"
     assert launch("write_at", out, **shape, dynamic_shared=166912, **request) == ""

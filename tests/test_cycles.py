@@ -1,4 +1,4 @@
-"""What is done with is freed at once: no tensor, array or object of ours waits for Python to look for cycles."""
+"""Unused objects are freed at once: no tensor, array or object of the package waits for Python's cyclic collector."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_nothing_is_left_in_a_cycle(name, tmp_path):
     def run():
         with contextlib.suppress(ValueError, IndexError, KeyboardInterrupt):
             CASES[name](tmp_path)
-        # They have told that they are done, which is before their end.
+        # They have reported that they are done, which is before they end.
         for thread in set(threading.enumerate()) - before:
             thread.join()
 

@@ -15,7 +15,7 @@ MODULES = (
     *("test_loss", "test_functional", "test_weighting", "test_identities", "test_reference", "test_statistics"),
     *("test_module_life", "test_loss_and_gradient", "test_linear", "test_frequency", "corpus/test_counting"),
 )
-# The kernels' sizes and alignments know no defaults, and a tracer does not take what sets them.
+# The kernels' sizes and alignments do not depend on defaults, and a tracer does not support setting them.
 LEFT_OUT = "emulated or compile or tracers or sizes or memory or gradcheck or flipped"
 
 
@@ -36,7 +36,7 @@ def test_defaults_are_not_heeded(dtype, tmp_path):
 
 @pytest.mark.parametrize("make", [lambda: TokenFrequency(7), lambda: PDLLoss(vocab_size=7)], ids=["frequency", "loss"])
 def test_what_is_made_is_where_the_default_device_is(make):
-    """As other modules are; but counts on meta would be none."""
+    """Like other modules; but counts on meta would have no values."""
     with torch.device("meta"):
         assert {buffer.device.type for buffer in make().buffers()} == {"cpu"}
     device = "cuda" if torch.cuda.is_available() else "cpu"

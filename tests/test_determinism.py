@@ -1,4 +1,4 @@
-"""The same input gives the same bits: every sum is taken in an order that no schedule changes."""
+"""The same input gives the same bits: the order of every sum is independent of the schedule."""
 
 from __future__ import annotations
 

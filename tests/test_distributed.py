@@ -81,13 +81,13 @@ def row_count(loss, targets):
     return (targets != -100).sum().float()
 
 
-# In a function, since a process group that DistributedDataParallel is the last to release can hang as it ends.
+# In a function: a process group that DistributedDataParallel is the last to release can hang at its end.
 def train_under_ddp(rank, reduction, quantity, training=True):
     model = ModelWithLoss(reduction=reduction)
     # In eval mode the gradient is left to backward.
     model.loss.train(training)
     if rank == 1:
-        # What rank 0 broadcasts must arrive whole.
+        # Rank 0's broadcast must arrive completely.
         model.loss.frequency.counts.zero_()
         model.loss.refresh()
     wrapped = DistributedDataParallel(model)

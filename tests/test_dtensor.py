@@ -1,4 +1,4 @@
-"""DTensors that tensor parallelism cuts over the vocabulary, taken as they are: loss and gradients of one process."""
+"""DTensors that tensor parallelism shards over the vocabulary: loss and gradients of one process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def of_learned_frequencies():
     return PDLLoss(alpha=0.5, shift=True)
 
 
-# The way, whether activations are cut over the sequence, whether there is a bias, and the loss.
+# The way, whether activations are sharded over the sequence, whether there is a bias, and the loss.
 WAYS = {
     "linear": (from_hidden_states, False, False, of_given_frequencies),
     "linear, sequence parallel": (from_hidden_states, True, False, of_given_frequencies),

@@ -1,4 +1,4 @@
-"""Every input that the loss refuses: the error names the argument, what came and what was expected."""
+"""Every input that the loss refuses: the error names the argument, the value received and the value expected."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_ignore_index_of_a_wrong_type_is_named(ignore_index):
 def test_forward_mode_is_refused_not_zero():
     logits = torch.randn(2, 5)
     tangent = torch.randn(2, 5)
-    with pytest.raises(RuntimeError, match=r"the kernels do not go with torch\.func"):
+    with pytest.raises(RuntimeError, match=r"the kernels do not support torch\.func"):
         torch.func.jvp(lambda x: functional.pdl_loss(x, torch.tensor([1, 2])), (logits,), (tangent,))
 
 

@@ -141,7 +141,7 @@ def test_tables_of_every_card(device, monkeypatch, card, multiprocessors, vocab_
     largest = min(vocab_size + 4, 2**16) if dtype == torch.uint16 else vocab_size + 4
     tokens = (torch.rand(600_013, generator=torch.Generator().manual_seed(0)) ** 2 * largest).to(dtype)
     tokens[::9] = ignore_index
-    # One of which no block has a counter, before the first vector.
+    # One without a counter in any block, before the first vector.
     tokens[1] = largest - 1
     frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
     # Not at an aligned address.
@@ -180,7 +180,7 @@ def test_ignore_index_inside_the_vocabulary(device):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("ignore_index", [3, 12, -1, 2**8 + 3])
 def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
-    # Among which are the id that is ignored, and one that is it but for the bits that the dtype does not have.
+    # These include the ignored id, and one that equals it except for bits that the dtype lacks.
     tokens = torch.randint(-1, 14, (n,), generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
     frequency = TokenFrequency.from_counts(torch.arange(100, 110, device=device), ignore_index=ignore_index)
     frequency.update(tokens)
@@ -192,8 +192,8 @@ def test_what_was_counted_before_stays(device, ignore_index, dtype, n):
     assert_conserved(frequency, 1045 + n)
 
 
-# In a process of its own, which has freed no memory that could be taken again. There is enough for the table of one of
-# two threads.
+# In a process of its own, which has freed no memory that could be reused. There is enough for the table of one of two
+# threads.
 IN_LITTLE_MEMORY = """
 import resource, torch
 from pdl_ext import TokenFrequency
@@ -235,7 +235,7 @@ def test_tokens_all_alike(device, token):
 
 
 def test_ignoring_id_zero(device):
-    # CUDA: what the idle lanes of the last warp hold must not be taken for it.
+    # CUDA: the idle lanes of the last warp must not count as this id.
     frequency = TokenFrequency(9, ignore_index=0).to(device)
     frequency.update(torch.arange(45, device=device) % 9)
     assert frequency.counts.tolist() == [0, *[5] * 8]
@@ -366,7 +366,7 @@ def test_probabilities(device):
 @pytest.mark.parametrize(
     ("counts", "shares", "expected"),
     [
-        # Sorted 60, 20, 10, 6, 4: what lies before them is 0, 60, 80, 90, 96 %.
+        # Sorted 60, 20, 10, 6, 4: the shares before them are 0, 60, 80, 90, 96 %.
         ([10, 60, 4, 20, 6, 0], (0.8, 0.15, 0.05), [1, 0, 2, 0, 1, 2]),
         ([10, 60, 4, 20, 6, 0], (0.5, 0.5), [1, 0, 1, 1, 1, 1]),
         ([10, 60, 4], (1.0,), [0, 0, 0]),
@@ -524,7 +524,7 @@ class TestFile:
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
     def test_save_replaces_no_pipe(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
-        with pytest.raises(FileExistsError, match=r"no regular file; not written: .*pipe$"):
+        with pytest.raises(FileExistsError, match=r"not a regular file; not written: .*pipe$"):
             TokenFrequency(3).save(tmp_path / "pipe")
         assert (tmp_path / "pipe").is_fifo()
         assert os.listdir(tmp_path) == ["pipe"]
@@ -539,7 +539,7 @@ class TestFile:
         [
             (5, TypeError, "path: got 5 of type int, expected a path"),
             ("", ValueError, "path: got an empty name, expected a path"),
-            ("a\0b", ValueError, r"path: got 'a\\x00b', which has a null in it, expected a path"),
+            ("a\0b", ValueError, r"path: got 'a\\x00b', which has a null character, expected a path"),
         ],
         ids=["number", "empty", "null"],
     )
@@ -556,7 +556,7 @@ class TestFile:
     def test_a_file_that_cannot_be_read_is_not_told_to_be_damaged_or_absent(self, tmp_path, saved, monkeypatch):
         (tmp_path / "loop").symlink_to("loop")
         for path, reason in [
-            (tmp_path, "is no regular file, expected one"),
+            (tmp_path, "is not a regular file, expected one"),
             (tmp_path / "loop", "cannot be read (Too many levels of symbolic links)"),
             (tmp_path / ("a" * 5000), "cannot be read (File name too long)"),
         ]:
@@ -574,7 +574,7 @@ class TestFile:
     def test_truncated_file(self, saved, kept):
         _, path = saved
         path.write_bytes(path.read_bytes()[:kept])
-        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match=r"path: .* is damaged or not a safetensors file"):
             TokenFrequency.load(path)
 
     def test_changed_counts(self, saved):
@@ -593,7 +593,7 @@ class TestFile:
         with pytest.raises(ValueError, match=r"path: .* has format None, expected 'pdl_ext.TokenFrequency/2'"):
             TokenFrequency.load(path)
         path.write_text("a text, not tensors")
-        with pytest.raises(ValueError, match=r"path: .* is damaged or no safetensors file"):
+        with pytest.raises(ValueError, match=r"path: .* is damaged or not a safetensors file"):
             TokenFrequency.load(path)
 
     def test_the_same_counts_give_the_same_bytes(self, tmp_path):
@@ -818,7 +818,7 @@ MODES = [torch.inference_mode, torch.no_grad, torch.enable_grad]
 
 
 def used(frequency, path):
-    """Everything that a frequency does, which adds [0, 2, 1] to its counts."""
+    """All operations of a frequency, which add [0, 2, 1] to its counts."""
     before = frequency.counts.clone()
     frequency.update(torch.tensor([1]))
     frequency.update(np.array([2]), strict=True)

@@ -1,4 +1,4 @@
-"""The processes that tests start import the pdl_ext that the tests do: the installed one, where it is installed."""
+"""Processes that tests start import the same pdl_ext as the tests: the installed one, if it is installed."""
 
 from __future__ import annotations
 

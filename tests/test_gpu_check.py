@@ -1,4 +1,4 @@
-"""What gpu_check does around the commands that only a machine with a card can run."""
+"""The code of gpu_check around the commands that need a machine with a card."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_part_without_time_is_left_out_and_says_so(tmp_path, capsys):
     check.start -= 10
     assert not check.run()
     assert [part.status for part in parts] == ["passed", "left out", "passed"]
-    # The build, which all need, gets its least time though that is more than later ones leave.
+    # The build, which all need, gets its minimum time even if that is more than later parts leave.
     assert [part.detail for part in parts] == [
         "in 10 s (allowed 10 s of its 60)",
         "20 s were left of 30",
@@ -111,7 +111,7 @@ def test_the_plans_fit_six_minutes_and_come_in_order():
     for setting in (Setting(), Setting(built=Path("built")), Setting(built=Path("built"), variant="messages")):
         first, second = plan.first(setting), plan.second(setting)
         for planned in (first, second):
-            # What says whether the kernels are right may take all of its time, and the rest its least.
+            # The check whether the kernels are right may use all of its time, the other parts their minimum.
             right = [part for part in planned if re.match("build|launches|equal bits|tests", part.name)]
             assert sum(part.most if part in right else part.least for part in planned) < command_line.BUDGET
         names = [part.name for part in first]
@@ -352,7 +352,7 @@ def test_stand_ins_refuse_what_they_do_not_know(tmp_path):
     ("command", "chosen"), [("first", "release,launches,counters"), ("second", "release,synccheck")]
 )
 def test_the_dry_run_takes_every_step(command, chosen, tmp_path):
-    """Of the release, which other tests have built; `make gpu-check-dry` has all variants."""
+    """For the release, which other tests have built; `make gpu-check-dry` has all variants."""
     arguments = [command, "--dry", "--budget", "900", "--only", chosen, "--output", str(tmp_path)]
     done = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,6 +1,6 @@
-"""The default training step: loss and gradient in one call, for the upstream gradient that is expected.
+"""The default training step: loss and gradient in one call, for the expected upstream gradient.
 
-A wrong guess must change no bit, and nothing may be found where it was not left.
+A wrong guess must change no bit, and a gradient must not be read where it was not written.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class TestBits:
         rest = (case.leaf, case.targets, saved_rows, factors, None, None, None, packed)
         ops.compiled.correct_gradient_(gradient, expected, upstream, *rest)
         assert expected == 3
-        # What the gradient was computed for stays with it.
+        # The upstream gradient of a computed gradient is stored with it.
         assert factors[4] == 2
 
 
@@ -145,11 +145,11 @@ class TestWhenItIs:
     def test_two_calls(self, make_case, calls):
         case, half = (make_case((6,), 257, dtype) for dtype in (torch.float32, torch.float16))
         ops_of_step(lambda x, y: functional.pdl_loss(x, y, reduction="none"), case)
-        # What divides a modulation is known once all rows are.
+        # The mean of a modulation is known only after all rows.
         ops_of_step(lambda x, y: functional.pdl_loss(x, y, modulation=MiLe()), case)
-        # A float16 gradient comes with a loss scale, which a function cannot guess.
+        # A float16 gradient has a loss scale, which a function cannot guess.
         ops_of_step(functional.pdl_loss, half)
-        # Whose loss is looked at, and hardly ever differentiated.
+        # Its loss is read, and rarely differentiated.
         ops_of_step(PDLLoss(case.leaf.new_ones(257).long()).eval(), case)
         assert names_of(calls) == 4 * TWO_CALLS
 
@@ -223,7 +223,7 @@ class TestExpected:
         torch.testing.assert_close(leaves[0].grad * counted, expected.grad * len(case.targets), rtol=1e-5, atol=1e-9)
 
     def test_what_was_expected_stays_with_a_loss(self, make_case):
-        # Backward of the first changes what is expected, but not what the second was computed for.
+        # Backward of the first changes the expected gradient, but not the one of the second.
         case = make_case((6,), 257)
         gradients = []
         for factor in (4.0, 4.0, 4.0):
@@ -347,7 +347,7 @@ class TestGraphs:
         assert alive() == [False]
         loss = functional.pdl_loss(leaf * 1, case.targets)
         loss.backward()
-        # The node is alive, and what it held is not.
+        # The node still exists, but not its saved gradient.
         assert alive() == [False, False]
         # A checkpoint makes it twice, and holds it only while backward needs it.
         loss = checkpoint(lambda x: functional.pdl_loss(x * 1, case.targets), leaf, use_reentrant=False)

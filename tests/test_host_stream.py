@@ -15,7 +15,7 @@ from pdl_ext.engine import host_stream
 
 
 class Streams:
-    """Streams that run as late as they may: a copy takes place when somebody waits for it."""
+    """Streams that run as late as possible: a copy takes place when it is waited for."""
 
     def __init__(self, monkeypatch):
         self.pending = []
@@ -136,8 +136,8 @@ def test_nothing_is_under_way_when_it_is_closed(streams, taken):
     assert streams.under_way == 0
 
 
-# Three calls for each of the first two parts: its copy is recorded and waited for, its count recorded; the third part
-# waits for a count, too.
+# The first two parts make three calls each: the copy is recorded and waited for, and the count recorded. The third part
+# also waits for a count.
 @pytest.mark.parametrize("fails_at", range(1, 11))
 def test_nothing_is_under_way_when_it_fails(streams, fails_at):
     streams.fails_at = fails_at

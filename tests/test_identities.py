@@ -1,4 +1,4 @@
-"""What the mathematics promises: cross-entropy as a special case, the authors' formula, mass and minimiser."""
+"""Mathematical identities: cross-entropy as a special case, the authors' formula, mass and minimiser."""
 
 from __future__ import annotations
 

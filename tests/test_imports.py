@@ -1,6 +1,6 @@
-"""Imports go one way: no module comes back to itself, none looks up to a layer above, or into another one's privacy.
+"""Imports are acyclic, and go neither to a higher layer nor to another module's private names.
 
-Read from the sources, so that an import counts wherever it stands: at the top, in a function, under TYPE_CHECKING.
+Read from the sources, so that an import counts at any place: at the top, in a function, under TYPE_CHECKING.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 
 import pdl_ext
 
-# From the top down. A module imports what is in its own room or in a layer below. Rooms of one layer are apart.
-# `.*`: a package with all that is in it.
+# From the top down. A module may import from its own room and from lower layers. Rooms of one layer are independent.
+# `.*`: a package with its contents.
 LAYERS = (
     (("pdl_ext.cli.*",),),
     (("pdl_ext.integrations.*",),),
@@ -46,7 +46,7 @@ LAYERS = (
     (("pdl_ext._checks",), ("pdl_ext._optional",), ("pdl_ext._printable",), ("pdl_ext._C",)),
 )
 
-# What an integration may use beside public names: checks of arguments, and what tells of a missing package.
+# The non-public names that an integration may use: checks of arguments, and errors of missing packages.
 PLUMBING = {"pdl_ext._checks", "pdl_ext._optional"}
 # Packages that only the library itself uses.
 INTERNAL = {"engine", "storage"}
@@ -71,7 +71,7 @@ OTHERS_MODULES = ("torch._C", "torch.distributed.distributed_c10d", "torch.Tenso
 
 
 class Import(NamedTuple):
-    """A line that imports: a module, or a name of it."""
+    """An import of a module, or of a name in it, with its line."""
 
     line: int
     module: str
@@ -89,7 +89,7 @@ def sources() -> dict[str, str]:
 
 
 def imports(module: str, text: str, modules: dict[str, str]) -> Iterator[Import]:
-    """What a module imports of `modules`, wherever in it."""
+    """The imports of `modules` in a module, at any place."""
     is_package = any(other.startswith(f"{module}.") for other in modules)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -126,7 +126,7 @@ def circle(modules: dict[str, str]) -> list[str]:
 
 
 def rooms_of(module: str) -> list[tuple[int, int]]:
-    """Where the table has a module: numbers of layer and room."""
+    """The layer and room of a module, as numbers."""
     return [
         (layer, room)
         for layer, rooms in enumerate(LAYERS)
@@ -141,7 +141,7 @@ def holds(entry: str, module: str) -> bool:
 
 
 def upward(modules: dict[str, str]) -> list[str]:
-    """Imports of what is neither in the same room nor below."""
+    """Imports from outside the module's own room and the lower layers."""
     found = []
     for name, text in modules.items():
         for line, target, _ in imports(name, text, modules):
@@ -152,7 +152,7 @@ def upward(modules: dict[str, str]) -> list[str]:
 
 
 def public_names(text: str) -> set[str]:
-    """What a module has in its __all__."""
+    """A module's __all__."""
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and [name_of(target) for target in node.targets] == ["__all__"]:
             return set(ast.literal_eval(node.value))
@@ -160,7 +160,7 @@ def public_names(text: str) -> set[str]:
 
 
 def reached_into(name: str, text: str, modules: dict[str, str]) -> list[str]:
-    """Where a module uses what has an underscore and is another module's."""
+    """Uses of another module's names with an underscore."""
     found = [
         f"{name}:{line} imports {target}.{imported}"
         for line, target, imported in imports(name, text, modules)
@@ -201,7 +201,7 @@ def full_name(dotted: str, called: dict[str, str]) -> str:
 
 
 def not_public(name: str, text: str, modules: dict[str, str]) -> list[str]:
-    """What an integration uses that is neither public nor plumbing."""
+    """Uses by an integration of names that are neither public nor plumbing."""
     found = [
         f"{name}:{line} imports {module}{'' if imported is None else f'.{imported}'}"
         for line, module, imported in imports(name, text, modules)
@@ -222,7 +222,7 @@ def is_internal(module: str) -> bool:
 
 
 def laid_out_by_hand(text: str) -> list[int]:
-    """The lines that know by themselves how a table lies: `+ 3`, `zeros(3)`, `[-3]`, `[:-3]`, `[-3:]`."""
+    """Lines that hard-code the layout of a table: `+ 3`, `zeros(3)`, `[-3]`, `[:-3]`, `[-3:]`."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

@@ -1,4 +1,4 @@
-"""Label smoothing three ways: F.cross_entropy, fairseq's criteria, and what each way means."""
+"""Three kinds of label smoothing: F.cross_entropy, fairseq's criteria, and the definition of each."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_without_smoothing_all_ways_are_one(make_case, way):
 
 @pytest.mark.parametrize("vocab_size", [3, 67])  # CUDA: outside of vectors, and also in them
 def test_a_class_of_weight_0_may_be_masked(device, vocab_size):
-    """PyTorch makes NaN of it."""
+    """PyTorch gives NaN here."""
     generator = torch.Generator().manual_seed(0)
     masked = torch.arange(vocab_size, device=device) % 3 == 1
     logits = torch.randn(2, vocab_size, generator=generator).to(device).masked_fill(masked, -math.inf)

@@ -1,4 +1,4 @@
-"""count_labels: what a training loop will learn."""
+"""count_labels: the labels that a training loop will learn."""
 
 from collections import UserDict
 
@@ -59,14 +59,14 @@ COLLATED = torch.tensor([row + [-100] * (4 - len(row)) for row in ROWS])
 
 
 class Encoding(UserDict):
-    """As transformers' BatchEncoding, a mapping that iterates otherwise."""
+    """Like transformers' BatchEncoding, a mapping whose iteration is different."""
 
     def __iter__(self):
         return iter(self.data["labels"])
 
 
 def loaders():
-    """What training loops take their batches from, each with how count_labels is told where the labels are."""
+    """The sources of batches in training loops, each with count_labels' arguments for the labels."""
     rows = [{"labels": COLLATED[row], "input_ids": COLLATED[row]} for row in range(4)]
     pairs = torch.utils.data.TensorDataset(COLLATED, COLLATED)
 
@@ -104,7 +104,7 @@ def test_datasets_as_loaders():
 
 
 def test_counts_may_lie_elsewhere_than_labels(monkeypatch):
-    """As a card's do under a default device, or a loader's labels that lie on one."""
+    """As with a card as the default device, or a loader's labels on one."""
     moved = []
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kw: moved.append(args) or to(self, *args, **kw))

@@ -1,4 +1,4 @@
-"""The fused linear: against the unfused reference in float64, and what it must not hold, compute or break."""
+"""The fused linear: its accuracy against the unfused reference in float64, its memory, and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HIDDEN = 24
 
 @pytest.fixture
 def small_slabs(monkeypatch):
-    """Lets a few rows or columns be a slab, so that little input has several of them."""
+    """Allows slabs of a few rows or columns, so that small inputs have several of them."""
     monkeypatch.setattr(linear, "_LEAST_ROWS", 4)
     monkeypatch.setattr(linear, "_LEAST_COLUMNS", 64)
 
@@ -132,7 +132,7 @@ def test_more_rows_than_a_column_slab_takes(make_linear, small_slabs, assert_acc
     plain = run(reference.linear_pdl_loss, tensors, **options)
     truth = run(reference.linear_pdl_loss, tensors, torch.float64, **options)
     if accumulate == "weight":
-        # Ten roundings on the way, and that is all that is promised.
+        # Ten roundings in between, which is the documented limit.
         error = (got.pop("grad_weight").double() - truth["grad_weight"]).norm() / truth.pop("grad_weight").norm()
         assert error < 0.02
     assert_all_accurate(assert_accurate, got, plain, truth)
@@ -506,8 +506,8 @@ def test_memory_does_not_grow_with_the_rows(dtype, larger):
     def peak(rows):
         return float(fresh_python.run("-c", PEAK, str(rows), dtype, check=True).stdout)
 
-    # Beside the slab, which is 49 MiB for few rows, and the gradients, next to nothing. 1,200 and 1,900 are no
-    # multiples of the least rows of a slab.
+    # Besides the slab, which is 49 MiB for few rows, and the gradients, almost no memory. 1,200 and 1,900 are not
+    # multiples of a slab's fewest rows.
     few, many = peak(512), peak(larger)
     assert many < 64e6 / 2**20 + 20
     assert many < few + 24

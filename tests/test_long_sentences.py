@@ -1,4 +1,4 @@
-"""The check of sentences: where one begins and ends, what a word is, and a list that only shrinks."""
+"""The check of sentences: their beginning and end, words, and the list, which only shrinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PDLLoss: counting while it trains, weights of a given frequency, checkpoints, and training."""
+"""PDLLoss: counting during training, weights of a given frequency, checkpoints, and training."""
 
 from __future__ import annotations
 

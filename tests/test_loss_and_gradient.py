@@ -1,4 +1,4 @@
-"""The loss that leaves its gradient where the logits were, in one call: accuracy in each regime, and when it may."""
+"""The loss that overwrites the logits with their gradient, in one call: accuracy in each regime, and its conditions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pdl_ext.modulation import MiLe
 from pdl_ext.options import LossOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Stands for the number that the fixture of this name gives.
+# Replaced by the number that the fixture of this name gives.
 UNCUT = "uncut"
 EVERYTHING = {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3}
 NORMALIZED = {"modulation": MiLe(), "label_smoothing": 0.1, "label_smoothing_weight": "class", "z_loss": 0.1}
 
 
 def from_a_model(case):
-    """Gives the case logits that are no leaf, and so may be written to."""
+    """Gives the case logits that are not a leaf, so that they may be overwritten."""
     case.view = lambda leaf: leaf * 1
     return case
 
 
 @pytest.fixture
 def uncut(device, device_name):
-    """So many rows that a card has none of them cut into parts, and more of them than it runs at once."""
-    # Where they are cheap, enough of them that plain PyTorch is not by luck right on the few that are targets near 1.
+    """So many rows that a card divides none of them, and more of them than run at once."""
+    # If they are cheap, enough that plain PyTorch is not right by luck on the few targets near 1.
     numbers = {"emulated": 6, "cpu": 24}
     # A multiprocessor runs three at most.
     return numbers.get(device_name) or 3 * torch.cuda.get_device_properties(device).multi_processor_count + 1
@@ -201,7 +201,7 @@ def test_a_bad_target_leaves_the_logits_alone(make_case, device_name, vocab_size
     assert loss.isnan()
     assert leaf.grad[3].isnan().all()
     assert leaf.grad[0].isfinite().all()
-    # In the mean the bad row's weight, which nobody knows, divides all.
+    # In the mean the bad row's unknown weight is in the denominator of all.
     leaf.grad = None
     functional.pdl_loss(leaf * 1, case.targets, inplace_backward=True).backward()
     assert leaf.grad[[0, 2, 3, 4]].isnan().all()
@@ -343,15 +343,15 @@ def test_a_view_of_a_leaf_is_refused(make_case, kind, reduction):
     with pytest.raises(RuntimeError, match=r"logits: got a (view of a )?leaf that requires grad"):
         functional.pdl_loss(logits, targets, reduction=reduction, inplace_backward=True)
     assert torch.equal(leaf.detach(), case.leaf)
-    # Nobody asks for its gradient: nothing is overwritten.
+    # Its gradient is not needed: nothing is overwritten.
     functional.pdl_loss(logits.detach(), targets, reduction=reduction, inplace_backward=True)
     with torch.no_grad():
         functional.pdl_loss(logits, targets, reduction=reduction, inplace_backward=True)
     assert torch.equal(leaf.detach(), case.leaf)
     if kind in ("split", "unbind", "detached and attached", "made without gradients"):
-        # PyTorch itself lets nobody write to these, whatever they are views of.
+        # PyTorch itself refuses writes to these, whatever they are views of.
         return
-    # The same view of what a model computed is taken.
+    # The same view of a model's output is accepted.
     functional.pdl_loss(VIEWS[kind](leaf * 1), targets, reduction=reduction, inplace_backward=True).sum().backward()
     assert leaf.grad.any()
 
@@ -410,8 +410,8 @@ def test_results_do_not_depend_on_the_order_of_threads(make_case, monkeypatch, r
 
 @pytest.mark.parametrize("inplace_backward", [False, True], ids=["two_calls", "at_once"])
 def test_few_rows_without_a_target(make_case, device_name, inplace_backward):
-    # Rows in parts, whose statistics another kernel merges: it has to know an ignored row, also one that is in the
-    # vocabulary, and a bad target.
+    # Rows in parts, whose statistics another kernel merges. That kernel must recognise a bad target and an ignored row,
+    # even if the ignored id is in the vocabulary.
     case = make_case((3,), 40001, ignored=False)
     case.targets[0] = 7
     leaf = case.leaf.clone().requires_grad_()

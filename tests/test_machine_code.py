@@ -1,4 +1,4 @@
-"""What is counted of machine code, by listings whose counts are known."""
+"""The counts of machine code, for listings with known counts."""
 
 from __future__ import annotations
 

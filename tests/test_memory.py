@@ -1,4 +1,4 @@
-"""Kernels stay within their tensors: each input and output ends, or begins, where no memory is."""
+"""Kernels stay within their tensors: each input and output ends, or begins, at unmapped memory."""
 
 from __future__ import annotations
 

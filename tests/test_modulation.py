@@ -115,7 +115,7 @@ def test_eaft_of_a_vocabulary_of_one(device, power):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_normalized_modulation_has_the_mean_of_its_call(make_case, reduction):
-    """Of the rows that count, whatever they weigh; the z-loss has no part in it."""
+    """The mean is over the rows that count, whatever their weights; the z-loss is not divided."""
     case = make_case((9,), 31, torch.float64, row_weight=True)
     case.row_weight[1] = 0
 
@@ -136,7 +136,7 @@ def test_a_normalized_modulation_has_the_mean_of_its_call(make_case, reduction):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_normalized_modulation_of_nothing(make_case, reduction):
-    """Where no row counts there is no mean to divide by."""
+    """If no row counts there is no mean to divide by."""
     case = make_case((4,), 31, row_weight=True)
     case.targets.fill_(-100)
     for value in case.run(functional.pdl_loss, reduction=reduction, modulation=MiLe()).values():
@@ -174,7 +174,7 @@ def test_entropy_of_masked_vocabularies(device, dtype, vocab_size):
     "modulation", [Focal(2.0, detach=True), AntiFocal(1.5, 0.3), DFT(), MiLe(1.5, normalize=False), EAFT(0.5)], ids=str
 )
 def test_two_passes_find_the_same(make_case, modulation):
-    """What it took before: statistics first, then a row weight made of them."""
+    """The former computation: first statistics, then a row weight from them."""
     case = make_case((12,), 257, torch.float64)
     stats = functional.pdl_loss(case.leaf, case.targets, case.token_weight, return_stats=True)[1]
     p = (-stats.nll).exp()
@@ -192,7 +192,7 @@ def test_two_passes_find_the_same(make_case, modulation):
         case.leaf, case.targets, case.token_weight, modulation=modulation, return_stats=True
     )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
-    # It is no part of what is told of a row.
+    # It is not part of a row's statistics.
     for name in stats._fields:
         assert torch.equal(getattr(modulated, name), getattr(stats, name))
 
@@ -304,7 +304,7 @@ def test_of_a_loss(make_case):
 
 
 class Own(Modulation):
-    """The compiled ops know nothing of it."""
+    """Unknown to the compiled ops."""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The life of a PDLLoss: what copies, saves, loads, casts, shards or wraps it keeps counts, blend and weights exact.
+"""A PDLLoss's counts, blend and weights survive copying, saving, loading, casting, sharding and wrapping exactly.
 
-Each life is run for a loss with given counts, for one that learns online with vocab_size, for one without it that has
-seen logits, and for one that has not, of which an error has to say what it needs where its counts would be lost.
+Each test runs for four losses: with given counts, online with vocab_size, and online without it, before and after it
+has seen logits. Where counts would be lost before, the error has to name what the loss needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(0)
 
 
 class Model(nn.Module):
-    """The loss is a part of it, as frameworks see it."""
+    """The loss is a submodule, as in a framework."""
 
     def __init__(self, loss):
         super().__init__()
@@ -39,14 +39,14 @@ class Model(nn.Module):
 
 
 def new_loss(kind, counts=OTHER_COUNTS):
-    """As a program makes it each time that it starts, with nothing learnt."""
+    """As a program creates it each time that it starts, with nothing learnt."""
     if kind == "given":
         return PDLLoss(counts, weighting=WEIGHTING)
     return PDLLoss(weighting=WEIGHTING, vocab_size=VOCAB if kind == "online with vocab_size" else None)
 
 
 def seen_loss(kind):
-    """With the counts and the blend that its life must keep."""
+    """With the counts and the blend that must survive."""
     loss = new_loss(kind, COUNTS)
     if kind in ("online", "online with vocab_size"):
         loss(torch.zeros(40, VOCAB), TARGETS)
@@ -55,7 +55,7 @@ def seen_loss(kind):
 
 
 def weights_of(loss):
-    """As the loss uses them; in eval mode, so that nothing is counted."""
+    """The weights that the loss uses; in eval mode, so that nothing is counted."""
     training = loss.training
     loss.eval()
     _, stats = loss(torch.zeros(VOCAB, VOCAB), torch.arange(VOCAB), return_stats=True)
@@ -72,7 +72,7 @@ def assert_kept(loss, kind):
     assert torch.equal(weights_of(loss), functional.token_weights(expected_counts(kind), weighting))
     assert torch.equal(loss.frequency.counts, expected_counts(kind))
     assert loss.blend == BLEND
-    # It goes on: online it counts, given it does not.
+    # It can continue: online it counts, given it does not.
     before = loss.frequency.tokens_seen
     loss(torch.zeros(40, VOCAB), TARGETS)
     assert loss.frequency.tokens_seen == before + (0 if kind == "given" else 40)
@@ -210,11 +210,11 @@ def made_under_meta_and_loaded(kind, folder):
 
 
 def in_place(kind):
-    """A model as it is when a checkpoint is loaded; without vocab_size it must have seen logits."""
+    """A model in the state in which a checkpoint is loaded; without vocab_size it must have seen logits."""
     model = Model(new_loss(kind))
     if kind == "online":
         model.loss(torch.zeros(3, VOCAB), torch.tensor([1, 2, 3]))
-    # The weights of what is overwritten are kept by now.
+    # The weights of the overwritten counts are kept by now.
     weights_of(model.loss)
     return model
 
@@ -375,7 +375,7 @@ def summed_over_ranks(kind, folder):
 
 
 def trained(wrapped, model):
-    """Two steps without a target that counts: whatever a wrapper does to buffers in a step is done."""
+    """Two steps without a target that counts, with everything that a wrapper does to buffers in a step."""
     for _ in range(2):
         wrapped(torch.randn(4, WIDTH), torch.full((4,), -100)).backward()
     if not model.loss.online:
@@ -397,7 +397,7 @@ def replica_of_data_parallel(kind, folder):
     loss = seen_loss(kind)
     weights_of(loss)
     replica = loss._replicate_for_data_parallel()
-    # As replicate() gives it copies of the buffers; the loss itself must not see those of the replica.
+    # replicate() gives it copies of the buffers; the loss itself must not see those of the replica.
     replica.frequency = loss.frequency._replicate_for_data_parallel()
     replica.frequency._buffers = {name: buffer.clone() for name, buffer in loss.frequency.named_buffers()}
     replica.frequency.counts.copy_(replica.frequency.counts.flip(0))
@@ -462,7 +462,7 @@ def test_counts_blend_and_weights_are_kept(name, kind, tmp_path):
         assert_kept(LIVES[name](kind, tmp_path), kind)
 
 
-# What an online loss without vocab_size that has seen no logits cannot be given in place.
+# Loading in place into an online loss without vocab_size that has seen no logits.
 
 
 def asks_for_state(folder):
@@ -502,7 +502,7 @@ def test_an_online_loss_may_be_copied_before_its_first_logits(copied):
     assert torch.equal(frequency.counts, expected_counts("online"))
 
 
-# Memory that nobody has written.
+# Uninitialised memory.
 
 
 @pytest.mark.parametrize("kind", ["given", "given by path", "online with vocab_size"])
@@ -581,7 +581,7 @@ def test_a_blend_that_was_kept_as_a_float_is_read(assign, dtype):
     weights_of(loss)
 
 
-# Tracers and modes, which have no numbers, or none that hold later.
+# Tracers and modes, which have no values, or none that stay valid.
 
 
 def traced_by_jit(loss, logits, targets):
@@ -664,11 +664,11 @@ def test_a_compiled_loss_is_checked():
     for buffer in loss.frequency.buffers():
         buffer.zero_()
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="frequency: got no token, expected those that the loss was given"):
+    with pytest.raises(Exception, match="frequency: got no token, expected those given to the loss"):
         torch.compile(loss, backend="eager", fullgraph=True)(torch.zeros(3, VOCAB), torch.tensor([1, 2, 3]))
 
 
-# What is noticed, and what is not.
+# Writes that are detected, and writes that are not.
 
 
 def write_counts(loss):
@@ -760,7 +760,7 @@ def test_weights_are_computed_once(monkeypatch):
 
 
 def test_new_weights_lie_where_the_old_ones_did():
-    """A CUDA graph that was captured reads them there."""
+    """A captured CUDA graph reads them there."""
     loss = PDLLoss(COUNTS, weighting=WEIGHTING)
     where = loss._weights.kept(loss.frequency.counts, loss._blend, loss.weighting).data_ptr()
     for write in (write_counts, update_frequency, set_blend):

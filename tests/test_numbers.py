@@ -1,4 +1,4 @@
-"""Numbers of any kind: NumPy's are numbers, and what they mean does not depend on it."""
+"""Numbers of any kind: NumPy's are accepted, with the same meaning."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_weights_at_an_extreme_by_hand(device):
 
 @pytest.mark.devices("emulated", "cuda")
 def test_counts_that_are_none_give_no_number(device):
-    # Where looking at them would stop the stream.
+    # Checking them would stop the stream.
     weights = PowerLaw().table(torch.tensor([5, -1, 3], device=device), None, None)
     assert weights.isnan().all()
     for wrong in ([2**62] * 3, [2**62, 2**62, 0]):
@@ -267,5 +267,5 @@ def test_tensors_that_are_not_dense(kind):
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_script_is_refused(scripted):
-    with pytest.raises(TypeError, match=r"pdl_ext: torch\.jit\.script does not take it, expected torch\.compile"):
+    with pytest.raises(TypeError, match=r"pdl_ext: torch\.jit\.script is not supported, expected torch\.compile"):
         torch.jit.script(scripted)

@@ -1,4 +1,4 @@
-"""The compiled ops as PyTorch sees them: schemas, fake kernels, torch.compile, autocast, and the CPU's code paths."""
+"""The compiled ops for PyTorch: schemas, fake kernels, torch.compile, autocast, and the CPU's code paths."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def test_every_cpu_capability_matches_reference(capability):
     chosen_tests = ("-q", "-k", "test_core_matches_reference and cpu", "-p", "no:cacheprovider")
     done = run_python("-c", code, tests, *chosen_tests, capability=capability)
     assert done.returncode == 0, done.stdout[-3000:]
-    # What is above this machine is clamped to it.
+    # Capabilities above this machine's are clamped to it.
     order = ["DEFAULT", "AVX2", "AVX512", "AVX512_BF16"]
     chosen = done.stdout.splitlines()[0]
     assert (" passed" in done.stdout) == (chosen != own)

@@ -1,4 +1,4 @@
-"""Products into memory that exists: what they give, and that 16-bit ones never take PyTorch's loops."""
+"""Products into existing memory: their results, and that 16-bit ones never use PyTorch's loops."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def near(result: Tensor, exact: Tensor, terms: Tensor) -> None:
-    """Within a rounding of the result and some float32 roundings of the sum of its terms."""
+    """Within a rounding of the result plus some float32 roundings of the sum of its terms."""
     limit = torch.finfo(result.dtype).eps * exact.abs() + 4e-6 * terms + torch.finfo(result.dtype).tiny
     worst = ((result.double() - exact).abs() / limit).max().item() if result.numel() else 0.0
     assert worst <= 1, worst

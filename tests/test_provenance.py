@@ -1,4 +1,4 @@
-"""Where counts come from: digests, what merges and what does not, and the text that keeps it."""
+"""The origin of counts: digests, what merges and what does not, and its text form."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_policy_that_this_version_does_not_know_is_refused():
 def test_merged():
     both = FIRST.merged(dataclasses.replace(FIRST, shards=(B,), tokens=7))
     assert (both.shards, both.tokens) == ((A, B), 12)
-    # The content tells, not the name.
+    # The content decides, not the name.
     renamed = dataclasses.replace(FIRST, shards=(A._replace(name="c.bin"),))
     with pytest.raises(ValueError, match=r"c.bin: got the same content as a.bin"):
         FIRST.merged(renamed)

@@ -1,4 +1,4 @@
-"""The yardstick itself: against PyTorch's own cross-entropy, formulas written out by hand, and Python's counting."""
+"""The standard itself: against PyTorch's own cross-entropy, formulas written out by hand, and Python's counting."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def test_tangents_of_what_is_no_leaf(make_case):
 def test_linear_refuses_tangents(make_case):
     case = make_case((3,), 5)
     weight = torch.eye(5, device=case.leaf.device)
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative in slabs"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative in chunks"):
         functional.linear_pdl_loss(forward_ad.make_dual(case.leaf, case.leaf), weight, case.targets)
 
 

@@ -1,4 +1,4 @@
-"""What counts say of a corpus, against values computed by hand."""
+"""Statistics of counts, against values computed by hand."""
 
 from __future__ import annotations
 

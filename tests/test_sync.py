@@ -40,7 +40,7 @@ def tokens_of(rank, step, low=-2):
 
 
 def counted(*batches, counts=None):
-    """What one process counts that sees them all."""
+    """The counts of one process that sees all batches."""
     frequency = TokenFrequency(VOCAB) if counts is None else TokenFrequency.from_counts(counts)
     for batch in batches:
         frequency.update(batch)
@@ -70,7 +70,7 @@ class Model(nn.Module):
 
 
 def weights_of(loss):
-    """The weight of every id, as the loss uses them."""
+    """The weight of every id that the loss uses."""
     loss.eval()
     _, stats = loss(torch.zeros(VOCAB, VOCAB), torch.arange(VOCAB), return_stats=True)
     loss.train()
@@ -193,7 +193,7 @@ def first_weights(rank, results):
     results["first weights"] = stats.weight
 
 
-# In a function, since a process group that DistributedDataParallel is the last to release can hang as it ends.
+# In a function: a process group that DistributedDataParallel is the last to release can hang at its end.
 def models(rank, results):
     for name, (broadcast, every, options) in MODELS.items():
         model = DistributedDataParallel(Model(sync_every=every, **options), broadcast_buffers=broadcast)
@@ -453,7 +453,7 @@ def test_compiled_loss_leaves_the_graph(monkeypatch):
 
 
 class TestWarning:
-    """An online loss on several ranks that each count for themselves says so, once."""
+    """An online loss on several ranks that each count for themselves warns, once."""
 
     @pytest.fixture(autouse=True)
     def four_ranks(self, monkeypatch):

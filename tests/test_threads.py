@@ -1,4 +1,4 @@
-"""Counting from several threads at once: every token once, and whoever reads sees whole batches."""
+"""Counting from several threads at once: every token once, and readers see whole batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREADS = 4
 
 
 def in_threads(*functions):
-    """Runs them all at the same time; raises what one of them does."""
+    """Runs all functions at the same time; raises the error of one of them."""
     start, errors = threading.Barrier(len(functions)), []
 
     def run(function):
@@ -50,7 +50,7 @@ def repeatedly(times, function):
 
 
 def waits(function):
-    """Whether it does not end by itself soon; a function that ends it."""
+    """Whether it does not end soon by itself; a function that ends it."""
     thread = threading.Thread(target=function)
     thread.start()
     thread.join(0.3)
@@ -101,8 +101,8 @@ WAYS = {
 @pytest.mark.serial
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("tracked", [False, True], ids=["", "tracked"])
-# Long enough for the threads to meet: 400,000 are counted straight into the first table, and by way of tables of the
-# kernel's threads into the second.
+# Long enough for the threads to overlap: 400,000 are counted straight into the first table. They reach the second by
+# way of tables of the kernel's threads.
 @pytest.mark.parametrize("vocab_size", [60_000, 40_000])
 def test_threads_add_up(way, vocab_size, tracked):
     n, times = (40, 30) if way in ("loss", "linear") else (400_000, 40)

@@ -1,4 +1,4 @@
-"""torch.func's transforms: each gives the right result, or an error that says what to do; never a gradient of None."""
+"""torch.func's transforms: each gives the right result or an error that says what to do, never a gradient of None."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import func
 from pdl_ext import PDLLoss, PowerLaw, TokenFrequency, functional, reference
 
 VOCAB = 11
-REFUSED = r"pdl_ext: the (kernels do not go with torch\.func|fused loss has no (forward-mode|second) derivative)"
+REFUSED = r"pdl_ext: the (kernels do not support torch\.func|fused loss has no (forward-mode|second) derivative)"
 
 
 def of_logits(function):

@@ -1,7 +1,7 @@
-"""Memory that nobody wrote is read by nobody: also by no library that is handed a tensor with gaps between its rows.
+"""Uninitialised memory is never read, not even by a library that gets a tensor with gaps between its rows.
 
-`uninitialized.py` makes it NaN in all tests and in their ranks. oneDNN's bfloat16 products read the gaps on processors
-with AMX alone, so what is asserted here is what they are handed.
+`uninitialized.py` fills it with NaN in all tests and in their ranks. oneDNN's bfloat16 products read the gaps only on
+processors with AMX. So these tests check the operands that it gets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WITH_AMX = pytest.mark.devices("cpu")
 
 
 def between_rows(matrix: Tensor) -> Tensor:
-    """What lies between the rows, or the columns, of a matrix that is written row by row, or column by column."""
+    """The memory between the rows, or the columns, of a matrix stored row by row, or column by column."""
     rows = matrix if matrix.stride(1) == 1 else matrix.t()
     count, columns = rows.shape
     gap = rows.stride(0) - columns
@@ -29,7 +29,7 @@ def between_rows(matrix: Tensor) -> Tensor:
 
 @pytest.fixture
 def operands(monkeypatch):
-    """What the matrix products of the fused linear are handed."""
+    """The operands of the matrix products of the fused linear."""
     seen: list[Tensor] = []
 
     def watch(owner: object, name: str, first: int) -> None:
@@ -123,7 +123,7 @@ def test_what_a_caller_hands_over_in_columns_of_something_else(device, operands,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_nothing_unwritten_lies_between_the_rows_of_a_gradient(device_name, make_case, dtype):
-    """Logits of a padded vocabulary: a card wants the rows of their gradient to lie as theirs do."""
+    """Logits of a padded vocabulary: on a card the rows of their gradient have the same layout."""
     case = make_case((5,), 13, dtype)
     gradients = []
 

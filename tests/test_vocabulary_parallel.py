@@ -1,4 +1,4 @@
-"""Logits and classifiers that are cut along the vocabulary over ranks: the same loss and gradients as on one rank."""
+"""Logits and classifiers that are sharded along the vocabulary: the same loss and gradients as on one rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pdl_ext.modulation import EAFT, AntiFocal, Focal, MiLe
 from pdl_ext.options import REDUCTIONS, LossOptions
 
 ROWS, HIDDEN, VOCAB = 37, 12, 101
-# Uneven, so much that a rank alone would take other chunks than the next one, and one of a single id.
+# So uneven that one rank alone would choose other chunks than the next; one rank has a single id.
 WIDTHS = {2: [20, 81], 4: [22, 1, 70, 8]}
 OPTIONS = {
     "plain": {},
@@ -105,7 +105,7 @@ def test_target_outside_the_whole_vocabulary_makes_its_row_nan(make_case, device
     )
     case.targets[1] = target
     if device_name != "cpu":
-        # What forward writes of such a row.
+        # Forward's results for such a row.
         saved_rows[:, 1] = torch.nan
     gradient = ops.compiled.loss_backward(
         loss, case.leaf[:, first:].clone(), case.targets, saved_rows, factors, None, None, None, packed, first, 101
@@ -234,7 +234,7 @@ def worker(rank, init, folder, world):
         results["errors"] = errors(part, group)
         results["masked"] = masked(rank, group)
         torch.save(results, f"{folder}/{rank}.pt")
-        # Or a rank may find the others gone.
+        # Otherwise a rank may find that the others have ended.
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -277,7 +277,7 @@ def errors(part, group):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, once):
-    """What each rank of a group of 2 and of 4 found."""
+    """The results of each rank of a group of 2 and of 4."""
 
     def make(folder):
         mp.spawn(worker, args=(f"file://{folder}/rendezvous", str(folder), request.param), nprocs=request.param)
@@ -387,7 +387,7 @@ def masked(rank, group):
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Fails where the host reads a tensor, and so would wait for a card."""
+    """Fails if the host reads a tensor, for which it would wait for a card."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), op
@@ -400,7 +400,7 @@ def no_exchange_is_read():
         raise AssertionError("a tensor is read")
 
     with pytest.MonkeyPatch.context() as patch:
-        # They pass the dispatcher by.
+        # They bypass the dispatcher.
         for name in ("tolist", "cpu", "numpy"):
             patch.setattr(torch.Tensor, name, fail)
         yield
@@ -463,7 +463,7 @@ def message_of(error, function, *arguments, **options):
 
 
 def card_worker(rank, init, folder):
-    """Ranks whose tensors must not be waited for, as those on a card must not be."""
+    """Ranks whose tensors must not be waited for, as on a card."""
     uninitialized.fill()
     torch.set_num_threads(1)
     linear._LEAST_ROWS = 8
@@ -557,7 +557,7 @@ def cards(once):
 
 
 def assert_step(results, *given, **options):
-    """That the ranks' results are those of one rank."""
+    """Asserts that the ranks' results are those of one rank."""
     expected = step(*given, **options)
     loss, nll, _, _, of_row_weight, of_hidden = range(6)
     for index, value in enumerate(expected):

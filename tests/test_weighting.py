@@ -1,4 +1,4 @@
-"""The weightings against the reference in float64, and the facts that their formulas promise."""
+"""The weightings against the reference in float64, and properties of their formulas."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ ANIMALS = ["horse", "fox", "owl", "bear", "wolf", "crane", "hare", "otter"]
 
 
 def toy_model(*, tied: bool = False, layers: int = 2):
-    """A Llama of random weights that is small enough to train in a second, and a tokenizer of one token a word."""
+    """A Llama of random weights that trains in a second, and a tokenizer with one token a word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""Makes memory that nobody has written NaN, in the process of tests that imports this, a rank's process too.
+"""Fills new memory with NaN, in the process of tests that imports this, and in its ranks.
 
-Whoever reads such memory is found out: in a tensor of PyTorch's, and in whatever C++ allocates.
+This reveals reads of memory that was never written, in PyTorch's tensors and in any C++ allocation.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 
 __all__ = ["fill", "is_filled"]
 
-# M_PERTURB of glibc's malloc.h; malloc fills what it gives with the complement of the low byte: every bit is 1.
+# M_PERTURB of glibc's malloc.h: malloc fills new memory with the complement of the low byte, so that every bit is 1.
 _PERTURB, _TO_ONES = -6, 0x100
 
 
 def fill() -> None:
-    # Elsewhere than with glibc PyTorch's own allocations are filled alone.
+    # Without glibc only PyTorch's own allocations are filled.
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(_PERTURB, _TO_ONES)
-    # On a card some of PyTorch's own kernels know no deterministic way, which is not what is asked here.
+    # On a card some of PyTorch's own kernels have no deterministic version, which is not needed here.
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
 
 

@@ -1,7 +1,7 @@
-"""Which implementations of a weighted cross-entropy get what right: `make conformance`.
+"""Which implementations of a weighted cross-entropy pass which cases: `make conformance`.
 
-Prints a table of each case of cases.py and each way of ways.py, and what was wrong. With --output it is written into a
-page of the documentation, between the page's two marks.
+Prints a table of each case of cases.py and each way of ways.py, and a list of the errors. With --output it is written
+into a page of the documentation, between the page's two marks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 
 def table(found: dict[str, dict[str, str]]) -> list[str]:
-    """Markdown: a mark for each case and way, the sums, and a list of what was wrong."""
+    """Markdown: a mark for each case and way, the sums, and a list of the errors."""
     names = list(found)
     marks = {RIGHT: "yes", ABSENT: ""}
     lines = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]

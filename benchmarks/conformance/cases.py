@@ -1,4 +1,4 @@
-"""What a weighted cross-entropy has to get right, each case with its truth in float64 by the definition."""
+"""The requirements for a weighted cross-entropy, each case with its truth in float64 by the definition."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["CASES", "Case", "NotOffered", "Task", "Way", "Wrong"]
 
 
 class Wrong(Exception):
-    """A result that is not what the definition says."""
+    """A result that contradicts the definition."""
 
 
 class NotOffered(Exception):
-    """What a way has no argument for."""
+    """A task for which a way has no argument."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Task:
 class Way:
     """An implementation: the loss of [logits], or of [hidden states, classifier]; it raises NotOffered.
 
-    may_abort: a case that it cannot take ends the process.
+    may_abort: an unsupported case ends the process.
     """
 
     name: str
@@ -50,17 +50,17 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A named demand; `check` raises Wrong."""
+    """A named requirement; `check` raises Wrong."""
 
     name: str
     check: Callable[[Way], None]
-    # None: of both kinds of ways.
+    # None: for both kinds of ways.
     of_logits: bool | None = None
 
 
 CASES: list[Case] = []
 
-# Of a row's gradient by its norm. A bfloat16 product rounds logits of about 4 by 2^-7.
+# The error of a row's gradient relative to its norm. A bfloat16 product rounds logits of about 4 by 2^-7.
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LIMITS_OF_PRODUCTS = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 8e-3}
 
@@ -74,7 +74,7 @@ def case(name: str, of_logits: bool | None = None) -> Callable[[Callable[[Way], 
 
 
 def leaves_of(way: Way, rows: int = 33, vocab_size: int = 257, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Logits of deviation 2, or hidden states and a classifier that make such."""
+    """Logits of standard deviation 2, or hidden states and a classifier that give such logits."""
     generator = torch.Generator().manual_seed(rows + vocab_size)
     width = 48
     hidden = torch.randn(rows, width, generator=generator, device="cpu")
@@ -91,13 +91,13 @@ def targets_of(rows: int = 33, vocab_size: int = 257, ignored: bool = True) -> T
 
 
 def weight_of(vocab_size: int = 257, spread: float = 1.0) -> Tensor:
-    """Weights over some powers of e."""
+    """Weights over several powers of e."""
     noise = torch.randn(vocab_size, generator=torch.Generator().manual_seed(7), device="cpu")
     return torch.exp(spread * noise).to(torch.get_default_device())
 
 
 def true_loss(leaves: list[Tensor], task: Task) -> Tensor:
-    """By the definition; of float64 leaves."""
+    """The loss by its definition, for float64 leaves."""
     logits = leaves[0] if len(leaves) == 1 else leaves[0] @ leaves[1].t()
     weight = None if task.weight is None else task.weight.double()
     options = {"ignore_index": task.ignore_index, "label_smoothing": task.label_smoothing}
@@ -125,7 +125,7 @@ def compare(name: str, found: Tensor | None, expected: Tensor, limit: float) -> 
 
 
 def check(way: Way, leaves: list[Tensor], task: Task, upstream: Tensor | None = None) -> None:
-    """The loss and the gradients of all leaves that want one."""
+    """Checks the loss and the gradients of all leaves that require one."""
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = true_loss(exact, task)
     upstream = torch.ones_like(expected) if upstream is None else upstream
@@ -319,7 +319,7 @@ def _(way: Way) -> None:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     true_loss(exact, task).backward()
     way.loss(leaves, task).backward()
-    # The classifier's rows of tokens that are no target, or the logits' columns.
+    # The classifier's rows, or the logits' columns, of tokens that are not targets.
     never = torch.ones(4001, dtype=torch.bool)
     never[task.targets[task.targets >= 0]] = False
     found, truth = leaves[-1].grad, exact[-1].grad
@@ -441,7 +441,7 @@ def _(way: Way) -> None:
 
 
 def check_view(way: Way, leaf: Tensor, view: Callable[[Tensor], Tensor]) -> None:
-    """The gradient of what a model computed, through a view of it."""
+    """The gradient of a model's output, through a view of it."""
     task = Task(targets_of(), weight_of())
     truth = leaf.detach().double().requires_grad_()
     true_loss([view(truth)], task).backward()

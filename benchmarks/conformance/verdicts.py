@@ -1,4 +1,4 @@
-"""What a way makes of a case."""
+"""The verdict on a way in a case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ RIGHT, ABSENT = "yes", "-"
 
 
 def verdicts(way: Way, device: torch.device) -> dict[str, str]:
-    """By case; of a way that may end the process in a process of its own, from the case on that ended the last one."""
+    """The verdicts by case.
+
+    A way that may end the process runs in one of its own, which is restarted after each case that ended it.
+    """
     found: dict[str, str] = {}
     if not way.may_abort:
         with device:
@@ -46,7 +49,7 @@ def _send_verdicts(name: str, device: str, first: int, sending: Connection) -> N
 
 
 def verdict(way: Way, case: Case) -> str:
-    """RIGHT, ABSENT, or what was wrong."""
+    """RIGHT, ABSENT, or the error."""
     if case.of_logits not in (None, way.of_logits):
         return ABSENT
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The implementations, each behind the few lines that a user of it would write."""
+"""The implementations, each with the few lines that its user would write."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ways"]
 
 
 def ways(device: torch.device) -> Iterator[Way]:
-    """All that is installed here and runs on a device."""
+    """All implementations that are installed here and run on a device."""
     yield Way("pdl_ext", True, _pdl_ext)
     yield Way("pdl_ext, in place", True, lambda scores, task: _pdl_ext(scores, task, inplace_backward=True))
     yield Way("F.cross_entropy", True, _cross_entropy)
@@ -48,7 +48,7 @@ def _options(task: Task) -> dict[str, object]:
 
 def _pdl_ext(scores: list[Tensor], task: Task, **more: bool) -> Tensor:
     (logits,) = scores
-    # A leaf is refused in place, as PyTorch would.
+    # In place a leaf is refused, as PyTorch does.
     logits = logits * 1.0 if more and logits.is_leaf else logits
     return functional.pdl_loss(logits, task.targets, task.weight, **_options(task), **more)
 
@@ -61,7 +61,7 @@ def _pdl_ext_linear(scores: list[Tensor], task: Task) -> Tensor:
 
 
 def _of_pytorch(task: Task, dtype: torch.dtype) -> dict[str, object]:
-    # It wants the weights in the logits' dtype.
+    # It needs the weights in the logits' dtype.
     options = {
         "weight": None if task.weight is None else task.weight.to(dtype),
         "ignore_index": task.ignore_index,
@@ -108,7 +108,7 @@ def _trl(scores: list[Tensor], task: Task) -> Tensor:
 
 
 def _weighted(losses: Tensor, task: Task) -> Tensor:
-    """The losses of rows, weighted and reduced as the user of a way without weights does it."""
+    """The losses of rows, weighted and reduced as the user of a way without weights does."""
     counted = task.targets != task.ignore_index
     weight = torch.ones_like(losses) if task.weight is None else task.weight[task.targets.where(counted, 0)]
     weight = weight.where(counted, 0.0)

@@ -1,5 +1,5 @@
-"""What Power-Law Decay does to a finetuned model, beside what costs no training: docs/evidence-protocol.md.
+"""The effect of Power-Law Decay on a finetuned model, beside methods without training: docs/evidence-protocol.md.
 
-From the folder benchmarks: python -m evidence.fetch, then python -m evidence.plan --budget 90m, which `make evidence`
-does; then python -m evidence.report.
+From the folder benchmarks, `make evidence` runs python -m evidence.fetch and python -m evidence.plan --budget 90m. Then
+python -m evidence.report writes the page.
 """

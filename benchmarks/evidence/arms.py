@@ -1,4 +1,4 @@
-"""What is compared: losses to train with, and ways to decode that cost no training."""
+"""The arms of the comparison: losses to train with, and ways to decode without training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PRIMARY_SEEDS, OTHER_SEEDS = range(5), range(3)
 
 @dataclass(frozen=True, repr=False)
 class Shuffled(Weighting):
-    """Weights of the power law that say nothing of frequency: each type takes the weight of a token drawn at random.
+    """The power law's weights without information on frequency: each type has the weight of a random token.
 
-    A permutation of the types would not do: most types are rare, so nearly all tokens would weigh the same. With the
-    weight of a random token, the weights of tokens are spread as the power law's are. Frequent types make one table
-    differ from the next. Of `DRAWS` tables the one whose effective share of tokens is nearest is taken.
+    A permutation of the types would not work: most types are rare, so nearly all tokens would have the same weight.
+    With the weight of a random token, the weights of tokens are distributed as the power law's are. Tables differ in
+    the weights of the frequent types. Of `DRAWS` tables the one with the nearest effective share of tokens is used.
     """
 
     DRAWS = 200
@@ -43,16 +43,16 @@ class Shuffled(Weighting):
 
 
 def effective_share(weights: Tensor, share: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2) over tokens: the share of them that, equally weighted, would be worth as much.
+    """(sum w)^2 / (n sum w^2) over tokens: the share of them that, equally weighted, has the same variance.
 
-    weights [..., V]; share [V], that of the tokens which each type has.
+    weights [..., V]; share [V], the share of the tokens that each type has.
     """
     return (weights * share).sum(-1) ** 2 / (weights**2 * share).sum(-1)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A loss, made of the counts of the training targets and the seed; `rate_of` is the arm whose rate it takes."""
+    """A loss, made from the counts of the training targets and the seed. It uses the learning rate of arm `rate_of`."""
 
     name: str
     title: str
@@ -105,7 +105,7 @@ def _offset(tau: float) -> Decoding:
 
 GREEDY = Decoding("greedy")
 _TEMPERATURES = tuple(Decoding(f"temperature{value:g}", temperature=value) for value in (0.2, 0.4, 0.6, 0.8, 1.0))
-# Both curves go over the same sums of trained and added exponent, 0 to 1.
+# Both curves have the same sums of trained and added exponent, 0 to 1.
 CURVES = {
     CE: (*map(_offset, (0.125, 0.25, 0.5, 0.75, 1.0)), *_TEMPERATURES),
     PDL: (*map(_offset, (-0.5, -0.25, 0.125, 0.25, 0.5)), *_TEMPERATURES),

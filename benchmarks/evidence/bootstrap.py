@@ -15,14 +15,14 @@ NUMBER = 10_000
 def multiplicities(seeds: int, clusters: int, number: int = NUMBER) -> tuple[np.ndarray, np.ndarray]:
     """How often each draw has each seed [number, seeds] and each cluster [number, clusters].
 
-    Every seed saw the same clusters, so a draw takes its clusters once, for all its seeds.
+    Every seed saw the same clusters, so a draw selects its clusters once, for all its seeds.
     """
     generator = np.random.default_rng(0)
     return tuple(generator.multinomial(n, np.full(n, 1 / n), size=number).astype(float) for n in (seeds, clusters))
 
 
 def draw(sums: np.ndarray, number: int = NUMBER) -> np.ndarray:
-    """Sums [seeds, clusters, K] added up over each draw's seeds and clusters: [1 + number, K], all of them at 0."""
+    """Sums [seeds, clusters, K] added over each draw's seeds and clusters: [1 + number, K]; draw 0 is all of them."""
     of_seeds, of_clusters = multiplicities(*sums.shape[:2], number)
     drawn = np.einsum("bs,bsk->bk", of_seeds, np.stack([of_clusters @ one for one in sums], axis=1))
     return np.concatenate([sums.sum(axis=(0, 1))[None], drawn])
@@ -30,7 +30,7 @@ def draw(sums: np.ndarray, number: int = NUMBER) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic of all the data, at 0, and of each draw after it."""
+    """A statistic of all the data, at index 0, and of each draw after it."""
 
     values: np.ndarray
 
@@ -43,17 +43,17 @@ class Estimate:
         return self.values[1:]
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Of estimates from the same draws."""
+        """The difference of estimates from the same draws."""
         return Estimate(self.values - other.values)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, by percentiles."""
+        """The 95 % interval, by percentiles."""
         low, high = np.percentile(self.draws, [2.5, 97.5])
         return float(low), float(high)
 
     def p_above(self, bound: float) -> float:
-        """One-sided: the share of draws at or below the bound, counting one more that is."""
+        """One-sided: the share of draws at or below the bound, with one added to both counts."""
         return float((1 + (self.draws <= bound).sum()) / (1 + len(self.draws)))
 
 
@@ -67,7 +67,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(interval: tuple[float, float], margin: float | None = None) -> str:
-    """What an interval of a difference says in a word or two."""
+    """An interval of a difference in a word or two."""
     low, high = interval
     if low > 0 or high < 0:
         return "higher" if low > 0 else "lower"
@@ -77,9 +77,9 @@ def verdict(interval: tuple[float, float], margin: float | None = None) -> str:
 
 
 def frontier(points: Sequence[tuple[Estimate, Estimate]], x: Estimate) -> Estimate:
-    """The greatest y at x or beyond of the points (x, y), and of mixtures of two of them, in each draw.
+    """The largest y at x or beyond of the points (x, y), and of mixtures of two of them, in each draw.
 
-    Beyond the last point it is that point's y, so what lies there is compared with less x than its own.
+    Beyond the last point it is that point's y, so a value there is compared with a point of smaller x.
     """
     pairs = [(one.values, other.values) for one, other in points]
     at = np.minimum(x.values, np.max([one for one, _ in pairs], axis=0))
@@ -97,21 +97,21 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """Of [..., 2]: the first over the second."""
+    """The quotient of the two numbers in [..., 2]."""
     return sums[..., 0] / sums[..., 1]
 
 
 def f1(sums: np.ndarray) -> np.ndarray:
-    """Of [..., 3], in references, in texts, in both: in percent, 0 where there are none."""
+    """F1 in percent, from [..., 3]: words in references, in texts, in both; 0 without any."""
     total = sums[..., 0] + sums[..., 1]
     return 200 * sums[..., 2] / np.where(total > 0, total, 1)
 
 
 def precision(sums: np.ndarray) -> np.ndarray:
-    """Likewise, of the texts' words those that are in the references."""
+    """Likewise, the share of the texts' words that are in the references."""
     return 100 * sums[..., 2] / np.maximum(sums[..., 1], 1)
 
 
 def recall(sums: np.ndarray) -> np.ndarray:
-    """Likewise, of the references' words those that are in the texts."""
+    """Likewise, the share of the references' words that are in the texts."""
     return 100 * sums[..., 2] / np.maximum(sums[..., 0], 1)

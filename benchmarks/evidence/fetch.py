@@ -1,9 +1,9 @@
 """Fetches the texts that no Python package has, by apt: WordNet, and Debian's lists of packages with descriptions.
 
-python -m evidence.fetch
+    python -m evidence.fetch
 
-Into build/evidence/sources, and nothing else on the system changes. What is there already stays, so that a task keeps
-its text; a task's digest tells whether two machines have the same.
+They go into build/evidence/sources; nothing else on the system changes. Existing files stay, so that a task keeps its
+text; a task's digest shows whether two machines have the same.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from evidence.sources import DEBIAN, SOURCES, WORDNET
 
-# Decompresses a list whatever apt keeps it as.
+# Decompresses a list in whatever format apt keeps it.
 CAT_FILE = "/usr/lib/apt/apt-helper"
 
 
 def fetch_wordnet(folder: Path) -> None:
-    """WordNet 3.0's files index.* and data.* of apt's package wordnet-base."""
+    """Fetches WordNet 3.0's files index.* and data.* from apt's package wordnet-base."""
     partial = _emptied(folder.with_name("wordnet.partial"))
     _run("apt-get", "download", "-q", "wordnet-base", cwd=partial)
     (package,) = partial.glob("*.deb")
@@ -30,9 +30,9 @@ def fetch_wordnet(folder: Path) -> None:
 
 
 def fetch_debian(folder: Path) -> None:
-    """The lists Packages and Translation-en of the release that apt is set up for, decompressed.
+    """Fetches the lists Packages and Translation-en of the release that apt is set up for, decompressed.
 
-    Without the updates between point releases, so that the examples are the same for months.
+    Updates between point releases are left out, so that the examples are the same for months.
     """
     partial = _emptied(folder.with_name("debian.partial"))
     lists = _emptied(partial / "lists")

@@ -17,7 +17,7 @@ BLUE, ORANGE, GREY = "#2b6cb0", "#d9730d", "#718096"
 
 @dataclass(frozen=True)
 class Frontier:
-    """What one task's picture shows: (chrF++, rare-word F1) of each arm, and of each curve's points in their order."""
+    """The data of one task's picture: (chrF++, rare-word F1) of each arm, and of each curve's points in their order."""
 
     title: str
     arms: Mapping[str, tuple[float, float]]

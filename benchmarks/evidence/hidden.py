@@ -21,10 +21,10 @@ BATCH_SIZE = 16
 
 
 class Halves:
-    """The two parts of a LlamaForCausalLM, which share its weights: to train the upper one trains the model.
+    """The two parts of a LlamaForCausalLM, which share its weights: training the upper one trains the model.
 
-    Only the last `trained_layers` layers and the final norm take gradients. Embeddings and classifier, which may be
-    one matrix, stay as they are.
+    Only the last `trained_layers` layers and the final norm get gradients. Embeddings and classifier, which may be one
+    matrix, stay as they are.
     """
 
     def __init__(self, model: CausalLM, trained_layers: int = TRAINED_LAYERS) -> None:
@@ -54,7 +54,7 @@ class Halves:
     def rows(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden states [R, H] that predict a target, and the targets [R].
 
-        hidden: [B, T, H], what the frozen part gave, padded at the end; labels: [B, T]. The other positions never meet
+        hidden: [B, T, H], the output of the frozen part, padded at the end; labels: [B, T]. The other positions skip
         the classifier, which is most of a step's work.
         """
         last = self.trained(inputs_embeds=hidden, use_cache=False).last_hidden_state
@@ -66,7 +66,7 @@ class Halves:
 def _part(model: CausalLM, layers: nn.ModuleList, norm: nn.Module) -> Any:
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(layers)
-    # Nothing of its own is kept, so that nothing is computed for it.
+    # No weights of its own are kept, so that none are initialised.
     with torch.device("meta"):
         part = type(model.model)(config)
     part.embed_tokens, part.layers, part.norm = model.model.embed_tokens, layers, norm
@@ -75,7 +75,7 @@ def _part(model: CausalLM, layers: nn.ModuleList, norm: nn.Module) -> Any:
 
 
 class HiddenStates:
-    """What the frozen part gives for each example: float32 [tokens, H] on disk, one example after the other."""
+    """The frozen part's output for each example: float32 [tokens, H] on disk, one example after the other."""
 
     def __init__(self, path: Path, encoded: Sequence[Encoded]) -> None:
         self.encoded = encoded
@@ -94,7 +94,7 @@ class HiddenStates:
 
 @torch.inference_mode()
 def hidden_states(halves: Halves, encoded: Sequence[Encoded], path: Path, pad_id: int) -> HiddenStates:
-    """Those of the file, which is computed and written if it is missing; it appears whole or not at all."""
+    """The hidden states in a file. A missing file is computed, and written completely or not at all."""
     if not path.exists():
         ends = np.cumsum([len(example.ids) for example in encoded])
         partial = path.with_name(f".{path.name}.partial")

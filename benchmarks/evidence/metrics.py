@@ -1,4 +1,4 @@
-"""What is measured of generated texts beside their references: for each text, and for all texts of a run together."""
+"""Metrics of generated texts beside their references: for each text, and for all texts of a run together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from pdl_ext.cli.demo.evaluate import RareWords, rare_words, words
 from pdl_ext.statistics import zipf_slope
 
-# Distinct-2 falls with the length of a text, so every run is cut to the same number of words.
+# Distinct-2 falls with the length of a text, so every run is truncated to the same number of words.
 DISTINCT_WORDS = 1500
 # Self-BLEU compares each of these texts with all others of them.
 SELF_BLEU_TEXTS = 100
@@ -24,7 +24,7 @@ REPEATED = 4
 
 @dataclass(frozen=True)
 class References:
-    """What generated texts are compared with; `common` are the words that are not rare."""
+    """The references of generated texts; `common` are the words that are not rare."""
 
     prompts: Sequence[str]
     completions: Sequence[str]
@@ -32,9 +32,10 @@ class References:
 
 
 def of_items(texts: Sequence[str], references: References) -> dict[str, list[Any]]:
-    """A value for each text, by metric: chrF++ and ROUGE-L of 0 to 100; rare words as [in reference, in text, in both].
+    """A value for each text, by metric.
 
-    `rare` are all rare words, `rare_new` those that the prompt does not have. Each word counts once a text.
+    chrF++ and ROUGE-L are from 0 to 100. Rare words are [in reference, in text, in both]. `rare` are all rare words,
+    `rare_new` those that the prompt does not have. Each word counts once a text.
     """
     chrf, rouge = CHRF(word_order=2), RougeScorer(["rougeL"])
     pairs = list(zip(texts, references.completions, strict=True))
@@ -57,7 +58,7 @@ def _counts(found: RareWords) -> list[int]:
 
 
 def of_run(texts: Sequence[str], references: References) -> dict[str, Any]:
-    """One value for all texts, by metric; None where there are too few words."""
+    """One value for all texts, by metric; None if there are too few words."""
     bleu, chrf = BLEU(), CHRF(word_order=2)
     found = {
         "bleu": bleu.corpus_score(texts, [references.completions]).score,
@@ -76,7 +77,7 @@ def of_run(texts: Sequence[str], references: References) -> dict[str, Any]:
 
 
 def distinct_2(split: Sequence[Sequence[str]], number: int = DISTINCT_WORDS) -> float | None:
-    """Different pairs of words in a row over all pairs, of the first `number` words; no pair spans two texts."""
+    """Different pairs of consecutive words over all pairs, in the first `number` words; no pair spans two texts."""
     pairs, left = [], number
     for text in split:
         taken = text[:left]
@@ -88,7 +89,7 @@ def distinct_2(split: Sequence[Sequence[str]], number: int = DISTINCT_WORDS) -> 
 
 
 def self_bleu(texts: Sequence[str], number: int = SELF_BLEU_TEXTS) -> float | None:
-    """The mean BLEU of each of the first `number` texts that are not empty against the others: 100 if all are alike."""
+    """The mean BLEU of each of the first `number` nonempty texts against the others: 100 if all are equal."""
     chosen = [text for text in texts if text.strip()][:number]
     if len(chosen) < 2:
         return None
@@ -98,7 +99,7 @@ def self_bleu(texts: Sequence[str], number: int = SELF_BLEU_TEXTS) -> float | No
 
 
 def repetition(split: Sequence[Sequence[str]], size: int = REPEATED) -> float | None:
-    """The mean share of a text's runs of `size` words that it has had before, over the texts that have such runs."""
+    """The mean share of a text's runs of `size` words that occurred before in it, over the texts with such runs."""
     shares = []
     for text in split:
         grams = list(zip(*(text[i:] for i in range(size)), strict=False))

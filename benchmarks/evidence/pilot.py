@@ -1,10 +1,10 @@
-"""Measures what the protocol needs before the first run that counts: seconds, and the differences that can be seen.
+"""Measures what the protocol needs before the first run that counts: seconds, and detectable differences.
 
-python -m evidence.pilot {runs,seconds}
+    python -m evidence.pilot {runs,seconds}
 
-Three runs on the first task, of seeds that no arm has and at one learning rate: cross-entropy twice and PDL with alpha
-0.5. And a few steps and texts of every task, for their seconds. docs/evidence-protocol.md has what this prints, and the
-report never reads what it writes.
+Three runs on the first task, with seeds that no arm uses and at one learning rate: cross-entropy twice and PDL with
+alpha 0.5. Also some steps and texts of every task, for their seconds. docs/evidence-protocol.md quotes the output, and
+the report never reads it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from pdl_ext.cli.demo.data import IGNORE_INDEX, collate, training_batches
 FOLDER = RESULTS / "evidence-pilot"
 SEED, OTHER_SEED, RATE = 100, 101, 3e-4
 TIMED_STEPS = 5
-# Of one thread, this is the time on a machine without other work.
+# For one thread, this is the time on a machine without other work.
 CLOCK = time.process_time
-# Of a two-sided test at 5 %, for a power of 80 %.
+# For a two-sided test at 5 % with a power of 80 %.
 DEVIATES = 1.96 + 0.84
 
 
@@ -67,12 +67,12 @@ def step_seconds(bench: Bench, task: str) -> dict[str, float]:
         whole_model_loss(halves, ids.to(halves.device), labels.to(halves.device)).backward()
         seconds["step_whole"].append(CLOCK() - start)
     halves.model.zero_grad(set_to_none=True)
-    # The first of each warms up.
+    # The first of each is for warm-up.
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def whole_model_loss(halves: Halves, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of the model's own forward, as a training loop without kept hidden states has it."""
+    """The cross-entropy of the model's own forward, as in a training loop without kept hidden states."""
     logits = halves.model(input_ids=ids, use_cache=False).logits
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
@@ -80,10 +80,10 @@ def whole_model_loss(halves: Halves, ids: torch.Tensor, labels: torch.Tensor) ->
 
 
 def detectable(results: Results, measure: Measure, seeds: int, items: int) -> float:
-    """The least difference of PDL and cross-entropy that so many show with a power of 80 %, unadjusted.
+    """The smallest difference of PDL and cross-entropy that is detected with a power of 80 %, unadjusted.
 
-    The spread of their difference over clusters is in part that of seeds, which more seeds lower. This part is taken
-    for that of two seeds of cross-entropy. So is the spread of the mean over seeds.
+    The spread of their difference over clusters is in part that of seeds, which more seeds lower. This part is assumed
+    to be that of two seeds of cross-entropy, and so is the spread of the mean over seeds.
     """
     pdl, baseline, other = (
         results.estimate(measure, (arm, GREEDY.name), [seed])
@@ -96,7 +96,10 @@ def detectable(results: Results, measure: Measure, seeds: int, items: int) -> fl
 
 
 def seconds_of(task: str) -> dict[str, float]:
-    """What a step, kept and whole, a generated text and a token of the frozen layers cost, on a sample of a task."""
+    """The seconds of a step, kept and whole, of a generated text and of a token of the frozen layers.
+
+    They are measured on a sample of a task.
+    """
     work = WORK / "timed"
     shutil.rmtree(work / task, ignore_errors=True)
     known = {task: dataclasses.replace(TASKS[task], sizes=SAMPLE)}
@@ -129,7 +132,7 @@ def seconds_of(task: str) -> dict[str, float]:
 
 
 def run_pilots() -> dict[str, float]:
-    """Makes the three runs that are missing, and returns what differences can be detected."""
+    """Makes the three runs that are missing, and returns the differences that can be detected."""
     bench = Bench(FOLDER, work=WORK / "pilot", rate=RATE)
     for run in RUNS:
         if not run.file(FOLDER).exists():

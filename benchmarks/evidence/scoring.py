@@ -1,4 +1,4 @@
-"""What a model makes of the examples: the nll of their targets, and generated texts."""
+"""A model's results on the examples: the nll of their targets, and generated texts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from evidence.decoding import Prompts, chooser, continuations
 from evidence.hidden import BATCH_SIZE, Halves, HiddenStates
 from evidence.training import OutOfTime
 
-# Texts between two writes of what has been generated.
+# The number of texts between two writes of the generated texts.
 CHUNK = 64
 
 
 @dataclass(frozen=True)
 class TargetScores:
-    """Unweighted nll in nats and the token weight of each target, its token, and the place of its example."""
+    """Unweighted nll in nats and the token weight of each target, its token, and the position of its example."""
 
     nll: Tensor
     weight: Tensor
@@ -78,7 +78,7 @@ def generate_texts(
 ) -> list[str]:
     """Texts of at most `limit` tokens after the first `items` prompts, in their order.
 
-    `kept` holds those that there are already, shortest prompt first.
+    `kept` holds those that exist already, shortest prompt first.
 
     Raises OutOfTime.
     """

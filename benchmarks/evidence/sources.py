@@ -1,4 +1,4 @@
-"""The texts of the tasks, each example with the cluster that it belongs to."""
+"""The texts of the tasks, each example with its cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCES, WORDNET, DEBIAN = WORK / "sources", "wordnet", "debian"
 
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
-# Families of one source in several versions, gcc-11 and gcc-12 say, are near duplicates.
+# Families of one source in several versions, such as gcc-11 and gcc-12, are near duplicates.
 _VERSION = re.compile(r"[-.\d]+$")
 _NOT_DESCRIBED = re.compile(r"transitional|dummy package|debug(ging)? symbols|metapackage", re.IGNORECASE)
 # The syntactic marker of an adjective.
@@ -24,7 +24,7 @@ _MARKER = re.compile(r"\([a-z]+\)$")
 
 
 class Item(NamedTuple):
-    """An example, and what it must not be divided from: a book, a source package, a lemma."""
+    """An example, and its cluster, which must not be divided: a book, a source package, a lemma."""
 
     cluster: str
     example: Example
@@ -39,8 +39,8 @@ def verse_items(sources: Path) -> list[Item]:
 def wordnet_items(sources: Path) -> list[Item]:
     """Word and part of speech to the first definition of WordNet, by lemma.
 
-    A synset is asked for by the first of its words of which it is the most frequent sense, or not at all. So each
-    definition is there once, and each question has one answer.
+    The question for a synset is the first of its words whose most frequent sense it is; a synset without one is left
+    out. So each definition occurs once, and each question has one answer.
     """
     folder = _found(sources / WORDNET)
     items = []
@@ -105,7 +105,7 @@ def _stanzas(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _unfolded(text: str) -> str:
-    # Lines that begin with a space are as they are; a dot is an empty line.
+    # Lines that begin with a space are literal; a dot is an empty line.
     paragraphs = re.split(r"\n?^\.$\n?", text, flags=re.MULTILINE)
     return "\n".join(re.sub(r"\n(?! )", " ", paragraph) for paragraph in paragraphs if paragraph.strip())
 

@@ -1,4 +1,4 @@
-"""Which examples are trained on, which choose the learning rate, which are tested on."""
+"""The division of examples into those for training, for the choice of the learning rate, and for tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from evidence.sources import Item
 from pdl_ext.cli.demo.data import Example
 
-# Shares of the clusters. Test comes first: what another part repeats of it is left out there.
+# Shares of the clusters. Test comes first: its examples are left out of the other parts.
 SHARES = {"test": 0.3, "validation": 0.1, "training": 0.6}
 SEED = 0
 
@@ -16,7 +16,7 @@ SEED = 0
 def split(items: Sequence[Item]) -> dict[str, list[Item]]:
     """The items of each part, in an order that takes every cluster in turn.
 
-    No cluster is in two parts, and no prompt or completion of one part is in a later one, but for case and spaces.
+    No cluster is in two parts. No prompt or completion of one part is in a later one, ignoring case and spaces.
     """
     generator = random.Random(SEED)
     clusters: dict[str, list[Item]] = {}
@@ -49,7 +49,7 @@ def _texts(example: Example) -> set[str]:
 
 
 def first_that_fit(items: Iterable[Item], number: int, fits: Callable[[Sequence[Item]], list[bool]]) -> list[Item]:
-    """The first `number` items that fit, asked in chunks; fewer if there are no more."""
+    """The first `number` items that fit, checked in chunks; fewer if there are no more."""
     kept: list[Item] = []
     rest = iter(items)
     while len(kept) < number and (chunk := [item for item, _ in zip(rest, range(1000), strict=False)]):

@@ -1,4 +1,4 @@
-"""The tasks: their texts, their sizes, and the files that keep their examples."""
+"""The tasks: their texts, their sizes, and the files with their examples."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Task:
     sizes: dict[str, int] = field(default_factory=lambda: {"training": 2400, "validation": 300, "test": 800})
 
 
-# Of 20 books, whose number and not that of the verses says how sure the answer is.
+# From 20 books; their number, not that of the verses, determines the precision.
 VERSES = {"training": 2400, "validation": 300, "test": 400}
 # The shortest examples first.
 TASKS = {
@@ -47,7 +47,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Examples:
-    """What a task trains and tests on. `digest` names the text: runs of different digests are not comparable."""
+    """The examples of a task for training and test.
+
+    `digest` names the text: runs of different digests are not comparable.
+    """
 
     task: Task
     digest: str
@@ -60,7 +63,7 @@ class Examples:
 
 
 def load(task: Task, tokenizer: Any, work: Path, texts: Path = sources.SOURCES) -> Examples:
-    """The examples of a task, from the file in `work` that keeps them, which is made of the texts where it is missing.
+    """The examples of a task, from a file in `work`; a missing file is made from the texts.
 
     Raises DemoError if the texts are missing or too few.
     """

@@ -1,4 +1,4 @@
-"""Training of the upper layers on kept hidden states, which goes on where it was stopped."""
+"""Training of the upper layers on kept hidden states, which can be resumed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ CHECKPOINT_EVERY = 25
 
 
 class OutOfTime(Exception):
-    """The budget is used; what was computed is kept, and the same command goes on from it."""
+    """The budget is used; everything computed is kept, and the same command resumes it."""
 
 
 @dataclass
 class Progress:
-    """What each step measured: loss, norm of the gradient before clipping, effective share of the batch's targets."""
+    """The measurements of each step.
+
+    They are the loss, the norm of the gradient before clipping, and the effective share of the batch's targets.
+    """
 
     losses: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
@@ -47,7 +50,7 @@ def train(
 ) -> Progress:
     """One AdamW step a batch of indices into `hidden`; the rate and the clipping are the demo's.
 
-    `checkpoint` is written every CHECKPOINT_EVERY steps and where `go_on` says no, and read where it exists.
+    `checkpoint` is written every CHECKPOINT_EVERY steps and when `go_on` returns false, and read if it exists.
     Raises OutOfTime.
     """
     optimizer = torch.optim.AdamW(halves.weights().values(), lr=learning_rate, weight_decay=0.0)

@@ -1,7 +1,8 @@
-// Blocks of 16-bit floats: their conversion, by the processor's own instructions where it has them, and exp. The
-// compiler puts them into no plain loop; but a block on the stack, which a plain loop fills, it keeps in registers.
+// Blocks of 16-bit floats: their exp and their conversion, with the processor's own instructions if it has them.
+// Compilers do not emit these instructions from plain loops. They do keep a small array on the stack in registers. So a
+// plain loop fills such an array, and intrinsics convert it.
 //
-// Those instructions round to nearest even and keep NaN as float16.h does, but for vcvtne2ps2bf16, which takes
+// The conversions round to nearest even and keep NaN as float16.h does. The exception is vcvtne2ps2bf16, which treats
 // subnormals as 0.
 #pragma once
 
@@ -20,14 +21,14 @@ namespace pdl::cpu {
 
 constexpr int kBlock = 32;
 
-// Thirty-seconds of ln 2 in 1.
+// How many thirty-seconds of ln 2 are in 1.
 constexpr float kStepsOfExp = 32 * 1.44269504088896341f;
 
 #ifdef PDL_SIMD_TARGETS
 namespace detail {
 
-// Functions with a target attribute of their own, which can be called, if not inlined, from anywhere. The masks are
-// full: GCC 12 warns of its own unmasked ones.
+// Functions with a target attribute of their own may be called from anywhere, even if they are not inlined. The masks
+// are full: GCC 12 warns about its own unmasked intrinsics.
 __attribute__((target(PDL_TARGET_AVX2))) inline void widen_avx2(const Float16* x, float* y) {
   for (int k = 0; k < kBlock; k += 8) {
     _mm256_storeu_ps(y + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k))));
@@ -55,8 +56,8 @@ __attribute__((target(PDL_TARGET_AVX2))) inline __m256 load_avx2(const BFloat16*
 alignas(32) inline constexpr int32_t kEighthsOfOctave[8] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
                                                             0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 
-// exp_nonpositive, by a table that a register holds: two thirds of its instructions, and within 2 ulp as well. Of
-// 16-bit numbers in fewer still, within 2 ulp + |x| / 2^26, of which the second is the rounding of log2(e).
+// exp_nonpositive, with a table in one register: two thirds of its instructions, and also within 2 ulp. For 16-bit
+// numbers it takes still fewer, within 2 ulp + |x| / 2^26, where the second term is the rounding error of log2(e).
 template <typename T>
 __attribute__((target(PDL_TARGET_AVX2))) inline __m256 exp_avx2(__m256 x) {
   const __m256 scale = _mm256_set1_ps(8 * 1.44269504088896341f), round = _mm256_set1_ps(12582912.0f);
@@ -142,7 +143,7 @@ __attribute__((target(PDL_TARGET_AVX512))) inline void narrow_avx512(const float
   }
 }
 
-// In which half of a register's 32-bit lanes 16-bit ones go: the upper, which makes a bfloat16 a float.
+// The half of a register's 32-bit lanes for 16-bit numbers: the upper one, which makes a bfloat16 a float.
 alignas(64) inline constexpr int16_t kUpperHalves[2][32] = {
     {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15},
     {0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0, 29, 0, 30, 0, 31},
@@ -161,23 +162,23 @@ alignas(64) inline constexpr int32_t kRootsOfTwo[32] = {
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
 };
 
-// exp(x - origin) of a T. A table, 2^(i / 32), that two registers hold, and a short polynomial.
+// exp(x - origin) of a T, with a table of 2^(i / 32) in two registers and a short polynomial.
 //
-// Of 16-bit numbers the origin is of `steps` thirty-seconds of ln 2: a whole number costs no subtraction. x is not much
-// larger than that. Half of exp_nonpositive's instructions for the units that multiply and compare, which
-// bound the loss in 16 bits. Within 2 ulp + |x| / 2^26, of which the second is the rounding of log2(e). Of others the
-// origin is 0, and it is within 2 ulp.
+// For 16-bit numbers the origin is `steps` thirty-seconds of ln 2: a whole number costs no subtraction. x is not much
+// larger than that. This takes half of exp_nonpositive's instructions on the units that multiply and compare, which
+// limit the loss in 16 bits. The result is within 2 ulp + |x| / 2^26, where the second term is the rounding error of
+// log2(e). For other numbers the origin is 0, and the result is within 2 ulp.
 template <typename T>
 __attribute__((target(PDL_TARGET_AVX512))) inline __m512 exp_avx512(__m512 x, float steps) {
   const __m512i low = _mm512_load_si512(kRootsOfTwo), high = _mm512_load_si512(kRootsOfTwo + 16);
   const __m512 scale = _mm512_set1_ps(kStepsOfExp), round = _mm512_set1_ps(12582912.0f - steps);
-  // As in exp_nonpositive, but of thirty-seconds: the low 5 bits are the table's index, and those above the exponent.
+  // As in exp_nonpositive, but in thirty-seconds: the low 5 bits are the table's index, the others the exponent.
   const __m512 shifted = _mm512_fmadd_ps(x, scale, round);
   const __m512i bits = _mm512_castps_si512(shifted);
   const __m512 n = _mm512_sub_ps(shifted, round);
   __m512 r, p;
   if constexpr (sizeof(T) == 2) {
-    // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient takes what it can of the third power, too.
+    // 2^(r / 32) - 1 for |r| <= 1/2; the first coefficient approximates the third power, too.
     r = _mm512_fmsub_ps(x, scale, n);
     p = _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(2.34596198e-04f), _mm512_set1_ps(2.16611670e-02f)), r);
   } else {
@@ -202,7 +203,7 @@ __attribute__((target(PDL_TARGET_AVX512))) inline float exp_of_one_avx512(float 
   return _mm512_cvtss_f32(exp_avx512<BFloat16>(_mm512_set1_ps(x), steps));
 }
 
-// sum_of_exp_blocks, which the compiler would leave in memory.
+// sum_of_exp_blocks; the compiler would keep the plain version in memory.
 template <bool kKeep, bool kEntropy, typename T>
 __attribute__((target(PDL_TARGET_AVX512))) inline float sum_of_exp_avx512(const T* x, int64_t n, float steps, float max,
                                                                           float* kept, int64_t ahead, float* scaled) {
@@ -232,7 +233,7 @@ __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void narrow_avx512_bf16(c
   __builtin_memcpy(y, &both, sizeof both);
 }
 
-// scale_blocks, of which the compiler would call the conversion, and keep the rest in memory meanwhile.
+// scale_blocks. The compiler would call the conversion as a function, and keep the rest in memory meanwhile.
 template <bool kStreamed>
 __attribute__((target(PDL_TARGET_AVX512_BF16))) inline void scale_avx512(const float* x, float factor, float less,
                                                                          BFloat16* y, int64_t n) {
@@ -284,8 +285,8 @@ PDL_INLINE void widen_block(Instructions<kCapability>, const T* x, float* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = widen(x[k]);
 }
 
-// What the exponentials of a tile of T are relative to. It is the tile's largest number, or just below it what
-// exp_avx512 needs of 16-bit numbers.
+// The origin to which the exponentials of a tile of T are relative. It is the tile's largest number, or for 16-bit
+// numbers a number just below it that exp_avx512 needs.
 template <Capability kCapability, typename T>
 struct ExpOrigin {
   static constexpr bool kInSteps = kCapability >= Capability::avx512 && sizeof(T) == 2;
@@ -293,7 +294,7 @@ struct ExpOrigin {
   float max;
   float steps = 0;
   float value = max;
-  // exp(max - value), as exp_avx512 has it: what is divided by it is exactly 1 at max.
+  // exp(max - value) as computed by exp_avx512: a result divided by it is exactly 1 at max.
   float at_max = 1;
 
   explicit PDL_INLINE ExpOrigin(float max) : max(max) {
@@ -307,13 +308,13 @@ struct ExpOrigin {
 #endif
   }
 
-  // Further away, rounding the origin would show in what is relative to it.
+  // Further away, the rounding error of the origin would affect numbers relative to it.
   PDL_INLINE bool in_blocks() const { return !kInSteps || (max > -1024 && max < 1024); }
 };
 
-// The sum of exp(x - origin) of whole blocks, if origin.in_blocks(). With kKeep also each of them in `kept`, with
-// kEntropy the sum of exp(x - origin) (x - origin.max) in `scaled`. Meanwhile what lies `ahead` is fetched:
-// the processor's own prefetchers see no loads of it. Past the logits' end it does no harm.
+// The sum of exp(x - origin) over whole blocks, if origin.in_blocks(). With kKeep also each of them in `kept`, with
+// kEntropy the sum of exp(x - origin) (x - origin.max) in `scaled`. It also prefetches the memory `ahead`, since the
+// processor's own prefetchers see no loads of it. Prefetching past the logits' end is harmless.
 template <bool kKeep, bool kEntropy, Capability kCapability, typename T>
 PDL_INLINE float sum_of_exp_blocks(Instructions<kCapability> instructions, const T* x, int64_t n,
                                    const ExpOrigin<kCapability, T>& origin, float* kept, int64_t ahead, float* scaled) {
@@ -369,7 +370,7 @@ PDL_INLINE void narrow_block(Instructions<kCapability>, const float* x, T* y) {
   for (int k = 0; k < kBlock; ++k) y[k] = kNumber ? narrow_number<T>(x[k]) : narrow<T>(x[k]);
 }
 
-// y = x around the caches, of whole blocks that begin with a cache line.
+// y = x bypassing the caches, for whole blocks that begin with a cache line.
 template <Capability kCapability, typename T>
 PDL_INLINE void stream_block(Instructions<kCapability>, const T* x, T* y) {
 #ifdef PDL_SIMD_TARGETS
@@ -380,8 +381,8 @@ PDL_INLINE void stream_block(Instructions<kCapability>, const T* x, T* y) {
   __builtin_memcpy(y, x, kBlock * sizeof(T));
 }
 
-// y = factor x - less of whole blocks of n numbers, streamed as stream_block does. How many those are: none where the
-// processor has no instructions for it.
+// y = factor x - less for whole blocks of n numbers, streamed as by stream_block. Returns how many numbers were done:
+// none if the processor has no instructions for it.
 template <Capability kCapability, typename T>
 PDL_INLINE int64_t scale_blocks(Instructions<kCapability>, const Accumulator<T>* x, Accumulator<T> factor,
                                 Accumulator<T> less, T* y, int64_t n, bool streamed) {
@@ -408,18 +409,18 @@ inline void finish_streaming() {
 #endif
 }
 
-// How many elements lie before the first cache line that begins at or behind y.
+// The number of elements before the first cache line that begins at or after y.
 template <typename T>
 PDL_INLINE int64_t before_line(const T* y) {
   constexpr int64_t kLine = 64;
   return int64_t(-reinterpret_cast<uintptr_t>(y) % kLine / sizeof(T));
 }
 
-// y[j] = f(x[j], j) for j < n. y may be x. kNumber: as narrow_number does. Streamed: around the caches, which y must
-// not be in. Each element takes the same instructions wherever it lies.
+// y[j] = f(x[j], j) for j < n. y may be x. kNumber: as narrow_number does. streamed: bypasses the caches, which must
+// not hold y. Each element takes the same instructions wherever it is.
 template <bool kNumber, Capability kCapability, typename X, typename T, typename F>
 PDL_INLINE void map(Instructions<kCapability> instructions, const X* x, T* y, int64_t n, F f, bool streamed = false) {
-  // Without instructions for it, rounding to bfloat16 costs least in one loop with the rest.
+  // Without instructions for it, rounding to bfloat16 is cheapest in one loop with the rest.
   constexpr bool kInBlocks =
       std::is_same_v<T, Float16> || (std::is_same_v<T, BFloat16> && kCapability >= Capability::avx512);
   const auto element = [&](int64_t j) {

@@ -14,7 +14,7 @@ namespace pdl::cpu {
 
 enum class Capability { baseline, avx2, avx512, avx512_bf16 };
 
-// Tells a loop body what it is being compiled for.
+// The type by which a loop body knows its instruction set.
 template <Capability kCapability>
 using Instructions = std::integral_constant<Capability, kCapability>;
 

@@ -1,4 +1,4 @@
-// The range check of token ids, done before anything is written, so that a bad id leaves no trace.
+// The range check of token ids. It is done before anything is written, so that a bad id changes nothing.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace pdl::cpu {
 
-// Throws std::out_of_range, which Python sees as IndexError, with the first bad id and its place.
+// Throws std::out_of_range, which Python sees as IndexError, with the first bad id and its position.
 template <typename Ids>
 void check_ids(const char* argument, const Ids& ids, int64_t n, int64_t vocab_size, int64_t ignore_index) {
   for (int64_t i = 0; i < n; ++i) {

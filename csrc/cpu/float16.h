@@ -28,14 +28,15 @@ PDL_INLINE float widen(BFloat16 x) {
 }
 PDL_INLINE float widen(Float16 x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
-  // 2^112 moves the exponent's bias from 15 to 127, and makes subnormals normal on the way.
+  // 2^112 changes the exponent's bias from 15 to 127, and makes subnormals normal.
   const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
   const uint32_t special = magnitude >= (0x7c00u << 13) ? 0x7f800000u : 0u;
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
 }
 
-// Integers in the order of the numbers, any NaN below -infinity: a vector holds twice as many of them as of floats.
+// Integers in the order of the numbers, with any NaN below -infinity. A vector holds twice as many of them as of
+// floats.
 template <typename T>
 constexpr int kAboveInfinity = std::is_same_v<T, BFloat16> ? 0x7f : 0x3ff;
 
@@ -81,7 +82,7 @@ PDL_INLINE Float16 narrow<Float16>(float x) {
   return {uint16_t(sign | (magnitude >= (143u << 23) ? special : finite))};
 }
 
-// narrow of a number, or of a NaN whose mantissa does not carry into the sign: PyTorch's, and any that was bfloat16.
+// narrow of a number, or of a NaN whose mantissa does not carry into the sign: PyTorch's NaN, and any from bfloat16.
 template <typename T>
 PDL_INLINE T narrow_number(Accumulator<T> x) {
   return narrow<T>(x);

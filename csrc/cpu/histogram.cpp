@@ -1,8 +1,8 @@
 // Histogram of token ids on the CPU: one read of the ids in their own dtype, no pre-pass over them.
 //
-// A token's count is chosen in a way that compiles to no branch, since no processor foresees which ids are ignored or
-// out of range. Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its
-// own, and adds it to the totals at its end.
+// The counter of a token is selected without a branch, since no processor can predict which ids are ignored or out of
+// range. Few ids, or one thread: straight into the 64-bit totals. Many ids: each part counts into a table of its own,
+// and adds it to the totals at its end.
 //
 // Calls that add to the same counts take turns here, since not every caller can hold a lock: a compiled graph cannot.
 #include <torch/csrc/stable/library.h>
@@ -24,34 +24,34 @@
 namespace pdl::cpu {
 namespace {
 
-// How many tokens are read before any of them is counted: a compiler may not read past a count that is written, since
-// that might be the next token.
+// The number of tokens that are read before any of them is counted. A compiler may not move a read before the write of
+// a count, since the count might overlap the next token.
 constexpr int kAtOnce = 8;
 
-// By the counts' address, so that calls with other counts seldom wait for each other.
+// Selected by the counts' address, so that calls with other counts rarely wait for each other.
 constexpr int kTurnBits = 6;
 std::array<std::mutex, 1 << kTurnBits> turns;
 
 std::mutex& turn_of(const int64_t* counts) {
-  // Addresses differ in few of their bits; the product's highest depend on all of them.
+  // Addresses differ only in a few of their bits; the highest bits of the product depend on all of them.
   return turns[(reinterpret_cast<uintptr_t>(counts) * 0x9E3779B97F4A7C15u) >> (64 - kTurnBits)];
 }
 
 #ifndef _WIN32
-// A child has no thread that would end the turns which others had when it was forked.
+// The threads that held the locks at the time of a fork do not exist in the child.
 [[maybe_unused]] const int new_turns_in_a_child = pthread_atfork(nullptr, nullptr, [] {
   for (std::mutex& turn : turns) new (&turn) std::mutex;
 });
 #endif
 
-// How many tokens are outside the vocabulary: bins side by side, so that the second is found by adding one.
+// The numbers of tokens outside the vocabulary: adjacent bins, so that adding one gives the second.
 struct Rejected {
   int64_t bins[2] = {0, 0};
   int64_t* out_of_range() { return &bins[0]; }
   int64_t* ignored() { return &bins[1]; }
 };
 
-// kMayBeIgnored: a token may be ignore_index, which is outside the vocabulary.
+// kMayBeIgnored: a token may be ignore_index, and that is outside the vocabulary.
 template <bool kMayBeIgnored, typename T>
 void count_part(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, int64_t* counts,
                 Rejected& rejected) {
@@ -74,11 +74,11 @@ void count_part(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_i
 template <bool kMayBeIgnored, typename T>
 void count_parts(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index, int64_t* counts,
                  Rejected& rejected, int64_t parts) {
-  // A private table costs two passes over V entries, so it has to be earned.
+  // A private table costs two passes over V entries, so it needs enough tokens to be worth it.
   if (parts == 1 || n < 8 * vocab_size) {
     return count_part<kMayBeIgnored>(tokens, n, vocab_size, ignore_index, counts, rejected);
   }
-  // All at once, so that nothing is counted where memory is too little.
+  // Allocated at once, so that nothing is counted if memory is short.
   const std::unique_ptr<int64_t[]> tables(new int64_t[parts * vocab_size]);
   std::atomic<int64_t> used = 0;
   std::mutex adding;
@@ -99,7 +99,7 @@ void count(const T* tokens, int64_t n, int64_t vocab_size, int64_t ignore_index,
            int64_t parts) {
   Rejected rejected;
   if (0 <= ignore_index && ignore_index < vocab_size) {
-    // Counted with the rest, and taken back.
+    // Counted with the rest, and subtracted again.
     int64_t* const count = totals.counts + ignore_index;
     const int64_t before = *count;
     count_parts<false>(tokens, n, vocab_size, ignore_index, totals.counts, rejected, parts);

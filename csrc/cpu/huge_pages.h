@@ -1,4 +1,4 @@
-// Asks the system to back a large new tensor with huge pages: first touching 4 KiB pages costs more than the gradient.
+// Requests huge pages for a large new tensor: the first access to 4 KiB pages costs more than the gradient.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + uintptr_t(bytes)) / kHuge * kHuge;
-  // Advice: where it is not taken, the memory is as good as before.
+  // Only advice: without it the memory works as before.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

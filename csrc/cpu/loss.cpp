@@ -14,7 +14,7 @@
 namespace pdl::cpu {
 namespace {
 
-// `upstream`: the gradient of the loss for which one is computed afterwards.
+// `upstream`: the upstream gradient for which the gradient is computed afterwards.
 template <Loop kLoop, typename T>
 void forward(const Forward<T>& call, Accumulator<T> upstream) {
   using A = Accumulator<T>;
@@ -41,7 +41,7 @@ void forward(const Forward<T>& call, Accumulator<T> upstream) {
     }
   });
   if (shares.of_row > 1) {
-    // By the same instructions as above, which round alike.
+    // With the same instructions as above, which round in the same way.
     simd_parallel_for(shares.rows, shares.of_row, [&](int64_t begin, int64_t end, auto) {
       for (int64_t i = begin; i < end; ++i) {
         if (call.targets[i] == call.ignore_index) {
@@ -57,14 +57,14 @@ void forward(const Forward<T>& call, Accumulator<T> upstream) {
   call.finish(upstream);
 }
 
-// Of columns [begin, end), which begin with a segment; `gradient` may be x.
+// The gradient of the columns from begin to before end, where begin is the start of a segment; `gradient` may be x.
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x, T* gradient, int64_t begin,
                              int64_t end, int64_t target, const LogitTransform<A>& transform,
                              const ClassWeights<A>& weights, const GradientRow<A>& row) {
   constexpr int64_t kWidth = kTile<kPlain, T>;
   const bool has_target = target >= begin && target < end;
-  // Read before the loop, which may be writing over x.
+  // Read before the loop, which may overwrite x.
   const A x_target = has_target ? A(widen(x[target])) : A(0);
   alignas(64) A kept[kWidth];
   for (int64_t first = begin; first < end; first += kWidth) {
@@ -79,7 +79,7 @@ PDL_INLINE void row_gradient(Instructions<kCapability> instructions, const T* x,
   gradient[target] = target_gradient<kPlain, T>(x_target, z_target, transform, row);
 }
 
-// Without grad_loss it is that of the factors.
+// Without grad_loss the upstream gradient is that in the factors.
 template <bool kPlain, typename T>
 void backward(const OptionalTensor& grad_loss, const Tensor& logits_tensor, const LossInputs& inputs,
               const Tensor& saved_rows_tensor, const Tensor& factors_tensor, const VocabularyShard& shard,

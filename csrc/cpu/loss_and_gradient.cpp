@@ -1,7 +1,7 @@
 // Weighted cross-entropy and its gradient in one call, on the CPU: memory is read once and written once.
 //
-// Each exponential is computed once. It waits for the row's sum in a buffer of V numbers a thread, which L2 holds.
-// Where a gradient lies over logits of the accumulator's type it waits there.
+// Each exponential is computed once. Until the row's sum is known it is kept in a buffer of V numbers per thread, which
+// fits into L2. If the gradient overwrites logits of the accumulator's type, it is kept there instead.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace pdl::cpu {
 namespace {
 
-// A gradient of more bytes is out of the caches before it is read again: its stores go around them.
+// A larger gradient leaves the caches before it is read again, so its stores bypass them.
 constexpr int64_t kStreamedBytes = int64_t(1) << 25;
 
 template <typename T>
@@ -32,7 +32,7 @@ void forward_with_gradient(const Forward<T>& call, Accumulator<T> upstream, T* g
   const int64_t vocab_size = call.logits.vocab_size;
   const Factors<A> factors = call.factors_ahead(upstream);
   const bool streamed = is_streamed(call.logits, gradients);
-  // The transform's derivative needs the logits once more, so they must not be overwritten yet.
+  // The transform's derivative needs the logits a second time, so they must not be overwritten yet.
   const bool keep_in_gradient = kPlain && std::is_same_v<T, A> && gradients == call.logits.data;
   simd_parallel_for<kIsBFloat16<T>>(call.logits.rows, vocab_size, [&](int64_t begin, int64_t end, auto instructions) {
     std::vector<A> tile_origin((vocab_size + kWidth - 1) / kWidth);
@@ -68,13 +68,13 @@ void forward_with_gradient(const Forward<T>& call, Accumulator<T> upstream, T* g
   call.finish(upstream);
 }
 
-// With the gradient for an upstream one of `upstream`, or of 1.
+// With the gradient for the upstream gradient `upstream`, or for 1.
 LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient, const LossInputs& inputs,
                                    const OptionalTensor& upstream, bool stats) {
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
   check_scalar(upstream, "upstream", logits);
-  // What a modulation is divided by is known once all rows are.
+  // The mean of a modulation is known only after all rows.
   if (Shares(logits.size(0), logits.size(1)).of_row > 1 || inputs.options.modulation_normalize) {
     const LossOutputs outputs = loss_forward_outputs(logits, inputs, upstream, stats);
     loss_backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, logits.size(1)},

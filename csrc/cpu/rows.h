@@ -1,9 +1,9 @@
-// The rows of a batch as the loops of the loss see them on the CPU. What each loop does for its share of a row.
+// The rows of a batch for the CPU's loops of the loss, and the work of each loop on its share of a row.
 //
-// A row is cut into tiles, which stay in L1 between their passes, and tiles make up segments. Threads take rows, or
-// segments of them if there are fewer rows than threads. A row's statistics are those of its segments, merged in order,
-// and V alone cuts it. Each exponential is relative to its tile, whoever computes it. So a row's loss and gradient are
-// the same bits whatever other rows and threads there are, and by one call or two.
+// A row is divided into tiles, which stay in L1 between their passes, and tiles form segments. Threads take rows, or
+// segments of them if there are fewer rows than threads. A row's statistics are those of its segments, merged in order.
+// The division depends on V alone. Each exponential is relative to its tile, whichever thread computes it. So a row's
+// loss and gradient have the same bits for any other rows and any number of threads, and by one call or two.
 #pragma once
 
 #include <limits>
@@ -16,11 +16,11 @@
 
 namespace pdl::cpu {
 
-// How far ahead of its use a tile is fetched, in bytes. Memory answers after some thousand cycles under load, and where
-// exponentials are stored meanwhile, the processor does not fetch so far ahead by itself.
+// The number of bytes by which a tile is prefetched. Under load memory answers after some thousand cycles. While
+// exponentials are also stored, the processor itself does not prefetch that far.
 constexpr int64_t kBytesAhead = 16384;
 
-// Each tile drains the pipeline, which plain 16-bit floats feel most.
+// Each tile drains the pipeline, which costs plain 16-bit floats most.
 template <bool kPlain, typename T>
 constexpr int64_t kTile = kPlain && sizeof(T) == 2 ? 4096 : 1024;
 
@@ -46,7 +46,8 @@ struct Logits {
 // A multiple of every tile.
 constexpr int64_t kSegment = 8192;
 
-// Share s is columns [first(s), last(s)) of row(s): all of them, or a segment where there are fewer rows than threads.
+// Share s is the columns of row(s) from first(s) to before last(s): all, or a segment if there are fewer rows than
+// threads.
 struct Shares {
   int64_t rows;
   int64_t vocab_size;
@@ -65,12 +66,13 @@ struct Shares {
   int64_t last(int64_t s) const { return std::min(first(s) + size, vocab_size); }
 };
 
-// In two halves at once, since each comparison waits for the one before it.
+// In two halves at once, since each comparison waits for the previous one.
 template <typename T>
 PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
   const int64_t half = n / 2;
   if constexpr (sizeof(T) == 2) {
-    // The integers of numbers that are not negative ascend with them, those of negative ones descend.
+    // Interpreted as integers, numbers that are not negative keep their order, and negative numbers are in reverse
+    // order.
     int16_t top = std::numeric_limits<int16_t>::min(), bottom = std::numeric_limits<int16_t>::max();
     int16_t other_top = top, other_bottom = bottom;
 #pragma omp simd reduction(max : top, other_top) reduction(min : bottom, other_bottom)
@@ -108,7 +110,7 @@ PDL_INLINE Accumulator<T> largest(const T* x, int64_t n) {
   }
 }
 
-// The first place of what is among n numbers; blocks of them are looked through at once.
+// The first position of a value that occurs among n numbers; whole blocks are searched at once.
 template <typename T>
 PDL_INLINE int64_t place_of(const T* x, int64_t n, Accumulator<T> sought) {
   constexpr int64_t kAtOnce = 64;
@@ -122,8 +124,8 @@ PDL_INLINE int64_t place_of(const T* x, int64_t n, Accumulator<T> sought) {
   return j;
 }
 
-// z of [first, first + n) as numbers to be widened: in `buffer`, unless it is what lies in memory. The largest of them
-// where asked for.
+// z of the n columns from first on, as numbers to be widened: in `buffer`, or in memory if the transform is plain. If
+// max is not null it receives the largest of them.
 template <bool kPlain, typename T, typename A>
 PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTransform<A>& transform, A* buffer,
                           A* max = nullptr) {
@@ -131,7 +133,7 @@ PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTrans
     if (max != nullptr) *max = largest(x + first, n);
     return x + first;
   } else {
-    // A loop that asks each time whether there is an offset is no vector code.
+    // A loop with a check for an offset in each iteration is not vectorised.
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) buffer[j] = transform.without_offset(widen(x[first + j]));
     if (transform.offset != nullptr) {
@@ -144,15 +146,15 @@ PDL_INLINE auto load_tile(const T* x, int64_t first, int64_t n, const LogitTrans
 }
 
 // The sum of exp(z - max), where max is the largest z; with kEntropy also that of exp(z - max) (z - max) in `scaled`.
-// With kKeep also each exp(z - *origin) in `kept`, which may be z. Meanwhile what lies ahead of z is fetched, where z
-// lies in memory. Past the logits' end it does no harm.
+// With kKeep also each exp(z - *origin) in `kept`, which may be z. If z is in memory, it also prefetches ahead.
+// Prefetching past the logits' end is harmless.
 template <bool kKeep, bool kEntropy, bool kInMemory, Capability kCapability, typename T, typename A>
 PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z, int64_t n, A max, A* kept, A* origin,
                               A* scaled) {
   const A shift = exp_shift(max);
   int64_t j = 0;
   A at_max = 1;
-  // Where the largest is nearly all, a gradient at the target is what rounding leaves of the rest.
+  // In double: where the largest term dominates, the gradient at the target is the small remainder.
   double total = 0, total_scaled = 0;
   if (kKeep) *origin = shift;
   if constexpr (sizeof(T) == 2 || (sizeof(T) == 4 && kCapability >= Capability::avx2)) {
@@ -194,8 +196,8 @@ PDL_INLINE A sum_exponentials(Instructions<kCapability> instructions, const T* z
   return A(total);
 }
 
-// Of columns [begin, end). With kKeep also exp(z - its tile's origin) of each element in `kept`, and those origins in
-// `tile_origin`; `kept` may be x.
+// The statistics of the columns from begin to before end. With kKeep also exp(z - its tile's origin) of each element in
+// `kept`, and those origins in `tile_origin`; `kept` may be x.
 template <Loop kLoop, bool kKeep, Capability kCapability, typename T, typename A>
 PDL_INLINE StatisticsOf<kLoop, A> segment_statistics(Instructions<kCapability> instructions, const T* x, int64_t begin,
                                                      int64_t end, const LogitTransform<A>& transform,
@@ -238,7 +240,7 @@ PDL_INLINE StatisticsOf<kLoop, A> segment_statistics(Instructions<kCapability> i
   return segment;
 }
 
-// Of a row of columns [0, vocab_size).
+// The statistics of a whole row.
 template <Loop kLoop, bool kKeep, Capability kCapability, typename T, typename A>
 PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instructions, const T* x, int64_t vocab_size,
                                                  const LogitTransform<A>& transform, const ClassWeights<A>& weights,
@@ -251,14 +253,15 @@ PDL_INLINE StatisticsOf<kLoop, A> row_statistics(Instructions<kCapability> instr
   return row;
 }
 
-// run(f), where f(j) is the weight of class j: of 1 for all it makes a loop of its own.
+// run(f), where f(j) is the weight of class j. If all weights are 1, it has a loop of its own.
 template <typename A, typename Run>
 PDL_INLINE void for_classes(const ClassWeights<A>& weights, Run run) {
   if (weights.of_class != nullptr) return run([&](int64_t j) { return A(weights.of_class[j]); });
   run([](int64_t) { return A(1); });
 }
 
-// Of columns [first, first + n), a tile of which the exponentials are `kept`. The target's element is another.
+// The gradient of the n columns from first on, a tile whose exponentials are in `kept`. The target's element is
+// computed separately.
 template <bool kPlain, Capability kCapability, typename T, typename A>
 PDL_INLINE void tile_gradient(Instructions<kCapability> instructions, const T* x, const A* kept, A origin, T* gradient,
                               int64_t first, int64_t n, const LogitTransform<A>& transform,
@@ -316,7 +319,7 @@ void reduce(const A* saved_rows, int64_t n, const LossInputs& inputs, A upstream
   }
 }
 
-// What both ways of a forward pass need of their arguments.
+// The arguments that both kinds of forward pass need.
 template <typename T>
 struct Forward {
   using A = Accumulator<T>;
@@ -352,7 +355,7 @@ struct Forward {
 
   PDL_INLINE A row_weight_at(int64_t i) const { return row_weight != nullptr ? row_weight[i] : A(1); }
 
-  // The factors of the gradient, which need no logits.
+  // The factors of the gradient, which do not depend on logits.
   Factors<A> factors_ahead(A upstream) const {
     RowSums sums;
     for (int64_t i = 0; i < logits.rows; ++i) {
@@ -381,7 +384,7 @@ struct Forward {
   void finish(A upstream) const { reduce(saved_rows, logits.rows, inputs, upstream, factors, loss); }
 };
 
-// The number on the device, or 1.
+// The number in memory, or 1.
 template <typename T>
 Accumulator<T> upstream_of(const OptionalTensor& upstream, const Forward<T>&) {
   return upstream ? *data_or_null<Accumulator<T>>(upstream) : Accumulator<T>(1);

@@ -1,6 +1,6 @@
 // One source, several instruction sets: `simd_parallel_for` runs a loop body that was compiled for each of them, and
-// picks one when the process starts. The body is a plain lambda; `flatten` pulls it, and all it
-// calls, into a function that carries the target attribute, where the compiler vectorises it.
+// selects one when the process starts. The body is a plain lambda. `flatten` inlines it, with all its calls, into a
+// function with the target attribute, where the compiler vectorises it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,7 @@
 
 namespace pdl::cpu {
 
-// The best that this processor has, or less where PDL_EXT_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16 asks for less.
+// The best capability of this processor, or a lower one set by PDL_EXT_CPU_CAPABILITY=default|avx2|avx512|avx512_bf16.
 Capability capability();
 const char* capability_name();
 
@@ -43,8 +43,8 @@ __attribute__((flatten, target(PDL_TARGET_AVX512_BF16))) void run_avx512_bf16(co
 
 }  // namespace detail
 
-// body(begin, end, instructions) over parts of [0, n) on PyTorch's own threads; an element costs about `cost` logits.
-// kBFloat16 tells whether the body narrows to bfloat16: no other is compiled once more for those instructions.
+// body(begin, end, instructions) over parts of 0 to n on PyTorch's own threads; an element costs about `cost` logits.
+// kBFloat16: whether the body narrows to bfloat16; other bodies are not compiled for those instructions.
 template <bool kBFloat16 = false, typename Body>
 void simd_parallel_for(int64_t n, int64_t cost, const Body& body) {
   constexpr int64_t kGrain = 32768;

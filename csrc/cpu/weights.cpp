@@ -1,5 +1,6 @@
-// Token weights on the CPU: the table of w(t) from the counts. Work is V powers, in vector code and on all threads; the
-// mean that normalises them is summed over parts of fixed size, so that it does not depend on the number of threads.
+// Token weights on the CPU: the table of w(t) from the counts. The work is V powers, in vector code and on all threads.
+// The mean that normalises them is summed over parts of fixed size, so that it does not depend on the number of
+// threads.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
@@ -13,7 +14,7 @@ namespace pdl::cpu {
 namespace {
 
 constexpr int64_t kPart = 4096;
-// What an entry costs, in logits.
+// The cost of an entry, in logits.
 constexpr int64_t kCost = 16;
 
 Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor fixed_tensor, double alpha,
@@ -30,12 +31,12 @@ Tensor token_weights(Tensor counts_tensor, OptionalTensor blend, OptionalTensor 
   const int64_t parts = (vocab_size + kPart - 1) / kPart;
   std::vector<CountSums> of_parts(parts);
   simd_parallel_for(parts, kPart, [&](int64_t begin, int64_t end, auto) {
-    // Copies that no store can change, or the loops would not become vector code.
+    // Copies that no store can change: otherwise the loops would not become vector code.
     const PowerLaw own_law = law;
     const int64_t* own_counts = counts;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kPart, last = std::min(first + kPart, vocab_size);
-      // Numbers by themselves, and a loop without a table that may not be there: for the same reason.
+      // Separate numbers, and a loop without the optional table, for the same reason.
       uint64_t total = 0;
       int64_t rareness = 0;
       if (fixed == nullptr) {

@@ -1,4 +1,4 @@
-// Reductions over a block, in an order that depends on nothing but the block's size.
+// Reductions over a block, in an order that depends only on the block's size.
 #pragma once
 
 #include "../row_loss.h"
@@ -38,7 +38,7 @@ __device__ __forceinline__ CountSums shifted_down(const CountSums& sums, int dis
   return {shuffle_down(sums.total, distance), shuffle_down(sums.rareness, distance)};
 }
 
-// combine() over the first lanes of a warp, valid in lane 0. The others have its identity.
+// combine() over the first lanes of a warp, valid in lane 0. The other lanes must have its identity.
 template <typename V, typename Combine>
 __device__ __forceinline__ V warp_reduce(V value, Combine combine, int lanes = kWarp) {
 #pragma unroll
@@ -54,7 +54,7 @@ __device__ V block_reduce(V value, const V& identity, Combine combine) {
   __shared__ V of_warp[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   value = warp_reduce(value, combine);
-  // A second reduction in the same kernel must not overwrite what the first warp still reads.
+  // A second reduction in the same kernel must not overwrite values that the first warp still reads.
   __syncthreads();
   if (lane == 0) of_warp[warp] = value;
   __syncthreads();

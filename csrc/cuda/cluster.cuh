@@ -1,4 +1,4 @@
-// The blocks of a thread block cluster, which sm_90 has, and how they merge what each of them knows.
+// The blocks of a thread block cluster (sm_90), and the exchange of their values.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -14,7 +14,7 @@ namespace pdl::cuda {
 
 namespace ptx = ::cuda::ptx;
 
-// Of blocks that share a row.
+// The number of blocks that share a row.
 #if !defined(PDL_LEAST_CLUSTER)
 #define PDL_LEAST_CLUSTER 2
 #endif
@@ -23,7 +23,7 @@ constexpr int kLeastCluster = PDL_LEAST_CLUSTER, kMaxCluster = 16;
 // `blocks` is a power of two, and 1 in a launch without clusters.
 struct Cluster {
   int blocks;
-  // Shifts by it are divisions by `blocks`, which takes 20 instructions.
+  // A shift by this replaces a division by `blocks`, which takes 20 instructions.
   int log2_blocks;
 
   explicit Cluster(int blocks) : blocks(blocks), log2_blocks(std::countr_zero(unsigned(blocks))) {}
@@ -33,7 +33,7 @@ struct Cluster {
   __device__ void arrive() const {
     if (blocks > 1) cooperative_groups::this_cluster().barrier_arrive();
   }
-  // For what the thread has read; what it has written may not be there yet.
+  // Orders the thread's reads only; its writes may not be visible yet.
   __device__ void arrive_relaxed() const {
 #if defined(__CUDA_ARCH__)
     if (blocks > 1) __cluster_barrier_arrive_relaxed();
@@ -61,16 +61,15 @@ struct Cluster {
 #endif
 };
 
-// How blocks merge what their threads 0 know: in that order they call begin(), then for each row merged() and
-// after_reads() or skip(), then end(). Whoever has merged() behind him may write what others have read before it.
+// How blocks merge the values of their threads 0. They call begin(), then for each row merged() and after_reads(), or
+// skip(), and then end(). After merged() a block may overwrite data that the others read before it.
 //
-// - barrier: each leaves its own in its shared memory, and reads the others' behind a barrier. Its arrival is a fence
-// of
-//   the whole card's memory. A second one keeps a block from leaving before it is read.
-// - messages: each sends its own to all, and waits for theirs to arrive. No fence and no second barrier; but a cluster
-//   has one row only.
+// - barrier: each block leaves its value in its shared memory, and reads the others' after a barrier. The arrival at
+//   the barrier is a fence of the whole card's memory. A second barrier keeps a block from leaving before it is read.
+// - messages: each block sends its value to all others, and waits for theirs to arrive. This needs no fence and no
+//   second barrier, but a cluster has only one row.
 //
-// A card has to decide between them: docs/kernels.md.
+// Only a card can decide between them: docs/kernels.md.
 enum class Exchange { barrier, messages };
 #if !defined(PDL_EXCHANGE)
 #define PDL_EXCHANGE barrier
@@ -100,13 +99,13 @@ struct ClusterExchange<Exchange::barrier, V> {
     return value;
   }
 
-  // After a barrier of the block: the other blocks' values are read.
+  // Called after a barrier of the block: the other blocks' values are read.
   __device__ void after_reads(const Cluster& cluster) { cluster.arrive_relaxed(); }
   __device__ void end(const Cluster& cluster) { cluster.wait(); }
 };
 
 #if !defined(PDL_HAS_CLUSTERS)
-// A block is alone.
+// Each cluster has a single block.
 template <typename V>
 struct ClusterExchange<Exchange::messages, V> : ClusterExchange<Exchange::barrier, V> {};
 #else
@@ -132,7 +131,7 @@ struct ClusterExchange<Exchange::messages, V> {
     cluster.arrive_relaxed();
   }
 
-  // All are there whom others may still write to.
+  // Waits until all blocks exist to which others may still write.
   __device__ void skip(const Cluster& cluster) { cluster.wait(); }
 
   template <typename Combine>
@@ -158,7 +157,7 @@ struct ClusterExchange<Exchange::messages, V> {
     return warp_reduce(value, combine, cluster.blocks);
   }
 
-  // Nobody reads this block's memory, and all that is sent to it has arrived.
+  // No other block reads this block's memory, and all messages to it have arrived.
   __device__ void after_reads(const Cluster&) {}
   __device__ void end(const Cluster&) {}
 };

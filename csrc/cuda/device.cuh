@@ -1,5 +1,4 @@
-// What the kernels take from the device: widths of warps, conversions, exchange between lanes, atomics, asynchronous
-// copies.
+// Device functions for the kernels: warps, conversions, exchange between lanes, atomics, asynchronous copies.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,7 +44,7 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// Two neighbours of 16 bits, the first in the lower half of the word: by fewer instructions than one by one.
+// Two adjacent 16-bit numbers, the first in the lower half of the word: fewer instructions than one by one.
 template <typename T>
 __device__ __forceinline__ float2 widen_pair(uint32_t word);
 template <>
@@ -77,7 +76,7 @@ __device__ __forceinline__ uint32_t narrow_pair<__half>(float2 x) {
   return word;
 }
 
-// What was loaded, of which nothing is computed before this call: else the load is waited for where it stands.
+// A loaded value that is not used before this call: otherwise the compiler would wait for the load at its own place.
 template <typename V>
 __device__ __forceinline__ V not_before(V loaded) {
 #if defined(__CUDA_ARCH__)
@@ -91,7 +90,7 @@ __device__ __forceinline__ V not_before(V loaded) {
   return loaded;
 }
 
-// The larger of a value, which may be NaN, and a number; then the number. One instruction in float32.
+// The larger of a value and a number; the number if the value is NaN. One instruction in float32.
 __device__ __forceinline__ float larger(float value, float number) {
   return fmaxf(value, number);
 }
@@ -113,14 +112,14 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
 
-// Counters in the block's shared memory. The address is taken once: of a generic pointer sm_90 takes it at each
-// addition. An addition of one, known when this is compiled, is an instruction of its own from sm_80 on, which adds up
-// the lanes of a warp that have the same counter, where other additions queue.
+// Counters in the block's shared memory. Their address is converted once: with a generic pointer, sm_90 converts it at
+// each addition. From sm_80 on, adding a compile-time one is a separate instruction. It merges the lanes of a warp with
+// the same counter, where other additions are serialised.
 class SharedCounters {
  public:
 #if defined(__CUDA_ARCH__)
   __device__ explicit SharedCounters(uint32_t* counters) {
-    // Opaque to the compiler, which would else take the address anew for each use.
+    // Opaque to the compiler, which would otherwise convert the address again for each use.
     asm volatile("mov.u32 %0, %1;" : "=r"(address_) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(counters))));
   }
   __device__ __forceinline__ void increment(uint32_t index) const {
@@ -138,15 +137,15 @@ class SharedCounters {
 #endif
 };
 
-// Copies 16 bytes into shared memory while the thread goes on; it may read them after the wait for their group.
+// Copies 16 bytes into shared memory asynchronously; the thread may read them after it has waited for their group.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, 16);
 }
 __device__ __forceinline__ void end_group_of_copies() {
   __pipeline_commit();
 }
-// Waits for all groups but the last `under_way`, or for some of those too where they are many: the instruction has the
-// number in it.
+// Waits for all groups but the last `under_way`; if these are many, for some of them, too. The number is part of the
+// instruction.
 __device__ __forceinline__ void wait_for_copies(int under_way) {
   if (under_way <= 0) {
     __pipeline_wait_prior(0);
@@ -163,7 +162,7 @@ __device__ __forceinline__ void wait_for_copies(int under_way) {
   asm volatile("" ::: "memory");
 }
 
-// sm_90 lets a kernel start while the one before it runs; launch.cuh says where.
+// On sm_90 a kernel may start while the previous one runs; see launch.cuh.
 __device__ __forceinline__ void let_next_kernel_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -175,7 +174,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-// What the launch asked for, aligned to 16 bytes.
+// The shared memory that the launch requested, aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared_memory() {
   extern __shared__ uint4 pdl_dynamic_shared[];

@@ -1,16 +1,16 @@
 // Histogram of token ids on CUDA: one read of the ids in their own dtype, no pre-pass, nothing read back.
 //
 // Regimes, chosen by the sizes alone:
-// - Few tokens, as in a training step: equal ids within a warp are counted together and added to the 64-bit totals in
-//   global memory, which L2 serves.
-// - Many: a block on every multiprocessor keeps 32-bit counters of 58,080 ids (sm_90) in its shared memory, reads ids
-//   in accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a group
-//   of up to eight blocks, which read the same ids at about the same time, so that all but the first find them in L2:
-//   that costs the same whichever ids are frequent.
-// - Many, of a vocabulary that is larger still: ids beyond the group's counters go to the totals at once, a run of one
-//   id in a thread as one addition. A byte-pair vocabulary is ordered by merges, so these are rare ones.
+// - Few tokens, as in a training step: equal ids within a warp are counted together. They are added to the 64-bit
+//   totals in global memory, which L2 serves.
+// - Many: a block on every multiprocessor keeps 32-bit counters of 58,080 ids (sm_90) in its shared memory. It reads
+//   ids in accesses of 16 bytes, and adds its counters to the totals at the end. A larger vocabulary is shared by a
+//   group of up to eight blocks. They read the same ids at about the same time, so that all but the first find them in
+//   L2. The cost does not depend on which ids are frequent.
+// - Many, of a still larger vocabulary: ids without a counter in the group are added to the totals directly. A run of
+//   one id in a thread is one addition. A byte-pair vocabulary is ordered by merges, so these ids are rare.
 // Least traffic: the ids once, and 8 bytes read and written for each id that occurs. Integer additions make the result
-// the same every time.
+// reproducible.
 #include <torch/csrc/stable/library.h>
 
 #include <limits>
@@ -25,30 +25,30 @@ namespace pdl::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Of the kernel that keeps no table: 2,048 threads, which no multiprocessor exceeds.
+// For the kernel without a table: 2,048 threads, the most of any multiprocessor.
 constexpr int64_t kBlocksOfMultiprocessor = 8;
-// Batches that a thread of the other has under way. With two it loads one while it counts the other: half as many
-// threads have the registers for that. A card has to decide: docs/kernels.md.
+// The number of batches that a thread of the other kernel has in flight. With two it loads one while it counts the
+// other, but only half as many threads have enough registers. Only a card can decide: docs/kernels.md.
 #if !defined(PDL_HISTOGRAM_BATCHES)
 #define PDL_HISTOGRAM_BATCHES 1
 #endif
 constexpr int kBatches = PDL_HISTOGRAM_BATCHES;
 constexpr int kOnChipThreads = 1024 / kBatches;
-// Behind a block's counters, for ids of which it has none, so that no addition has to be branched around: one a lane,
-// or they would queue.
+// Counters after a block's own, for ids without a counter, so that no addition needs a branch. There is one for each
+// lane: otherwise the additions would be serialised.
 constexpr uint32_t kSpareCounters = kWarp;
-// Ids that a group counts in a launch, about: fewer than a counter of 32 bits holds.
+// About the number of ids that a group counts in a launch: fewer than a counter of 32 bits holds.
 constexpr int64_t kMaxIdsOfGroup = int64_t(1) << 31;
-// Blocks that share a vocabulary. L2 delivers some twice what memory does: more of them would take longer than ids
-// beyond the counters do.
+// The most blocks that share a vocabulary. L2 delivers about twice the bandwidth of memory: more blocks would take
+// longer than ids without counters do.
 constexpr int64_t kMaxGroup = 8;
-// Packs of a batch: enough to keep memory busy, few enough for the code of 16 ids.
+// The packs of a batch: enough to keep memory busy, few enough for the code of 16 ids.
 template <typename T>
 constexpr int kBatch = 16 / kVector<T>;
-// From so many tokens a counter on, counting on chip saves more than adding up its counters costs.
+// From this number of tokens per counter on, counting on chip saves more than the final sum of its counters costs.
 constexpr int64_t kTokensPerCounter = 2;
 
-// The vocabulary in words as narrow as the ids allow; a negative id becomes one that is too large.
+// The vocabulary's size in words as narrow as the ids; a negative id becomes one that is too large.
 template <typename T>
 struct Vocabulary {
   using Word = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void add_rejected(const CountTable& totals, int64_t i
   }
 }
 
-// What a launch was given, once.
+// Adds the number of a launch's tokens, once.
 __device__ __forceinline__ void add_seen(const CountTable& totals, int64_t n) {
   if (blockIdx.x == 0 && threadIdx.x == 0) atomic_add(totals.seen, n);
 }
@@ -115,18 +115,18 @@ __global__ void __launch_bounds__(kOnChipThreads)
   // The ids that this block counts.
   const uint32_t first_id = member * counted_by_block;
   const uint32_t on_chip = min(counted_by_block, counted_by_group - first_id);
-  // No overflow: a launch gives no group 2^32 ids.
+  // No overflow: no group gets 2^32 ids in a launch.
   uint32_t* table = dynamic_shared_memory<uint32_t>();
   for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) table[i] = 0;
   __syncthreads();
 
   const SharedCounters counters(table);
-  // The ignored id as well, if it has a counter: it is told apart when the table is added up.
+  // The ignored id is counted as well, if it has a counter; it is treated separately in the final sum.
   const Word no_counter = on_chip + threadIdx.x % kSpareCounters;
   const auto count_on_chip = [&](T token) { counters.increment(uint32_t(min(Word(token) - first_id, no_counter))); };
 
   int64_t ignored = 0, out_of_range = 0;
-  // Of ids of which no block has a counter.
+  // Ids without a counter in any block.
   Word id_of_run = ~Word(0);
   uint32_t length_of_run = 0;
   const auto end_run = [&] {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
     if (threadIdx.x < n - tail) count(tokens[tail + threadIdx.x]);
   }
   const int64_t stride = int64_t(groups) * kBatch<T> * blockDim.x;
-  // The members take turns at the ids of which none has a counter; at 0 it is this one's.
+  // The members take turns with the ids without a counter; at 0 it is this one's turn.
   uint32_t turns_until_mine = member;
   Pack<T> batches[kBatches][kBatch<T>];
   const auto load = [&](Pack<T>(&batch)[kBatch<T>], int64_t first) {
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
 #pragma unroll
     for (int i = 0; i < kBatch<T>; ++i) {
       if (first + i * blockDim.x >= packs) break;
-      // In two passes, of which the first has no branches, and few packs need the second.
+      // In two passes: the first has no branches, and few packs need the second.
       bool all_counted = true;
 #pragma unroll
       for (int k = 0; k < kVector<T>; ++k) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kOnChipThreads)
   add_seen(totals, n);
 
   __syncthreads();
-  // Each group begins elsewhere, or all would queue for the same totals.
+  // Each group begins at another counter: otherwise all additions to the same totals would be serialised.
   const uint32_t rotation = uint32_t(uint64_t(on_chip) * group / groups);
   for (uint32_t i = threadIdx.x; i < on_chip; i += blockDim.x) {
     const uint32_t at = i + rotation < on_chip ? i + rotation : i + rotation - on_chip, id = first_id + at;
@@ -218,12 +218,12 @@ void count(const Launcher& launch, const T* ids, int64_t n, int64_t vocab_size, 
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   const int64_t room =
       launch.attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) / int64_t(sizeof(uint32_t)) - kSpareCounters;
-  // Ids that T can hold and that are in the vocabulary.
+  // The ids of the vocabulary that T can represent.
   const int64_t possible = std::min(vocab_size, int64_t(std::numeric_limits<T>::max()) + (sizeof(T) < 8));
   const int64_t group = std::max<int64_t>(1, std::min({(possible + room - 1) / room, kMaxGroup, multiprocessors}));
   const int64_t on_chip = std::min((possible + group - 1) / group, room);
   if (n < kTokensPerCounter * multiprocessors * on_chip) {
-    // A token a thread as far as all run at once: a thread waits for one token before it loads the next.
+    // One token a thread, as far as all threads run at once: a thread waits for one token before it loads the next.
     const Grid grid{std::min((n + kThreads - 1) / kThreads, kBlocksOfMultiprocessor * multiprocessors), kThreads};
     launch(count_in_warps_kernel<T>, grid, ids, n, vocabulary, totals);
   } else {

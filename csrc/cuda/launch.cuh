@@ -1,5 +1,5 @@
-// The only place that launches kernels: on the tensor's device, on PyTorch's current stream, checked. What a launch can
-// ask the device about stands here too.
+// The only place that launches kernels: on the tensor's device, on PyTorch's current stream, with checks. Queries of
+// the device that launches need are also here.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -26,15 +26,15 @@ struct Grid {
   int shares = 1;
   // Blocks along x that form a thread block cluster.
   int cluster = 1;
-  // Whether L1 gives way to shared memory, as it does for whoever asks for much of it. A multiprocessor drains between
-  // kernels that want this otherwise.
+  // Whether the launch prefers shared memory over L1, as launches with much shared memory do. A multiprocessor drains
+  // between kernels that differ in this.
   bool wants_shared = false;
-  // Whether blocks may start while the kernel before them runs, from where it has called let_next_kernel_start(). Then
-  // all of them call wait_for_previous_kernel() before they need what it writes.
+  // Whether blocks may start while the previous kernel runs, after that kernel has called let_next_kernel_start(). All
+  // of them then call wait_for_previous_kernel() before they use its results.
   bool starts_early = false;
 };
 
-// What the driver was told and has answered, of each kernel on each device: asking takes as long as a launch.
+// The settings made in the driver, and its answers, for each kernel on each device: a query takes as long as a launch.
 class DriverMemory {
  public:
   struct Kernel {
@@ -49,7 +49,7 @@ class DriverMemory {
     return memory;
   }
 
-  // What is known of the kernel on the current device, while nobody else changes it.
+  // Calls `use` with the record of the kernel on the current device, under a lock.
   template <typename Use>
   cudaError_t use(const void* address, Use use) {
     int device = 0;
@@ -64,7 +64,7 @@ class DriverMemory {
     return use(found->second);
   }
 
-  // ask() of the kernel in such a grid, or what it has said before.
+  // The result of ask() for the kernel in such a grid, or its earlier result.
   template <typename Ask>
   int64_t answer(const void* address, const Grid& grid, Ask ask) {
     int device = 0;
@@ -76,7 +76,7 @@ class DriverMemory {
     }
     const int64_t answer = ask();
     const std::lock_guard<std::mutex> lock(mutex_);
-    // Of a caller whose rows have another length in each call.
+    // A limit for callers whose rows have another length in each call.
     constexpr size_t kMost = 4096;
     if (answers_.size() >= kMost) answers_.clear();
     answers_.emplace(question, answer);
@@ -91,7 +91,7 @@ class DriverMemory {
   std::map<Question, int64_t> answers_;
 };
 
-// Makes a tensor's device current for as long as it lives, and knows the stream to launch on.
+// Makes a tensor's device current while this object exists, and holds the stream to launch on.
 class Launcher {
  public:
   explicit Launcher(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
@@ -106,7 +106,7 @@ class Launcher {
     STD_CUDA_CHECK(allow(address_of(kernel), grid));
     cudaLaunchAttribute attributes[kMostAttributes];
     cudaLaunchConfig_t config = config_of(grid, attributes);
-    // Drivers before 12.3 capture no such launch.
+    // Drivers before 12.3 cannot capture such a launch.
     if (grid.starts_early && !is_capturing()) {
       cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -115,7 +115,7 @@ class Launcher {
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
   }
 
-  // Zeroes the first `width` bytes of rows that begin `pitch` bytes from one another.
+  // Zeroes the first `width` bytes of rows that begin `pitch` bytes apart.
   void zero(void* address, int64_t pitch, int64_t width, int64_t rows) const {
     STD_CUDA_CHECK(cudaMemset2DAsync(address, size_t(pitch), 0, size_t(width), size_t(rows), stream_));
   }
@@ -127,7 +127,7 @@ class Launcher {
     return value;
   }
 
-  // Of such blocks, as many as a multiprocessor holds at once: none, if it refuses them, or clusters of that size.
+  // The number of such blocks that a multiprocessor holds at once; 0 if it refuses them, or clusters of that size.
   template <typename Kernel>
   int64_t resident_blocks_of_multiprocessor(Kernel* kernel, const Grid& grid) const {
     return DriverMemory::instance().answer(address_of(kernel), grid, [&]() -> int64_t {
@@ -142,9 +142,9 @@ class Launcher {
         error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
       }
       if (error == cudaSuccess) return clusters > 0 ? blocks : 0;
-      // Or the next launch would find the error.
+      // Clears the error: otherwise the next launch would report it.
       cudaGetLastError();
-      // What is refused for good; any other error is nothing to remember.
+      // These errors are permanent; any other is not remembered.
       const bool refused = error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
                            error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported;
       if (!refused) STD_CUDA_CHECK(error);
@@ -152,14 +152,14 @@ class Launcher {
     });
   }
 
-  // As many as the whole device holds at once.
+  // The number that the whole device holds at once.
   template <typename Kernel>
   int64_t resident_blocks(Kernel* kernel, const Grid& grid) const {
     return resident_blocks_of_multiprocessor(kernel, grid) * attribute(cudaDevAttrMultiProcessorCount);
   }
 
-  // Whether device and kernel know what sm_90 brought: clusters, and kernels that start early. The driver may have
-  // compiled for this device what was built for an older one.
+  // Whether device and kernel support the features of sm_90: clusters, and kernels that start early. The driver may
+  // have compiled a kernel for this device that was built for an older one.
   template <typename Kernel>
   bool is_hopper(Kernel* kernel) const {
     constexpr int kHopper = 90;
@@ -200,9 +200,10 @@ class Launcher {
     return config;
   }
 
-  // Asks for what a kernel may only have if it is asked for, unless that was done before.
+  // Requests the resources that a kernel gets only on request, unless that was done before.
   cudaError_t allow(const void* kernel, const Grid& grid) const {
-    // Without asking it is 48 KiB together with the kernel's own variables, which are far fewer than the rest of them.
+    // Without a request the limit is 48 KiB, including the kernel's own variables, which take far less than the
+    // difference.
     constexpr int kSharedWithoutAsking = 32 * 1024, kClusterWithoutAsking = 8;
     const bool much_shared = grid.shared_bytes > kSharedWithoutAsking;
     const bool large_cluster = grid.cluster > kClusterWithoutAsking;
@@ -210,8 +211,8 @@ class Launcher {
     if (!much_shared && !large_cluster && !wants_shared) return cudaSuccess;
     return DriverMemory::instance().use(kernel, [&](DriverMemory::Kernel& known) {
       if (much_shared && grid.shared_bytes > known.most_shared) {
-        // All that there is, and not what this launch needs: another thread may be about to launch with more. What the
-        // driver counts as the kernel's own may contain what it keeps of each block.
+        // The maximum, not just the need of this launch: another thread may be about to launch with more. The driver's
+        // size of the kernel's own memory may include its reserved memory of each block.
         const int all = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - int(known.attributes.sharedSizeBytes);
         const int most = std::max(all, grid.shared_bytes);
         if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) {
@@ -220,7 +221,7 @@ class Launcher {
         known.most_shared = most;
       }
       if (wants_shared && !known.wants_shared) {
-        // Of L1: grids are planned for as many such blocks as shared memory has room for.
+        // Grids are planned for as many such blocks as shared memory has room for.
         if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                     cudaSharedmemCarveoutMaxShared)) {
           return error;
@@ -241,7 +242,7 @@ class Launcher {
   cudaStream_t stream_ = nullptr;
 };
 
-// Kernels stride over what exceeds the grid.
+// Kernels use a strided loop for work beyond the grid.
 inline int64_t grid_for(int64_t work) {
   return std::min<int64_t>(work, 0x7fffffff);
 }

@@ -5,13 +5,13 @@
 // gradient_kernel fuses the softmax, the gradient and the transform's derivative: reads and writes e*N*V bytes each;
 // its output may be the logits themselves.
 //
-// correct_gradient_kernel does the same, but only where the upstream gradient is not the one that was expected.
+// correct_gradient_kernel does the same, but only if the upstream gradient is not the expected one.
 //
 // Regimes: a row a block, 128 threads for short rows and 256 for long ones. Gradients of fewer rows than
-// multiprocessors are cut into shares; statistics are not, so that a row's do not depend on the number of rows.
-// Accesses of 16 bytes for any V and any alignment, several of them under way in a thread, element by element only
-// where gradient and logits are misaligned differently. Rows of ignored targets are not read. Only pointers and scalars
-// are passed, and nothing is read back, so a step can be captured in a graph.
+// multiprocessors are divided into shares. Statistics are not, so that those of a row do not depend on the number of
+// rows. Accesses have 16 bytes for any V and any alignment, and each thread has several in flight. They are element by
+// element only if gradient and logits are misaligned differently. Rows of ignored targets are not read. Only pointers
+// and scalars are passed, and nothing is read back, so a step can be captured in a graph.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
   }
 }
 
-// A thread a row.
+// One thread for each row.
 template <typename A>
 __global__ void complete_rows_kernel(A* saved_rows, int64_t count, RowOptions<A> options) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -67,8 +67,8 @@ __device__ __forceinline__ void write_gradients(const Rows<T>& rows, const A* up
     const auto row = gradient_row(rows.saved(i), rows.row_weight_at(i), grad, factors, rows.options);
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, int(blockIdx.y), int(gridDim.y));
-    // In another shard an id is that of no column. Out of range it may be cut to one: then the row's statistics are
-    // NaN, and so is all of its gradient.
+    // The id of another shard is no column here. An id out of range may be truncated to a column; the row's statistics
+    // are then NaN, and so is its whole gradient.
     write_gradient<kPlain>(rows, x, gradient, range, int(id - first_id), row);
   }
 }
@@ -81,7 +81,7 @@ __global__ void gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream, in
                           gradient_stride);
 }
 
-// `expected`, or nullptr: where the upstream gradient is kept, for the next one to be expected.
+// expected: where the upstream gradient is stored as the expected one of the next call, or nullptr.
 template <typename T, bool kPlain>
 __global__ void correct_gradient_kernel(Rows<T> rows, const Accumulator<T>* upstream,
                                         const Accumulator<T>* saved_factors, Accumulator<T>* expected, T* gradients,
@@ -146,7 +146,7 @@ void correct_gradient_(Tensor gradient, OptionalTensor expected, Tensor grad_los
     using A = Accumulator<T>;
     const Rows<T> rows = rows_of<T>(logits, inputs, saved_rows, logits.size(1));
     const auto kernel = inputs.is_plain() ? correct_gradient_kernel<T, true> : correct_gradient_kernel<T, false>;
-    // As few blocks as can keep memory busy, since mostly they find what was expected and return.
+    // The fewest blocks that keep memory busy, since mostly they find the expected number and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
     const Grid grid{std::min(rows.count, 2 * multiprocessors), threads_for(rows.vocab_size), 0,
                     shares_of_row(launch, logits)};

@@ -1,4 +1,4 @@
-// The loss and its gradient by two calls, for the call that does both at once where it cannot.
+// The loss and its gradient by two calls, which loss_and_gradient uses where it cannot do both at once.
 #pragma once
 
 #include "../loss_arguments.h"
@@ -6,10 +6,11 @@
 
 namespace pdl::cuda {
 
-// Into how many shares to cut each row of what is computed element by element. Few rows then keep the whole card busy;
-// of rows enough each is one.
+// The number of shares of each row, for kernels that work element by element. With few rows it keeps the whole card
+// busy; with many it is 1.
 inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
-  // Of a share of 16 KiB each thread has all its vectors under way at once; of smaller ones there would only be more.
+  // With a share of 16 KiB each thread has all its vectors in flight at once; smaller shares would only be more
+  // numerous.
   constexpr int64_t kShareBytes = 16 * 1024;
   const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
   if (logits.size(0) == 0 || logits.size(0) >= multiprocessors) return 1;
@@ -18,16 +19,16 @@ inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   return int(std::min(wanted, possible));
 }
 
-// `upstream`, one number or nothing for 1, goes into the factors.
+// `upstream`: one number, or none for 1; it is stored in the factors.
 LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, const OptionalTensor& upstream,
                                  bool stats);
 
-// Logits may be columns of a wider tensor: rows of their gradient lie as far from 16-byte boundaries as theirs, or it
-// would be read and written element by element. What lies between is zero, since a product may read it. The twin of the
-// fake kernel in pdl_ext/engine/ops.py.
+// Logits may be columns of a wider tensor. The rows of their gradient then have the same offset from 16-byte
+// boundaries: otherwise it would be read and written element by element. The gaps are zero, since a product may read
+// them. The fake kernel in pdl_ext/engine/ops.py must match.
 Tensor allocate_gradient(const Tensor& logits);
 
-// Without grad_loss it is that of the factors.
+// Without grad_loss the upstream gradient is that in the factors.
 void loss_backward_into(const OptionalTensor& grad_loss, const Tensor& logits, const LossInputs& inputs,
                         const Tensor& saved_rows, const Tensor& factors, const VocabularyShard& shard,
                         const Tensor& grad_logits);

@@ -1,18 +1,19 @@
 // Weighted cross-entropy and its gradient in one call, on CUDA: over the logits or into another buffer, for the
-// upstream gradient that is expected. Least traffic: e*N*V bytes read and e*N*V written.
+// expected upstream gradient. Least traffic: e*N*V bytes read and e*N*V written.
 //
-// factors_kernel sums the weights, of which the gradient needs the denominator: reads at most 20*N bytes.
+// factors_kernel sums the weights, whose sum is the denominator of the gradient: reads at most 20*N bytes.
 // on_chip_kernel, which starts meanwhile, and cached_kernel fuse transform, softmax statistics, losses and gradient.
 // reduce_kernel sums the rows' losses: reads at most 32*N bytes (56*N in float64).
 // scale_kernel multiplies a gradient by an upstream one that is read on the device, unless it is 1: 2*e*N*V bytes.
 //
 // Regimes, chosen by the sizes and the device:
-// - The row stays in shared memory between its two passes (on_chip_kernel), copied there asynchronously, a thread's own
-//   vectors: no barrier but that of the reduction. Three rows, or shares of them, are on a multiprocessor, so that one
-//   loads while others compute and store. Rows too long for that are cut over a cluster of up to 16 blocks (sm_90),
-//   which merge their statistics through distributed shared memory: 262,144 logits of bfloat16 or float32.
-// - Else a block takes a row, and its second pass finds the row in L2 (cached_kernel): as many rows are under
-//   way as half of L2 holds, but one for each multiprocessor, and what is written makes way first.
+// - on_chip_kernel: the row stays in shared memory between its two passes. Each thread copies its own vectors there
+//   asynchronously, so that the only barrier is that of the reduction. A multiprocessor holds three rows, or shares of
+//   them, so that one loads while others compute and store. Longer rows are divided over a cluster of up to 16 blocks
+//   (sm_90), up to 262,144 logits of bfloat16 or float32. These blocks merge their statistics through distributed
+//   shared memory.
+// - cached_kernel: otherwise a block takes a row, and its second pass finds the row in L2. As many rows are processed
+//   at once as fit into half of L2, but at least one for each multiprocessor. Written data are evicted first.
 #include <torch/csrc/stable/library.h>
 
 #include "loss.h"
@@ -21,7 +22,7 @@
 namespace pdl::cuda {
 namespace {
 
-// The place of the upstream gradient among the factors.
+// The position of the upstream gradient among the factors.
 constexpr int kUpstream = Factors<float>::kNumbers - 1;
 constexpr int kScaleThreads = 256;
 
@@ -34,7 +35,8 @@ __device__ __forceinline__ void add_kept(StatisticsOf<kLoop, A>& row, const Rows
   add_packs<kLoop>(row, rows, packs, begin + first_pack * kVector<T>, int(blockDim.x) * kVector<T>, centre);
 }
 
-// Begins to copy the thread's share of the range, pack p of it to kept[p], by groups of kPacks: so many of them.
+// Begins to copy the thread's share of the range, its pack p to kept[p], in groups of kPacks. Returns the number of
+// groups.
 template <typename T>
 __device__ __forceinline__ int copy_range(const T* x, const PackRange<T>& range, Pack<T>* kept) {
   const int packs = (range.end - range.begin) / kVector<T>;
@@ -47,7 +49,7 @@ __device__ __forceinline__ int copy_range(const T* x, const PackRange<T>& range,
   return groups;
 }
 
-// The thread's share of the range, of which so many groups are on their way.
+// The statistics of the thread's share of the range, of which this number of groups is being copied.
 template <Loop kLoop, typename T, typename A>
 __device__ __forceinline__ StatisticsOf<kLoop, A> gather_kept(const Rows<T>& rows, const T* x,
                                                               const PackRange<T>& range, const Pack<T>* kept,
@@ -66,7 +68,7 @@ __device__ __forceinline__ StatisticsOf<kLoop, A> gather_kept(const Rows<T>& row
   return row;
 }
 
-// The block's share of the gradient, from what copy_range brought.
+// The block's share of the gradient, from the data of copy_range.
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, const T* x, T* gradient,
                                                        const PackRange<T>& range, const Pack<T>* kept, int target,
@@ -94,7 +96,8 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
   of_target.template write<kPlain>(rows, gradient, row);
 }
 
-// A cluster a row; `shared_bytes` of the launch hold a block's share of it. Only a block alone may have several rows.
+// One cluster for each row; `shared_bytes` of the launch hold a block's share of it. Only a cluster of one block may
+// have several rows.
 template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients,
@@ -118,21 +121,21 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
       if (rank == 0 && threadIdx.x == 0) write_row_without_target(rows, i, fill);
       fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, cluster), narrow<T>(fill));
       exchange.skip(cluster);
-      // The kernel after this one reads what the one before it writes.
+      // The next kernel reads the results of the previous one.
       wait_for_previous_kernel();
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
     const PackRange<T> range(x, rows.vocab_size, cluster);
     const int groups = copy_range(x, range, kept);
-    // Behind the copies, since each of them waits for memory.
+    // After the copies, since each of these loads waits for memory.
     const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
     const A row_weight = rows.row_weight_at(i);
     auto row = merged_over_block(gather_kept<kLoop>(rows, x, range, kept, groups, of_target.centre(rows)));
-    // Before the exchange, behind which another block may write over it.
+    // Before the exchange, after which another block may overwrite it.
     if (threadIdx.x == 0) z_of_target = of_target.z(rows);
     wait_for_previous_kernel();
-    // For the upstream gradient that is expected.
+    // For the expected upstream gradient.
     const auto expected = Factors<A>::load(factors);
     row = exchange.merged(cluster, row, [](const auto& a, const auto& b) { return merge(a, b); });
     if (threadIdx.x == 0) of_row = row;
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
   using A = Accumulator<T>;
   constexpr bool kPlain = kIsPlain<kLoop>;
   __shared__ StatisticsOf<kLoop, A> of_row;
-  // For the upstream gradient that is expected.
+  // For the expected upstream gradient.
   const auto expected = Factors<A>::load(factors);
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
@@ -202,7 +205,7 @@ __global__ void __launch_bounds__(kScaleThreads)
   }
 }
 
-// The grid with which a row stays on chip, or no blocks if it cannot.
+// The grid with which a row stays on chip, or no blocks if that is impossible.
 template <typename T, typename Kernel>
 Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t vocab_size) {
   constexpr int kAmpere = 8;
@@ -210,11 +213,11 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
   const bool is_hopper = launch.is_hopper(kernel);
   const int64_t of_multiprocessor = launch.attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   const int64_t packs = vocab_size / kVector<T>;
-  // Where a row cannot be cut so far, two of them a multiprocessor are still better than a second pass over L2.
+  // If a row cannot be divided that far, two rows a multiprocessor are still better than a second pass over L2.
   for (int resident = kRowsOfMultiprocessor; resident >= 2; --resident) {
     for (int blocks = 1; blocks <= (is_hopper ? kMaxCluster : 1); blocks *= blocks == 1 ? kLeastCluster : 2) {
       const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
-      // A grid has no more blocks, and a cluster has one row.
+      // The most blocks of a grid; a cluster has one row.
       constexpr int64_t kMostBlocks = 0x7fffffff;
       if (bytes > of_multiprocessor / resident || (blocks > 1 && rows > kMostBlocks / blocks)) continue;
       const Grid grid{.blocks = std::min(rows, kMostBlocks / blocks) * blocks,
@@ -229,13 +232,13 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
   return {};
 }
 
-// With the gradient for an upstream one of `upstream`, or of 1.
+// With the gradient for the upstream gradient `upstream`, or for 1.
 LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient, const LossInputs& inputs,
                                    const OptionalTensor& upstream, bool stats) {
   check_loss_arguments(logits, inputs);
   check_gradient(logits, gradient, inputs.options.reduction);
   check_scalar(upstream, "upstream", logits);
-  // What a modulation is divided by is known once all rows are.
+  // The mean of a modulation is known only after all rows.
   if (inputs.options.modulation_normalize) {
     const LossOutputs outputs = loss_forward_outputs(logits, inputs, upstream, stats);
     loss_backward_into(std::nullopt, logits, inputs, outputs.saved_rows, outputs.factors, {0, logits.size(1)},
@@ -264,7 +267,7 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
       const auto cached = cached_kernel<T, kLoop>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
       Grid in_cache{1, kLongRowThreads};
-      // At least a row for each multiprocessor, and no more than run at once.
+      // At least one row for each multiprocessor, and no more than run at once.
       in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
       in_cache.blocks =
@@ -272,7 +275,7 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
       launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
     });
     one_block.starts_early = launch.is_hopper(reduce_kernel<T>);
-    // The upstream gradient that was read above: meanwhile another stream may have written what is expected next.
+    // The upstream gradient that was read above: meanwhile another stream may have written the next expected one.
     launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors + kUpstream, factors,
            static_cast<A*>(outputs.loss.mutable_data_ptr()));
   });
@@ -312,7 +315,7 @@ void scale_(Tensor gradient, Tensor factor) {
   check_scalar(factor, "factor", gradient);
   const Launcher launch(gradient);
   dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
-    // As few blocks as can keep memory busy, since mostly they find a 1 and return.
+    // The fewest blocks that keep memory busy, since mostly they find a 1 and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
     const Grid grid{std::min(gradient.size(0), 2 * multiprocessors), kScaleThreads, 0, shares_of_row(launch, gradient)};
     launch(scale_kernel<T>, grid, static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0), gradient.size(0),

@@ -1,4 +1,4 @@
-// From the saved rows to each row's term or their sum, and to the factors that the gradient needs. One block takes them
+// From the saved rows to each row's term or their sum, and to the factors that the gradient needs. One block does it,
 // always in the same order.
 #pragma once
 
@@ -8,11 +8,11 @@
 namespace pdl::cuda {
 
 constexpr int kReduceThreads = 512;
-// Rows whose numbers a thread loads before it uses any: one block has little else to cover its loads with.
+// The number of rows that a thread loads before it uses any: one block has little else to hide its loads with.
 template <typename A>
 constexpr int kRowsAtOnce = 32 / int(sizeof(A));
 
-// use(i, load(i)) for each row, which the block's threads take in turns.
+// use(i, load(i)) for each row; the block's threads take rows in turns.
 template <int kRowsAtOnce, typename Load, typename Use>
 __device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) {
   for (int64_t first = threadIdx.x; first < count; first += kRowsAtOnce * blockDim.x) {
@@ -26,7 +26,7 @@ __device__ __forceinline__ void for_each_row(int64_t count, Load load, Use use) 
   }
 }
 
-// `upstream` of the factors: what a gradient was computed for, or nullptr for 1. It may lie in `factors`.
+// upstream: the upstream gradient for the factors, or nullptr for 1. It may be in `factors`.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     reduce_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, const Accumulator<T>* upstream,
@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kReduceThreads, 1)
   });
 }
 
-// The factors before any row has been read: they depend on targets and weights alone, a sum's and given ones on none.
+// The factors before any row has been read. They depend only on targets and weights; with a sum or a given normalizer
+// they depend on neither.
 template <typename T>
 __global__ void __launch_bounds__(kReduceThreads, 1)
     factors_kernel(Rows<T> rows, Reduction reduction, const Accumulator<T>* normalizer, const Accumulator<T>* upstream,

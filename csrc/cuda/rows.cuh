@@ -1,5 +1,5 @@
-// The rows of a batch as the kernels of the loss see them, and what each kernel does for its share of one: statistics,
-// the row's losses, the gradient.
+// The rows of a batch for the kernels of the loss, and the work of each kernel on its share of a row. That is the
+// statistics, the row's losses, or the gradient.
 #pragma once
 
 #include "../loss_arguments.h"
@@ -8,7 +8,7 @@
 
 namespace pdl::cuda {
 
-// What a card may have to decide is set by macros: docs/testing.md has the variants.
+// Macros set the choices that only a card can decide: docs/testing.md has the variants.
 #if !defined(PDL_PACKS)
 #define PDL_PACKS 4
 #endif
@@ -16,10 +16,10 @@ namespace pdl::cuda {
 #define PDL_ROWS_OF_MULTIPROCESSOR 3
 #endif
 
-// Vectors that a thread has under way at once; docs/kernels.md has the count of instructions.
+// The number of vectors that a thread has in flight; docs/kernels.md has the count of instructions.
 constexpr int kPacks = PDL_PACKS;
-// Threads of a block that has a row or a share of one, and how many such blocks a multiprocessor must hold at once. One
-// loads while another reduces. float64 has no registers for the third, nor the throughput to need one.
+// The threads of a block with a row or a share of one. The second number is how many such blocks a multiprocessor must
+// hold: one loads while another reduces. float64 has no registers for the third, and its throughput does not need one.
 constexpr int kLongRowThreads = 256;
 constexpr int kRowsOfMultiprocessor = PDL_ROWS_OF_MULTIPROCESSOR;
 template <typename T>
@@ -80,12 +80,12 @@ Rows<T> rows_of(const Tensor& logits, const LossInputs& inputs, const Tensor& sa
           .predicted = nullptr};
 }
 
-// Of one element at `x`, of column j.
+// Adds one element, in column j of `x`.
 template <Loop kLoop, typename T, typename A>
 __device__ __forceinline__ void add_element(StatisticsOf<kLoop, A>& row, const Rows<T>& rows, const T* x, int j,
                                             A centre) {
   const A z = rows.template z<kIsPlain<kLoop>>(widen(x[j]), j);
-  // exp(z - z): not so for infinity, whose row has no loss. The 1 of -inf vanishes beside anything finite.
+  // exp(z - z) is 1, but NaN for infinity, whose row has no loss. The 1 of -inf vanishes beside any finite number.
   const A sum = z == infinity<A>() ? not_a_number<A>() : A(1);
   StatisticsOf<kLoop, A> element{RowStatistics<A>{z, sum, A(0), j}};
   if constexpr (!kIsPlain<kLoop>) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void add_packs(StatisticsOf<kLoop, A>& row, const Row
     }
   }
   if (kLoop != Loop::plain && rows.predicted != nullptr && max > row.max) {
-    // Backwards, so that the first of equals is the last to be found.
+    // In reverse order, so that the first of equal numbers is found last.
 #pragma unroll
     for (int i = kPacks - 1; i >= 0; --i) {
 #pragma unroll
@@ -160,7 +160,7 @@ __device__ __forceinline__ Statistics merged_over_block(const Statistics& row) {
   return block_reduce(row, Statistics(), [](const auto& a, const auto& b) { return merge(a, b); });
 }
 
-// Of the thread's share of a range of a row, read from memory.
+// The statistics of the thread's share of a range of a row, read from memory.
 template <Loop kLoop, typename T, typename A>
 __device__ __forceinline__ StatisticsOf<kLoop, A> statistics_of_share(const Rows<T>& rows, const T* x,
                                                                       const PackRange<T>& range, A centre) {
@@ -172,7 +172,7 @@ __device__ __forceinline__ StatisticsOf<kLoop, A> statistics_of_share(const Rows
   return row;
 }
 
-// What belongs to a row's target, loaded before the row is read and not waited for until then.
+// The data of a row's target. They are loaded before the row is read, and not waited for until they are used.
 template <typename T, Loop kLoop>
 struct RowTarget {
   using A = Accumulator<T>;
@@ -187,20 +187,20 @@ struct RowTarget {
   __device__ __forceinline__ A z(const Rows<T>& rows) const {
     return rows.template z<kIsPlain<kLoop>>(widen(not_before(logit)), target);
   }
-  // For which the plain loop has no use.
+  // The plain loop does not use it.
   __device__ __forceinline__ A centre(const Rows<T>& rows) const {
     return kIsPlain<kLoop> ? A(0) : smoothing_centre(z(rows));
   }
 };
 
-// By one thread.
+// Called by one thread.
 template <typename T, typename A>
 __device__ __forceinline__ void write_row(const Rows<T>& rows, int64_t i, const SavedRow<A>& row, int argmax) {
   row.store(rows.saved_rows, rows.count, i);
   if (rows.predicted != nullptr) rows.predicted[i] = argmax;
 }
 
-// Of a row without a target in the vocabulary, by one thread: zeros if it is ignored, else NaN.
+// Writes a row without a target in the vocabulary: zeros if it is ignored, else NaN. Called by one thread.
 template <typename T>
 __device__ __forceinline__ void write_row_without_target(const Rows<T>& rows, int64_t i, Accumulator<T> fill) {
   write_row(rows, i, SavedRow<Accumulator<T>>::filled(fill), -1);
@@ -216,11 +216,11 @@ __device__ __forceinline__ void fill_row(T* gradient, int vocab_size, const Pack
   range.for_each_outside(vocab_size, [&](int j) { gradient[j] = fill; });
 }
 
-// What the gradient off the target is computed by.
+// The type that computes the gradient off the target.
 template <bool kPlain, typename T>
 using OffTarget = std::conditional_t<kPlain && sizeof(T) == 2, GradientRowOfHalves, GradientRow<Accumulator<T>>>;
 
-// Off the target.
+// The gradient off the target.
 template <bool kPlain, typename T>
 __device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, const OffTarget<kPlain, T>& row) {
   const Accumulator<T> x = widen(logit);
@@ -232,21 +232,21 @@ __device__ __forceinline__ T gradient_of(const Rows<T>& rows, T logit, int j, co
   }
 }
 
-// The target's logit, in the thread that visits it, which writes its gradient once more at the end. So the loops know
-// no target.
+// The target's logit, in the thread that visits it. At the end that thread writes the target's gradient again, so that
+// the loops need not know the target.
 template <typename T>
 struct TargetElement {
   int column;
   bool is_mine;
   T logit;
 
-  // Before anything is written, since the gradient may lie where the logits do. A target of no column may be any
+  // Read before anything is written, since the gradient may overwrite the logits. A target that is no column may be any
   // number.
   __device__ __forceinline__ TargetElement(const T* x, int target, bool is_mine) : column(target), is_mine(is_mine) {
     if (is_mine) logit = x[target];
   }
 
-  // After everything else of the row.
+  // Written after everything else of the row.
   template <bool kPlain, typename A>
   __device__ __forceinline__ void write(const Rows<T>& rows, T* gradient, const GradientRow<A>& row) const {
     if (!is_mine) return;
@@ -276,7 +276,7 @@ __device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>&
   }
 }
 
-// The block's share of a row's gradient, from logits in memory. It may lie where they are: each thread reads an element
+// The block's share of a row's gradient, from logits in memory. It may overwrite them: each thread reads an element
 // before it writes it. `range` is that of the logits.
 template <bool kPlain, typename T, typename A>
 __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, T* gradient, const PackRange<T>& range,

@@ -1,4 +1,4 @@
-// A block's walk over a row in accesses of 16 bytes, whatever the row's alignment and length: the elements before the
+// A block's access to a row in vectors of 16 bytes, whatever the row's alignment and length. The elements before the
 // first 16-byte boundary and after the last one are visited one by one.
 #pragma once
 
@@ -36,7 +36,7 @@ template <typename T>
 __device__ __forceinline__ void store_pack(T* aligned, const Pack<T>& pack) {
   uint4 raw;
   memcpy(&raw, &pack, kVectorBytes);
-  // Written once and not read by us. As a plain assignment nvcc makes four accesses of it.
+  // Written once and not read again. nvcc would turn a plain assignment into four accesses.
   __stcs(reinterpret_cast<uint4*>(aligned), raw);
 }
 
@@ -52,8 +52,8 @@ __device__ __forceinline__ bool equally_aligned(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % kVectorBytes == 0;
 }
 
-// The whole vectors of one of `shares` equal shares of a row, [begin, end), which the share's threads take in turns.
-// What lies before the first and behind the last vector of the row belongs to the first share.
+// The whole vectors of one of `shares` equal shares of a row, from begin to before end; the share's threads take them
+// in turns. The elements before the first and after the last vector of the row belong to the first share.
 template <typename T>
 struct PackRange {
   int row_begin;
@@ -72,12 +72,12 @@ struct PackRange {
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }
   __device__ __forceinline__ int step() const { return int(blockDim.x) * kVector<T>; }
 
-  // Whether this thread visits element j of a row of `size`; of any j.
+  // Whether this thread visits element j of a row of `size`; j may be any number.
   __device__ __forceinline__ bool visits(int j, int size) const {
     if (j >= begin && j < end) return unsigned(j - begin) / kVector<T> % blockDim.x == threadIdx.x;
     return visits_outside(j, size);
   }
-  // The same where the threads take the elements of the vectors in turns.
+  // The same if the threads take the elements of the vectors in turns.
   __device__ __forceinline__ bool visits_by_elements(int j, int size) const {
     if (j >= begin && j < end) return unsigned(j - begin) % blockDim.x == threadIdx.x;
     return visits_outside(j, size);
@@ -108,9 +108,9 @@ struct PackRange {
   }
 };
 
-// The block shares the range: on_packs(packs, first, step), where element k of packs[i] is number first + i * step + k,
-// and on_element(j) for each element outside of whole vectors. A thread has kPacks loads under way before it uses any,
-// or as many as are left for it.
+// The block's threads share the range. They call on_packs(packs, first, step), where element k of packs[i] is number
+// first + i * step + k, and on_element(j) for each element outside of whole vectors. A thread has kPacks loads in
+// flight before it uses any, or as many as remain.
 template <int kPacks, typename T, typename OnPacks, typename OnElement>
 __device__ __forceinline__ void for_each_pack(const T* data, int size, const PackRange<T>& range, OnPacks on_packs,
                                               OnElement on_element) {

@@ -1,6 +1,6 @@
-// Token weights on CUDA: the table of w(t) from the counts, in three launches that hand their sums on in memory, so
-// that nothing is read back: sums of the counts, mean of the weights, weights. Reads 8*V bytes three times (L2 after
-// the first), writes 4*V. Each block sums the partial sums of all blocks itself, in the same order every time.
+// Token weights on CUDA: the table of w(t) from the counts. Three launches compute sums of the counts, the mean of the
+// weights, and the weights. They pass their sums in memory, so that nothing is read back. Reads 8*V bytes three times
+// (L2 after the first), writes 4*V. Each block sums the partial sums of all blocks itself, always in the same order.
 #include <torch/csrc/stable/library.h>
 
 #include "../build_info.h"
@@ -25,7 +25,7 @@ const char* cuda_architectures() {
 namespace cuda {
 namespace {
 
-// As many blocks as a card runs at once, and no more than a block has threads to add up their sums with.
+// As many blocks as a card runs at once, and no more than the threads with which a block adds up their sums.
 constexpr int kThreads = 512;
 constexpr int64_t kMaxBlocks = 256;
 
@@ -63,11 +63,11 @@ __device__ V grid_sum(const V* partial) {
   mine = block_sum(mine);
   if (threadIdx.x == 0) sum = mine;
   __syncthreads();
-  // Whoever overwrites it first passes the barriers of another block_sum, which every thread reaches after this line.
+  // Any later write to it comes after the barriers of another block_sum, which every thread reaches after this line.
   return sum;
 }
 
-// f(t, counts[t]) for each entry, of which a thread loads two at once.
+// f(t, counts[t]) for each entry; a thread loads two at once.
 template <typename F>
 __device__ __forceinline__ void for_each_entry(const int64_t* counts, int64_t vocab_size, F f) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;

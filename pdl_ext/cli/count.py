@@ -28,7 +28,7 @@ examples:
   pdl-ext count s3://bucket/tokens/ --vocab-size 128256 -o s3://bucket/counts.safetensors
   torchrun --nnodes 4 ... -m pdl_ext.cli count corpus/ --vocab-size 128256 -o counts.safetensors
 
-An interrupted count leaves OUTPUT.checkpoint-*; the same command goes on from there.
+An interrupted count leaves OUTPUT.checkpoint-*; the same command resumes it.
 """
 
 
@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "count",
         help="count the tokens of a corpus",
-        description="Counts how often each token occurs in a corpus, and writes a file that PDLLoss takes.",
+        description="Counts how often each token occurs in a corpus, and writes a file for PDLLoss.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,21 +45,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "data",
         nargs="+",
         metavar="DATA",
-        help="files, folders, patterns, or .list files with one of these a line; URLs, too (s3://, hf://, ...)",
+        help="files, folders, patterns, or .list files with one of these on each line; URLs, too (s3://, hf://, ...)",
     )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="V", help="entries of the vocabulary")
     parser.add_argument("-o", "--output", metavar="FILE", help="counts, as safetensors")
     parser.add_argument(
-        "--dry-run", action="store_true", help="list the files, formats, dtypes and about how many tokens, and end"
+        "--dry-run", action="store_true", help="only list files, formats, dtypes and estimated tokens, without counting"
     )
-    parser.add_argument("--format", metavar="NAME", help="of the files, where it cannot be told from them")
-    parser.add_argument("--dtype", metavar="NAME", help="of ids in files that do not tell theirs: uint16, uint32, ...")
-    parser.add_argument("--column", metavar="NAME", help="of the ids or the text, in formats with columns")
-    parser.add_argument("--mask", metavar="NAME", help="a column that is 0 where a token is no target")
+    parser.add_argument("--format", metavar="NAME", help="the files' format, if it cannot be detected")
+    parser.add_argument("--dtype", metavar="NAME", help="the ids' dtype, if files do not state it: uint16, uint32, ...")
+    parser.add_argument("--column", metavar="NAME", help="the column of the ids or the text, in formats with columns")
+    parser.add_argument("--mask", metavar="NAME", help="a column that is 0 where a token is not a target")
     parser.add_argument(
-        "--skip-prompt", metavar="NAME", help="a column of labels, which are the ignore index where a token is prompt"
+        "--skip-prompt", metavar="NAME", help="a column of labels, which are the ignore index in the prompt"
     )
-    parser.add_argument("--ignore-index", type=int, default=-100, metavar="ID", help="never a target (default: -100)")
+    parser.add_argument(
+        "--ignore-index", type=int, default=-100, metavar="ID", help="an id that is never a target (default: -100)"
+    )
     parser.add_argument(
         "--targets",
         default="all",
@@ -74,34 +76,36 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--learn",
         metavar="WHAT",
-        help="of chats, prompts and completions: completions, assistant (what it says) or all, as finetuning does",
+        help="the targets in chats, prompts and completions: completions, assistant (its turns only) or all",
     )
-    parser.add_argument("--max-length", type=int, metavar="N", help="with --learn: tokens of a row that are trained on")
+    parser.add_argument("--max-length", type=int, metavar="N", help="with --learn: tokens of a row that training uses")
     parser.add_argument(
         "--packing",
         metavar="HOW",
-        help="with --learn, how rows become sequences in TRL: bfd, bfd_split or wrapped (default: a row is one)",
+        help="with --learn: how TRL packs rows into sequences: bfd, bfd_split or wrapped (default: no packing)",
     )
     parser.add_argument(
-        "--no-special-tokens", action="store_true", help="what the tokenizer adds to a text is left out"
+        "--no-special-tokens", action="store_true", help="leave out the tokens that the tokenizer adds to a text"
     )
     parser.add_argument(
         "--sample-by",
         default="line",
         metavar="UNIT",
-        help="what one text of a plain text file is: a line, or the whole document (default: line)",
+        help="one text of a plain text file: a line, or the whole document (default: line)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="fail at an id outside the vocabulary, or a dtype that seems wrong"
     )
-    parser.add_argument("--allow-overlap", action="store_true", help="count files with the same content each")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a processor")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="count each of several files with the same content"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (default: one per processor)")
     parser.add_argument(
         "--checkpoint-every",
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="how much a crash may lose (default: 60)",
+        help="time between checkpoints: a crash loses no more (default: 60)",
     )
     parser.set_defaults(run=_run)
 
@@ -122,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if output is not None:
         check_counts_output(output)
     if output is None or arguments.dry_run:
-        # Of ranks the first one tells it.
+        # Only the first rank prints it.
         return _dry_run(arguments) if os.environ.get("RANK", "0") == "0" else 0
     checkpoint = output.with_name(f"{output.name}.checkpoint")
     group = None
@@ -144,7 +148,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 dist.barrier(group)
             _remove([*checkpoints(checkpoint), *partial_files(output)])
     except KeyboardInterrupt:
-        kept = f"; what was counted is in {checkpoint}-*, and the same command goes on from it"
+        kept = f"; the counts so far are in {checkpoint}-*, and the same command resumes from there"
         tell(f"pdl-ext count: interrupted{kept if checkpoints(checkpoint) else ''}")
         return 128 + _received
     except RuntimeError as error:
@@ -193,7 +197,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
 
 
 def _read_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What tells how the data are read."""
+    """The arguments that say how the data are read."""
     from pdl_ext.corpus import TargetPolicy
 
     policy = TargetPolicy(
@@ -246,7 +250,7 @@ _received: int = signal.SIGINT
 def _interrupt(number: int, _: FrameType | None) -> None:
     global _received
     _received = number
-    # Another one would come in the way of the checkpoint that this one leads to.
+    # A second signal would interrupt the checkpoint that this one causes.
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -269,8 +273,8 @@ def _report(frequency: Any, output: Any) -> None:
 
 
 def _peak_memory() -> list[str]:
-    """A line that tells it, where the system does."""
-    # Linux' getrusage begins with what the process had that started this one.
+    """A line with the peak memory, if the system reports it."""
+    # On Linux, getrusage includes the memory of the process that started this one.
     with contextlib.suppress(OSError):
         status = dict(re.findall(r"(VmHWM|RssFile):\s*(\d+) kB", Path("/proc/self/status").read_text()))
         if len(status) == 2:

@@ -1,4 +1,4 @@
-"""The files of counts that sub-commands read, and what they may write them to."""
+"""The counts files that sub-commands read and write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_counts_output", "check_output_folder", "load_counts"]
 
 
 def load_counts(path: Place) -> TokenFrequency:
-    """What a file of counts holds. Raises ValueError that names the argument, for what cannot be read as one."""
+    """The counts in a file. Raises ValueError that names the argument, for a file that cannot be read as counts."""
     from pdl_ext import TokenFrequency
     from pdl_ext.storage.place import address
 
@@ -27,16 +27,16 @@ def load_counts(path: Place) -> TokenFrequency:
 
 
 def check_output_folder(path: Place) -> None:
-    """Raises ValueError unless the folder exists that a file is to be written to."""
+    """Raises ValueError unless the folder of an output file exists."""
     from pdl_ext.storage.place import RemotePath
 
-    # A link is written through. A store has no folders but by what is in them.
+    # A link's target is written. A store has only folders with something in them.
     if not isinstance(path, RemotePath) and not Path(os.path.realpath(path)).parent.is_dir():
         raise ValueError(f"output: got {path}, expected a file in a folder that exists")
 
 
 def check_counts_output(path: Place) -> None:
-    """Raises ValueError unless a file of counts may be written: where no file is, or an empty one, or other counts."""
+    """Raises ValueError unless a counts file may be written there: no file, an empty one, or other counts."""
     from pdl_ext.corpus.reading.access import read_head
     from pdl_ext.storage.tensor_file import format_of
 

@@ -1,4 +1,4 @@
-"""`pdl-ext info`: what is installed, and how it was built."""
+"""`pdl-ext info`: the installed versions, and how they were built."""
 
 from __future__ import annotations
 

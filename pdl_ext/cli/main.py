@@ -15,7 +15,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; returns its exit code. What the user can mend is one line on standard error, and code 1."""
+    """Runs one sub-command; returns its exit code.
+
+    Errors that the user can correct are one line on standard error, and code 1.
+    """
     streams.prepare()
     parser = _Parser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     parser.set_defaults(run=first_steps.run, shows_time=False)
@@ -25,16 +28,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.parse_args(arguments)
         with warnings.catch_warnings():
-            # Without the place in the library that warns.
+            # Without the line of the library that warns.
             warnings.showwarning = _show_warning
             with _clock(parsed):
                 code = parsed.run(parsed)
             streams.flush_output()
             return code
     except BrokenPipeError:
-        # Whoever reads has seen enough.
+        # The reader has closed the pipe.
         code = 128 + 13
-    # Warnings are raised where Python is asked for it.
+    # Python raises warnings as errors on request.
     except (ValueError, OSError, ImportError, Warning) as error:
         streams.tell(f"pdl-ext: {error}")
         code = 1

@@ -1,4 +1,4 @@
-"""Whether an error says that memory is not enough."""
+"""Recognises errors of insufficient memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["is_out_of_memory"]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is Python's, NumPy's or PyTorch's for memory that cannot be had."""
-    # Whoever did without PyTorch is not made to wait for it.
+    """Whether an error of Python, NumPy or PyTorch reports insufficient memory."""
+    # A command that did not import PyTorch does not import it for this.
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    # Of the CPU's memory PyTorch tells in the text alone.
+    # For the CPU's memory PyTorch says so only in the text.
     return "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""`pdl-ext merge`: one counts file out of several."""
+"""`pdl-ext merge`: one counts file from several."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
     seen = {_identity(first)}
     for path in steps(others, "merge", "file"):
         other = load_counts(path)
-        # Counts that come from no files have no shards to tell it by.
+        # Counts from memory have no shards by which to detect it.
         if not arguments.allow_overlap and _identity(path) in seen:
             raise ValueError(f"{path}: got the same file twice, expected each once (--allow-overlap counts it again)")
         try:

@@ -45,7 +45,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"counts: got {counts}, in which nothing was counted, expected some tokens")
     figure = _figure(frequency, arguments.alpha)
     file_format = output.suffix[1:].lower()
-    # Without a date and with names that are not random, the same counts give the same file.
+    # Without a date and random names, so that the same counts give the same file.
     picture = io.BytesIO()
     with require("matplotlib", "plot").rc_context({"svg.hashsalt": "pdl_ext"}):
         figure.savefig(picture, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
@@ -61,14 +61,14 @@ def _figure(frequency: Any, alphas: list[float]) -> Any:
     from pdl_ext._optional import require
     from pdl_ext.statistics import log_spaced_ranks
 
-    # Not pyplot, which has a state of its own and may want a display.
+    # Not pyplot, which has global state and may need a display.
     figure = require("matplotlib.figure", "plot").Figure(figsize=(8, 5), dpi=150, layout="constrained")
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     order = order[: int((frequency.counts > 0).sum())]
     ranks = log_spaced_ranks(order.numel(), _POINTS)
     shown = order[ranks]
     x = (ranks + 1).tolist()
-    # Of a single type a line shows nothing.
+    # A line shows nothing for a single type.
     marker = "o" if len(x) == 1 else None
 
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""How far a sub-command has come: bars on a terminal, on standard error; of a count, plain lines elsewhere."""
+"""Shows progress on standard error: bars on a terminal and, for a count, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ class ProgressLine:
         self._waiting.enter_context(waiting("pdl-ext count: looks at the files", stream))
 
     def show(self, progress: Progress) -> None:
-        """Takes the newest state. A stream that cannot be written to ends no count."""
+        """Shows the newest progress. A stream that cannot be written to does not end the count."""
         self._waiting.close()
         with contextlib.suppress(OSError):
             self._show(progress)
 
     def close(self) -> None:
-        """Leaves the last state standing."""
+        """Leaves the last line visible."""
         self._waiting.close()
         if self._bar is not None:
             with contextlib.suppress(OSError):

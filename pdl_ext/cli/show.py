@@ -1,4 +1,4 @@
-"""`pdl-ext show`: what a counts file holds, and what a weighting would make of it."""
+"""`pdl-ext show`: the content of a counts file, and the statistics of weightings over it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _SHARDS_SHOWN = 3
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the sub-command `show`."""
     parser = subparsers.add_parser(
-        "show", help="print what counts hold, and what one needs to choose alpha", description="Prints a counts file."
+        "show", help="print counts, and the statistics to choose alpha by", description="Prints a counts file."
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
-    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to print tokens as text")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the counts' tokenizer, to print tokens as text")
     parser.add_argument("--alpha", type=float, nargs="+", metavar="A", help="exponents of the power law to compare")
     parser.add_argument(
-        "--weighting", choices=_WEIGHTINGS, default="power-law", help="what weighs tokens (default: %(default)s)"
+        "--weighting", choices=_WEIGHTINGS, default="power-law", help="the weighting of tokens (default: %(default)s)"
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="tokens printed of each end (default: 10)")
     parser.set_defaults(run=_run, shows_time=True)
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"alpha: got one with --weighting {arguments.weighting}, expected none: only power-law has it")
     frequency = load_counts(place("counts", arguments.counts))
     text = literals_of_tokens(arguments.tokenizer, frequency.provenance)
-    # All of it is computed before the first line is printed.
+    # Everything is computed before the first line is printed.
     lines = [
         *_totals(frequency),
         *_provenance(frequency.provenance),
@@ -143,7 +143,7 @@ def _weightings(frequency: TokenFrequency, name: str, alphas: Sequence[float]) -
 
 
 def _shown(name: str, alphas: Sequence[float]) -> tuple[str, list[tuple[str, Weighting]]]:
-    """The option that tells weightings apart, and those that are compared by their value of it."""
+    """The option by which weightings differ, and the weightings by their value of it."""
     from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform
 
     if name == "adaptive":

@@ -1,4 +1,4 @@
-"""The standard streams, which may be closed, full, or of an encoding that has not every character."""
+"""The standard streams, which may be closed or full, or may not support every character."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["flush_output", "prepare", "report", "tell", "write"]
 
 
 def prepare() -> None:
-    """Makes streams that were closed usable: nothing is told on standard error, and printing is an error as it was."""
-    # Opened here, or the next file that is would have their numbers.
+    """Replaces closed streams: standard error is then discarded, and printing to standard output stays an error."""
+    # Opened here: otherwise the next file that is opened would get their numbers.
     if sys.stdout is None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w", encoding="utf-8")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What it has no character for, as in the name of a file, is printed as an escape, as on standard error.
+        # Unsupported characters, as in names of files, are printed as escapes, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -43,7 +43,7 @@ def _named_and_dropped() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Or the interpreter would try again.
+        # Otherwise the interpreter would try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OSError(error.errno, error.strerror, "standard output") from error
 
@@ -56,7 +56,7 @@ def _without_bars() -> contextlib.AbstractContextManager[None]:
 
 
 def report(*lines: str) -> None:
-    """Prints what a sub-command says when its work is done; where that fails, the work is none the worse."""
+    """Prints the result of a sub-command after its work is done; a failure to print does not undo the work."""
     try:
         write(*lines)
     except OSError as error:

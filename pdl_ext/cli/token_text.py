@@ -14,10 +14,11 @@ __all__ = ["literals_of_tokens"]
 
 
 def literals_of_tokens(tokenizer: str | None, provenance: Provenance | None) -> Callable[[int], str]:
-    """What gives the text of an id as a Python literal, by a tokenizer, a path or URL; without one, an empty string.
+    """A function that returns the text of an id as a Python literal; without a tokenizer, an empty string.
 
-    Says so on standard error where it is not the tokenizer of the provenance. Raises ValueError for one that is
-    damaged, later for an id that it refuses, ImportError where the tokenizers library is missing.
+    tokenizer: a path or URL. Warns on standard error if it is not the tokenizer of the provenance. Raises ValueError
+    for a damaged tokenizer, ImportError if the tokenizers library is missing. The function raises ValueError for an id
+    that the tokenizer refuses.
     """
     if tokenizer is None:
         return lambda token: ""

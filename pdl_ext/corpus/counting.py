@@ -1,8 +1,8 @@
 """The loop that counts a corpus: parts of sources over threads and ranks, resumable at any moment.
 
-A thread counts a part into a table of its own, and adds the table to the totals when a second's worth of parts is
-finished; a checkpoint is the totals with the set of finished parts. Which parts there are follows from the files alone,
-so whoever goes on finds the same.
+A thread counts parts into a table of its own. Each second it adds the table to the totals, together with the parts it
+has finished. A checkpoint is the totals with the set of finished parts. The division into parts depends on the files
+alone, so a resumed count finds the same parts.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus", "preview_corpus"]
 
-# Large enough that a table is added to the totals seldom, small enough to be lost at a crash; less of a small corpus,
-# so that threads have even shares.
+# Large enough that tables are rarely added to the totals, small enough to be lost in a crash. A small corpus has
+# smaller parts, so that threads have even shares.
 PART_BYTES = 2**26
 _LEAST_PART_BYTES = 2**22
 _PARTS = 64
@@ -61,7 +61,7 @@ _SECONDS_FOR_A_STORE = 10.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a count has come: tokens read in this run, bytes of the files done and to do, seconds of this run."""
+    """The progress of a count: tokens read in this run, bytes of the files done and in all, seconds of this run."""
 
     tokens: int
     bytes_before: int
@@ -70,7 +70,7 @@ class Progress:
     seconds: float
 
 
-# A caller's inference_mode is none of the threads', and tables are written to by both.
+# A caller's inference_mode does not apply to the threads, and both write to the tables.
 @torch.inference_mode(False)
 @errors_in_one_line()
 def count_corpus(
@@ -90,36 +90,38 @@ def count_corpus(
     progress: Callable[[Progress], None] | None = None,
     group: Any = None,
 ) -> TokenFrequency:
-    """Counts the tokens of files, of any size and in any format that docs/corpora.md lists, or of data in memory.
+    """Counts the tokens of files, of any size and in any format of docs/corpora.md, or of data in memory.
 
     Args:
-        data: files, folders, glob patterns, and files that end in .list with one of these a line; on disk, or as URLs
-            that fsspec takes. Or an object: a datasets.Dataset or IterableDataset, a table of Arrow, an iterable of
-            integer arrays. Those are NumPy's, tensors or lists, and each row of their last axis is a sequence.
+        data: files, folders, glob patterns, and files that end in .list with one of these on each line. They are on
+            disk, or URLs that fsspec supports. Or an object: a datasets.Dataset or IterableDataset, a table of Arrow,
+            an iterable of integer arrays. The arrays are NumPy's, tensors or lists, and each row of their last axis is
+            a sequence.
         vocab_size: V.
-        format: what the files are, where it cannot be told from them.
-        dtype: of ids in files that do not tell theirs: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
-        policy: which tokens are targets; TargetPolicy() if None: all but -100.
-        tokenizer: a file of the `tokenizers` library, or the folder of a transformers tokenizer, for text; the latter
-            for policy.learn.
-        strict: an id outside [0, V) is an error, and so is a file that looks like another dtype or kind than what it is
-            read as; otherwise the one is counted as out of range and the other is warned of.
-        allow_overlap: files with the same content are each counted; otherwise an error, or of files below 4,096 bytes
-            a warning.
-        threads: as many as there are processors if None, and 4 or more of them for data in a store.
-        checkpoint: a path for what is counted so far, written every `checkpoint_every` seconds and when the count is
-            interrupted; one that is there is gone on from. It is left to the caller to delete, together with those of
-            other ranks, whose names begin with it.
-        output: where the caller is going to write the counts: left out of the data if it is empty, as one made
-            beforehand is. What such a file has no room for is an error before anything is counted.
-        progress: called some times a second, from the calling thread.
+        format: the format of the files, needed only if it cannot be detected.
+        dtype: of ids in files that do not state one: "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64".
+        policy: which tokens are targets; None is TargetPolicy(): all but -100.
+        tokenizer: for text, a file of the `tokenizers` library, or the folder of a transformers tokenizer. policy.learn
+            needs a folder.
+        strict: an id outside the vocabulary is an error, and so is a file whose content suggests another dtype or kind.
+            Otherwise such an id is counted as out of range, and such a file gives a warning.
+        allow_overlap: files with the same content are each counted. Otherwise they are an error, or a warning below
+            4,096 bytes.
+        threads: None is the number of processors, and at least 4 for data in a store.
+        checkpoint: a path for the counts so far, written every `checkpoint_every` seconds and when the count is
+            interrupted. An existing checkpoint is resumed. The caller deletes it, together with those of other ranks,
+            whose names begin with it.
+        output: where the caller is going to write the counts. An empty file there is left out of the data. Counts that
+            are too large for such a file are an error before anything is counted.
+        progress: called several times a second, from the calling thread.
         group: a process group of torch.distributed, whose ranks each count a share of the parts.
 
-    What can be read once only, an IterableDataset or an iterable, takes neither checkpoint nor group.
+    Data that can be read only once, an IterableDataset or an iterable, can have neither checkpoint nor group.
 
-    Returns the counts with their provenance, on the CPU, on every rank the same.
-    Raises TypeError or ValueError that names the argument, or the file and the place in it, also for data without a
-    token, ignored or not; OSError for a checkpoint that cannot be written; KeyboardInterrupt, after a checkpoint.
+    Returns the counts with their provenance, on the CPU, the same on every rank.
+    Raises TypeError or ValueError that names the argument, or the file and the position in it. Data without a single
+    token raise ValueError, too. Raises OSError for a checkpoint that cannot be written, and KeyboardInterrupt, after a
+    checkpoint.
     """
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
@@ -141,18 +143,18 @@ def count_corpus(
     sources = open_sources(data, format, options, output) if in_memory is None else [in_memory]
     at_once = _is_remote(sources)
     if threads is None:
-        # Of a store's many small files, a thread has two at a time.
+        # With the many small files of a store, a thread reads two at a time.
         threads = max(_processors(), _THREADS_OF_A_STORE) if at_once else _processors()
     provenance = _provenance(sources, options)
     if not allow_overlap:
         check_distinct(provenance.shards)
     if output is not None:
-        # Found out before hours of counting, as below.
+        # Checked before hours of counting, like the checkpoint below.
         check_fits("data", f"{len(sources)} files", provenance.to_json())
-    # By the files alone, and not by the threads of this run.
+    # Depends on the files alone, not on this run's number of threads.
     part_bytes = min(PART_BYTES, max(_LEAST_PART_BYTES, sum(source.size for source in sources) // _PARTS))
     if options.policy.packing == "wrapped":
-        # Where a sequence begins follows from all rows before it.
+        # The beginning of a sequence depends on all rows before it.
         part_bytes = sys.maxsize
     parts = [(source, part) for source in sources for part in source.parts(part_bytes)]
     identity = _identity(sources, provenance, options, part_bytes, len(parts))
@@ -166,7 +168,7 @@ def count_corpus(
     own = ranks.checkpoint_of_rank(path, group)
 
     if own is not None:
-        # A path that cannot be written to is found out before hours of counting.
+        # A path that cannot be written to is reported before hours of counting.
         state.save(own)
 
     def check_tokenizer() -> None:
@@ -179,7 +181,7 @@ def count_corpus(
     tokens = ranks.total(state, group)
     if not tokens:
         if path is not None:
-            # They hold nothing that another count could go on from.
+            # They hold nothing that another count could resume.
             for left in ranks.checkpoints(path):
                 left.unlink(missing_ok=True)
         more = f" and {len(sources) - 1} other files" if len(sources) > 1 else ""
@@ -205,9 +207,9 @@ def preview_corpus(
     allow_overlap: bool = False,
     output: str | os.PathLike[str] | None = None,
 ) -> list[FilePreview]:
-    """What count_corpus would count of files, each with its format, its dtype and about how many tokens it has.
+    """The files that count_corpus would count, each with its format, its dtype and its approximate number of tokens.
 
-    The arguments are those of count_corpus. Raises and warns as it does before it counts.
+    The arguments are those of count_corpus. It raises and warns as count_corpus does before it counts.
     """
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
@@ -243,7 +245,7 @@ def _checked_options(
 
 
 def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any) -> None:
-    """Raises ValueError for arguments that are for files, or for what can be read again."""
+    """Raises ValueError for arguments that are only for files, or only for data that can be read again."""
     if format is not None:
         raise ValueError(f"format: got {format!r} with data in memory, expected None: it is for files")
     for name, value in (("checkpoint", checkpoint), ("group", group)):
@@ -255,7 +257,7 @@ def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any)
 
 
 def _processors() -> int:
-    # Those that this process may use, where the system tells.
+    # The processors that this process may use, if the system reports them.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -271,7 +273,7 @@ def _provenance(sources: list[Source], options: ReadOptions) -> Provenance:
     tokenizer = template = None
     if options.tokenizer is not None:
         tokenizer = tokenizer_digest(options.tokenizer)
-        # Of a folder on disk.
+        # Only a folder on disk has a chat template.
         if options.policy.learn is not None and isinstance(options.tokenizer, Path):
             template = chat_template_digest(options.tokenizer)
     return Provenance(shards, 0, options.policy, tokenizer, __version__, template)
@@ -324,8 +326,8 @@ class _Count:
             if self._error is not None:
                 raise self._error
         finally:
-            # Workers hold this, and an error by its traceback a worker: with tables of any size, which would be freed
-            # only when Python looks for circles.
+            # Workers refer to this object, and an error's traceback refers to a worker. Without this their tables, of
+            # any size, would wait for Python's cyclic collector.
             self._workers.clear()
             self._error = None
 
@@ -346,9 +348,9 @@ class _Count:
             for worker in self._workers:
                 # An interruption may come before the last of them is started.
                 if worker.ident is not None:
-                    # A store may answer never, and what is under way counts for nothing.
+                    # A store may never answer, and a part in progress is not counted.
                     worker.done.wait(_SECONDS_FOR_A_STORE if self._is_remote else None)
-            # All of this process' share, if it came so far: whatever happens to another rank, that is done.
+            # This process' whole share, if it is done: it is saved whatever happens to another rank.
             if self._checkpoint is not None:
                 self._save()
         self._report(time.monotonic() - begin)
@@ -374,7 +376,7 @@ class _Count:
         with self._lock:
             self._state.save(self._checkpoint)
 
-    # What workers call.
+    # Called by workers.
 
     def next(self) -> int | None:
         with self._lock:
@@ -382,7 +384,7 @@ class _Count:
             return None if self._stop.is_set() else next(self._todo, None)
 
     def next_ahead(self) -> int | None:
-        """The part that a worker counts after the one that it has, if it is a store's, and others have enough to do."""
+        """The part after a worker's present one, if it is a store's and others have enough to do."""
         return self.next() if self._is_remote and self._left > len(self._workers) else None
 
     @property
@@ -418,15 +420,15 @@ class _Count:
 
     @property
     def must_abandon(self) -> bool:
-        """Whether a worker has to leave its part as it is: a short one it may finish."""
+        """Whether a worker has to abandon its part: a short one may be finished."""
         return self._stop.is_set() and time.monotonic() - self._stopped_at > _SECONDS_TO_FINISH_A_PART
 
 
 class _Worker(threading.Thread):
     """Counts parts until none is left.
 
-    tokens_read, bytes_done: of this thread, for progress; done: an event, since a `join` that Ctrl-C interrupts takes
-    the thread for ended (before Python 3.13).
+    tokens_read, bytes_done: of this thread, for progress. done: an event, since before Python 3.13 a `join` that Ctrl-C
+    interrupts treats the thread as ended.
     """
 
     def __init__(self, count: _Count) -> None:
@@ -446,7 +448,7 @@ class _Worker(threading.Thread):
             while taken is not None:
                 following = self._take(self._count.next_ahead())
                 if not self._count_part(*taken):
-                    # What is in the table is no whole number of parts any more.
+                    # The table now holds a part that is not complete.
                     return
                 if time.monotonic() - self._merged >= _SECONDS_BETWEEN_MERGES:
                     self._merge()
@@ -460,7 +462,7 @@ class _Worker(threading.Thread):
             self.done.set()
 
     def _take(self, index: int | None) -> tuple[int, Iterator[Batch]] | None:
-        """A part with its batches, of which a store begins to answer for the first one."""
+        """A part with its batches; a store already begins to send the first one."""
         if index is None:
             return None
         source, part = self._count.part(index)
@@ -468,7 +470,7 @@ class _Worker(threading.Thread):
         return index, begun(batches) if source.is_remote else batches
 
     def _count_part(self, index: int, batches: Iterator[Batch]) -> bool:
-        """Whether the part was counted to its end."""
+        """Counts a part. Returns whether it was counted to its end."""
         source, part = self._count.part(index)
         if not source.is_remote:
             source.check_unchanged()
@@ -484,14 +486,14 @@ class _Worker(threading.Thread):
             self._unchecked.append(source)
         else:
             source.check_unchanged()
-        # Which each part may load anew.
+        # Each part may load the tokenizer again.
         self._count.check_tokenizer()
         self.bytes_done += part.size
         self._finished.append(index)
         return True
 
     def _merge(self) -> None:
-        # What is in the table counts for nothing before. A store is asked seldom, and of many files at once.
+        # Before this the table counts for nothing. Stores are asked rarely, and for many files at once.
         unchecked = list(dict.fromkeys(self._unchecked))
         self._unchecked.clear()
         for _ in in_order(Source.check_unchanged, unchecked, at_once=True):

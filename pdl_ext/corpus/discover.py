@@ -1,4 +1,4 @@
-"""From what the user names to sources: files, folders, patterns and lists, and the format of each."""
+"""Finds the sources that the user names: files, folders, patterns and lists, and the format of each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from pdl_ext.storage.tensor_file import format_of
 
 __all__ = ["FORMATS", "open_sources"]
 
-# In the order in which they are asked: what is told by its first bytes before what is told by its name.
+# In the order of the checks: formats with a signature in the first bytes before those known by name.
 FORMATS = {
     module.FORMAT.name: module.FORMAT
     for module in (
@@ -53,8 +53,8 @@ FORMATS = {
 }
 _LIST_SUFFIX = ".list"
 _COUNTS, _CHECKPOINT = "pdl_ext.TokenFrequency", "pdl_ext.corpus.State"
-_INDEX_MAP = "a trainer's own (an index map, what it is of, or a dictionary), and holds no tokens"
-# What is missed where a folder is taken for a dataset.
+_INDEX_MAP = "a trainer's own (an index map, its description, or a dictionary), and holds no tokens"
+# Files that a user may miss if a folder is read as one dataset.
 _DATA_SUFFIXES = (".bin", ".npy", ".ds", ".arrow", ".parquet", ".mds", ".jsonl", ".ndjson", ".txt", ".text")
 
 
@@ -66,11 +66,12 @@ def open_sources(
 ) -> list[Source]:
     """The sources of everything named, in order, each file once.
 
-    data: files, folders (searched whole), glob patterns (`**` too), files that end in .list with one of these a line.
-    Each is a path or a URL.
+    data: files, folders (searched recursively), glob patterns (`**` too), files that end in .list with one of these a
+    line. Each is a path or a URL.
 
-    output: a file that is none of them if it is empty.
-    Raises TypeError or ValueError that names what is no path, missing, empty, unreadable or of no known format.
+    output: a file that is left out if it is empty.
+    Raises TypeError for an argument that is not a path. Raises ValueError that names a file which is missing, empty,
+    unreadable or of no known format.
     """
     try:
         names = [] if isinstance(data, (str, bytes, os.PathLike)) else list(data)
@@ -87,7 +88,7 @@ def open_sources(
     folders: list[Place] = []
     left_out: list[Place] = []
     stores: dict[Any, Store] = {}
-    # Data are not left out in silence.
+    # An output file with data in it is not left out silently.
     own = None if output is None else _empty_file(place("output", output))
     written = [os.fspath(name) for name in names]
     try:
@@ -105,8 +106,8 @@ def open_sources(
         if path.is_dir():
             folders.append(path)
         for source in opened:
-            # Of a file and its companion, both named, the second is the first again; of a link to it not, which is a
-            # copy like any other.
+            # If a file and its companion are both named, the second is the same source as the first. A link to the file
+            # is a copy like any other.
             first = seen.setdefault(absolute_name(source.path), source)
             if first is source:
                 sources.append(source)
@@ -133,19 +134,20 @@ def open_sources(
 
 
 def _empty_file(path: Place) -> str | None:
-    """The real name of a file without a byte in it; None for anything else."""
+    """The real name of an empty file; None for anything else."""
     return real_name(path) if is_file(path) and Stamp.of(path, fresh=True).size == 0 else None
 
 
 def _opened(path: Place, format_name: str | None, options: ReadOptions, own: str | None) -> list[Source]:
-    """The sources of a file or folder. own: the real name of a file that is none of the data."""
+    """The sources of a file or folder. own: the real name of a file that is not part of the data."""
     if not path.is_dir() and (real_name(path) == own or (format_of(path) or "").startswith((_COUNTS, _CHECKPOINT))):
-        # Counts and checkpoints, which may be written to where patterns find them.
+        # Counts and checkpoints, which may have been written to a place that patterns match.
         return []
     try:
         return _format_of(path, format_name, options).open(path, options)
     except ValueError:
-        # A checkpoint of another count in the folder is gone when that ends; anything else was to be counted.
+        # A checkpoint of another count in this folder disappears when that count ends. Any other file was meant to be
+        # counted.
         if ".checkpoint-" not in path.name or is_there(path):
             raise
         return []
@@ -158,28 +160,28 @@ def _expand(
     stores: dict[Any, Store],
     lists: tuple[str, ...] = (),
 ) -> Iterator[Place]:
-    """The files and folders that a name stands for.
+    """The files and folders of a name.
 
-    left_out: takes the index maps among them, which only a name of their own with a format opens.
+    left_out: collects the index maps among them; these are read only if named themselves together with a format.
 
-    stores: those that URLs are in. lists: the .list files that it stands in.
+    stores: the stores of URLs. lists: the .list files that contain the name.
     """
     path = place("data", name, stores)
     if isinstance(path, RemotePath) and "*" in name:
-        # Of which no server is asked whether it is a file.
+        # No server is asked whether a pattern is a file.
         yield from _matches(name, path.matches(), left_out)
     elif path.suffix == _LIST_SUFFIX and path.is_file():
         yield from _listed(path, format_name, left_out, stores, lists)
     elif path.is_dir():
         yield from _walk(path, left_out)
     elif path.exists():
-        # Not of checkpoints: where a shell puts names for a pattern, the same command goes on from them.
+        # Checkpoints are no error: if a shell expands a pattern, the same command resumes them.
         if (format_of(path) or "").startswith(_COUNTS):
             raise ValueError(f"data: got {path}, which holds counts, expected a corpus: `pdl-ext merge` adds counts up")
         if format_name is None and is_index_map(path):
             raise ValueError(
-                f"data: got {path}, expected tokens: by its name it is {_INDEX_MAP}; if it holds tokens all the same, "
-                "give its format"
+                f"data: got {path}, expected tokens: by its name it is {_INDEX_MAP}; if it does hold tokens, give its "
+                "format"
             )
         yield path
     elif isinstance(path, RemotePath):
@@ -189,7 +191,7 @@ def _expand(
 
 
 def _matches(name: str, matches: Sequence[Place], left_out: list[Place]) -> Iterator[Place]:
-    """The files and folders in what a pattern matches."""
+    """The files and folders among the matches of a pattern."""
     if not matches:
         raise ValueError(f"data: got {redacted(name)}, expected a file, a folder or a pattern that some file matches")
     names = set(map(str, matches))
@@ -214,14 +216,14 @@ def _listed(
     for number, line in enumerate(map(str.strip, lines), 1):
         if line and not line.startswith("#"):
             try:
-                # As a shell would: what a list names is relative to the list.
+                # As in a shell script's folder: names in a list are relative to the list.
                 yield from _expand(beside(path, line), format_name, left_out, stores, (*lists, real))
             except ValueError as error:
                 raise ValueError(f"{path}: line {number}: {str(error).removeprefix('data: ')}") from error
 
 
 def _walk(folder: Place, left_out: list[Place], parents: tuple[str, ...] = ()) -> Iterator[Place]:
-    """What a folder holds: itself if it is of a format, or else everything in it that is not hidden.
+    """The contents of a folder: the folder itself if it is of a format, otherwise everything in it that is not hidden.
 
     Links to `parents` are left out.
     """
@@ -251,7 +253,10 @@ def _walk(folder: Place, left_out: list[Place], parents: tuple[str, ...] = ()) -
 
 
 def _if_data(path: Place, among: Container[str], left_out: list[Place]) -> Iterator[Place]:
-    """A file that nobody named, unless it is known to hold no tokens of its own. among: what is found with it."""
+    """A file that was not named itself, unless it is known to hold no tokens of its own.
+
+    among: the files found with it.
+    """
     if is_index_map(path):
         left_out.append(path)
     elif not _is_companion(path, among) and not _is_lock(path) and not is_about_data(path):
@@ -259,13 +264,13 @@ def _if_data(path: Place, among: Container[str], left_out: list[Place]) -> Itera
 
 
 def _is_lock(path: Place) -> bool:
-    """Whether a file is what keeps two processes out of each other's way, as Hugging Face's cache has them."""
+    """Whether a file is a lock between two processes, as in Hugging Face's cache."""
     return path.suffix == ".lock" and path.is_file() and not Stamp.of(path).size
 
 
 def _warn_of_left_out(paths: Sequence[Place]) -> None:
     """Warns of index maps that were found and not counted."""
-    # One may be found by several names.
+    # One file may be found by several names.
     different = set(map(absolute_name, paths))
     if different:
         others = f", and {len(different) - 1} other files like it" if len(different) > 1 else ""
@@ -273,21 +278,21 @@ def _warn_of_left_out(paths: Sequence[Place]) -> None:
 
 
 def _warn_of_formats(name: str, sources: Sequence[Source]) -> None:
-    """Warns of a name that stands for files of several formats, of which some may be no data."""
+    """Warns if the files of one name have several formats, of which some may not be data."""
     paths: dict[str, list[Place]] = {}
     for source in sources:
-        # Not apart, those that have a mask and those that have none.
+        # Files with and without a mask count as one format.
         paths.setdefault(source.format.partition(" ")[0], []).append(source.path)
     if len(paths) > 1:
         listed = ", ".join(f"{format} ({len(some)}, as {some[0]})" for format, some in sorted(paths.items()))
         warn(
-            f"{name}: got files of {len(paths)} formats, expected one: {listed}; all are counted: if some are no data, "
-            "name the others by a pattern"
+            f"{name}: got files of {len(paths)} formats, expected one: {listed}; all are counted: if some are not "
+            "data, name the others by a pattern"
         )
 
 
 def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: bool, at_once: bool) -> None:
-    """Warns, once, of files that do not look like what they are read as. Raises ValueError instead if `strict`."""
+    """Warns, once, of files whose content suggests another kind. Raises ValueError instead if `strict`."""
 
     def doubt_of(source: Source) -> str | None:
         found = None
@@ -306,17 +311,17 @@ def _report_doubts(sources: Sequence[Source], format_name: str | None, strict: b
 
 
 def _warn_of_others(folder: Place, known: Container[str]) -> None:
-    """Warns of what looks like data in the folder of a dataset, but is not among the files `known`."""
+    """Warns of files that look like data in the folder of a dataset, but are not among the files `known`."""
     below: list[Any] = sorted(folder.rglob("*"), key=str)
     others = [
         path
         for path in below
         if has_suffix(path, *_DATA_SUFFIXES)
-        # What _walk leaves out, and what transforms leave in a cache.
+        # Names that _walk leaves out, and those of transforms in a cache.
         and not any(part.startswith((".", "_", "cache-")) for part in path.relative_to(folder).parts)
         and path.is_file()
         and real_name(path) not in known
-        # MosaicML keeps a shard as it came beside what it was decompressed to.
+        # MosaicML keeps a compressed shard beside the decompressed one.
         and (compression_of(path) is None or real_name(path.with_suffix("")) not in known)
     ]
     if others:
@@ -327,17 +332,17 @@ def _warn_of_others(folder: Place, known: Container[str]) -> None:
 
 
 def _check_texts(sources: Sequence[Source], options: ReadOptions) -> None:
-    """Raises ValueError that names a file of token ids, if a policy tells what is learned of texts."""
+    """Raises ValueError that names a file of token ids, if the policy selects targets by the content of text."""
     ids = next((source for source in sources if source.dtype != "text"), None)
     if options.policy.learn is not None and ids is not None:
         raise ValueError(
-            f"{ids.path}: holds token ids, and got learn {options.policy.learn} (--learn), expected rows of text: of "
-            "ids a column of labels (--skip-prompt) or a mask (--mask) tells what is learned"
+            f"{ids.path}: holds token ids, and got learn {options.policy.learn} (--learn), expected rows of text: for "
+            "ids use a column of labels (--skip-prompt) or a mask (--mask) instead"
         )
 
 
 def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
-    """Warns, once for each dtype, of tokens that cannot hold all of a vocabulary."""
+    """Warns, once for each dtype, of tokens whose dtype is too small for the vocabulary."""
     paths: dict[str, list[Place]] = {}
     for source in sources:
         paths.setdefault(source.dtype, []).append(source.path)
@@ -353,7 +358,7 @@ def _warn_of_narrow(sources: Sequence[Source], vocab_size: int) -> None:
 
 
 def _is_companion(path: Place, among: Container[str]) -> bool:
-    """Whether a path belongs to one that is there, too."""
+    """Whether a path is the companion of another file that exists."""
     name = str(path)
     return any(
         name.endswith(suffix) and name.removesuffix(suffix) + owner in among
@@ -363,8 +368,8 @@ def _is_companion(path: Place, among: Container[str]) -> bool:
 
 
 def _recognised_format(path: Place, head: bytes = b"") -> Format | None:
-    """The format that a folder, or a file that begins with `head`, can be told to be of."""
-    # The folder of a file's parts may be named as the file would be.
+    """The format of a folder, or of a file that begins with `head`, if it can be detected."""
+    # A folder with the parts of a file may have the name of that file.
     is_folder = path.is_dir()
     asked = (format for format in FORMATS.values() if format.has_folders or not is_folder)
     return next((format for format in asked if format.recognises(path, head)), None)
@@ -373,25 +378,26 @@ def _recognised_format(path: Place, head: bytes = b"") -> Format | None:
 def _format_of(path: Place, name: str | None, options: ReadOptions) -> Format:
     is_folder = path.is_dir()
     if not is_folder:
-        # Before it is opened, which waits for ever for a pipe that nobody writes to.
+        # Checked before it is opened: opening a pipe without a writer would block.
         Stamp.of(path)
     if name is not None:
         return FORMATS[name]
     head = b"" if is_folder else read_head(path, HEAD_BYTES)
     if (format := _recognised_format(path, head)) is not None:
         return format
-    # Not any file for which a dtype is given: a folder may hold scripts beside the ids, whose bytes are ids as good.
+    # Not for every file with a given dtype: a folder may hold scripts beside the ids, whose bytes would also pass for
+    # ids.
     if path.suffix in (".bin", ".npy"):
         if (kind := kind_of_content(head)) is not None:
             raise ValueError(
-                f"{path}: begins like {kind.name}, expected ids: {kind.remedy} (format raw takes all of it for ids)"
+                f"{path}: begins like {kind.name}, expected ids: {kind.remedy} (format raw counts all of it as ids)"
             )
         return raw.FORMAT
     if head and (kind := kind_of(path, head)) is not None:
         raise ValueError(f"{path}: is {kind.name}, which is not read: {kind.remedy}, or leave it out by a pattern")
-    # Of what a writer of columns has not finished, for one.
+    # For example a file that a writer of columns has not finished.
     reason = "" if head else "is empty, so that "
     raise ValueError(
-        f"{path}: {reason}its format cannot be told; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
+        f"{path}: {reason}its format is unknown; give format, one of {', '.join(sorted(FORMATS))} (raw with a "
         "dtype), or leave the file out by a pattern"
     )

@@ -1,4 +1,4 @@
-"""From objects in memory to sources: Hugging Face datasets, tables of Arrow, and iterables of arrays."""
+"""Sources for objects in memory: Hugging Face datasets, tables of Arrow, and iterables of arrays."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from pdl_ext.provenance import Shard
 
 __all__ = ["StreamedSource", "opener_of"]
 
-# What errors begin with: the argument's name.
+# The beginning of errors: the argument's name.
 _DATA = Path("data")
-# Rows that are read at once. Those of a dataset with indices are gathered.
+# The bytes of rows that are read at once. Rows of a dataset with indices are gathered.
 _PIECE_BYTES = 2**22
 # Of a stream no more at once either, however small they are.
 _STREAMED_ROWS = 1000
-# Rows of a table's beginning and of its end, by which two tables are told apart.
+# Rows of a table's beginning and of its end, which identify the table.
 _DIGESTED_ROWS = 64
 _DIGESTED_BYTES = 2**14
 
 
 def opener_of(data: Any) -> tuple[Callable[[ReadOptions], Source] | None, Any]:
-    """What gives the source of data that are no names of files; and the data, of an iterator all that it had.
+    """A function that opens data that are not names of files, and the data; those of an iterator are complete again.
 
-    It is None for names. It and this raise TypeError or ValueError that names the argument and tells the way out.
+    The function is None for names. It and this raise TypeError or ValueError that names the argument and a way out.
     """
-    # Who has one of its objects has imported it.
+    # A caller with one of its objects has already imported it.
     datasets = sys.modules.get("datasets")
     if isinstance(data, (str, bytes, os.PathLike)):
         return None, data
@@ -72,7 +72,7 @@ def opener_of(data: Any) -> tuple[Callable[[ReadOptions], Source] | None, Any]:
             f"data: got {type(data).__name__} with nothing in it, expected files, folders or patterns, or arrays of "
             f"ids{again}"
         )
-    # Not from the beginning once more: a loader would shuffle anew.
+    # Not restarted: a loader would shuffle again.
     rest = itertools.chain(some, iterator)
     if isinstance(some[0], (str, bytes, os.PathLike)):
         return None, rest if iterator is data else data
@@ -80,7 +80,7 @@ def opener_of(data: Any) -> tuple[Callable[[ReadOptions], Source] | None, Any]:
 
 
 class _ObjectSource(Source):
-    """What an object in memory holds."""
+    """A source for an object in memory."""
 
     def __init__(self, format_name: str, dtype: str, size: int) -> None:
         self.format, self.path, self.dtype = format_name, _DATA, dtype
@@ -93,9 +93,9 @@ class _ObjectSource(Source):
 
 
 class _RowsSource(_ObjectSource):
-    """Rows of columns, any range of which can be had as a table. A part is a range of rows.
+    """Rows of columns, of which any range is available as a table. A part is a range of rows.
 
-    name: what the provenance calls them; telling: what tells them from others.
+    name: their name in the provenance; telling: data that distinguish them from other rows.
     """
 
     def __init__(self, name: str, telling: Iterable[Any], columns: Columns, table: Any, size: int) -> None:
@@ -132,7 +132,7 @@ class _RowsSource(_ObjectSource):
 
 
 class StreamedSource(_ObjectSource):
-    """What can be read once and from the beginning only: one part, of which nothing is known before."""
+    """Data that can be read only once and from the beginning: one part, of unknown size."""
 
     _unit = "rows"
 
@@ -144,7 +144,7 @@ class StreamedSource(_ObjectSource):
         return Shard(self.format, 0, "", self.format, self.dtype)
 
     def shard_of(self, frequency: TokenFrequency) -> Shard:
-        """What the provenance says of it when it is counted: its digest is that of the counts."""
+        """Its entry in the provenance after it was counted, with the digest of the counts."""
         digest = hashlib.blake2b(frequency.table.packed().numpy().data, digest_size=16).hexdigest()
         return Shard(f"{self.format}: {self._read} {self._unit}", self._size, digest, self.format, self.dtype)
 
@@ -153,7 +153,7 @@ class StreamedSource(_ObjectSource):
 
 
 class _Arrays(StreamedSource):
-    """Arrays of ids, one after the other: each, or each row of its last axis, is a sequence."""
+    """Arrays of ids, one after the other; each, or each row of its last axis, is a sequence."""
 
     _unit = "arrays"
 
@@ -167,18 +167,18 @@ class _Arrays(StreamedSource):
         if options.policy.learn is not None:
             raise ValueError(
                 f"data: got arrays with learn {options.policy.learn!r}, expected rows of chats, prompts or texts: "
-                "ids do not tell what is learned of them"
+                "ids do not show which of them are learned"
             )
         if options.tokenizer is not None:
-            raise ValueError("tokenizer: got one with arrays, expected None: they are ids already")
+            raise ValueError("tokenizer: got one with arrays, expected None: arrays hold ids already")
         if options.dtype is not None:
-            raise ValueError(f"dtype: got {options.dtype!r} with arrays, expected None: they tell theirs")
+            raise ValueError(f"dtype: got {options.dtype!r} with arrays, expected None: arrays have their own")
         super().__init__(kind, "")
         self._arrays = arrays
         self._shifted = options.policy.targets == "shifted"
 
     def batches(self, part: Part) -> Iterator[Batch]:
-        # Copies, since who makes arrays may use their memory again.
+        # Copies: the iterable may reuse the memory of its arrays.
         return copied(batch for array in self._ids() for batch in array_batches(array, self._shifted))
 
     def _ids(self) -> Iterator[NDArray[Any]]:
@@ -247,13 +247,13 @@ class _StreamedDataset(StreamedSource):
 def _dataset_source(dataset: Any, options: ReadOptions) -> Source:
     if dataset.format["type"] == "custom":
         raise ValueError(
-            "data: got a Dataset with a transform, which its table does not have: expected one without it: map it, or "
-            'give the ids alone, as (row["input_ids"] for row in dataset)'
+            "data: got a Dataset with a transform, expected one without: its table is not transformed. Use map "
+            'instead, or pass the ids alone, as (row["input_ids"] for row in dataset)'
         )
     with _arrow_errors():
         columns = Columns(_DATA, dataset.with_format("arrow")[:0].schema, options)
     chosen = dataset.select_columns(columns.names)
-    # Of rows that are chosen by indices the table has the others, too.
+    # If rows are selected by indices, the table still holds the others.
     size = chosen.data.nbytes * len(chosen) // max(len(chosen.data), 1)
     name = f"datasets.Dataset {dataset._fingerprint}"
     telling = [repr((name, len(chosen), columns.names)).encode()]
@@ -268,7 +268,7 @@ def _table_source(data: Any, options: ReadOptions) -> Source:
         raise TypeError(f"data: got {type(data).__name__}, expected a table of Arrow ({error})") from error
     columns = Columns(_DATA, table.schema, options)
     table = table.select(columns.names)
-    # As many bytes as of files, or a row that has more.
+    # The same number of bytes as for files, or a row that has more.
     rows = max(1, min(_DIGESTED_ROWS, len(table) * _DIGESTED_BYTES // max(table.nbytes, 1)))
     with _arrow_errors():
         pieces = (_serialised(table[start : start + rows]) for start in (0, max(0, len(table) - rows)))
@@ -278,7 +278,7 @@ def _table_source(data: Any, options: ReadOptions) -> Source:
 
 
 def _serialised(table: Any) -> Any:
-    """A buffer with the rows of a table as a stream, whatever chunks it has."""
+    """A buffer with the rows of a table as a stream, independent of its chunks."""
     sink = require("pyarrow", "corpus").BufferOutputStream()
     with require("pyarrow.ipc", "corpus").new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
@@ -301,17 +301,17 @@ def _arrow_errors() -> Iterator[None]:
 
 
 def _ids_of(item: Any, number: int) -> NDArray[Any]:
-    """An array of ids of what an iterable gives. Raises TypeError or ValueError that names it by its number."""
+    """An item of an iterable as an array of ids. Raises TypeError or ValueError that names it by its number."""
     array = item
     if isinstance(item, Tensor):
-        # NumPy has not all of its dtypes.
+        # NumPy does not have all dtypes of tensors.
         if item.is_floating_point() or item.is_complex():
             raise TypeError(f"{_place(item, number)} of {item.dtype}, expected integers")
         array = item.detach().cpu().numpy()
     elif not isinstance(item, np.ndarray):
         array = _as_array(item, number)
     if array.ndim == 0 or array.dtype.kind not in "iu":
-        # Of objects each could be anything, also what runs when it is asked for its value.
+        # Objects could be anything, also code that runs when their value is read.
         raise TypeError(
             f"{_place(item, number)} of {array.dtype} in {array.ndim} axes, expected integers in one axis or more"
         )
@@ -326,12 +326,12 @@ def _as_array(item: Any, number: int) -> NDArray[Any]:
             "count a loader's batches by pdl_ext.count_labels"
         )
     if isinstance(item, (str, bytes)) or not (hasattr(item, "__len__") or hasattr(item, "__array__")):
-        raise TypeError(f"{place}, expected an array of ids: [data] is one, of ids that are one sequence")
+        raise TypeError(f"{place}, expected an array of ids: pass [data] if the ids are one sequence")
     try:
         array = np.asarray(item)
     except ValueError as error:
         raise ValueError(f"{place}, expected an array of ids, one axis of the same length in all its rows") from error
-    # Of an empty list nothing tells that it is one of integers.
+    # The dtype of an empty list is unknown.
     return array if array.size else array.astype(np.int64)
 
 

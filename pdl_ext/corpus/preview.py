@@ -1,4 +1,4 @@
-"""What a count would count: each file with its format and dtype, and about how many tokens."""
+"""The preview of a count: each file with its format and dtype, and its approximate number of tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pdl_ext.corpus.source import Source
 
 __all__ = ["FilePreview", "previewed"]
 
-# Of one format and dtype so many files are looked into; those between them are alike.
+# The number of files of one format and dtype that are sampled, evenly spaced.
 _SAMPLED_FILES = 8
 
 
 class FilePreview(NamedTuple):
-    """A file that would be counted. tokens: about how many it holds; is_exact: whether they are just as many."""
+    """A file that would be counted. tokens: the number of its tokens; is_exact: whether it is exact or an estimate."""
 
     name: str
     size: int
@@ -25,7 +25,7 @@ class FilePreview(NamedTuple):
 
 
 def previewed(sources: Sequence[Source]) -> Iterator[FilePreview]:
-    """What is known of sources, in order. Raises ValueError as reading them does."""
+    """The previews of sources, in order. Raises ValueError as reading them does."""
     rates = _tokens_per_byte(sources)
     for source in sources:
         exact = source.stated_tokens()

@@ -1,4 +1,4 @@
-"""A count over several processes: who counts which parts, and the sum of what all have counted."""
+"""A count over several processes: the division of the parts, and the sum of the counts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def checkpoint_of_rank(checkpoint: Place | None, group: Any) -> Place | None:
 
 
 def checkpoints(checkpoint: Place) -> list[Place]:
-    """The checkpoints of all ranks that this machine sees."""
+    """The checkpoints of all ranks that are visible on this machine."""
     found = {path.name.rpartition("-")[2]: path for path in checkpoint.parent.glob(f"{glob.escape(checkpoint.name)}-*")}
     return [found[rank] for rank in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def share(state: State, sizes: list[int], checkpoint: Place | None, group: Any) -> list[int]:
-    """The parts that this rank has to count: an even share of those that none has finished.
+    """The parts that this rank has to count: an even share of those that no rank has finished.
 
-    Each rank's state goes on from its own checkpoint. The first takes over all that it sees, of whatever number of
-    ranks, and deletes the others, so that those may also lie on each machine's own disk.
-    Raises ValueError if the ranks do not count the same, or a checkpoint is of another count or damaged.
+    Each rank's state resumes its own checkpoint. The first rank adopts all that it sees, of any number of ranks, and
+    deletes the others. So checkpoints may also be on each machine's own disk.
+    Raises ValueError if the ranks do not count the same data, or if a checkpoint is of another count or damaged.
     """
     identities: list[Any] = [state.identity]
     if group is not None:
@@ -55,9 +55,9 @@ def share(state: State, sizes: list[int], checkpoint: Place | None, group: Any) 
 
 
 def total(state: State, group: Any) -> int:
-    """Makes the state's counts those of all ranks; returns how many tokens they read.
+    """Replaces the state's counts by those of all ranks; returns the number of tokens read.
 
-    Raises RuntimeError on every rank if a part is missing, ValueError if the counts are not those of the tokens read.
+    Raises RuntimeError on every rank if a part is missing, ValueError if the counts do not add up to the tokens read.
     """
     finished = state.finished.to(torch.int32)
     if group is not None:
@@ -77,7 +77,7 @@ def _take_over(state: State, checkpoint: Place) -> None:
     for path in others:
         state.adopt(State.load(path, state))
     if others and own is not None:
-        # Written before any is deleted: after a crash between the two, what is taken over again changes nothing.
+        # Written before any is deleted: after a crash in between, adopting them again changes nothing.
         state.save(own)
         for path in others:
             if path != own:
@@ -89,7 +89,7 @@ def _own_parts(finished: list[int], sizes: list[int], rank: int, ranks: int) -> 
     total_size = sum(sizes[index] for index in todo)
     own, before = [], 0
     for index in todo:
-        # By its middle, so that an empty part has an owner, too.
+        # Assigned by its middle, so that an empty part has an owner, too.
         middle = before + sizes[index] / 2
         if min(int(middle * ranks / max(total_size, 1)), ranks - 1) == rank:
             own.append(index)

@@ -1,4 +1,4 @@
-"""What a reader of a format gives the counting loop: sources, cut into ranges, read as batches of tokens."""
+"""The interface between a reader of a format and the counting loop: sources in parts, read as batches of tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
     "token_dtype",
 ]
 
-# What a file may hold, and as what it is counted: the histogram knows no signed 8-bit and 16-bit tokens.
+# The dtypes of files. The histogram has no signed 8-bit and 16-bit tokens, so these are converted.
 TOKEN_DTYPES = {
     "uint8": np.uint8,
     "int8": np.int8,
@@ -44,7 +44,7 @@ TOKEN_DTYPES = {
     "int64": np.int64,
 }
 
-# Enough to tell how many there are in the rest, and encoded in a fraction of a second.
+# Enough to estimate the number in the rest, and encoded in a fraction of a second.
 SAMPLE_TOKENS = 2**15
 _SAMPLE_BYTES = 2**16
 
@@ -55,9 +55,9 @@ def token_dtype(name: str) -> np.dtype[Any]:
 
 
 def as_countable(tokens: NDArray[Any]) -> NDArray[Any]:
-    """Integers as TokenFrequency counts them, a copy only where it must be.
+    """Integers in a dtype that TokenFrequency counts, copied only if necessary.
 
-    Those above 2^63 become negative: they are of no vocabulary either way, and -100 that was wrapped is -100 again.
+    uint64 ids from 2^63 on become negative: they are out of range either way, and a wrapped -100 is -100 again.
     """
     if tokens.dtype.kind == "i" and tokens.dtype.itemsize < 4:
         return tokens.astype(np.int32)
@@ -65,29 +65,32 @@ def as_countable(tokens: NDArray[Any]) -> NDArray[Any]:
 
 
 def as_signed(labels: NDArray[Any]) -> NDArray[Any]:
-    """Labels among which a negative one, as -100 is, may have been wrapped to be unsigned: negative again."""
+    """Labels in which a negative id such as -100 may have been wrapped to an unsigned one: negative again."""
     wraps = labels.dtype.kind == "u" and labels.dtype.itemsize >= 4
     return labels.view(labels.dtype.str.replace("u", "i")) if wraps else labels
 
 
 def count_dtype(dtype: str) -> str:
-    """The name in TOKEN_DTYPES of what tokens of a dtype are counted as."""
+    """The name in TOKEN_DTYPES under which tokens of a dtype are counted."""
     return "int64" if dtype == "uint64" else dtype
 
 
 def check_stated_dtype(path: Place, dtype: str, options: ReadOptions) -> None:
-    """Raises ValueError unless the dtype that a file states is counted as the one that is given, or none is."""
+    """Raises ValueError if a dtype was given that differs from the one stated in the file."""
     if options.dtype not in (None, count_dtype(dtype)):
-        raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file tells, or none")
+        raise ValueError(f"{path}: got dtype {options.dtype}, expected {dtype}, which the file states, or none")
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How to read a corpus, whatever its formats are.
+    """How to read a corpus, whatever its formats.
 
-    vocab_size: V, by which readers warn of a dtype that cannot hold it. The dtype is that of files which do not tell
-    theirs, a name in TOKEN_DTYPES, or None. The tokenizer is for text: a file of the `tokenizers` library, or a folder
-    of a transformers tokenizer. With strict doubts are errors.
+    Args:
+        vocab_size: V; readers warn of a dtype that is too small for it.
+        policy: which tokens are targets.
+        dtype: that of files which do not state one, a name in TOKEN_DTYPES, or None.
+        tokenizer: for text, a file of the `tokenizers` library, or a folder of a transformers tokenizer.
+        strict: doubts are errors.
     """
 
     vocab_size: int
@@ -98,9 +101,9 @@ class ReadOptions:
 
 
 class Batch(NamedTuple):
-    """Some tokens: [n] of a dtype that TokenFrequency counts, and which of them are targets, bool [n]; None: all.
+    """Some tokens, [n], of a dtype that TokenFrequency counts. is_target: bool [n], None for all.
 
-    Views of buffers that the next batch may overwrite.
+    Both are views of buffers that the next batch may overwrite.
     """
 
     tokens: NDArray[Any]
@@ -108,9 +111,9 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A range of a source that is counted at once or not at all: [start, stop) in units of the source's own.
+    """A range of a source, from start to before stop, in units of the source. It is counted completely or not at all.
 
-    size: how many bytes of the source it is, for progress and for an even split.
+    size: its bytes in the source, for progress and for an even division.
     """
 
     start: int
@@ -119,23 +122,26 @@ class Part(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """How many tokens some bytes of a source hold."""
+    """The number of tokens in some bytes of a source."""
 
     tokens: int
     size: int
 
 
 class Stamp(NamedTuple):
-    """What tells that a file has changed: its size, and when it was modified, in ns, or what a store tells it by."""
+    """The size and version of a file, which change when it does.
+
+    version: the time of modification in ns, or a text from the store.
+    """
 
     size: int
     version: int | str
 
     @classmethod
     def of(cls, path: Place, *, fresh: bool = False) -> Stamp:
-        """The stamp of a file, of an object of a store as it was listed or, `fresh`, as it is now.
+        """The stamp of a file, or of a store's object as it was listed or, `fresh`, as it is now.
 
-        Raises ValueError that names one which cannot be read or is no file.
+        Raises ValueError that names a file which cannot be read or is not a regular file.
         """
         try:
             if isinstance(path, RemotePath):
@@ -143,17 +149,17 @@ class Stamp(NamedTuple):
             status = os.stat(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-        # Pipes and devices have no size, and are read once at most.
+        # Pipes and devices have no size, and can be read only once.
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: is no regular file, expected one")
+            raise ValueError(f"{path}: is not a regular file, expected one")
         return cls(status.st_size, status.st_mtime_ns)
 
     def check(self, path: Place) -> None:
-        """Raises ValueError that names a file whose stamp is another by now."""
+        """Raises ValueError that names a file whose stamp has changed."""
         now = Stamp.of(path, fresh=True)
         if now == self:
             return
-        what = "another object by now"
+        what = "now another object"
         if isinstance(now.version, int) and isinstance(self.version, int):
             what = f"modified {(now.version - self.version) / 1e9:+.3f} s later"
         raise ValueError(f"{path}: changed while it was counted, from {self.size} bytes to {now.size}, {what}")
@@ -162,8 +168,10 @@ class Stamp(NamedTuple):
 class Source(ABC):
     """The tokens of one shard: a file, with its companions.
 
-    path: the file that holds the tokens, whose name and content stand in the provenance; companions: the others that it
-    is read with; dtype: the tokens' name in TOKEN_DTYPES, or "text".
+    Attributes:
+        path: the file with the tokens; the provenance has its name and digest.
+        companions: further files that are read with it.
+        dtype: the tokens' name in TOKEN_DTYPES, or "text".
     """
 
     def __init__(self, format_name: str, path: Place, dtype: str, companions: Sequence[Place] = ()) -> None:
@@ -179,28 +187,28 @@ class Source(ABC):
 
     @property
     def stamps(self) -> dict[Place, Stamp]:
-        """All files, as they were when the source was made."""
+        """The stamps of all files at the time when the source was made."""
         return dict(self._stamps)
 
     @property
     def is_remote(self) -> bool:
-        """Whether it lies in a store, which takes its time to answer."""
+        """Whether it is in a store, whose answers take time."""
         return any(isinstance(path, RemotePath) for path in self._stamps)
 
     def shard(self) -> Shard:
-        """What the provenance says of it. Raises OSError if the file cannot be read."""
+        """Its entry in the provenance. Raises OSError if the file cannot be read."""
         return Shard(str(self.path), self.size, shard_digest(self.path), self.format, self.dtype)
 
     def doubt(self) -> str | None:
-        """What in the file speaks against how it is read, if anything does: a warning that names it."""
+        """A warning that names the file, if its content suggests another dtype or kind; None otherwise."""
         return None
 
     def stated_tokens(self) -> int | None:
-        """How many tokens the file states that it holds, or its size; None if only reading it tells."""
+        """The number of tokens that the file states, or that follows from its size; None if it has to be read."""
         return None
 
     def sample(self) -> Sample:
-        """Some tokens from its beginning: all of a small source. Raises ValueError as reading it does."""
+        """Some tokens from its beginning; all of a small source. Raises ValueError as reading it does."""
         tokens = size = 0
         for part in self.parts(_SAMPLE_BYTES):
             tokens += sum(batch.tokens.size for batch in self.batches(part))
@@ -210,7 +218,7 @@ class Source(ABC):
         return Sample(tokens, size)
 
     def check_unchanged(self) -> None:
-        """Raises ValueError that names a file which is no longer what it was when the source was made."""
+        """Raises ValueError that names a file which has changed since the source was made."""
         for path, stamp in self._stamps.items():
             stamp.check(path)
 
@@ -223,21 +231,22 @@ class Source(ABC):
 
     @abstractmethod
     def parts(self, size: int) -> Iterable[Part]:
-        """All of the source, in parts of about `size` bytes: the same whenever the same files are asked."""
+        """The whole source, in parts of about `size` bytes: always the same for the same files."""
 
     @abstractmethod
     def batches(self, part: Part) -> Iterator[Batch]:
-        """The tokens of a part, a bounded number at a time. Raises ValueError that names the file and the place."""
+        """The tokens of a part, in batches of limited size. Raises ValueError that names the file and the position."""
 
 
 class Format(NamedTuple):
-    """A format of corpora, as discover.py asks for it.
+    """A format of corpora, as discover.py uses it.
 
-    recognises(path, head): whether a file that begins with `head`, 512 bytes of it, can be nothing else;
-    open(path, options): its sources; companions: how the names of files end that are read with another one, and what
-    the name of that one has instead: left out where the other is there, too, and otherwise opened, to tell of it;
-    has_folders: whether a folder may be of the format, which recognises is then asked about, too, with an empty head;
-    has_header: whether not all of a file is tokens.
+    recognises(path, head): whether a file that begins with `head`, its first 512 bytes, can only be of this format.
+    open(path, options): its sources.
+    companions: maps the suffix of a side file (`.idx`) to that of its main file (`.bin`). A side file is skipped if its
+    main file is present. Otherwise it is opened, so that the reader can report the missing one.
+    has_folders: the format can be a folder; `recognises` is then also called for folders, with an empty head.
+    has_header: whether a part of the file is not tokens.
     """
 
     name: str

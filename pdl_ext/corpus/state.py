@@ -1,4 +1,4 @@
-"""How far a count has come: totals and finished parts, in one file that is written whole or not at all."""
+"""The state of a count: totals and finished parts, in one file that is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FORMAT = "pdl_ext.corpus.State/2"
 
 
 class State:
-    """What was counted of a corpus' parts.
+    """The counts of a corpus' finished parts.
 
-    frequency: the counts of the finished parts; finished: uint8 [parts]; identity: what tells a corpus, its division
-    into parts and the policy from all others.
+    frequency: the counts; finished: uint8 [parts]; identity: a digest of the corpus, its division into parts and the
+    policy.
     """
 
     def __init__(self, frequency: TokenFrequency, finished: Tensor, identity: str) -> None:
@@ -29,17 +29,17 @@ class State:
 
     @classmethod
     def empty(cls, vocab_size: int, ignore_index: int, parts: int, identity: str) -> State:
-        """Nothing counted yet."""
+        """A state with nothing counted."""
         frequency = TokenFrequency(vocab_size, ignore_index=ignore_index)
         return cls(frequency, torch.zeros(parts, dtype=torch.uint8, device="cpu"), identity)
 
     def add(self, table: Table, parts: list[int]) -> None:
-        """Takes over the counts of parts that are finished now."""
+        """Adds the counts of parts that are now finished."""
         table.move_to(self.frequency)
         self.finished[parts] = 1
 
     def adopt(self, other: State) -> None:
-        """Takes over another state of the same count; one that was taken over before changes nothing.
+        """Adds another state of the same count; one that was added before changes nothing.
 
         Raises ValueError if some of its parts, but not all, are finished here.
         """
@@ -51,7 +51,7 @@ class State:
             raise ValueError("checkpoint: got two that counted the same part, expected each part in one")
 
     def save(self, path: Place) -> None:
-        """Raises OSError that names the path, which then holds what it held before."""
+        """Raises OSError that names the path, with the old file untouched."""
         tensors = {f"frequency.{name}": buffer for name, buffer in self.frequency.state_dict().items()}
         tensors["finished"] = self.finished
         write_tensors(path, tensors, {"format": _FORMAT, "identity": self.identity})
@@ -60,20 +60,21 @@ class State:
     def load(cls, path: Place, like: State) -> State:
         """The state that was saved of the same count as `like`.
 
-        Raises ValueError for one that is damaged, or of another corpus, policy or vocabulary.
+        Raises ValueError for a state that is damaged, or of another corpus, policy or vocabulary.
         """
         tensors, metadata = read_tensors(path, "checkpoint", _FORMAT)
         loaded = cls.empty(like.frequency.vocab_size, like.frequency.ignore_index, like.finished.numel(), like.identity)
         if metadata["identity"] != like.identity:
             if not bool(tensors["finished"].any()):
-                # What was begun wrongly, and holds nothing.
+                # A count with wrong arguments, which holds nothing.
                 return loaded
             raise ValueError(
                 f"checkpoint: {path} is that of another count (files, options or pdl_ext's version differ), expected "
                 "this one's: delete it to begin anew"
             )
         loaded.finished = tensors["finished"]
-        # Not load_state_dict, after which a `sync` of the counts would take them for all ranks' and not this one's own.
+        # Not load_state_dict: a later `sync` would then treat the counts as shared by all ranks instead of this rank's
+        # own.
         for name, buffer in loaded.frequency.named_buffers():
             buffer.copy_(tensors[f"frequency.{name}"])
         return loaded

@@ -1,4 +1,4 @@
-"""What a thread counts into, before it is added to the totals."""
+"""A thread's counts before they are added to the totals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Table:
     """Counts of some tokens.
 
     A CountTable in one array. NumPy and the histogram change it in the calling thread alone. PyTorch's number of
-    threads is left as it is: new threads begin with what any of them has set. What is no target is counted with the
-    rest and once more by itself, to be subtracted. That is less work than leaving it out of each batch.
+    threads is left as it is, since new threads inherit the value that any thread has set. Tokens that are not targets
+    are counted with the rest, and a second time separately, to be subtracted. That is less work than removing them from
+    each batch.
 
     tokens: how many were given, by the size of the batches and not by the histogram.
     """
@@ -31,18 +32,18 @@ class Table:
         self._ignore_index = ignore_index
         self._strict = strict
         self._all, self._no_targets = (np.zeros(CountTable.packed_size(vocab_size), np.int64) for _ in range(2))
-        # Once, and not for each of many batches.
+        # Made once instead of for each of many batches.
         self._table_of_all = CountTable.unpacked(torch.from_numpy(self._all))
         self._table_of_no_targets = CountTable.unpacked(torch.from_numpy(self._no_targets))
         self.tokens = 0
 
     def add(self, batch: Batch) -> None:
-        """Counts a batch. Raises IndexError if `strict` and a target is outside [0, V), with nothing changed."""
+        """Counts a batch. With `strict` a target outside the vocabulary raises IndexError, with nothing changed."""
         tokens, is_target = batch
         if is_target is not None:
             others = tokens[~is_target]
             if self._strict:
-                # What is no target may be any number.
+                # A token that is not a target may be any number.
                 self._count(tokens[is_target], self._table_of_all)
                 self._table_of_all.ignore(others.size)
             else:
@@ -53,7 +54,7 @@ class Table:
         self.tokens += tokens.size
 
     def move_to(self, frequency: TokenFrequency) -> None:
-        """Adds the counts to a frequency, and begins anew."""
+        """Adds the counts to a frequency, and sets them to 0."""
         no_targets = int(self._table_of_no_targets.seen)
         if no_targets:
             self._all -= self._no_targets

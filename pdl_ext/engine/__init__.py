@@ -1,1 +1,1 @@
-"""The way of a loss from checked arguments to the compiled ops. Private: `functional` and `PDLLoss` are its doors."""
+"""The path of a loss from checked arguments to the compiled ops. Private: use `functional` or `PDLLoss`."""

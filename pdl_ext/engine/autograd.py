@@ -18,26 +18,26 @@ from pdl_ext.options import LossOptions
 __all__ = ["LastUpstream", "divided_by_mean", "gradients_of", "row_weight_gradient", "weighted_loss"]
 
 _NO_SECOND_DERIVATIVE = (
-    "pdl_ext: the fused loss has no second derivative in place, in slabs, or of a shard; without inplace_backward "
-    "functional.pdl_loss has one, and so has pdl_ext.reference"
+    "pdl_ext: the fused loss has no second derivative in place, in chunks, or of a shard: use functional.pdl_loss "
+    "without inplace_backward and process_group, or pdl_ext.reference"
 )
-# What a Function returns, and what its caller makes of it: the loss, and where asked for saved rows and predictions.
+# The results of a Function, in its caller's form: the loss, and on request saved rows and predictions.
 Results = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class LastUpstream:
-    """The upstream gradient that a loss got last, on the device: what its next gradient is computed for.
+    """The most recent upstream gradient of a loss, on the device: the next gradient is computed for it.
 
-    It is no state: a wrong guess costs time and changes no bit. Copies and pickles begin anew.
+    It is not state: a wrong guess costs time, and changes no bit of the result. Copies and pickles start with 1.
     """
 
     def __init__(self) -> None:
-        # Never given back: another stream may be about to write to it.
+        # Never freed: another stream may be about to write to it.
         self._numbers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._waiting: weakref.ref[Tensor] | None = None
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The number, 0-d, which backward writes to; 1 before it has."""
+        """The upstream gradient, 0-d, which backward writes to; 1 before the first backward."""
         number = self._numbers.get((device, dtype))
         if number is None:
             number = self._numbers[device, dtype] = torch.ones((), dtype=dtype, device=device)
@@ -45,11 +45,11 @@ class LastUpstream:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a gradient that was computed in forward is still alive."""
+        """Whether a gradient that forward computed still exists."""
         return self._waiting is not None and self._waiting() is not None
 
     def wait(self, gradient: Tensor) -> None:
-        """Remembers, as long as it lives, a gradient that was computed in forward."""
+        """Keeps a weak reference to a gradient that forward computed."""
         self._waiting = weakref.ref(gradient)
 
     def __reduce__(self) -> tuple[type[LastUpstream], tuple[()]]:
@@ -57,7 +57,10 @@ class LastUpstream:
 
 
 class NoSecondDerivative(torch.autograd.Function):
-    """Returns a gradient that was computed without a graph, tied to what it depends on by a backward that raises."""
+    """Returns a gradient that was computed without a graph; its own backward raises.
+
+    The inputs that the gradient depends on become inputs of this Function.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
@@ -75,15 +78,16 @@ def gradients_of(
     compute: Callable[..., Iterable[Tensor | None]],
     compute_with_graph: Callable[..., Iterable[Tensor | None]] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """What backward of a Function returns whose first inputs are `differentiable`, and the first that it saved.
+    """The return value of backward of a Function: the gradients of its first `differentiable` inputs, then None.
 
-    compute(ctx, saved, grad_loss, once) gives their gradients; once: nobody can ask for them again.
-    compute_with_graph(ctx, saved, grad_loss) gives such as can be differentiated again.
+    The Function has saved these inputs first.
+    compute(ctx, saved, grad_loss, once) returns their gradients; once: nobody can ask for them again.
+    compute_with_graph(ctx, saved, grad_loss) returns gradients that can be differentiated again.
     """
     rest = (None,) * (len(ctx.needs_input_grad) - differentiable)
     if grad_loss is None:
         return (*(None,) * differentiable, *rest)
-    # Read once: a checkpoint gives them once.
+    # Read only once: a checkpoint provides them only once.
     saved = ctx.saved_tensors
     if not torch.is_grad_enabled():
         return (*compute(ctx, saved, grad_loss, True), *rest)
@@ -97,14 +101,14 @@ def gradients_of(
 
 
 def row_weight_gradient(grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> Tensor:
-    # m ce less the token weight's share of the mean, if the row weights are in the denominator, by the denominator.
+    # (m ce - correction * token weight) / denominator. The correction is 0 if row weights are not in the denominator.
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
     modulated = torch.where(rows.modulation == 0, 0.0, rows.modulation * rows.ce)
     return grad_loss * (modulated - rows.token_weight * by.correction) * by.weighted
 
 
 def divided_by_mean(grad_loss: Tensor, factors: Tensor) -> Tensor:
-    """The upstream gradient of what was computed before the mean was known that divides a modulation."""
+    """The upstream gradient for a gradient that was computed before the mean of a modulation was known."""
     return grad_loss / Factors.of(factors).modulation
 
 
@@ -117,11 +121,12 @@ def _overlap(rows: Tensor) -> bool:
     return rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
 
 
-# The row weights are an input of their own, beside `inputs`: a Function takes no gradient to what is in a tuple.
-# Options are packed: PyTorch 2.10's compiler makes a dataclass that a Function takes anew, of what are no numbers yet.
+# The row weights are an input of their own, beside `inputs`: a Function computes no gradient for members of a tuple.
+# Options are packed: the compiler of PyTorch 2.10 rebuilds a dataclass that is passed to a Function, from values that
+# are not numbers yet.
 #
-# torch.autograd.Function and not torch.library.register_autograd, and no output that nobody asked for: a step on tiny
-# inputs takes a third of the time.
+# torch.autograd.Function instead of torch.library.register_autograd, and no output that was not requested: with tiny
+# inputs a step then takes a third of the time.
 class Loss(torch.autograd.Function):
     """loss_forward of logits [..., V] and its gradient, by loss_backward or, with `inplace_backward`, over the logits.
 
@@ -163,7 +168,7 @@ def _loss_gradients_with_graph(
 ) -> tuple[Tensor | None, Tensor | None]:
     logits, row_weight, targets, logit_offset, saved_rows, factors, class_weight, *_ = saved
     rows, by = SavedRows.of(saved_rows), Factors.of(factors)
-    # Of a target out of range, which CUDA has, the weight is NaN.
+    # The weight of a target out of range, which is possible on CUDA, is NaN.
     vocab_size, options = logits.shape[-1], LossOptions.unpacked(ctx.options)
     out_of_range = (targets != options.ignore_index) & ((targets < 0) | (targets >= vocab_size))
     loss = defined_loss(
@@ -196,7 +201,7 @@ def _loss_gradients(
     how = (ctx.options, ctx.shard.first_id, ctx.shard.vocab_size)
     if ctx.inplace_backward and once and not _overlap(rows_of_logits):
         ops.compiled.loss_backward_(*given, *how)
-        # Whoever saved the logits for another gradient must be told that they are overwritten.
+        # Another Function that saved the logits then raises, since they are overwritten.
         torch.autograd.graph.increment_version(rows_of_logits)
         grad_logits = rows_of_logits.detach()
     else:
@@ -205,11 +210,11 @@ def _loss_gradients(
 
 
 class LossAndGradient(torch.autograd.Function):
-    """loss_and_gradient of logits [..., V] and a scalar reduction: forward computes the gradient, too, for the upstream
-    one that `last` holds, or for 1.
+    """loss_and_gradient of logits [..., V] with a scalar reduction: forward also computes the gradient.
 
-    Backward returns it if that one came, which the device finds out. Else it computes it from the logits, and in the
-    same bits. Returns what Loss does.
+    That gradient is for the upstream gradient in `last`, or for 1. Backward returns it if the upstream gradient is the
+    same, which the device checks. Otherwise backward computes it from the logits, with the same bits. Returns the same
+    as Loss.
     """
 
     @staticmethod
@@ -231,7 +236,7 @@ class LossAndGradient(torch.autograd.Function):
             last.wait(gradient)
         ctx.set_materialize_grads(False)
         saved = (logits, row_weight, inputs.targets, inputs.logit_offset, saved_rows, factors, class_weight)
-        # Saved, so that a checkpoint does not hold it meanwhile.
+        # Saved for backward, so that a checkpoint does not keep it.
         ctx.save_for_backward(*saved, gradient)
         ctx.options = options
         ctx.expected = expected
@@ -260,8 +265,8 @@ def _gradients_at_once(
     if ctx.is_unused:
         ctx.is_unused = False
         ops.compiled.correct_gradient_(gradient, ctx.expected, *given, ctx.options)
-        # Whoever gets it may write to it, also where the graph is retained. Then it is never read here again, so its
-        # saved version must not change.
+        # The caller may write to it, also if the graph is retained. It is not read here again, so its saved version
+        # must not change.
         grad_logits = gradient.data
     else:
         grad_logits = ops.compiled.loss_backward(*given, ctx.options, 0, rows.shape[1])
@@ -269,11 +274,13 @@ def _gradients_at_once(
 
 
 class LossOverLogits(torch.autograd.Function):
-    """loss_and_gradient_ of a scalar reduction: forward leaves the gradient where the logits were (or in their copy, if
-    they had to be copied), for an upstream gradient of 1; backward multiplies it by another one, read on the device.
+    """loss_and_gradient_ of a scalar reduction: forward writes the gradient over the logits.
 
-    `unnormalized`: the options without the division by a mean, which backward does then; or None.
-    Returns what Loss does.
+    If the logits had to be copied, it is written over the copy. It is for an upstream gradient of 1; backward
+    multiplies it by the actual one, which is read on the device.
+
+    `unnormalized`: the options without the division by a mean, which backward does in that case; or None.
+    Returns the same as Loss.
     """
 
     @staticmethod
@@ -300,7 +307,7 @@ class LossOverLogits(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         ctx.set_materialize_grads(False)
         ctx.shape = logits.shape
-        # Saved, so that PyTorch refuses a backward after the gradient was written to, and a second one.
+        # Saved for backward: PyTorch then refuses a second backward, and one after the gradient was written to.
         ctx.save_for_backward(logits if overwritten else gradient, row_weight, saved_rows, factors)
         if not stats:
             return loss
@@ -334,10 +341,10 @@ def weighted_loss(
     at_once: bool = False,
     last: LastUpstream | None = None,
 ) -> Results:
-    """The loss of logits [..., V], with its gradient where one is needed; with `stats` saved rows and predictions.
+    """The loss of logits [..., V], with its gradient if needed, and with `stats` saved rows and predictions.
 
-    at_once: a backward is likely, for the upstream gradient of `last`, or for 1. While a gradient of `last` waits,
-    others are left to backward: of several losses under way each would hold one.
+    at_once: a backward is likely, for the upstream gradient of `last`, or for 1. While a gradient of `last` waits, the
+    gradients of further losses are left to backward. Otherwise each of several losses at once would hold one.
     """
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
@@ -345,13 +352,13 @@ def weighted_loss(
     ):
         loss, saved_rows, _factors, predicted = loss_forward(_as_rows(logits), inputs, options.packed, stats, shard)
         return (loss, saved_rows, predicted) if stats else (loss, None, None)
-    # Forward knows no vector of upstream gradients, and no loss scale of float16 but the last one.
+    # In forward a vector of upstream gradients is unknown; of float16's loss scale only the last value is known.
     is_known = options.reduction != "none" and logits.requires_grad and not shard.group
     is_scaled = logits.dtype == torch.float16
     unnormalized = options.unnormalized
     class_weight = inputs.token_weight if options.smooths_by_class else None
     if inplace_backward and is_known and not is_scaled:
-        # The z-loss is not divided: with one the mean has to come first.
+        # The mean does not divide the z-loss: with a z-loss it has to be computed first.
         late = unnormalized is not options and options.z_loss == 0
         how = (options.packed, unnormalized.packed if late else None, stats)
         result = LossOverLogits.apply(logits, row_weight, inputs, *how)

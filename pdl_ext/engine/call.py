@@ -1,4 +1,4 @@
-"""One call of a loss: its inputs are checked, brought into the ops' form, and its results into the caller's."""
+"""One call of a loss: checks its inputs, converts them for the ops, and the results back for the caller."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ TARGET_DTYPES = (torch.int64, torch.int32)
 
 
 class RowStats(NamedTuple):
-    """What the loss knows of each row, detached and shaped like the targets; 0 at ignored rows.
+    """Statistics of each row, detached and shaped like the targets; 0 at ignored rows.
 
-    With shift=True they line up with `targets`, like row_weight and reduction "none". float32, or float64 for float64
-    logits.
+    With shift=True they are aligned with `targets`, like row_weight and reduction "none". float32, or float64 for
+    float64 logits.
 
     Attributes:
         nll: unweighted negative log-likelihood in nats.
         weight: token weight times row weight.
         lse: log-sum-exp of the transformed logits.
-        predicted: int64 index of the largest of these, -1 at ignored rows and where none is above -inf.
-        entropy: that of their softmax, in nats.
+        predicted: int64 index of the largest transformed logit; -1 at ignored rows and where none is above -inf.
+        entropy: entropy of the softmax of the transformed logits, in nats.
     """
 
     nll: Tensor
@@ -58,9 +58,9 @@ class RowStats(NamedTuple):
 
 
 class _Call:
-    """What both calls have in common: everything but the scores that the targets are compared with.
+    """The common part of both calls: everything except the logits or hidden states.
 
-    shard: the columns of the vocabulary that this rank has.
+    shard: the columns of the vocabulary on this rank.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class _Call:
     ) -> None:
         self.targets = targets
         self.row_weight = row_weight
-        # Of each row, in the place of a table.
+        # The weight of each row, which replaces the table.
         self.token_weight_of_rows: Tensor | None = None
         self.normalizer = normalizer
         self.options = options
@@ -82,7 +82,7 @@ class _Call:
         self.shard = shard
 
     def bad_target(self) -> IndexError:
-        """The error for the first target out of range, by its place in the targets that the caller passed."""
+        """The error for the first target out of range, with its position in the caller's targets."""
         ignore_index, vocab_size = self.options.ignore_index, self.shard.vocab_size
         bad = self._out_of_range(self.targets)
         if self.options.shift:
@@ -94,22 +94,22 @@ class _Call:
         )
 
     def learned_targets(self) -> Tensor:
-        """The targets that some row predicts."""
+        """The targets that a row predicts."""
         return self.targets[..., 1:] if self.options.shift else self.targets
 
     def check_tables(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> None:
-        """Raises TypeError or ValueError unless each is None or a float32 [V] that takes no gradient."""
+        """Raises TypeError or ValueError unless each is None or a float32 [V] that does not require grad."""
         for name, table in (("token_weight", token_weight), ("logit_offset", logit_offset)):
             if table is not None:
                 _check_table(name, table, self.shard.vocab_size, self.targets.device)
 
     def drop_weights(self, token_weight: Tensor, weight_drop: float) -> None:
-        """Takes token weights from a table [V]; each of them is 1 with a probability of `weight_drop` instead."""
+        """Takes token weights from a table [V], and replaces each by 1 with probability `weight_drop`."""
         drawn = torch.rand(self.targets.shape, dtype=torch.float32, device=self.targets.device)
         if self.shard.group:
-            # The ranks of a vocabulary have the same rows, and generators of their own.
+            # The ranks of a sharded vocabulary have the same rows, but generators of their own.
             drawn = sum_over_ranks(drawn if self.shard.first_id == 0 else torch.zeros_like(drawn), self.shard.group)
-        # Of an ignored row or a target out of range it says nothing.
+        # The weight of an ignored row or a target out of range is never used.
         weight = token_weight[self.targets.long().clamp(0, self.shard.vocab_size - 1)]
         self.token_weight_of_rows = torch.where(drawn < weight_drop, 1.0, weight)
 
@@ -118,7 +118,7 @@ class _Call:
         return (targets != self.options.ignore_index) & wrong
 
     def _check_ids(self) -> None:
-        # On CUDA the rows become NaN instead, and the host waits for nothing.
+        # On CUDA such rows become NaN instead, so that the host need not wait.
         if self.targets.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if bool(self._out_of_range(self.learned_targets()).any()):
@@ -129,12 +129,12 @@ class _Call:
         return self.options.shift and self.targets.shape[-1] > 0
 
     def _choose_options(self, token_weight: Tensor | None) -> None:
-        # Without a table each class weighs 1, as the target does.
+        # Without a table every class has weight 1, like the target.
         if self.options.smooths_by_class and token_weight is None:
             self.options = dataclasses.replace(self.options, label_smoothing_weight="target")
 
     def _inputs(self, token_weight: Tensor | None, logit_offset: Tensor | None, dtype: torch.dtype) -> LossInputs:
-        """What the ops take, for an accumulator's dtype; of tables that were checked."""
+        """The inputs of the ops, for an accumulator's dtype; tables are already checked."""
         targets, row_weight, normalizer = self.targets, self.row_weight, self.normalizer
         of_rows = self.token_weight_of_rows
         if row_weight is not None:
@@ -143,7 +143,7 @@ class _Call:
             normalizer = normalizer.to(dtype).expand(2).contiguous()
         elif normalizer is not None:
             number = normalizer if isinstance(normalizer, (torch.SymInt, torch.SymFloat)) else float(normalizer)
-            # What float32 cannot hold is infinite then, as a tensor's value would be.
+            # A number outside the range of float32 becomes infinite, as a tensor's value would.
             normalizer = torch.full((2,), number, dtype=torch.float64, device=targets.device).to(dtype)
         if self._shifts:
             targets = F.pad(targets[..., 1:], (0, 1), value=self.options.ignore_index)
@@ -159,7 +159,7 @@ class _Call:
         )
 
     def _results(self, results: Results, inputs: LossInputs) -> Tensor | tuple[Tensor, RowStats]:
-        """The loss, with RowStats where they were asked for."""
+        """The loss, with RowStats if requested."""
         loss, saved_rows, predicted = results
         if self.options.reduction == "none":
             loss = self._like_targets(loss)
@@ -168,7 +168,7 @@ class _Call:
         rows = SavedRows.of(saved_rows)
         weight = rows.token_weight
         if inputs.row_weight is not None:
-            # An ignored row counts for nothing, whatever its row weight is: 0 * inf would be NaN.
+            # An ignored row has weight 0 whatever its row weight: 0 * inf would be NaN.
             counted = inputs.targets.reshape(-1) != self.options.ignore_index
             weight = torch.where(counted, weight * inputs.row_weight.detach(), 0.0)
         stats = RowStats(
@@ -189,9 +189,9 @@ class LossCall(_Call):
     """A loss of logits [..., V].
 
     at_once, last: as in `weighted_loss`.
-    vocab_size: of the tables that it will be given, or None.
-    Raises TypeError or ValueError that names the first input that it cannot take. RuntimeError for `inplace_backward`
-    with a leaf or a view of one.
+    vocab_size: that of the tables that follow, or None.
+    Raises TypeError or ValueError that names the first invalid input. Raises RuntimeError for `inplace_backward` with a
+    leaf or a view of one.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class LossCall(_Call):
         if logits.shape[:-1] != targets.shape:
             raise _targets_do_not_fit("logits", logits, targets, "the vocabulary")
         _check_rest("the logits are", logits, targets, row_weight, normalizer, options)
-        # By its definition, which PyTorch differentiates forward.
+        # Computed by the definition, which PyTorch can differentiate in forward mode.
         self.has_tangent = _has_tangent(logits, row_weight, normalizer)
         if self.has_tangent and (process_group is not None or is_traced()):
             raise _no_forward_mode()
@@ -238,7 +238,7 @@ class LossCall(_Call):
         self.last = last
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
-        """The result of pdl_loss; of tables that were checked. Raises IndexError for a target outside [0, V)."""
+        """The result of pdl_loss; tables are already checked. Raises IndexError for a target outside the vocabulary."""
         self._choose_options(token_weight)
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.logits.dtype))
         if self.shard.group:
@@ -276,8 +276,8 @@ class LossCall(_Call):
 class LinearLossCall(_Call):
     """A loss of hidden states [..., H] under a classifier [V, H].
 
-    vocab_size: as of LossCall.
-    Raises TypeError or ValueError that names the first input that it cannot take.
+    vocab_size: as in LossCall.
+    Raises TypeError or ValueError that names the first invalid input.
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class LinearLossCall(_Call):
                 continue
             if tensor.device != hidden.device:
                 raise ValueError(f"{name}: got device {tensor.device}, expected {hidden.device}, where hidden is")
-            # Which casts no float64.
+            # Autocast leaves float64 alone.
             cast = torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in (tensor.dtype, hidden.dtype)
             if tensor.dtype != hidden.dtype and not cast:
                 raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {hidden.dtype}, that of hidden")
@@ -339,7 +339,7 @@ class LinearLossCall(_Call):
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        # A compiled graph may be captured, which knows no wait for a count.
+        # A compiled graph may be captured as a CUDA graph, in which the host cannot wait for a count.
         drop_ignored = not torch.compiler.is_compiling()
         self.settings = Settings(dtype, max_chunk_bytes, accumulate == "float32", drop_ignored)
         shard, targets = VocabularyShard.for_rank(
@@ -350,10 +350,10 @@ class LinearLossCall(_Call):
         self.process_group = process_group
 
     def loss(self, token_weight: Tensor | None, logit_offset: Tensor | None) -> Tensor | tuple[Tensor, RowStats]:
-        """The result of linear_pdl_loss; of tables that were checked. Raises IndexError as LossCall does."""
+        """The result of linear_pdl_loss; tables are already checked. Raises IndexError as LossCall does."""
         self._choose_options(token_weight)
         inputs = self._inputs(token_weight, logit_offset, accumulator_dtype(self.settings.dtype))
-        # Before the first product, and not when a slab comes to it.
+        # Before the first product, not when the chunk with the bad target is reached.
         self._check_ids()
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
         of_rows = inputs._replace(targets=inputs.targets.reshape(-1))
@@ -372,12 +372,12 @@ def _check_scores(name: str, tensor: Tensor) -> None:
 
 
 def _refuse_leaf(logits: Tensor) -> None:
-    # As PyTorch refuses to write to either: a parameter would be overwritten by its gradient.
+    # PyTorch refuses in-place writes to both: they would overwrite a parameter with its gradient.
     base = logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         got = "a leaf" if logits.is_leaf else "a view of a leaf"
         raise RuntimeError(
-            f"logits: got {got} that requires grad, expected what a model computed: inplace_backward would overwrite it"
+            f"logits: got {got} that requires grad, expected a model's output: inplace_backward would overwrite it"
         )
 
 
@@ -416,11 +416,11 @@ def _check_rest(
 
 
 def _has_tangent(*values: Tensor | float | None) -> bool:
-    # PyTorch would drop the tangent of an op without a forward-mode formula, and return a derivative of zero.
+    # For an op without a forward-mode formula PyTorch would drop the tangent, and return a derivative of zero.
     if getattr(forward_ad, "_current_level", -1) < 0:
         return False
     if torch.compiler.is_compiling():
-        # A compiler's stand-ins have none.
+        # The fake tensors of a compiler have no tangent.
         return True
     tensors = (value for value in values if isinstance(value, Tensor))
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -428,8 +428,8 @@ def _has_tangent(*values: Tensor | float | None) -> bool:
 
 def _no_forward_mode() -> RuntimeError:
     return RuntimeError(
-        "pdl_ext: the fused loss has no forward-mode derivative in slabs, of a shard or under a tracer; "
-        "functional.pdl_loss has one elsewhere, and so has pdl_ext.reference"
+        "pdl_ext: the fused loss has no forward-mode derivative in chunks, of a shard or under a tracer: use "
+        "functional.pdl_loss without process_group and torch.compile, or pdl_ext.reference"
     )
 
 
@@ -446,7 +446,7 @@ def _check_table(name: str, table: Tensor, vocab_size: int, device: torch.device
         raise ValueError(f"{name}: got device {table.device}, expected {device}, where the logits are")
     if table.requires_grad or _has_tangent(table):
         got = "requires grad" if table.requires_grad else "has a tangent"
-        raise ValueError(f"{name}: got a tensor that {got}, expected one that does not: only row_weight takes one")
+        raise ValueError(f"{name}: got a tensor that {got}, expected one that does not: only row_weight may have one")
 
 
 def _check_row_weight(row_weight: Tensor, targets: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The loss in plain PyTorch, by its definition: slow, and differentiable as often, and in either mode, as PyTorch is.
+"""The loss by its definition in plain PyTorch: slow, and differentiable as often and in either mode as PyTorch is.
 
-`pdl_ext.reference` is this with the arguments of `functional`; the fused loss takes it for second derivatives and for
+`pdl_ext.reference` is this with the arguments of `functional`. The fused loss uses it for second derivatives and for
 forward mode.
 """
 
@@ -39,12 +39,12 @@ def defined_loss(
 ) -> Defined:
     """The loss of logits [..., V] and targets [...].
 
-    token_weight: the weight of each row's target, [...]; normalizer: what "mean" and "token_mean" divide both terms by;
-    class_weight: [V], where label smoothing goes by class.
+    token_weight: [...], the weight of each row's target. normalizer: the denominator of both terms with "mean" and
+    "token_mean". class_weight: [V], for label smoothing by class.
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     counted = targets != options.ignore_index
-    # Of what is not finite in an ignored row the gradient would be NaN.
+    # With a number that is not finite in an ignored row the gradient would be NaN.
     z = options.logit_scale * torch.where(counted.unsqueeze(-1), logits, 0.0).to(dtype)
     if options.softcap is not None:
         z = options.softcap * torch.tanh(z / options.softcap)
@@ -90,14 +90,14 @@ def defined_loss(
 
 
 def entropy_of(z: Tensor, lse: Tensor) -> Tensor:
-    """The entropy of softmax(z) in nats, [...]; it takes no gradient."""
+    """The entropy of softmax(z) in nats, [...]; it gets no gradient."""
     log_p = (z - lse.unsqueeze(-1)).detach()
     p = log_p.exp()
     return -torch.where(p == 0, 0.0, p * log_p).sum(-1)
 
 
 def _factor(nll: Tensor, lse: Tensor, z: Tensor, counted: Tensor, modulation: Modulation) -> Tensor:
-    # What no modulation of nll looks at is not computed.
+    # The entropy is computed only for a modulation that uses it.
     entropy = entropy_of(z, lse) if modulation.of_entropy else torch.zeros_like(nll)
     m = modulation.factor(nll, entropy, z.shape[-1])
     if not modulation.is_normalized:

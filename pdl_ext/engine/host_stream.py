@@ -1,4 +1,4 @@
-"""Brings tokens from host memory to a CUDA device: a part is copied while the one before it is counted."""
+"""Copies tokens from host memory to a CUDA device: each part is copied while the one before it is counted."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 __all__ = ["PART_BYTES", "parts_on_device"]
 
-# Large enough to reach the bus's bandwidth, small enough for two pinned buffers of it.
+# Large enough for the bandwidth of the bus, small enough for two pinned buffers.
 PART_BYTES = 32 * 2**20
 
 
 def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Yields the tokens, a contiguous one-dimensional CPU tensor, in parts on `device`.
 
-    What the caller does with a part has to be queued on the current stream before it asks for the next. Its memory is
-    then used again. Copies run on a stream of their own, from two pinned buffers unless the tokens are pinned
+    The caller must queue its work on a part on the current stream before it requests the next one. The memory of the
+    part is then reused. Copies run on a stream of their own, from two pinned buffers unless the tokens are pinned
     themselves.
-    When the generator has ended, by itself, by an error or since it is dropped, no copy is under way.
+    No copy is in progress after the generator ends, whether normally, by an error or because it is dropped.
     """
     size = PART_BYTES // tokens.element_size()
     copies, counting = torch.cuda.Stream(device), torch.cuda.current_stream(device)
@@ -27,7 +27,7 @@ def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
     pinned = [_pinned_like(tokens, size) for _ in range(0 if is_pinned else 2)]
     arrived = [torch.empty(size, dtype=tokens.dtype, device=device) for _ in range(2)]
     copied, counted = ([torch.cuda.Event() for _ in range(2)] for _ in range(2))
-    # The buffers may be memory that this stream is still using.
+    # The current stream may still be using the memory of the buffers.
     copies.wait_stream(counting)
     try:
         for number, part in enumerate(tokens.split(size)):
@@ -46,8 +46,8 @@ def parts_on_device(tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
             yield on_device
             counted[slot].record(counting)
     finally:
-        # However this ends, the tokens and the buffers may be another's at once. The device's allocator does not know
-        # that this stream used them, and pinned memory's knows only of copies that were queued without an error.
+        # In any case the tokens and the buffers may be reused immediately. The device's allocator does not know that
+        # this stream used them. The allocator of pinned memory knows only of copies that were queued without an error.
         copies.synchronize()
 
 

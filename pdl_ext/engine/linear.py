@@ -1,10 +1,10 @@
-"""The loss of hidden states under a classifier, in slabs of logits: [N, V] is never held.
+"""The loss of hidden states under a classifier, in slabs of logits: [N, V] is never held in memory.
 
-A slab is memory for some of the logits: those of a chunk of rows, or of a tile of columns. One product makes the
-logits of a chunk, and the fused kernel turns them into their own gradient in place. Two products turn that into the
-gradients of the hidden states and of the classifier. The latter is a sum over chunks: in place where the classifier is
-float32 or wider, in a float32 buffer on CUDA. On the CPU such a buffer would be the largest thing in memory. There, for
-more than two chunks in 16 bits, the logits are computed once more, in tiles. Each tile gives its rows of the
+A slab is memory for some of the logits: those of a chunk of rows, or of a tile of columns. One product makes the logits
+of a chunk, and the fused kernel turns them into their own gradient in place. Two products turn that into the gradients
+of the hidden states and of the classifier. The latter is a sum over chunks. It is formed in place if the classifier is
+float32 or wider, and in a float32 buffer on CUDA. On the CPU such a buffer would be the largest thing in memory. There,
+for more than two chunks in 16 bits, the logits are computed a second time, in tiles. Each tile yields its rows of the
 classifier's gradient at once.
 """
 
@@ -27,23 +27,26 @@ __all__ = ["ACCUMULATE", "Settings", "linear_weighted_loss"]
 
 ACCUMULATE = ("float32", "weight")
 
-# Fewer rows starve the matrix product, and more do not make it faster.
+# Fewer rows make the matrix product slow, and more do not make it faster.
 _LEAST_ROWS, _MOST_ROWS = 128, 4096
 _LEAST_COLUMNS = 2048
 _MAX_CHUNK_BYTES = {"cuda": 512 * 10**6, "cpu": 64 * 10**6}
-# Dropping the ignored rows makes the host wait for the device, which has to be worth it: a millisecond or more.
+# Dropping the ignored rows makes the host wait for the device. It must save a millisecond or more to be worth it.
 _FLOP_WORTH_WAITING = 10**12
 # Adding two chunks in 16 bits costs one more rounding. Adding many loses small terms.
 _MOST_ROUNDED = 2
-# The share of ignored rows from which on they are dropped.
+# Ignored rows are dropped if their share is at least this.
 _WORTH_DROPPING = 1 / 16
-# A row of the slab starts at a multiple of it, as matrix products like it.
+# Rows of the slab start at multiples of this, for fast matrix products.
 _ALIGNMENT = 64
 
 
 class Settings(NamedTuple):
-    """How to compute: the dtype of the products, the largest slab in bytes, whether sums over slabs are float32, and
-    whether ignored rows may be dropped."""
+    """Settings of the computation.
+
+    dtype: of the products. max_chunk_bytes: the size of the largest slab. accumulate_float32: whether sums over slabs
+    are float32. drop_ignored: whether ignored rows may be dropped.
+    """
 
     dtype: torch.dtype
     max_chunk_bytes: int | None
@@ -56,7 +59,7 @@ def _row_stride(columns: int) -> int:
 
 
 def _ranges(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
-    """[0, total) in ranges of equal size as far as possible, at most `most` and multiples of `multiple`."""
+    """The ranges that divide 0 to total: equal where possible, at most `most` long, multiples of `multiple`."""
     if total == 0:
         return []
     most = max(multiple, most // multiple * multiple)
@@ -66,7 +69,7 @@ def _ranges(total: int, most: int, multiple: int) -> list[tuple[int, int]]:
 
 
 class _Problem:
-    """The rows that count, the classifier and the options of one call; hands out slabs of logits."""
+    """The rows that count, the classifier and the options of one call; it allocates slabs of logits."""
 
     def __init__(
         self,
@@ -97,9 +100,9 @@ class _Problem:
             limit = _MAX_CHUNK_BYTES.get(hidden.device.type, _MAX_CHUNK_BYTES["cuda"])
         elements = limit // settings.dtype.itemsize
         n = inputs.targets.shape[0]
-        # The same on every rank, since each chunk is reduced over them.
+        # The same on every rank, since each chunk is reduced over the ranks.
         self.chunks = _ranges(n, min(_MOST_ROWS, elements // _row_stride(shard.largest_width)), _LEAST_ROWS)
-        # The slabs of columns, and the rows of each: all of them, if that leaves columns enough.
+        # The tiles of columns, and the rows of each: all rows, if enough columns then remain.
         whole = -(-n // _LEAST_ROWS) * _LEAST_ROWS
         self.tiles = [] if self.adds_up else _ranges(shard.width, max(_LEAST_COLUMNS, elements // whole), _ALIGNMENT)
         self.chunks_of_tile: list[tuple[int, int]] = []
@@ -108,19 +111,19 @@ class _Problem:
             columns = _row_stride(self.tiles[0][1])
             self.chunks_of_tile = _ranges(n, elements // columns, _LEAST_ROWS)
             needed = max(needed, self.chunks_of_tile[0][1] * columns)
-        # What is not written to takes no memory.
+        # Memory that is never written to is not allocated physically.
         self.memory = self.hidden.new_empty(needed)
-        # The rows and columns of the last slab whose padding was zeroed; kernels and products leave it alone.
+        # The rows and columns of the last slab whose padding was zeroed; kernels and products do not write to padding.
         self._zeroed = (0, 0)
 
     @property
     def sums_in_float32(self) -> bool:
-        """Whether 16-bit gradients of the classifier are added up in a buffer of their own."""
+        """Whether 16-bit gradients of the classifier are summed in a separate float32 buffer."""
         return self.hidden.is_cuda and len(self.chunks) > 1 and self.settings.accumulate_float32
 
     @property
     def adds_up(self) -> bool:
-        """Whether the classifier's gradient is a sum over chunks of rows, and not made of tiles of columns."""
+        """Whether the classifier's gradient is a sum over chunks of rows, instead of tiles of columns."""
         return (
             self.sums_in_float32
             or len(self.chunks) <= _MOST_ROUNDED
@@ -129,11 +132,12 @@ class _Problem:
         )
 
     def slab(self, rows: int, columns: int) -> Tensor:
-        """A slab, in memory that the next one uses again, with zeros between its rows."""
+        """A slab, in memory that the next one reuses, with zeros between its rows."""
         stride = _row_stride(columns)
         padded = self.memory[: rows * stride].view(rows, stride)
         if columns != self._zeroed[1] or rows > self._zeroed[0]:
-            # oneDNN's 16-bit products read beyond a row and multiply that by 0, which of NaN or infinity is NaN.
+            # oneDNN's 16-bit products read past the end of a row and multiply by 0, which for NaN or infinity gives
+            # NaN.
             padded[:, columns:].zero_()
             self._zeroed = (rows, columns)
         return padded[:, :columns]
@@ -162,7 +166,7 @@ class _Problem:
         factors: Tensor,
         first: int = 0,
     ) -> None:
-        """Overwrites logits, columns from `first` on, by their gradient."""
+        """Overwrites logits, whose first column is `first`, by their gradient."""
         begin, end = chunk
         inputs = self.inputs_of(begin, end)
         offset = inputs.logit_offset
@@ -183,7 +187,7 @@ class _Problem:
         )
 
     def restore(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """What has its last dimension over the rows that count, over all rows."""
+        """Expands values whose last dimension is over the rows that count, to all rows."""
         if self.kept is None:
             return values
         result = values.new_full((*values.shape[:-1], self.n), fill)
@@ -192,7 +196,7 @@ class _Problem:
 
 
 def _without_gaps(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy of it where a product on the CPU may read more than its elements: see `_Problem.slab`."""
+    """The matrix, or a copy of it if a product on the CPU might read beyond its elements: see `_Problem.slab`."""
     if matrix.device.type != "cpu" or matrix.dtype.itemsize > 2:
         return matrix
     (rows, columns), (of_row, of_column) = matrix.shape, matrix.stride()
@@ -201,7 +205,7 @@ def _without_gaps(matrix: Tensor) -> Tensor:
 
 
 def _kept_rows(targets: Tensor, ignore_index: int, flop_of_row: int) -> Tensor | None:
-    """The rows that are not ignored, where dropping the others is worth it; None for all."""
+    """The rows that are not ignored, if dropping the others is worth it; None for all."""
     n = targets.shape[0]
     if targets.is_cuda and (6 * n * flop_of_row < _FLOP_WORTH_WAITING or torch.cuda.is_current_stream_capturing()):
         return None
@@ -210,7 +214,7 @@ def _kept_rows(targets: Tensor, ignore_index: int, flop_of_row: int) -> Tensor |
 
 
 class _Gradients:
-    """The gradients of hidden states, classifier and bias, gathered a chunk at a time; None where not wanted."""
+    """The gradients of hidden states, classifier and bias, computed chunk by chunk; None where not needed."""
 
     def __init__(
         self, problem: _Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
@@ -227,7 +231,7 @@ class _Gradients:
             self.sum.zero_()
 
     def add(self, begin: int, end: int, slab: Tensor) -> None:
-        """Takes the gradient of the logits of some rows."""
+        """Adds the gradient of the logits of some rows."""
         if self.hidden is not None:
             product_into(self.hidden[begin:end], slab, self.problem.weight)
         if self.bias is not None:
@@ -236,7 +240,7 @@ class _Gradients:
             product_into(self.sum, slab.t(), self.problem.hidden[begin:end], add=begin > 0)
 
     def add_tiles(self, grad_loss: Tensor, saved_rows: Tensor, factors: Tensor) -> None:
-        """The classifier's gradient from tiles of columns, where it is not a sum over chunks of rows."""
+        """Computes the classifier's gradient from tiles of columns, unless it is a sum over chunks of rows."""
         problem = self.problem
         if self.weight is None or not problem.tiles:
             return
@@ -256,7 +260,7 @@ class _Gradients:
                 self.weight[first:last] = result
 
     def finish(self, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of all rows, the classifier and the bias; empty where not wanted."""
+        """The gradients of all rows, the classifier and the bias; empty where not needed."""
         absent = self.problem.all_hidden
         hidden, weight = self.hidden, self.weight
         if hidden is not None:
@@ -271,8 +275,8 @@ class _Gradients:
         return tuple(absent.new_empty(0) if x is None else x for x in (hidden, weight, of_bias))  # type: ignore[return-value]
 
 
-# Ops, so that torch.compile calls them, and does not unroll the chunks or keep several slabs. Their arguments end with
-# the fields of Settings and VocabularyShard, in order.
+# Ops, so that torch.compile calls them instead of unrolling the chunks or keeping several slabs. Their last arguments
+# are the fields of Settings and VocabularyShard, in order.
 @torch.library.custom_op("pdl_ext::linear_loss_forward", mutates_args=())
 def linear_loss_forward(
     hidden: Tensor,
@@ -296,9 +300,9 @@ def linear_loss_forward(
     largest_width: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """loss_forward's results, and the gradients of hidden, weight and bias that `needs` asks for.
+    """loss_forward's results, and those gradients of hidden, weight and bias that `needs` selects.
 
-    The upstream gradient is 1, or what a modulation is divided by: that is known once all chunks are.
+    They are for an upstream gradient of 1, or of the modulation's mean, which is known only after the last chunk.
     """
     inputs = LossInputs(targets, token_weight, row_weight, logit_offset, normalizer)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
@@ -361,7 +365,7 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 
 
 def _divisors(problem: _Problem, wide: torch.dtype) -> Tensor | None:
-    """The denominators of the whole batch, which each chunk's gradient needs before the others are seen."""
+    """The denominators of the whole batch, which the first chunk's gradient already needs."""
     inputs, reduction = problem.inputs, problem.options.reduction
     targets, row_weight = inputs.targets, inputs.row_weight
     if inputs.normalizer is not None or reduction in ("none", "sum"):
@@ -401,7 +405,7 @@ def linear_loss_backward(
     largest_width: int,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias that `needs` asks for, from logits computed once more."""
+    """Those gradients of hidden, weight and bias that `needs` selects, from logits that are computed again."""
     inputs = LossInputs(targets, token_weight=class_weight, row_weight=row_weight, logit_offset=logit_offset)
     settings = Settings(dtype, max_chunk_bytes, accumulate_float32, drop_ignored)
     shard = VocabularyShard(first_id, width, vocab_size, largest_width, group)
@@ -425,7 +429,7 @@ def _(
 
 
 class LinearLoss(torch.autograd.Function):
-    """The ops' gradients: computed in forward for a scalar reduction, else in backward.
+    """The gradients of the ops: computed in forward for a scalar reduction, otherwise in backward.
 
     Returns the loss, and with `stats` also the saved rows and predictions.
     """
@@ -507,9 +511,9 @@ def _linear_gradients(
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor; over the gradient, if nobody can ask for it again."""
+    """gradient * factor; in place, if nobody can ask for the gradient again."""
     if torch.compiler.is_compiling():
-        # Not rounded between: the factor of a bfloat16 gradient would be bfloat16.
+        # Without rounding in between: the factor of a bfloat16 gradient would be bfloat16.
         return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
@@ -540,10 +544,10 @@ def linear_weighted_loss(
             hidden, weight, bias, _NO_GRADIENTS, *inputs, options.packed, stats, *settings, *shard
         )
         return (loss, saved_rows, predicted) if stats else (loss, None, None)
-    # A vector of upstream gradients is not known in forward; a float16 gradient may be 0 without the loss scale.
+    # In forward a vector of upstream gradients is unknown, and a float16 gradient may underflow without the loss scale.
     wanted = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     half = torch.float16 in (settings.dtype, *(x.dtype for x in wanted))
-    # What a modulation is divided by is known when a chunk's gradient is a sum with that of the z-loss.
+    # The mean of a modulation is known only after the z-loss was added to a chunk's gradient, which it must not divide.
     is_normalized = options.unnormalized is not options
     at_once = options.reduction != "none" and not half and not (is_normalized and options.z_loss > 0)
     class_weight = inputs.token_weight if options.smooths_by_class else None

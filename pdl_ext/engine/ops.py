@@ -1,4 +1,4 @@
-"""Loads the compiled ops, and gives them their fake kernels."""
+"""Loads the compiled ops, and registers their fake kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError as error:
     folder = Path(__file__).resolve().parent.parent
     why = (
         f"was built with another PyTorch than {torch.__version__}, or on another system. Build it with this one: "
-        "`pip install --no-build-isolation --no-deps --force-reinstall` and what was installed before"
+        "`pip install --no-build-isolation --no-deps --force-reinstall` and the same arguments as before"
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
         else "is not built. In a source folder run `pip install -e .`, or leave the folder to use an installed pdl_ext"
     )
@@ -29,9 +29,9 @@ compiled = torch.ops.pdl_ext
 
 
 class LossInputs(NamedTuple):
-    """What an op takes beside the logits, in its order.
+    """The inputs of an op besides the logits, in its order.
 
-    targets: [N]; token_weight: float32, the table [V] or that of each row [N, 1]; logit_offset: float32 [V].
+    targets: [N]; token_weight: float32, the table [V] or one for each row [N, 1]; logit_offset: float32 [V].
     row_weight: [N] and normalizer: [2], both in the accumulator's dtype.
     """
 
@@ -42,7 +42,7 @@ class LossInputs(NamedTuple):
     normalizer: Tensor | None = None
 
     def of_rows(self, rows: slice | Tensor) -> LossInputs:
-        """Those of some of the rows."""
+        """The inputs of some of the rows."""
         token_weight, row_weight = self.token_weight, self.row_weight
         return self._replace(
             targets=self.targets[rows],
@@ -51,7 +51,7 @@ class LossInputs(NamedTuple):
         )
 
     def weights_of_rows(self, valid: Tensor) -> Tensor:
-        """The token weight of each row with a valid target, and any number of the others: float32 [N]."""
+        """The token weight of each row with a valid target, and an arbitrary number for other rows: float32 [N]."""
         if self.token_weight is None:
             return torch.ones_like(valid, dtype=torch.float32)
         if self.token_weight.dim() == 2:
@@ -103,7 +103,7 @@ def _loss_shape(rows: int | torch.SymInt, options: list[float]) -> tuple[int | t
 
 
 def loss_outputs(logits: Tensor, options: list[float], stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What loss_forward returns for logits [N, V]: uninitialised."""
+    """The results of loss_forward for logits [N, V], uninitialised."""
     n = logits.shape[0]
     dtype = accumulator_dtype(logits.dtype)
     return (

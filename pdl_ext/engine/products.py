@@ -1,7 +1,7 @@
-"""Matrix products into memory that exists.
+"""Matrix products into existing memory.
 
-A processor may have no instructions for 16-bit products, and PyTorch then has but slow loops for them. There they are
-made of float32 ones, a piece of the longest side at a time, so that float32 copies stay small.
+On a processor without instructions for 16-bit products PyTorch has only slow loops for them. There they are computed as
+float32 products, one piece of the longest side at a time, so that the float32 copies stay small.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 __all__ = ["product_into"]
 
-# Of a piece's float32 copies and its product together.
+# The elements of a piece's float32 copies and its product together.
 _PIECE_ELEMENTS = 2**20
 
 
 def product_into(result: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = None, add: bool = False) -> None:
-    """result = a @ b, or a @ b + bias, or result += a @ b, where the sum is formed in result's dtype."""
+    """result = a @ b, or a @ b + bias, or result += a @ b; the sum is formed in result's dtype."""
     if not a.is_cuda and not _has_instructions(a.dtype):
         _by_float32(result, a, b, bias, add)
     elif result.dtype == a.dtype:
@@ -28,7 +28,7 @@ def product_into(result: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = 
             result.addmm_(a, b)
         else:
             torch.mm(a, b, out=result)
-    # A float32 summand of 16-bit products is taken from PyTorch 2.10 on.
+    # PyTorch supports a float32 summand of 16-bit products from 2.10 on.
     elif result.is_cuda and result.dtype == torch.float32:
         if add:
             torch.addmm(result, a, b, out_dtype=torch.float32, out=result)
@@ -42,14 +42,15 @@ def product_into(result: Tensor, a: Tensor, b: Tensor, *, bias: Tensor | None = 
 
 @functools.cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether products of the dtype on the CPU take more than PyTorch's own loops."""
+    """Whether products of this dtype on the CPU are faster than PyTorch's own loops."""
     ops = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if dtype not in ops:
         return True
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, ops[dtype])())
 
 
-# Into memory at hand: autocast would make other products 16-bit ones again, and malloc would keep that of many pieces.
+# Into existing memory: autocast would turn other products into 16-bit ones again, and malloc would keep the memory of
+# many pieces.
 def _by_float32(result: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, add: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     longest = max(m, k, n)
@@ -88,7 +89,7 @@ def _store(result: Tensor, product: Tensor, bias: Tensor | None, add: bool) -> N
 
 
 def _float32(matrix: Tensor, memory: Tensor) -> Tensor:
-    """A copy in the memory, whose elements lie in the order of the matrix's own: the fastest to make."""
+    """A copy in the given memory, in the order of the matrix's own elements, which is the fastest."""
     rows, columns = matrix.shape
     memory = memory[: rows * columns]
     if matrix.stride(0) < matrix.stride(1):

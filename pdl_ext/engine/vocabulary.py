@@ -1,4 +1,4 @@
-"""Logits that are cut along the vocabulary over the ranks of a process group (vocabulary, or tensor, parallel)."""
+"""Logits that are sharded along the vocabulary over the ranks of a process group (vocabulary or tensor parallel)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["VocabularyShard", "loss_forward", "sum_over_ranks"]
 
 
 class VocabularyShard(NamedTuple):
-    """This rank's columns [first_id, first_id + width) of a vocabulary that is cut over a group.
+    """This rank's columns of a vocabulary that is sharded over a group: `width` of them, from first_id on.
 
-    largest_width: that of all ranks; group: its name, "" where this rank has the whole vocabulary.
+    largest_width: the largest width of any rank; group: its name, "" if this rank has the whole vocabulary.
     """
 
     first_id: int
@@ -40,14 +40,15 @@ class VocabularyShard(NamedTuple):
         vocab_size: int | None = None,
         hidden: Tensor | None = None,
     ) -> tuple[VocabularyShard, Tensor]:
-        """The shard of a rank that has `width` columns, and its targets. Ranks follow each other as in the group.
+        """The shard of a rank that has `width` columns, and its targets. Shards follow the order of ranks in the group.
 
-        targets: of all rows, the same on every rank; hidden: likewise, of a classifier that FSDP2 may have cut.
-        vocab_size: of all ranks, where it is known.
-        Raises TypeError for what is no process group, ValueError for a vocabulary above 2^30. ValueError, too, for
-        other targets or hidden states on another rank. Every rank finds the same.
-        On CUDA the host reads what ranks tell in a first call only. Later every target is given out of range where they
-        differ, in widths as well. RuntimeError for a first call under the capture of a CUDA graph.
+        targets: of all rows, the same on every rank. hidden: likewise, for a classifier that FSDP2 may have sharded.
+        vocab_size: the sum over all ranks, if known.
+        Raises TypeError if `group` is not a process group, ValueError for a vocabulary above 2^30. Raises ValueError,
+        too, if targets or hidden states differ from those of another rank. Every rank raises the same.
+        On CUDA the host reads the ranks' data in a first call only. In later calls a difference, also in widths, is
+        reported by setting every target out of range. Raises RuntimeError for a first call during the capture of a CUDA
+        graph.
         """
         if group is None:
             return cls(0, width, width, width, ""), targets
@@ -67,27 +68,27 @@ class VocabularyShard(NamedTuple):
         return table[self.first_id : self.first_id + self.width]
 
 
-# What a rank tells first: its width, and the number of its targets and their fingerprint.
+# The first numbers of a rank's message: its width, the number of its targets and their fingerprint.
 _NUMBERS = 3
-# Of hidden states: how many of them are compared, and up to which share of their norm they may differ. Ranks may round
+# How many numbers of the hidden states are compared, and by which share of their norm they may differ. Ranks may round
 # differently; rows of other data differ by more than their norm.
 _SAMPLED, _SAME = 64, 0.1
 
 
 class _Known(NamedTuple):
-    """What a rank goes by: its shard, and the widths of all ranks on the device."""
+    """A rank's knowledge of earlier calls: its shard, and the widths of all ranks on the device."""
 
     shard: VocabularyShard
     widths: Tensor
 
 
-# By the group itself, since one that is made anew may have the name of an old one.
+# The key is the group itself, since a new group may have the name of an old one.
 _known: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, int | None, torch.device], _Known]]
 _known = weakref.WeakKeyDictionary()
 
 
 def _is_host(device: torch.device) -> bool:
-    """Whether reading a tensor there waits for nothing."""
+    """Whether a tensor there can be read without waiting."""
     return device.type == "cpu"
 
 
@@ -105,9 +106,10 @@ def _exchange(
     if known is None and not _is_host(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"process_group: got a first call with {width} columns under the capture of a CUDA graph, expected one "
-            "before the capture, in which the ranks tell their widths"
+            "before the capture, in which the ranks exchange their widths"
         )
-    # Whatever a rank knows, or one that knows less would wait for it. Integers below 2^53 are exact in float64.
+    # Every rank takes part, whatever it knows: a rank that knows less would wait. Integers below 2^53 are exact in
+    # float64.
     sampled = 0 if hidden is None else _SAMPLED
     table = torch.zeros((ranks, _NUMBERS + ranks + sampled), dtype=torch.float64, device=device)
     row = table[rank]
@@ -129,25 +131,25 @@ def _exchange(
     if known is None:
         gone_by_of_others = [of_rank for of_rank in gone_by.long().tolist() if any(of_rank)]
         if not gone_by_of_others and differ:
-            # Nobody goes on: all ranks read the same.
+            # No rank continues: all have read the same.
             raise _not_the_same("targets" if other_targets else "hidden", hidden is not None)
         numbers = widths[:, 0].long().tolist()
         total, before = sum(numbers), sum(numbers[:rank])
         if total > 2**30:
             raise ValueError(f"process_group: got a vocabulary of {total} over its ranks, expected at most 2^30")
-        # Ranks that do not read make as many chunks as by what they know.
+        # Ranks that do not read compute their chunks from the widths that they know.
         largest = max(gone_by_of_others[0] if gone_by_of_others else numbers)
         shard = VocabularyShard(before, width, total, largest, group.group_name)
         if not differ:
             if not _is_host(device):
                 with torch.inference_mode(False):
                     known = _Known(shard, torch.tensor(numbers, dtype=torch.float64, device=device))
-                # A loss that learns online knows the size from its second call on.
+                # A loss that learns online knows the vocabulary's size from its second call on.
                 of_group[key] = of_group[width, total, device] = known
             return shard, targets
     else:
         shard = known.shard
-    # An error would leave ranks that do not read waiting for this one; a row with a bad target is NaN.
+    # An error would leave ranks that do not read waiting for this one. A row with a bad target is NaN instead.
     return shard, targets.masked_fill(differ.to(device), -1 if ignore_index != -1 else -2)
 
 
@@ -157,9 +159,9 @@ def _sample(hidden: Tensor) -> Tensor:
 
 
 def _fingerprint(targets: Tensor) -> Tensor:
-    """A number below 2^52 that targets which differ share by chance only."""
+    """A number below 2^52; two different sets of targets have the same one only by chance."""
     ids = targets.reshape(-1).long()
-    # Each pair of place and id is mixed before the sum, as by the finaliser of a hash.
+    # Each pair of position and id is mixed before the sum, as by the finaliser of a hash.
     mixed = ids * 0x1E3779B97F4A7C15 + torch.arange(ids.numel(), device=ids.device) * 0x3F58476D1CE4E5B9
     mixed = (mixed ^ (mixed >> 31)) * 0x14D049BB133111EB
     mixed = (mixed ^ (mixed >> 29)) * 0x3F51AFD7ED558CCD
@@ -169,13 +171,13 @@ def _fingerprint(targets: Tensor) -> Tensor:
 def _not_the_same(name: str, of_dtensor: bool) -> ValueError:
     told = f"{name}: got others than another rank has, expected the same on every rank of"
     if of_dtensor:
-        # What tensor parallelism and FSDP2 cut looks the same.
-        return ValueError(f"{told} a DTensor's mesh, as tensor parallelism has them. {GATHERED_BY_FSDP}")
-    return ValueError(f"{told} the vocabulary's process group: it cuts columns, and not rows")
+        # A classifier looks the same whether tensor parallelism or FSDP2 has sharded it.
+        return ValueError(f"{told} a DTensor's mesh, as in tensor parallelism. {GATHERED_BY_FSDP}")
+    return ValueError(f"{told} the vocabulary's process group: it shards columns, not rows")
 
 
 def _group_of(name: str) -> dist.ProcessGroup:
-    # Ops take no process groups, and PyTorch's own collectives in graphs know them by name, too.
+    # Ops cannot take process groups. PyTorch's own collectives in graphs also refer to them by name.
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
@@ -188,7 +190,7 @@ def sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
     return total.to(tensor.dtype)
 
 
-# An op, so that torch.compile calls it and does not trace the collectives.
+# An op, so that torch.compile calls it instead of tracing the collectives.
 @torch.library.custom_op("pdl_ext::loss_forward_of_shard", mutates_args=())
 def loss_forward_of_shard(
     logits: Tensor,
@@ -223,7 +225,7 @@ def loss_forward_of_shard(
         modulation=None,
     )
     of_entropy = stats or (asked.modulation is not None and asked.modulation.of_entropy)
-    # Any target will do for a row whose own is elsewhere: only what does not depend on it is used.
+    # A row whose target is on another rank gets any target here: only results that do not depend on it are used.
     stand_in = torch.where(mine, targets - first_id, torch.where(counted, 0, local.ignore_index))
     columns = token_weight[first_id : first_id + width] if of_class and token_weight is not None else None
     inputs = LossInputs(stand_in, token_weight=columns, logit_offset=logit_offset)
@@ -233,9 +235,9 @@ def loss_forward_of_shard(
     largest = torch.where(counted, of_shard.max, -torch.inf)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=ranks)
     shift = torch.where(largest == -torch.inf, 0.0, largest)
-    # Everything is taken relative to the largest logit, or a large common offset would cancel digits.
+    # Everything is relative to the largest logit, or a large common offset would cancel digits.
     above = of_shard.max - shift
-    # Nothing in the shard is above -inf.
+    # No logit of the shard is above -inf.
     nothing = of_shard.max == -torch.inf
     target = torch.where(nothing, -torch.inf, above + (of_shard.log_sum - of_shard.nll))
     sum_of_exp = torch.exp(above) * of_shard.sum
@@ -275,7 +277,7 @@ def loss_forward_of_shard(
     saved_rows = torch.where(valid, saved_rows, torch.where(counted, torch.nan, 0.0))
     loss, factors = ops.compiled.reduce_rows(saved_rows, targets, row_weight, normalizer, options)
     if stats:
-        # The first of equals, as on one rank.
+        # The first of equal logits, as on one rank.
         here = valid & (of_shard.max == largest) & (predicted >= 0)
         predicted = torch.where(here, predicted + first_id, vocab_size)
         dist.all_reduce(predicted, dist.ReduceOp.MIN, group=ranks)
@@ -301,7 +303,7 @@ def _(
 def loss_forward(
     logits: Tensor, inputs: LossInputs, options: list[float], stats: bool, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op loss_forward; of a shard of the logits the same results on every rank, by two small all-reduces.
+    """The op loss_forward. For a shard of the logits every rank gets the same results, by two small all-reduces.
 
     inputs: with the shard's logit_offset.
     """

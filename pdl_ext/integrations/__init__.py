@@ -1,1 +1,1 @@
-"""Other frameworks, one file each; a file needs its framework, and nothing else imports it."""
+"""Integrations of other frameworks, one file each. Each file needs its framework; no other module imports it."""

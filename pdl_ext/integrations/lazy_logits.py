@@ -1,7 +1,7 @@
-"""Logits that nobody has made yet: what a language model does to them is recorded, and a loss reads the record.
+"""Logits that are not computed until needed: operations on them are recorded, and a loss reads the record.
 
-A head that is `recording()` returns LazyLogits. A scale, a softcap, a cast and a slice of the vocabulary are kept as
-steps. Every other operation on them makes the real logits, differentiably, and goes on with these.
+A head that is `recording()` returns LazyLogits. A scale, a softcap, a cast and a slice of the vocabulary are recorded
+as steps. Every other operation computes the real logits, differentiably, and continues with these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Heads that `record` has prepared return LazyLogits in this block, on this thread."""
+    """Within this block, and on this thread, heads that `record` has prepared return LazyLogits."""
     before = _thread.wanted
     _thread.wanted = True
     try:
@@ -42,7 +42,7 @@ def recording() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Modes:
-    """What PyTorch was told of the computation around a forward; autocast is its dtype, or None."""
+    """PyTorch's modes around a forward; autocast is its dtype, or None."""
 
     autocast: torch.dtype | None
     inference: bool
@@ -63,7 +63,7 @@ class Modes:
 
 @dataclass(frozen=True)
 class Head:
-    """What the logits are the product of: hidden [..., H], weight [V, H], bias [V] or None."""
+    """The factors of the logits: hidden [..., H], weight [V, H], bias [V] or None."""
 
     hidden: Tensor
     weight: Tensor
@@ -76,11 +76,11 @@ class Head:
         return cls(hidden, weight, bias, _versions(weight, bias), Modes.now(hidden.device.type))
 
     def product(self) -> Tensor:
-        """The logits as the head would have made them. Raises RuntimeError if its weight has changed since."""
+        """The logits as the head would have computed them. Raises RuntimeError if its weight has changed since."""
         if _versions(self.weight, self.bias) != self.versions:
             raise RuntimeError(
                 "logits: got a head that was changed since the forward, as by an optimizer's step, expected the one of "
-                "the forward: read the logits before, or apply_pdl_loss(fused=False)"
+                "the forward: read the logits before the step, or use apply_pdl_loss(fused=False)"
             )
         return nn.functional.linear(self.hidden, self.weight, self.bias)
 
@@ -93,7 +93,7 @@ def _versions(*tensors: Tensor | None) -> tuple[int | None, ...]:
 class Transform:
     """z = softcap tanh(logit_scale x / softcap), or without a softcap z = logit_scale x.
 
-    width: how many logits are kept, the first ones.
+    width: how many of the first logits are kept.
     """
 
     logit_scale: float
@@ -103,7 +103,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation on the logits, and its factor where it is a multiplication."""
+    """One operation on the logits, and its factor if it is a multiplication."""
 
     apply: Callable[[Tensor], Tensor]
     factor: float | None = None
@@ -111,12 +111,12 @@ class _Step:
 
 
 class LazyLogits(Tensor):
-    """Logits [..., V] of a head, in the dtype that it would return, without memory of their own."""
+    """Logits [..., V] of a head, in the dtype that it would return, without memory for them."""
 
     head: Head
     steps: tuple[_Step, ...]
     made: Tensor | None
-    # By operation: the first that a record was not understood for.
+    # The name of the first operation that could not be recorded.
     unknown: str | None
 
     @staticmethod
@@ -139,9 +139,9 @@ class LazyLogits(Tensor):
         return self.dense().__deepcopy__(memo)
 
     def dense(self) -> Tensor:
-        """The logits as the model would have made them, attached to its graph."""
+        """The logits as the model would have computed them, attached to its graph."""
         if self.made is None:
-            # As it was in the forward, whoever reads them, and where.
+            # In the modes of the forward, wherever they are read.
             with self.head.modes.restored(self.device.type):
                 made = self.head.product()
                 for step in self.steps:
@@ -150,7 +150,7 @@ class LazyLogits(Tensor):
         return self.made
 
     def transform(self) -> Transform | None:
-        """The steps as a loss takes them; None where they are no scale with a softcap, or the logits were made."""
+        """The steps as options of a loss; None if they are not a scale with a softcap, or the logits were computed."""
         if self.made is not None:
             return None
         scale, softcap, after_tanh = 1.0, None, False
@@ -174,24 +174,24 @@ class LazyLogits(Tensor):
         return LazyLogits(self.head, dtype or self.dtype, width or self.shape[-1], (*self.steps, step))
 
     def _as(self, dtype: torch.dtype) -> LazyLogits:
-        # Itself where nothing is cast, as PyTorch does, so that a write is seen.
+        # The same object if nothing is cast, as in PyTorch, so that a write to it is seen.
         return self if dtype == self.dtype else self._then(_Step(lambda made: made.to(dtype)), dtype)
 
     def _detached(self) -> LazyLogits:
         head = self.head
         bias = None if head.bias is None else head.bias.detach()
         modes = dataclasses.replace(head.modes, grad=False)
-        # The versions of detached tensors are those of the tensors.
+        # A detached tensor has the version of its tensor.
         detached = Head(head.hidden.detach(), head.weight.detach(), bias, head.versions, modes)
         return LazyLogits(detached, self.dtype, self.shape[-1], self.steps)
 
     def _recorded(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """The result of what is understood, or None."""
+        """The result of an operation that can be recorded, or None."""
         if function in (torch.tanh, Tensor.tanh) and not arguments:
             return self._then(_Step(torch.tanh, is_tanh=True))
         if function is Tensor.contiguous and not arguments:
             return self
-        # DistributedDataParallel clones what a forward returns.
+        # DistributedDataParallel clones the outputs of a forward.
         if function in (torch.clone, Tensor.clone) and not arguments:
             return LazyLogits(self.head, self.dtype, self.shape[-1], self.steps)
         if function is Tensor.float and not arguments:
@@ -231,7 +231,7 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        # Of what never came through __torch_function__, as a backend's own calls.
+        # For operations that bypass __torch_function__, such as a backend's own calls.
         name = str(function)
         args, kwargs = tree_map_only(LazyLogits, lambda lazy: _dense_for(name, lazy).detach(), (args, kwargs or {}))
         return function(*args, **kwargs)
@@ -243,7 +243,7 @@ def _dense_for(name: str, lazy: LazyLogits) -> Tensor:
 
 
 def _first_columns(index: Any, width: int) -> int | None:
-    """How many columns [..., :k] leaves, or None for another index."""
+    """The number of columns that an index [..., :k] keeps, or None for another index."""
     if not (isinstance(index, tuple) and len(index) == 2 and index[0] is Ellipsis and isinstance(index[1], slice)):
         return None
     columns = index[1]
@@ -255,7 +255,7 @@ def _first_columns(index: Any, width: int) -> int | None:
 _MULTIPLICATIONS = {torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__, Tensor.__rmul__}
 _DIVISIONS = {torch.div, torch.divide, torch.true_divide, Tensor.div, Tensor.divide, Tensor.true_divide}
 _DIVISIONS |= {Tensor.__truediv__}
-# What needs no number of the logits.
+# Attributes and methods that need no values of the logits.
 _ATTRIBUTES: tuple[str, ...] = (
     "shape",
     "dtype",
@@ -275,7 +275,7 @@ _OF_SHAPE |= {torch.is_floating_point, torch.is_complex, torch.numel}
 
 
 def record(module: nn.Module) -> bool:
-    """Lets a linear head return LazyLogits while `recording()`; False for a head with a forward of its own."""
+    """Makes a linear head return LazyLogits while `recording()`; False for a head with a forward of its own."""
     if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__:
         return False
 
@@ -294,18 +294,18 @@ def record(module: nn.Module) -> bool:
 
 
 def stop_recording(module: nn.Module) -> None:
-    """Undoes `record` in a module and all that is inside, also of what was copied since."""
+    """Undoes `record` in a module, its submodules, and copies of them."""
     for inner in module.modules():
         if hasattr(inner.__dict__.get("forward"), "records"):
             del inner.__dict__["forward"]
 
 
 def _is_understood(module: Any, hidden: Tensor) -> bool:
-    # A compiler cannot make a tensor of a class of ours. When the head has returned, ZeRO-3 takes the weight away, as
-    # FSDP2 does where the head is a unit of its own.
+    # A compiler cannot create a tensor of this package's class. ZeRO-3 frees the weight after the head has returned,
+    # and so does FSDP2 if the head is a unit of its own.
     weight: Any = module.weight
     if torch.compiler.is_compiling() or hasattr(weight, "ds_id") or hasattr(module, "unshard"):
         return False
-    # Neither a DTensor nor quantised.
+    # This excludes DTensors and quantised weights.
     plain = (Tensor, nn.Parameter)
     return type(hidden) in plain and type(weight) in plain and weight.is_floating_point()

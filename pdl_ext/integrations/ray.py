@@ -1,6 +1,7 @@
-"""Ray Data: the tokens of a dataset's column, counted where its blocks lie.
+"""Ray Data: counts the tokens of a dataset's column on the workers that hold its blocks.
 
-What travels is one table a block, int64 [V + 3]: the counts, then how many were ignored, out of range, and seen in all.
+Workers send one table per block, int64 [V + 3]. It holds the counts, then the numbers of ignored ids, of ids out of
+range and of all tokens.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _TABLE, _ERROR = "counts", "error"
 class TokenCounts(_aggregate.AggregateFnV2):
     """Counts a column of token ids in `ds.aggregate(...)` and `ds.groupby(...).aggregate(...)`.
 
-    Arguments and errors are those of count_dataset; alias_name: of the result, of which to_frequency makes a
-    TokenFrequency.
+    Arguments and errors are those of count_dataset. alias_name: the name of the result, a table that to_frequency
+    converts to a TokenFrequency.
     Ray keeps the whole dataset in its object store while it aggregates; count_dataset does not.
     """
 
@@ -46,7 +47,7 @@ class TokenCounts(_aggregate.AggregateFnV2):
         super().__init__(
             alias_name or f"token_counts({column})",
             self._count.empty,
-            # Ray drops all columns but this one, so with a mask it is not told.
+            # Ray drops all columns but this one, so with a mask it must not know the column.
             on=column if mask is None else None,
             ignore_nulls=False,
         )
@@ -68,14 +69,14 @@ def count_dataset(
 
     Args:
         ds: a ray.data.Dataset.
-        column: of token ids: integers, lists of them or tensors.
+        column: the column of token ids: integers, lists of integers or tensors.
         vocab_size: V.
         ignore_index: an id that is never a target.
-        mask: a column of the same shape, 0 or false where a token is no target.
+        mask: a column of the same shape, 0 or false where a token is not a target.
 
-    Returns the counts with a provenance that has the policy and no shards, since a dataset does not tell its files.
-    Raises TypeError or ValueError that names the argument, or the column and what is wrong with it. A column is wrong
-    if it is missing, holds nulls or no integers, or not a token, or if the mask has another shape.
+    Returns the counts with a provenance that has the policy and no shards, since Ray does not report a dataset's files.
+    Raises TypeError or ValueError that names the argument, or the column and the problem. A column is invalid if it is
+    missing, has nulls, has no integers or no tokens at all, or if the mask has another shape.
     """
     count = _BlockCount(column, vocab_size, ignore_index, mask)
     data = require("ray.data", "ray")
@@ -95,9 +96,9 @@ def count_dataset(
 
 
 def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> TokenFrequency:
-    """The TokenFrequency of what TokenCounts gave, int64 [V + 3].
+    """The TokenFrequency of a result of TokenCounts, int64 [V + 3].
 
-    Raises TypeError for anything else, ValueError if it does not hold as many tokens as it was given.
+    Raises TypeError for anything else, ValueError if its counts do not add up to the number of tokens given.
     """
     if (
         not isinstance(table, np.ndarray)
@@ -115,7 +116,7 @@ def to_frequency(table: NDArray[np.int64], *, ignore_index: int = -100) -> Token
 
 
 class _BlockCount:
-    """Gives the table of a block, which is an Arrow table; Ray sends it to the workers."""
+    """Returns the table of a block, which is an Arrow table; Ray sends this object to the workers."""
 
     def __init__(self, column: str, vocab_size: int, ignore_index: int, mask: str | None) -> None:
         check_vocab_size(vocab_size)
@@ -128,7 +129,7 @@ class _BlockCount:
         return np.zeros(CountTable.packed_size(self._vocab_size), np.int64)
 
     def as_batch(self, block: Any) -> dict[str, NDArray[Any]]:
-        # Ray would wrap what is raised, try again, and keep of the first error its text alone.
+        # Ray would wrap an exception, try again, and keep only the text of the first error.
         table, message = self.empty(), ""
         try:
             table = self(block)
@@ -142,7 +143,7 @@ class _BlockCount:
             if name not in block.column_names:
                 raise ValueError(f"{name}: got no such column, expected one of {', '.join(block.column_names)}")
         frequency = TokenFrequency(self._vocab_size, ignore_index=self.policy.ignore_index)
-        # A batch's columns are cut at the same rows; those of a table need not be.
+        # The columns of a batch are split at the same rows; those of a table need not be.
         for batch in block.select(columns).to_batches():
             tokens, lengths = _flat(batch.column(0), self._column)
             if tokens.dtype == np.bool_:
@@ -151,8 +152,8 @@ class _BlockCount:
                 marks, lengths_of_marks = _flat(batch.column(1), self._mask)
                 if lengths != lengths_of_marks:
                     raise ValueError(
-                        f"{self._mask}: got lists of other lengths than those of {self._column}, expected a value a "
-                        "token"
+                        f"{self._mask}: got lists of other lengths than those of {self._column}, expected a value for "
+                        "each token"
                     )
                 is_target = marks != 0
                 tokens = tokens[is_target]
@@ -162,7 +163,7 @@ class _BlockCount:
 
 
 def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:
-    """The values in an Arrow array, in however many lists they lie, and of each level of these their lengths."""
+    """The values of an Arrow array without their nested lists, and the lengths of the lists at each level."""
     pyarrow, compute = require("pyarrow", "ray"), require("pyarrow.compute", "ray")
     types = pyarrow.types
     array, lengths = column, [len(column)]
@@ -176,9 +177,9 @@ def _flat(column: Any, name: str) -> tuple[NDArray[Any], list[Any]]:
                 # Ray's tensors of different shapes; the other field is the shape.
                 array = array.field("data")
         elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-            # Of large lists in int64, which equals none in int32.
+            # The lengths of large lists are int64, which never compares equal to int32.
             lengths.append(compute.list_value_length(array).cast(pyarrow.int64()))
-            # Unlike `values`, these are of this slice alone.
+            # Unlike `values`, flatten() respects the slice.
             array = array.flatten()
         elif types.is_integer(kind) or types.is_boolean(kind):
             return array.to_numpy(zero_copy_only=False), lengths

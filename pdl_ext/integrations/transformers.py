@@ -1,7 +1,7 @@
 """Hugging Face transformers: PDL as the loss of a model and of a Trainer, from the hidden states.
 
-`apply_pdl_loss(model, loss)` sets the model's loss. `PDLCallback(loss)` keeps counts in checkpoints and logs what
-weighting does. It refuses to train where the loss is not called.
+`apply_pdl_loss(model, loss)` sets the model's loss. `PDLCallback(loss)` stores counts in checkpoints and logs
+statistics of the weighting. It stops a training in which the loss is not called.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FILE = "pdl_loss.pt"
 
 
 class _Forward(threading.local):
-    """Of this thread's innermost model with a PDLLoss in its forward."""
+    """The mode of this thread's innermost model with a PDLLoss that is in its forward."""
 
     is_training: bool | None = None
 
@@ -51,17 +51,18 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
 
     Args:
         model: a PreTrainedModel with a language-modelling head, or a PeftModel of one, before or after fully_shard.
-        loss: a PDLLoss of reduction "mean" or "token_mean". Whether targets are shifted, the softcap and the scale of
-            the logits are the model's, so its own must not be set. It is no part of the model, and counts in training
-            only. A `num_items_in_batch`, as a Trainer gives it, is the normalizer.
-        fused: whether the loss is taken from the hidden states, so that no logits are made. They are made where
-            somebody reads them, under torch.compile, and for a quantised or adapted head. So they are where the model
-            does to them what is not understood, of which a warning tells once. With ZeRO-3, and with a head that is a
-            unit of FSDP2 of its own, they are always made.
+        loss: a PDLLoss of reduction "mean" or "token_mean". The model determines the shift of the targets, and the
+            softcap and scale of the logits; do not set these options of the loss. The loss is not part of the model,
+            and counts in training only. The normalizer is `num_items_in_batch` if the caller, such as a Trainer, passes
+            it.
+        fused: whether the loss is computed from the hidden states, without the logits. The logits are computed
+            nevertheless if other code reads them, under torch.compile, and for a quantised or adapted head. The same
+            holds if the model does an operation on them that cannot be recorded; a warning reports this once. With
+            ZeRO-3, and with a head that is an FSDP2 unit of its own, they are always computed.
         eval_loss: "nll", the plain negative log-likelihood of a model in eval mode, or "pdl", the loss itself.
 
-    Raises TypeError for another model or loss, ValueError for a model without a head or that has a PDLLoss. ValueError,
-    too, for options that are not the loss's to set, and for counts of another vocabulary.
+    Raises TypeError for another model or loss. Raises ValueError for a model without a head or with a PDLLoss already,
+    for options that the model determines, and for counts of another vocabulary.
     Source: arXiv 2505.16900.
     """
     base = base_model(model)
@@ -88,7 +89,7 @@ def apply_pdl_loss(model: Model, loss: pdl_ext.PDLLoss, *, fused: bool = True, e
 
 
 def remove_pdl_loss(model: Model) -> Model:
-    """Gives a model its own loss back, in place; returns the model. Raises ValueError for one without a PDLLoss."""
+    """Restores a model's own loss, in place; returns the model. Raises ValueError for a model without a PDLLoss."""
     base = base_model(model)
     of_model = _model_loss(base)
     if of_model is None:
@@ -104,12 +105,12 @@ def remove_pdl_loss(model: Model) -> Model:
 
 
 class ModelLoss:
-    """A model's `loss_function`; for this package.
+    """A model's `loss_function`; for use inside this package.
 
-    Observers are told of each training call: its value, row statistics, targets, and which of these count.
+    Observers get each training call: its value, row statistics, targets, and a mask of the targets that count.
     """
 
-    # Some compiled forwards of others read it.
+    # Some compiled forwards of other packages read it.
     __name__ = "pdl_loss"
 
     def __init__(self, loss: pdl_ext.PDLLoss, shift: bool, eval_loss: str, fused: bool) -> None:
@@ -119,12 +120,12 @@ class ModelLoss:
         self.fused = fused
         self.was_called = False
         self.observers: list[Any] = []
-        # What the model had on itself, as others set it.
+        # The forward that other code had set on the model itself.
         self.forward_before: Any = None
 
     @contextlib.contextmanager
     def observed_by(self, observer: Any) -> Iterator[None]:
-        """Tells an observer of the calls in a block, by its `add`."""
+        """Passes the calls within a block to an observer's `add`."""
         self.observers.append(observer)
         try:
             yield
@@ -178,15 +179,15 @@ class ModelLoss:
         return value
 
     def _from_hidden_states(self, of_hidden: Any, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
-        """The loss of logits that were not made; None of others."""
+        """The loss of logits that were not computed; None for other logits."""
         if not isinstance(logits, LazyLogits):
             if self.fused and not torch.compiler.is_compiling():
-                _tell_once("the head is no plain linear layer, or its weight is not at hand behind it")
+                _tell_once("the head is not a plain linear layer, or its weight is not available after its forward")
             return None
         transform = logits.transform()
         if transform is None:
             operation = logits.unknown or "a series of operations that is no scale with a softcap"
-            _tell_once(f"the model does to them what is not recorded: {operation}")
+            _tell_once(f"the model applies an operation that is not recorded: {operation}")
             return None
         head, width = logits.head, transform.width
         weight, bias = head.weight, head.bias
@@ -199,7 +200,7 @@ class ModelLoss:
 class _Seen:
     """Sums of a loss's row statistics over the calls since the last reading, on the device.
 
-    buckets: int64 [V], the frequency bucket of each token, or None where nothing is counted.
+    buckets: int64 [V], the frequency bucket of each token, or None if nothing is counted.
     """
 
     def __init__(self, buckets: Tensor | None) -> None:
@@ -218,7 +219,7 @@ class _Seen:
         self.sums = added if self.sums is None else self.sums + added
 
     def read(self) -> dict[str, float]:
-        """What the rows since the last reading say; nothing where there were none."""
+        """The statistics of the rows since the last reading; empty if there were none."""
         if self.sums is None:
             return {}
         rows, nll, weight, squares, *buckets = self.sums.tolist()
@@ -234,18 +235,18 @@ class _Seen:
 
 
 class PDLCallback(_transformers.TrainerCallback):
-    """What a Trainer needs beside `apply_pdl_loss(model, loss)`: give it as one of its `callbacks`.
+    """A Trainer's callback for a model with `apply_pdl_loss(model, loss)`: pass it in `callbacks`.
 
-    - A training step that ends without a call of the loss raises RuntimeError: something else was trained.
-    - Each checkpoint holds the loss's counts and blend, and a resumed run goes on from them.
-    - The Trainer's logs get numbers of this rank's training targets. `pdl/nll` is their plain negative log-likelihood
-      in nats, `pdl/effective_sample` is (sum w)^2 / (n sum w^2). `pdl/nll_frequent`, `pdl/nll_medium` and
-      `pdl/nll_rare` are those of the buckets of `TokenFrequency.buckets`. What reports of a Trainer's own `report_to`
-      comes before any callback, so it gets none of them; they are in `state.log_history`.
+    - A training step that ends without a call of the loss raises RuntimeError: another loss was trained.
+    - Each checkpoint holds the loss's counts and blend, and a resumed run continues with them.
+    - The Trainer's logs get statistics of this rank's training targets. `pdl/nll` is their plain negative
+      log-likelihood in nats, `pdl/effective_sample` is (sum w)^2 / (n sum w^2). `pdl/nll_frequent`, `pdl/nll_medium`
+      and `pdl/nll_rare` are those of the buckets of `TokenFrequency.buckets`. The reporters of a Trainer's own
+      `report_to` run before any callback and do not get them; they are in `state.log_history`.
 
-    loss: the PDLLoss of the model. Raises TypeError for another one. At the beginning of the training it raises
-    ValueError for a model without it, and for a Trainer's label_smoothing_factor. FileNotFoundError is that of a
-    checkpoint without counts.
+    loss: the PDLLoss of the model. Raises TypeError for another object. When training begins it raises ValueError for a
+    model without this loss, and for a Trainer's label_smoothing_factor. It raises FileNotFoundError for a checkpoint
+    without counts.
     """
 
     def __init__(self, loss: pdl_ext.PDLLoss) -> None:
@@ -264,7 +265,7 @@ class PDLCallback(_transformers.TrainerCallback):
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor: got {args.label_smoothing_factor}, expected 0, with which the Trainer calls "
-                "the model's loss: give PDLLoss(label_smoothing=) instead"
+                "the model's loss: use PDLLoss(label_smoothing=) instead"
             )
         self._of_model = of_model
         of_model.was_called = False
@@ -277,7 +278,7 @@ class PDLCallback(_transformers.TrainerCallback):
         if self._of_model is not None and not self._of_model.was_called:
             raise RuntimeError(
                 "PDLLoss: got no call in a training step, expected one for each batch. Something else computes the "
-                "loss: the Trainer's compute_loss_func, Liger's fused loss, or a head of TRL's own"
+                "loss: the Trainer's compute_loss_func, Liger's fused loss, or TRL's own head. Turn that off"
             )
         if self._of_model is not None:
             self._of_model.was_called = False
@@ -289,7 +290,7 @@ class PDLCallback(_transformers.TrainerCallback):
         if state.is_world_process_zero and (loss.frequency is not None or not loss.online):
             path = _checkpoint(args, state.global_step) / _FILE
             if not path.parent.is_dir():
-                # save_total_limit took it away at once, for one of a former run with more steps.
+                # save_total_limit has already deleted it, in favour of a former run with more steps.
                 return
             partial = path.with_suffix(f".{os.getpid()}")
             torch.save(loss.state_dict(), partial)
@@ -325,9 +326,9 @@ class PDLCallback(_transformers.TrainerCallback):
             )
         else:
             raise FileNotFoundError(
-                f"resume_from_checkpoint: {path} is missing, so that the counts would begin anew. It is written where "
-                "PDLCallback was there before; set TrainingArguments(resume_from_checkpoint=) for a checkpoint that "
-                "lies elsewhere"
+                f"resume_from_checkpoint: {path} is missing, so that the counts would begin anew. PDLCallback writes "
+                "it if it was among the callbacks; set TrainingArguments(resume_from_checkpoint=) for a checkpoint in "
+                "another folder"
             )
 
 
@@ -336,7 +337,7 @@ def _checkpoint(args: Any, step: int) -> Path:
 
 
 def base_model(model: Any) -> Any:
-    """The PreTrainedModel of what a user holds: itself, of a PeftModel, or of what a Trainer has wrapped."""
+    """The PreTrainedModel inside a user's model: itself, that of a PeftModel, or that inside a wrapper."""
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, _transformers.PreTrainedModel):
         # PeftModel, or DistributedDataParallel.
@@ -391,7 +392,7 @@ def _shifts(base: Any, calls_loss_function: bool) -> bool:
     mapping = _losses.LOSS_MAPPING
     shifts: bool = mapping.get(base.loss_type, _losses.ForCausalLMLoss) is _losses.ForCausalLMLoss
     if shifts and not calls_loss_function:
-        # Bart's decoder does not, Blip's does.
+        # Bart's decoder does not shift, Blip's does.
         raise ValueError(
             f"model: got {type(base).__name__}, whose forward does not call loss_function, so that it is not known "
             "whether it shifts labels: expected another; call loss_fn(model(...).logits, labels, shift=...) instead"
@@ -401,17 +402,17 @@ def _shifts(base: Any, calls_loss_function: bool) -> bool:
 
 def _forward_of(base: Any) -> tuple[Any, bool]:
     """A model's forward as a function, and whether it calls the model's loss_function."""
-    # Somebody may have set another one on this very model.
+    # Other code may have set another forward on this model.
     own = base.__dict__.get("forward")
     forward = type(base).forward if own is None else own.__func__
     return forward, "loss_function" in inspect.unwrap(forward).__code__.co_names
 
 
 def _mark_forward(base: Any, forward: Any, calls_loss_function: bool) -> None:
-    """Lets a model's forward with labels tell its head and its loss of itself."""
+    """Wraps a model's forward with labels, so that its head records and its loss knows the mode."""
     names = list(inspect.signature(forward).parameters)[1:]
     if not calls_loss_function:
-        # It divides by num_items_in_batch then, where its own loss would not.
+        # The loss then divides by num_items_in_batch, which the model's own loss would not do.
         base.accepts_loss_kwargs = True
 
     @functools.wraps(forward)
@@ -427,14 +428,14 @@ def _mark_forward(base: Any, forward: Any, calls_loss_function: bool) -> None:
 
 
 def _loss_beside(base: Any, forward: Any, kwargs: dict[str, Any]) -> Any:
-    """The outputs of a model whose forward has a loss of its own inside, with ours in its place."""
+    """The outputs of a model whose forward computes its own loss, with this loss in its place."""
     labels = kwargs.pop("labels")
     items = kwargs.pop("num_items_in_batch", None)
     as_dict = kwargs.pop("return_dict", None)
     if as_dict is None:
         as_dict = base.config.return_dict
     given = any(kwargs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    # Which its own forward makes of labels.
+    # The model's own forward derives these from labels.
     if not given and hasattr(base, "prepare_decoder_input_ids_from_labels"):
         kwargs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
     outputs = forward(base, return_dict=True, **kwargs)
@@ -464,6 +465,6 @@ def _normalizer(items: Any, device: torch.device) -> Any:
 @functools.cache
 def _tell_once(reason: str) -> None:
     warnings.warn(
-        f"apply_pdl_loss: the logits are made, since {reason}. The loss is right, its memory that of logits",
+        f"apply_pdl_loss: the logits are computed, since {reason}. The loss is correct, but uses memory for the logits",
         stacklevel=3,
     )

@@ -23,33 +23,33 @@ class PDLSFTTrainer(_trl.SFTTrainer):
     """An SFTTrainer that trains with a PDLLoss, and evaluates with the plain negative log-likelihood.
 
     Its metrics, packing, padding-free batches, masks of completions and of assistants, and PEFT are TRL's. The loss is
-    taken from the hidden states by `PDLLoss.linear`, with every option of it, as `apply_pdl_loss` does. `PDLCallback`
-    is among its callbacks.
+    computed from the hidden states by `PDLLoss.linear`, with all its options, as by `apply_pdl_loss`. `PDLCallback` is
+    added to its callbacks.
 
     pdl_loss: a PDLLoss; the other arguments are SFTTrainer's. Raises TypeError or ValueError that names the argument,
-    as apply_pdl_loss does. ValueError, too, for a `compute_loss_func`, and for another `loss_type` than "nll".
+    as apply_pdl_loss does. Raises ValueError, too, for a `compute_loss_func`, and for a `loss_type` other than "nll".
     Source: arXiv 2505.16900.
     """
 
     def __init__(self, *args: Any, pdl_loss: pdl_ext.PDLLoss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # The first releases have no other.
+        # The first releases have no other loss_type.
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", None):
             raise ValueError(
-                f"loss_type: got {loss_type!r}, expected SFTConfig(loss_type='nll'): what weighs tokens otherwise, as "
-                "'dft' does, is a modulation of the PDLLoss"
+                f"loss_type: got {loss_type!r}, expected SFTConfig(loss_type='nll'): pass losses such as 'dft' as a "
+                "modulation of the PDLLoss"
             )
         if self.compute_loss_func is not None:
             raise ValueError("compute_loss_func: got one together with pdl_loss, expected either")
         apply_pdl_loss(self.model, pdl_loss)
         _answer_fused_calls(base_model(self.model))
-        # Before those that report what it adds to the logs.
+        # Before the callbacks that report the logs to which it adds.
         self.callback_handler.callbacks.insert(0, PDLCallback(pdl_loss))
 
 
 class _LastCall:
-    """What the loss told of its last call in training."""
+    """The loss's last call in training."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
@@ -59,10 +59,10 @@ class _LastCall:
 
 
 def _answer_fused_calls(base: Any) -> None:
-    """Lets a training call for TRL's log-probabilities return those whose negative sum is the sum of the loss.
+    """Answers a training call for TRL's log-probabilities by numbers whose negative sum is the sum of the loss.
 
-    TRL from 1.16 on asks for them by `fused_lm_head=True`, and trains with their negative sum over the number of items.
-    It asks them for nothing else.
+    From 1.16 on TRL requests them by `fused_lm_head=True`, and trains with their negative sum over the number of items.
+    It uses them for nothing else.
     """
     forward = base.__dict__["forward"].__func__
 
@@ -83,7 +83,7 @@ def _answer_fused_calls(base: Any) -> None:
                 "PDLLoss: got no call in the model's forward, expected one: something else computes its loss"
             )
         stats, counted = last.stats, last.counted
-        # Of the rows' losses only the sum is of use, and a sum has its gradient at once.
+        # Only the sum of the rows' losses is used, and the gradient of a sum is computed at once.
         spread = -last.value / counted.sum().clamp(min=1)
         return _outputs.ModelOutput(
             log_probs=torch.where(counted, spread, 0.0),

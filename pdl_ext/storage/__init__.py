@@ -1,1 +1,1 @@
-"""Private: how counts and checkpoints are written to files and read back."""
+"""Private: writes counts and checkpoints to files, and reads them back."""

@@ -12,16 +12,16 @@ from pathlib import Path
 
 __all__ = ["only_writer"]
 
-# Of file systems that have no locks.
+# The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keeps other processes that ask for it from writing a file, until this one leaves it or ends, however it does.
+    """Prevents other processes that use it from writing a file, until the block or this process ends.
 
-    The lock is a hidden file beside it. Raises ValueError that names the process which has the lock, OSError where none
-    can be made.
+    The lock is a hidden file beside it. Raises ValueError that names the process which holds the lock, OSError if no
+    lock can be created.
     """
     real = Path(os.path.realpath(path))
     lock = real.with_name(f".{real.name}.lock")
@@ -49,9 +49,9 @@ def _locked(lock: Path, path: Path) -> int:
                 holder = os.read(descriptor, 1000).decode("utf-8", "replace") or "another process"
                 os.close(descriptor)
                 raise ValueError(
-                    f"output: got {path}, which {holder} is going to write, expected another file, or to wait for it"
+                    f"output: got {path}, which {holder} is going to write, expected another file: choose one, or wait"
                 ) from error
-        # Whoever had it may have removed the file between the two calls.
+        # The previous holder may have removed the file between the two calls.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 return descriptor

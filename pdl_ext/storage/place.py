@@ -1,4 +1,4 @@
-"""Places of files: paths on disk, and URLs of what fsspec reaches, with the methods of pathlib that readers call."""
+"""Places of files: paths on disk, and URLs that fsspec supports, with those methods of pathlib that readers call."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ __all__ = [
     "real_name",
 ]
 
-# Not a single letter, as which Windows has its drives.
+# At least two letters, since a single one is a drive on Windows.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class RemotePath:
     """The URL of an object, or of a folder of objects.
 
-    Methods do what those of pathlib.Path do. Those that read raise FileNotFoundError where nothing is, and ValueError
-    that names the URL where a store fails. What may not be seen is neither a file nor a folder. What the URL may carry
-    of credentials is in no name and no error.
+    Methods behave like those of pathlib.Path. Reading methods raise FileNotFoundError for an object that does not
+    exist, and ValueError that names the URL if a store fails. An object that may not be seen is neither a file nor a
+    folder. Credentials in the URL appear in no name and no error.
     """
 
     def __init__(self, store: Store, key: str) -> None:
@@ -63,12 +63,12 @@ class RemotePath:
 
     @property
     def protocol(self) -> str:
-        """What the URL begins with, before "://"."""
+        """The part of the URL before "://"."""
         return self._store.protocol
 
     @property
     def address(self) -> str:
-        """The URL with all that it has of credentials: to open it, and never to be shown or kept."""
+        """The URL with its credentials: for opening it only, never to be shown or stored."""
         return self._key if "://" in self._key else f"{self._store.protocol}://{self._key.lstrip('/')}"
 
     @property
@@ -105,7 +105,7 @@ class RemotePath:
         return PurePosixPath(self._path.removeprefix(f"{folder._path}/"))
 
     def exists(self) -> bool:
-        """Raises ValueError also for what may not be seen."""
+        """Raises ValueError also for an object that may not be seen."""
         with self._told():
             return self._store.info(self._key) is not None
 
@@ -121,7 +121,7 @@ class RemotePath:
         return (RemotePath(self._store, key) for key in children)
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """What matches in this folder."""
+        """The matches of a pattern in this folder."""
         try:
             with self._told():
                 keys = self._store.matches(self._path, pattern.split("/"))
@@ -130,25 +130,25 @@ class RemotePath:
         return (RemotePath(self._store, key) for key in keys)
 
     def matches(self) -> list[RemotePath]:
-        """What matches this path as a pattern, sorted."""
+        """The matches of this path as a pattern, sorted."""
         *parts, name = self._path.split("/")
         first = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
         return list(RemotePath(self._store, "/".join(parts[:first])).glob("/".join([*parts[first:], name])))
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        """The objects in this folder and those in it, by their names."""
+        """The objects in this folder and its subfolders whose names match."""
         with self._told():
             below = self._store.below(self._key)
         paths = (RemotePath(self._store, key) for key in below)
         return (path for path in paths if fnmatch.fnmatchcase(path.name, pattern))
 
     def version(self, *, fresh: bool) -> tuple[int, str]:
-        """The size, and what tells the content from others of this size; `fresh`: as they are now."""
+        """The size, and a text that differs between contents of this size; `fresh`: ask the store again."""
         with self._told():
             return self._store.version(self._key, fresh=fresh)
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """To read bytes alone."""
+        """Opens the object for reading bytes, the only mode."""
         if mode != "rb":
             raise ValueError(f"mode: got {mode!r}, expected 'rb'")
         return io.BufferedReader(self.ranges(), EDGE_BYTES)
@@ -165,7 +165,7 @@ class RemotePath:
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, content: bytes) -> None:
-        """Puts the object whole. Raises OSError that names it if the store does not take it."""
+        """Writes the object in one piece. Raises OSError that names it if the store refuses."""
         try:
             self._store.write(self._key, content)
         except OSError as error:
@@ -185,7 +185,7 @@ class RemotePath:
         try:
             info = self._store.info(self._key)
         except PermissionError:
-            # Of what is not there, unless one may list the folder.
+            # Stores answer so for an object that does not exist, unless one may list the folder.
             return None
         except OSError as error:
             raise ValueError(f"{self}: cannot be read ({error.strerror})") from error
@@ -205,10 +205,11 @@ Place: TypeAlias = Path | RemotePath
 
 
 def place(argument: str, name: str | os.PathLike[str], stores: dict[Any, Store] | None = None) -> Place:
-    """The place that an argument names: by a URL, as fsspec takes them, or by a path.
+    """The place that an argument names: a URL, as fsspec supports them, or a path.
 
-    stores: those of a corpus, by their file systems, in which what was seen is kept; a new one is added.
-    Raises TypeError or ValueError that names the argument unless it is either, ImportError that names what is missing.
+    stores: the stores of a corpus, by their file systems, which keep what they have listed; a new one is added.
+    Raises TypeError or ValueError that names the argument unless it is either, ImportError that names a missing
+    package.
     """
     check_path(argument, name)
     text = os.fspath(name)
@@ -227,7 +228,7 @@ def place(argument: str, name: str | os.PathLike[str], stores: dict[Any, Store] 
 
 
 def _check_is_told_by_name(argument: str, text: str, opened: Any, key: str, protocol: str) -> None:
-    """Raises ValueError for what another URL may be called as well: of two such objects one would be left out."""
+    """Raises ValueError for a URL that bucket and name do not identify: one of two such objects would be left out."""
     name = key if "://" in key else f"{protocol}://{key.lstrip('/')}"
     try:
         again, key_again, _ = file_system(name)
@@ -235,28 +236,28 @@ def _check_is_told_by_name(argument: str, text: str, opened: Any, key: str, prot
         again = key_again = None
     if again is not opened or key_again != key:
         raise ValueError(
-            f"{argument}: got {redacted(text)}, expected a URL that is told by its bucket and name: no chained "
-            "ones, and hosts, accounts and users by fsspec's configuration"
+            f"{argument}: got {redacted(text)}, expected a URL that its bucket and name identify: no chained "
+            "URLs, and hosts, accounts and users set by fsspec's configuration"
         )
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is a URL, and no path."""
+    """Whether a name is a URL rather than a path."""
     return _URL.match(name) is not None
 
 
 def is_file(path: Place) -> bool:
-    """Whether a file is there; of a name that none can have, it is not."""
+    """Whether the path is a file; False for a name that no file can have."""
     return path.is_file() if isinstance(path, RemotePath) else os.path.isfile(path)
 
 
 def is_folder(path: Place) -> bool:
-    """Whether a folder is there; of a name that none can have, it is not."""
+    """Whether the path is a folder; False for a name that no folder can have."""
     return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
 
 
 def is_there(path: Place) -> bool:
-    """Whether anything is there now, also a link to what is not."""
+    """Whether anything exists there now, including a link to a missing file."""
     if not isinstance(path, RemotePath):
         return os.path.lexists(path)
     try:
@@ -267,30 +268,30 @@ def is_there(path: Place) -> bool:
 
 
 def beside(path: Place, name: str) -> str:
-    """A name relative to the folder that a file is in, unless it is a URL or absolute."""
+    """The path of a name relative to a file's folder; the name itself if it is a URL or absolute."""
     if is_url(name) or os.path.isabs(name):
         return name
     return f"{path.parent.address}/{name}" if isinstance(path, RemotePath) else os.path.join(path.parent, name)
 
 
 def address(path: Place) -> str:
-    """What `place` makes a place of. Not to be shown."""
+    """The text from which `place` makes this place. Not to be shown."""
     return path.address if isinstance(path, RemotePath) else os.fspath(path)
 
 
 def absolute_name(path: Place) -> str:
-    """What two paths that differ in how they are written have in common. Not to be shown."""
+    """The same text for two spellings of one path. Not to be shown."""
     return path.address if isinstance(path, RemotePath) else os.path.abspath(path)
 
 
 def real_name(path: Place) -> str:
-    """What two paths to the same file have in common, links among them. Not to be shown."""
+    """The same text for two paths to one file, links included. Not to be shown."""
     return path.address if isinstance(path, RemotePath) else os.path.realpath(path)
 
 
 @contextlib.contextmanager
 def on_disk(path: Place) -> Iterator[Path]:
-    """A file on disk with what a file has: itself, or a copy that is deleted in the end."""
+    """A file on disk with the same content: the file itself, or a copy that is deleted at the end."""
     if not isinstance(path, RemotePath):
         yield path
         return

@@ -1,4 +1,4 @@
-"""An object of a store, read as a file: ranges that are asked for in a row are fetched ahead, several at a time."""
+"""An object of a store, read as a file. Consecutive reads make it fetch several ranges ahead at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pdl_ext.storage.store import EDGE_BYTES, Store
 
 __all__ = ["RangedFile"]
 
-# At 100 MB/s a connection its bytes take 42 ms, about as long as a store's latency. Several at once hide both.
+# At 100 MB/s a connection one range takes 42 ms, about a store's latency. Several at once hide both.
 _RANGE_BYTES = 2**22
 _MOST_AHEAD = 8
-# Over all files that are open, which bounds what is held in memory.
+# Over all open files, which bounds the memory.
 _ALL_AHEAD = 16
-# Windows into different places of one file, as columns have.
+# Positions in one file that are read in turn, as the columns of a file are.
 _STREAMS = 4
 
 _lock = threading.Lock()
@@ -33,9 +33,10 @@ class _Range(NamedTuple):
 
 
 class _Stream:
-    """Ranges that follow one another, from the place that is read on: [begin, end).
+    """Consecutive ranges from the position that is read next.
 
-    stop: nothing is fetched from there on; in_a_row: how many bytes were read of them, one after the other.
+    begin and end: of the ranges. stop: nothing is fetched from there on. in_a_row: how many bytes of the stream were
+    read consecutively.
     """
 
     def __init__(self, begin: int, stop: int, in_a_row: int) -> None:
@@ -55,12 +56,12 @@ class _Stream:
 
 
 class RangedFile(io.RawIOBase):
-    """An object of `size` bytes, opened to be read by one thread.
+    """An object of `size` bytes, opened for one reading thread.
 
-    What is read in a row is fetched ahead, as much as was read in it. That is up to eight ranges of 4 MiB, and fewer
-    where many files are open. Raises ValueError that names it, for what cannot be fetched or ends before its size.
+    After consecutive reads it fetches as many bytes ahead as were read. The limit is eight ranges of 4 MiB, and less if
+    many files are open. Raises ValueError that names the object if it cannot be fetched or ends before its size.
 
-    name: what errors call it.
+    name: the object's name in errors.
     """
 
     def __init__(self, store: Store, key: str, size: int, name: str) -> None:
@@ -101,7 +102,7 @@ class RangedFile(io.RawIOBase):
         return got
 
     def read_ahead(self, start: int, stop: int) -> None:
-        """Fetches the bytes [start, stop), which will be read one after the other, as far ahead as may be."""
+        """Fetches the bytes from start to stop, which will be read consecutively, as far ahead as allowed."""
         stop = min(stop, self._size)
         if self._store.keeps and stop <= EDGE_BYTES:
             return
@@ -110,7 +111,7 @@ class RangedFile(io.RawIOBase):
         self._fetch_ahead(stream, start, start)
 
     def read_at(self, view: memoryview, offset: int) -> int:
-        """Fills a buffer from an offset on, up to the object's end; returns how many bytes there were."""
+        """Fills a buffer from an offset on, up to the object's end; returns the number of bytes."""
         stop = min(offset + len(view), self._size)
         if offset >= stop:
             return 0
@@ -136,7 +137,7 @@ class RangedFile(io.RawIOBase):
         return stop - offset
 
     def _edge(self, offset: int, stop: int) -> memoryview | None:
-        """Bytes of the beginning or the end, where a store keeps them."""
+        """Bytes of the beginning or the end, if the store keeps them."""
         if not self._store.keeps:
             return None
         if stop <= EDGE_BYTES:
@@ -161,13 +162,13 @@ class RangedFile(io.RawIOBase):
             if stream.begin <= offset <= stream.end and offset < stream.stop:
                 break
         else:
-            # One read alone tells nothing of those to come.
+            # A single read does not predict further ones.
             stream = _Stream(offset, self._size, -size)
         self._keep(stream)
         return stream
 
     def _keep(self, stream: _Stream) -> None:
-        """Makes a stream the last one to be given up."""
+        """Marks a stream as the most recently used one."""
         if stream in self._streams:
             self._streams.remove(stream)
         self._streams.append(stream)
@@ -175,10 +176,10 @@ class RangedFile(io.RawIOBase):
             self._streams.pop(0).close()
 
     def _fetch_ahead(self, stream: _Stream, position: int, needed: int) -> None:
-        """Fetches what is needed up to a place, and what will be if as much follows as was read in a row."""
+        """Fetches the bytes up to `needed`, and as many beyond as were read consecutively."""
         most = max(1, min(_MOST_AHEAD, _ALL_AHEAD // _open_files)) * _RANGE_BYTES
         until = min(position + min(max(stream.in_a_row, needed - position), most), stream.stop)
-        # Not for every few bytes that were read.
+        # Not in pieces of a few bytes.
         least = min(stream.in_a_row // 2, _RANGE_BYTES)
         while stream.end < until and (stream.end < needed or until - stream.end >= least or until == stream.stop):
             stop = min(stream.end + _RANGE_BYTES, until)

@@ -1,7 +1,7 @@
-"""Object stores and servers through fsspec: listed, asked, read by range and written to, each call with retries.
+"""Object stores and servers through fsspec: listing, metadata, ranges and writing, each call with retries.
 
-Credentials are the store's own affair, by fsspec's configuration and the environment. What addresses carry of them is
-in no name and no error.
+Credentials are left to the store, by fsspec's configuration and the environment. Credentials in addresses appear in no
+name and no error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["EDGE_BYTES", "Store", "file_system", "redacted"]
 
 T = TypeVar("T")
 
-# Tried so often, with pauses that double from the first on: some seconds in all.
+# The number of tries, with pauses that double from the first on: some seconds in all.
 _TRIES = 7
 _FIRST_PAUSE = 0.1
 _SECONDS_A_TRY = 60.0
-# Of a file's beginning and end, which several readers look at before it is counted.
+# The size of a file's beginning and end, which several readers look at before it is counted.
 EDGE_BYTES = 2**16
 _EDGES_BYTES = 2**24
 _LISTED_AT_ONCE = 32
@@ -43,27 +43,28 @@ _PACKAGES = {
     "http": "aiohttp",
     "https": "aiohttp",
 }
-# By which of its properties an object is told from what was there before. Those that listings tell, and then others.
+# The properties that distinguish an object from an earlier one of the same name: first those that listings have, then
+# others.
 _DIGESTS = ("ETag", "etag", "generation", "md5Hash", "blob_id", "xet_hash")
 _OTHERS = ("Content-MD5", "Digest", "Last-Modified", "LastModified", "last_modified", "mtime", "updated", "created")
-# Marks what an object has told itself.
+# Marks properties that came from the object itself, instead of a listing.
 _ASKED = "asked by pdl_ext"
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, TypeError)
-# Of the statuses from 400 to 499, those that pass.
+# The temporary ones of the statuses from 400 to 499.
 _PASSING = (408, 425, 429)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://[^\s'\"<>)]*", re.IGNORECASE)
-# What URLs with spaces or quotes leave of their queries in a longer text.
+# The rest of a query after a URL with spaces or quotes in a longer text.
 _QUERY = re.compile(r"[?#][^\s?]*=\S*")
-# Elsewhere than with http a question mark is a pattern's, or of a name.
+# Outside of http a question mark belongs to a pattern or a name.
 _SECRET = re.compile(r"[?#&][\w-]*(sig|token|secret|passw|key|credential|generation|version)[\w-]*=", re.IGNORECASE)
-# For file systems that are not asynchronous: as many requests at once.
+# For file systems that are not asynchronous: the number of requests at once.
 _threads = functools.lru_cache(maxsize=1)(lambda: concurrent.futures.ThreadPoolExecutor(32, "pdl_ext.storage"))
 
 
 def redacted(text: str) -> str:
-    """A text without what the URLs in it may carry of credentials: users and passwords, queries, signatures.
+    """A text without possible credentials in its URLs: users and passwords, queries, signatures.
 
-    A text that is nothing but a URL may have any characters in it.
+    A text that is a single URL may contain any character.
     """
     if _URL.match(text):
         return _without_credentials(text)
@@ -71,7 +72,7 @@ def redacted(text: str) -> str:
 
 
 def _without_credentials(url: str) -> str:
-    """The same of a URL, or of several chained ones."""
+    """The same for a URL, or for several chained ones."""
     return "::".join(map(_link_without_credentials, url.split("::")))
 
 
@@ -83,7 +84,7 @@ def _link_without_credentials(url: str) -> str:
         rest = rest[: max(rest.rfind(mark, 0, secret.start() + 1) for mark in "?#&")]
     host, slash, path = rest.partition("/")
     _, colon, port = host.partition(":")
-    # A password may have a slash in it.
+    # A password may contain a slash.
     if colon and "@" in rest and not port.isdigit():
         rest = rest.rpartition("@")[2]
     else:
@@ -92,13 +93,13 @@ def _link_without_credentials(url: str) -> str:
 
 
 class Store:
-    """A file system of fsspec's, and what of it is known.
+    """A file system of fsspec's, and a cache of its listings.
 
-    An object is told by its key: its name as the file system itself has it, for http the URL.
+    An object is identified by its key: its name in the file system itself, for http the URL.
 
-    keeps: whether what was seen of objects holds while this object lives. So a corpus is listed once.
+    keeps: whether listings stay valid while this object exists. So a corpus is listed once.
 
-    Methods raise OSError, whose text has no credentials in it.
+    Methods raise OSError whose text has no credentials.
     """
 
     def __init__(self, file_system: Any, protocol: str, keeps: bool) -> None:
@@ -118,22 +119,22 @@ class Store:
 
     @property
     def _is_flat(self) -> bool:
-        """Whether all below a folder is listed at once, with what objects tell themselves, and what fails is raised.
+        """Whether one call lists everything below a folder, with the objects' own properties, and raises on failure.
 
-        Elsewhere fsspec leaves out what it cannot list.
+        Elsewhere fsspec leaves out folders that it cannot list.
         """
         return self.protocol in ("s3", "s3a", "gs", "gcs", "hf")
 
     def note_folder(self, key: str) -> None:
-        """Takes a key for that of a folder, which a server tells from a page by the slash at its end alone."""
+        """Records that a key is a folder, which on a server only the slash at its end shows."""
         self._infos[key] = {"type": "directory"}
 
     def url(self, key: str) -> str:
-        """What an object is called in names and errors."""
+        """The name of an object in names and errors."""
         return redacted(key if "://" in key else f"{self.protocol}://{key.lstrip('/')}")
 
     def info(self, key: str) -> dict[str, Any] | None:
-        """What is known of an object or a folder, None if there is neither."""
+        """The properties of an object or a folder, None if there is neither."""
         with self._lock:
             if key in self._children:
                 return {"type": "directory"}
@@ -148,9 +149,9 @@ class Store:
         return found
 
     def version(self, key: str, *, fresh: bool) -> tuple[int, str]:
-        """The size of an object, and what tells its content from others of this size; `fresh`: as they are now.
+        """The size of an object, and a text that differs between contents of this size; `fresh`: ask the store again.
 
-        Raises OSError also if it is not there, or its server tells no size.
+        Raises OSError also if the object does not exist, or its server reports no size.
         """
         info = self._asked(key) if fresh else self.info(key)
         is_told = self._is_flat and info is not None and any(info.get(name) for name in _DIGESTS)
@@ -164,12 +165,12 @@ class Store:
         if info.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "Is a folder")
         if not isinstance(info.get("size"), int):
-            raise OSError(errno.EIO, "its server tells no size")
+            raise OSError(errno.EIO, "its server reports no size")
         name = next((name for name in (*_DIGESTS, *_OTHERS) if info.get(name)), None)
         return info["size"], "" if name is None else f"{name} {info[name]}"
 
     def children(self, folder: str) -> list[str]:
-        """What lies in a folder, sorted; all below it is listed with it."""
+        """The entries of a folder, sorted; everything below it is listed as well."""
         with self._lock:
             is_known = folder in self._children
         if not is_known:
@@ -178,17 +179,17 @@ class Store:
             return sorted(self._children.get(folder, ()))
 
     def below(self, folder: str) -> list[str]:
-        """All objects in a folder and in those in it, sorted."""
+        """All objects in a folder and its subfolders, sorted."""
         found = []
         for child in self.children(folder):
             found += self.below(child) if self._is_folder(child) else [child]
         return found
 
     def matches(self, folder: str, pattern: list[str]) -> list[str]:
-        """The objects and folders below a folder that a pattern of names matches, as glob.glob has it."""
+        """The objects and folders below a folder that match a pattern of names, by the rules of glob.glob."""
         first, *rest = pattern
         if first == "**":
-            # Which matches no folder, too.
+            # It also matches no folder at all.
             found = self.matches(folder, rest) if rest else []
             for child in self.children(folder):
                 if not child.rpartition("/")[2].startswith("."):
@@ -204,11 +205,11 @@ class Store:
         return [key for key in keys if self.info(key) is not None]
 
     def fetch(self, key: str, start: int, stop: int) -> concurrent.futures.Future[bytes]:
-        """The bytes [start, stop) of an object, once they are there; its result may raise OSError."""
+        """The bytes of an object from start to stop, as a future; its result may raise OSError."""
         return self._submit(self._fetched(key, start, stop))
 
     def edge(self, key: str, start: int, stop: int) -> bytes:
-        """The bytes of an object's beginning or end, kept for those who ask next."""
+        """The bytes of an object's beginning or end, kept for later calls."""
         with self._lock:
             if (key, start) in self._edges:
                 self._edges.move_to_end((key, start))
@@ -224,9 +225,9 @@ class Store:
         return found
 
     def write(self, key: str, content: bytes) -> None:
-        """Puts an object, which appears whole or not at all."""
+        """Writes an object, completely or not at all."""
         if self.is_http:
-            # Some answer as if they had.
+            # Some servers answer as if they had written it.
             raise OSError(errno.EROFS, "A web server takes no files")
         self._call("pipe_file", key, content)
 
@@ -239,7 +240,7 @@ class Store:
         return info is not None and info.get("type") == "directory"
 
     def _level(self, folder: str) -> list[str]:
-        """What lies in a folder, sorted, without what lies in those in it."""
+        """The direct entries of a folder, sorted."""
         with self._lock:
             if folder in self._children:
                 return sorted(self._children[folder])
@@ -288,7 +289,7 @@ class Store:
         return dict(_entries(folder, found, self.is_http))
 
     async def _forget(self, key: str | None) -> None:
-        """Of what the file system has listed before. That of Hugging Face's may ask its server for it."""
+        """Drops the file system's own cache of listings. That of Hugging Face may contact its server for this."""
         if self._fs.async_impl:
             self._fs.invalidate_cache(key)
         else:
@@ -306,7 +307,7 @@ class Store:
         try:
             return await self._coroutine("info", key)
         except FileNotFoundError as error:
-            # That of HTTP calls every failure so.
+            # The file system of HTTP reports every failure as this error.
             if self.is_http and error.__cause__ is not None:
                 raise error.__cause__ from None
             raise
@@ -314,7 +315,7 @@ class Store:
     async def _fetched(self, key: str, start: int, stop: int) -> bytes:
         options: dict[str, Any] = {}
         if self.is_http:
-            # Servers that compress what they send have no ranges of it.
+            # Servers that compress their answers cannot serve ranges of them.
             options["headers"] = {**self._fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
 
         async def once() -> bytes:
@@ -327,19 +328,19 @@ class Store:
 
         content = await _tried(once)
         if len(content) > stop - start:
-            raise OSError(errno.EIO, f"got {len(content)} bytes for {stop - start}: its server gives no ranges")
+            raise OSError(errno.EIO, f"got {len(content)} bytes for {stop - start}: its server supports no ranges")
         return content
 
     def _call(self, name: str, *arguments: Any) -> None:
         self._result(self._submit(_tried(functools.partial(self._coroutine, name, *arguments))))
 
     def _coroutine(self, name: str, *arguments: Any, **options: Any) -> Awaitable[Any]:
-        """A method of the file system, in fsspec's own loop."""
+        """A call of a method of the file system, in fsspec's own event loop."""
         if self._fs.async_impl:
             # By fsspec's convention.
             return getattr(self._fs, f"_{name}")(*arguments, **options)
         if name == "cat_file":
-            # It would read ahead for itself.
+            # It would read ahead on its own.
             options["cache_type"] = "none"
         call = functools.partial(getattr(self._fs, name), *arguments, **options)
         return asyncio.get_running_loop().run_in_executor(_threads(), call)
@@ -356,15 +357,15 @@ class Store:
 
 
 def file_system(url: str) -> tuple[Any, str, str]:
-    """fsspec's file system for a URL, the key there and the protocol.
+    """fsspec's file system for a URL, the object's key in it, and the protocol.
 
-    Raises ImportError that names the package which is missing, ValueError for a URL that no file system takes.
+    Raises ImportError that names a missing package, ValueError for a URL that no file system supports.
     """
     protocol = url.partition("://")[0].lower()
     core = require("fsspec.core", "remote")
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
-        # By default 10, for which requests would wait. What is tried again is tried by us.
+        # By default 10, and further requests would wait. This module does all retries.
         given = require("fsspec.config", "remote").conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {"max_pool_connections": 128, "retries": {"max_attempts": 1}, **given}
     try:
@@ -374,7 +375,7 @@ def file_system(url: str) -> tuple[Any, str, str]:
         remedy = f'run `pip install "pdl_ext[remote]" {package}`' if package else redacted(str(error))
         raise ImportError(f"{package or 'a package'} is not installed, for {protocol}:// URLs: {remedy}") from None
     except Exception as error:
-        # Some connect at once.
+        # Some file systems connect immediately.
         raise ValueError(f"{redacted(url)}: cannot be opened ({_told(error).strerror})") from None
     return found, _key(key) or key, protocol
 
@@ -384,11 +385,14 @@ def _key(name: str) -> str:
 
 
 def _entries(folder: str, listed: Iterable[dict[str, Any]], of_a_page: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What a listing has below a folder: keys, and what is known of them. of_a_page: whether it is made of links."""
+    """The entries of a listing below a folder: keys and properties.
+
+    of_a_page: whether the entries are links of a web page.
+    """
     for info in listed:
         key = _key(info["name"])
         name = key.removeprefix(f"{folder}/")
-        # Not what is put into a store for a folder to be seen, and no links of a page to itself in another order.
+        # This leaves out objects that only mark a folder, and links of a page to itself in another order.
         is_mark = info["name"].endswith("/") and info.get("type") != "directory"
         is_order = of_a_page and name.startswith(("?", "#"))
         if name != key and not is_mark and not is_order:
@@ -400,7 +404,7 @@ def _is_match(name: str, pattern: str) -> bool:
 
 
 async def _tried(call: Callable[[], Awaitable[T]], *, limited: bool = True) -> T:
-    """The result of a call, made again where it may help. Raises OSError without credentials in its text."""
+    """The result of a call, which is repeated if that may help. Raises OSError without credentials in its text."""
     for number in range(_TRIES):
         try:
             return await asyncio.wait_for(call(), _SECONDS_A_TRY if limited else None)
@@ -418,7 +422,7 @@ def _is_permanent(error: Exception) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The status of HTTP that an error stands for, or the one that it came of."""
+    """The HTTP status of an error, or of one of its causes."""
     while error is not None:
         for status in (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None)):
             if isinstance(status, int):
@@ -428,7 +432,7 @@ def _status(error: BaseException | None) -> int | None:
 
 
 def _told(error: Exception) -> OSError:
-    """What an error tells, without what its text or those of its causes have of credentials."""
+    """An error as OSError, without credentials in its text."""
     status = _status(error)
     text = redacted((str(error).splitlines() or [""])[0]) or "no answer in time"
     reason = text if isinstance(error, EOFError) else f"{type(error).__name__}: {text}"

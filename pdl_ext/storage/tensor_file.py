@@ -1,4 +1,4 @@
-"""Safetensors files that appear whole or not at all, and in which any damage is found."""
+"""Safetensors files that are written completely or not at all, and in which any damage is detected."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from pdl_ext.storage.whole_file import whole_file
 __all__ = ["check_fits", "format_of", "read_tensors", "write_tensors"]
 
 _DIGEST = "digest"
-# In a string of JSON the marks would have backslashes before them.
+# Within a JSON string the quotation marks would be escaped.
 _FORMAT = re.compile(rb'"format":"(pdl_ext\.[^"]*)"')
-# The library refuses longer ones.
+# The safetensors library refuses longer headers.
 _LARGEST_HEADER = 100_000_000
-# For all in a header but the longest of the metadata.
+# The space for everything in a header except the longest of the metadata.
 _HEADER_OF_THE_REST = 4096
-# What counts and checkpoints hold, by the names that the library has for it.
+# The dtypes in counts and checkpoints, and their names in safetensors.
 _DTYPES = {torch.uint8: "U8", torch.int64: "I64"}
 
 
 def write_tensors(path: Place, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Replaces a file, or makes it; a crash at any moment leaves the one that was there.
+    """Replaces a file, or creates it; after a crash at any moment the old file is intact.
 
     metadata: its "format" first. The same tensors and metadata give the same bytes.
-    Raises, with what was there untouched, OSError that names the path, TypeError for other tensors than uint8 and
-    int64, ValueError for metadata that are too large.
+    Raises OSError that names the path, TypeError for tensors other than uint8 and int64, ValueError for metadata that
+    are too large. An error leaves the old file untouched.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {names_of(tuple(_DTYPES))}")
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Not by the library, which has the metadata in another order each time, makes a copy of all tensors and ends the
-    # process where there is no memory for it, and makes files that only their owner can read.
-    # In this order, so that the format, which stands in front, is found in a file that is cut off.
+    # Not by the safetensors library: it copies all tensors, aborts the process if memory is short, and gives only the
+    # owner access. It also writes the metadata in a different order each time. Here "format" comes first, so that it is
+    # found in a truncated file.
     header: dict[str, Any] = {"__metadata__": {**metadata, _DIGEST: _digest(on_cpu, metadata)}}
     arrays = {name: tensor.numpy() for name, tensor in on_cpu.items()}
-    # The widest first, so that each is aligned.
+    # The widest dtype first, so that every tensor is aligned.
     names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
     end = 0
     for name in names:
@@ -75,11 +75,11 @@ def write_tensors(path: Place, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def check_fits(name: str, what: str, text: str) -> None:
-    """Raises ValueError that begins with `name` and tells `what` came, if `text` is too long for metadata."""
+    """Raises ValueError that begins with `name` and contains `what` if `text` is too long for metadata."""
     size, largest = len(json.dumps(text)), _LARGEST_HEADER - _HEADER_OF_THE_REST
     if size > largest:
         raise ValueError(
-            f"{name}: got {what}, of which a file of counts would have {size} bytes of metadata, expected at most "
+            f"{name}: got {what}, which would need {size} bytes of metadata in a counts file, expected at most "
             f"{largest}"
         )
 
@@ -87,31 +87,31 @@ def check_fits(name: str, what: str, text: str) -> None:
 def read_tensors(path: Place, name: str, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata that write_tensors wrote, whose metadata has this "format".
 
-    name: what errors begin with. Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or
-    of another format.
+    name: the beginning of errors. Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or
+    has another format.
     """
     try:
-        # A pipe would be waited for.
+        # Reading a pipe would block.
         if not isinstance(path, RemotePath) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"{name}: {path} is no regular file, expected one")
+            raise ValueError(f"{name}: {path} is not a regular file, expected one")
         with on_disk(path) as there:
-            # The library takes any file that it cannot open for absent.
+            # The safetensors library reports any file that it cannot open as missing.
             with open(there, "rb") as head:
                 head.read(1)
-            # Not as PyTorch's, which the library opens by names in UTF-8 alone.
+            # Not as "pt": the library then opens only files with names in UTF-8.
             with safe_open(there, framework="np") as file:
                 metadata = dict(file.metadata() or {})
-                # Before the tensors, which in other files may be of dtypes that NumPy does not know.
+                # Checked before the tensors: those of other files may have dtypes that NumPy does not know.
                 if metadata.get("format") != file_format:
                     raise ValueError(f"{name}: {path} has format {metadata.get('format')!r}, expected {file_format!r}")
                 tensors = {key: _read(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name}: no file at {path}") from error
     except OSError as error:
-        # Those of the library have no strerror.
+        # OSErrors of the library have no strerror.
         raise ValueError(f"{name}: {path} cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise ValueError(f"{name}: {path} is damaged or no safetensors file ({error})") from error
+        raise ValueError(f"{name}: {path} is damaged or not a safetensors file ({error})") from error
     digest = metadata.pop(_DIGEST, None)
     if digest != _digest(tensors, metadata):
         raise ValueError(f"{name}: {path} is damaged: its content does not have the digest that it states")
@@ -119,23 +119,23 @@ def read_tensors(path: Place, name: str, file_format: str) -> tuple[dict[str, Te
 
 
 def _read(tensor: Any) -> Tensor:
-    # Where memory is short the library's get_tensor panics, and the bytearray that a slice is read into prints an error
-    # of its own (Python 3.11): as many bytes are asked for before.
+    # If memory is short, the library's get_tensor panics, and its get_slice prints an error of its own (Python 3.11).
+    # So the same number of bytes is allocated first.
     np.empty(tensor.get_shape(), np.int64)
     return torch.from_numpy(tensor[()])
 
 
 def format_of(path: Place) -> str | None:
-    """The "format" of a file that write_tensors wrote, whole, damaged or cut off behind it; None for any other file."""
+    """The "format" of a file that write_tensors wrote, also of a damaged or truncated one; None for any other file."""
     if not path.is_file():
         return None
     try:
-        # A corpus has many files, of which few are opened twice.
+        # A corpus has many files: most are opened only once.
         with path.open("rb") as file:
             head = file.read(64)
             if b'"__metadata__"' not in head:
                 return None
-            # Not by the library, which opens no file that is cut off.
+            # Not by the safetensors library, which opens no truncated file.
             found = _FORMAT.search(head + file.read(min(int.from_bytes(head[:8], "little"), _LARGEST_HEADER)))
     except OSError:
         return None

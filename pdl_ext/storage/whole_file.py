@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["partial_files", "whole_file", "write_whole"]
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives the path of a file to write, which at the end takes the place of `path`.
+    """Yields the path of a temporary file, which replaces `path` at the end of the block.
 
-    A crash at any moment leaves what was there. Raises OSError that names `path`, with what was there untouched.
+    After a crash at any moment the old file is intact. Raises OSError that names `path`, with the old file untouched.
     """
-    # What a link names is replaced, not the link.
+    # The target of a link is replaced, not the link.
     real = Path(os.path.realpath(path))
-    # Not by the process' number: threads share one, and so may machines that share the folder.
+    # Not named by the process id: threads share one, and so may machines that share the folder.
     partial = real.with_name(f".{real.name}.{secrets.token_hex(4)}.partial")
     try:
         if real.exists() and not real.is_file():
-            # Which would be replaced: a device, for every program on the machine.
-            raise FileExistsError(errno.EEXIST, "There is something that is no regular file")
+            # It would be replaced: for a device that affects every program on the machine.
+            raise FileExistsError(errno.EEXIST, "There is something that is not a regular file")
         yield partial
         os.replace(partial, real)
-        # Or a power cut may bring back what was there, after checkpoints that it was written from are deleted.
+        # Without this a power cut might restore the old file after the checkpoints behind the new one were deleted.
         _sync_folder(real.parent)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror or error}; not written: {path}") from error
@@ -50,7 +50,7 @@ def write_whole(path: Place, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Windows opens no folder, some file systems sync none, and one may write into a folder that one may not list.
+    # Windows opens no folders, and some file systems do not sync them. Some folders may be written to but not listed.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -60,15 +60,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def partial_files(path: Place) -> list[Path]:
-    """What killed processes left of `path` and of the checkpoints that are named after it."""
+    """The temporary files that killed processes left of `path` and of the checkpoints named after it."""
     found: list[Path] = []
     if isinstance(path, RemotePath):
-        # A store takes objects whole.
+        # A store writes objects in one piece.
         return found
-    # Checkpoints lie beside a link, and what it names may lie elsewhere.
+    # Checkpoints are beside a link, whose target may be elsewhere.
     for of in {path, Path(os.path.realpath(path))}:
         name = re.compile(rf"\.{re.escape(of.name)}(\.checkpoint-\d+)?\.[0-9a-f]+\.partial")
-        # One may write into a folder that one may not list.
+        # A folder may be writable but not listable.
         with contextlib.suppress(OSError):
             found += (file for file in of.parent.iterdir() if name.fullmatch(file.name))
     return found

@@ -1,4 +1,4 @@
-"""How a token's weight follows from its frequency: one file each."""
+"""How a token's weight is computed from its frequency: one file for each weighting."""
 
 from pdl_ext.weighting.adaptive import Adaptive
 from pdl_ext.weighting.base import Weighting
@@ -9,6 +9,6 @@ from pdl_ext.weighting.uniform import Uniform
 
 __all__ = ["Adaptive", "ClassBalanced", "Face", "PowerLaw", "Uniform", "Weighting"]
 
-# What pickles call them, and what loads them safely knows them by.
+# The module name in pickles, and in the list of classes that are safe to load.
 for _weighting in (Adaptive, ClassBalanced, Face, PowerLaw, Uniform, Weighting):
     _weighting.__module__ = __name__

@@ -16,11 +16,11 @@ __all__ = ["Adaptive"]
 
 @dataclass(frozen=True, repr=False)
 class Adaptive(Weighting):
-    """Weights between 1 and e that fall off exponentially, or rise and fall, with the count over the median count.
+    """Weights between 1 and e: a decreasing or a peaked function of the count over the median count.
 
     With x = n(t) / m, g is exp(-T x) for the form "exp" and x^2 exp(-T x) for "chi2". Then w = (g / max g) (e - 1) + 1.
-    m is the count at place k // 2 of the k types seen, in descending order. The maximum is that of the types seen; one
-    that was never seen weighs at most e. Where nothing was counted all weigh 1. The other options are those of every
+    m is the count at place k // 2 of the k types seen, in descending order. The maximum is over the types seen; the
+    weight of an unseen type is at most e. Without counts all weights are 1. The other options are those of every
     Weighting; the published weights are those of `normalize="none"`.
 
     Raises TypeError or ValueError that names the option.
@@ -43,7 +43,7 @@ class Adaptive(Weighting):
         log_g = -self.T * x
         if self.form == "chi2":
             log_g = log_g + 2 * x.log()
-        # As logarithms, since all of a steep g may be 0.
+        # As logarithms: with a large T every g may underflow to 0.
         largest = torch.where(seen, log_g, -math.inf).max()
         weight = (log_g - largest).clamp(max=0.0).exp() * (math.e - 1) + 1
         return torch.where(seen.any(), weight, 1.0)

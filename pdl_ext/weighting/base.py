@@ -1,4 +1,4 @@
-"""What every weighting has: how a table of weights follows from a table of counts."""
+"""The base of all weightings: a table of weights from a table of counts."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ NORMALIZE = {"none": 0, "corpus": 1, "types": 2}  # csrc/token_weights.h's Norma
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Weighting:
-    """How the weight of a token follows from its count; a subclass says it by `raw`, as a frozen dataclass.
+    """How the weight of a token is computed from its count. A subclass is a frozen dataclass that defines `raw`.
 
-    What `raw` gives is limited to `max_weight`, divided by its mean, and blended with 1: 1 + blend * (w - 1). The mean
-    is over the tokens of the "corpus" or over the vocabulary's "types", as `normalize` says, or there is "none".
-    `fixed` maps token ids to final weights; those tokens take no part in the mean. Weights that float32 cannot hold are
-    its largest number, or 0.
+    The result of `raw` is limited to `max_weight`, divided by its mean, and blended with 1: 1 + blend * (w - 1).
+    `normalize` selects the mean: over the tokens of the "corpus", over the "types" of the vocabulary, or "none".
+    `fixed` maps token ids to final weights; those tokens are left out of the mean. Weights outside the range of float32
+    become its largest number, or 0.
 
     Raises TypeError or ValueError that names the option.
     """
 
-    # Whether the weights depend on counts at all.
+    # Whether the weights depend on counts.
     needs_counts: ClassVar[bool] = True
 
     normalize: str = "corpus"
@@ -74,7 +74,8 @@ class Weighting:
         """The weight of every vocabulary entry.
 
         Returns float32 [V] on the device of the frequency's counts.
-        Raises TypeError for what is no TokenFrequency, ValueError if `fixed` names a token outside the vocabulary.
+        Raises TypeError if `frequency` is not a TokenFrequency, ValueError if `fixed` names a token outside the
+        vocabulary.
         """
         counts = getattr(frequency, "counts", None)
         if not isinstance(counts, Tensor):
@@ -82,7 +83,7 @@ class Weighting:
         return weights_of_counts(counts, self)
 
     def table(self, counts: Tensor, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
-        """weights_of_counts for a caller that keeps the blend and the table of fixed weights on the counts' device."""
+        """weights_of_counts, with the blend and the table of fixed weights already on the counts' device."""
         weight, total = self.raw(counts), counts.sum()
         if self.max_weight is not None:
             weight = weight.clamp(max=self.max_weight)
@@ -94,23 +95,23 @@ class Weighting:
             if free is not None:
                 share = torch.where(free, share, 0.0)
             mean = torch.where(share > 0, share * weight, 0.0).sum() / share.sum()
-            # NaN or 0 where no token is left that weighs anything.
+            # The mean is NaN or 0 if no token with a weight is left.
             weight = weight / torch.where(mean > 0, mean, 1.0)
         if blend is not None:
-            # Not 1 + blend * (w - 1), which rounds a small w to the grain of 1.
+            # Not 1 + blend * (w - 1), which rounds a small w to the spacing of numbers near 1.
             weight = (1 - blend.double()) + blend.double() * weight
         weight = weight.clamp(max=_FLOAT32_MAX).to(torch.float32)
-        # What no counts can be is an error on the CPU.
+        # On the CPU invalid counts were already refused.
         weight = torch.where((counts < 0) | (total < 0), math.nan, weight)
         return weight if free is None or fixed is None else torch.where(free, weight, fixed)
 
     def is_one(self) -> bool:
-        """Whether every token weighs 1 whatever the counts are."""
+        """Whether every token has weight 1, whatever the counts."""
         return False
 
 
 def check_weighting(weighting: Weighting) -> None:
-    """Raises TypeError unless it is a Weighting, and not the base itself."""
+    """Raises TypeError unless it is an instance of a subclass of Weighting."""
     if not isinstance(weighting, Weighting) or type(weighting) is Weighting:
         raise TypeError(f"weighting: got {type(weighting).__name__}, expected a Weighting, such as PowerLaw")
 
@@ -125,12 +126,12 @@ def weights_of_counts(counts: Tensor, weighting: Weighting) -> Tensor:
 
 
 def check_blend(blend: float) -> float:
-    """The blend as a float. Raises TypeError or ValueError unless it is a number in [0, 1]."""
+    """The blend as a float. Raises TypeError or ValueError unless it is a number from 0 to 1."""
     return check_number("blend", blend, 0, 1, "a number in [0, 1]")
 
 
 def _checked_fixed(fixed: Mapping[int, float]) -> dict[int, float]:
-    # A copy, that nobody else writes to.
+    # A copy, so that later changes of the caller's mapping have no effect.
     if not isinstance(fixed, Mapping):
         raise TypeError(f"fixed: got {type(fixed).__name__}, expected a mapping from token ids to weights")
     checked: dict[int, float] = {}
@@ -147,7 +148,7 @@ def check_fixed(fixed: Mapping[int, float], vocab_size: int) -> None:
 
 
 def fixed_table(fixed: Mapping[int, float], counts: Tensor) -> Tensor | None:
-    """float32 [V] with the fixed weights and NaN elsewhere, on the counts' device; None where nothing is fixed."""
+    """float32 [V] on the counts' device: the fixed weights, and NaN elsewhere. None if nothing is fixed."""
     if not fixed:
         return None
     check_fixed(fixed, counts.shape[0])

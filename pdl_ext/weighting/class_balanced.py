@@ -18,8 +18,8 @@ __all__ = ["ClassBalanced"]
 class ClassBalanced(Weighting):
     """The reciprocal of the effective number of samples: w(t) = (1 - beta) / (1 - beta ** n(t)).
 
-    A type that was never seen weighs like one seen once. beta is in [0, 1). At 0 all weigh alike, and towards 1 the
-    weight becomes 1 / n(t). The other options are those of every Weighting.
+    A type that was never seen has the weight of one seen once. beta is at least 0 and below 1. At 0 all weights are
+    equal, and towards 1 the weight becomes 1 / n(t). The other options are those of every Weighting.
 
     Raises TypeError or ValueError that names the option.
     Source: Cui et al. 2019 (arXiv 1901.05555), the class-balanced term.
@@ -36,5 +36,5 @@ class ClassBalanced(Weighting):
 
     def raw(self, counts: Tensor) -> Tensor:
         log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
-        # expm1: 1 - beta ** n has few digits left where beta is close to 1.
+        # expm1, since 1 - beta ** n loses digits where beta is close to 1.
         return (1 - self.beta) / -torch.expm1(counts.clamp(min=1).double() * log_beta)

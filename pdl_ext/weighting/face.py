@@ -14,10 +14,10 @@ __all__ = ["Face"]
 
 @dataclass(frozen=True, repr=False)
 class Face(Weighting):
-    """Frequency-aware cross-entropy: w(t) = 1 - f(t) / max f, so that the most frequent type weighs 0.
+    """Frequency-aware cross-entropy: w(t) = 1 - f(t) / max f, so that the most frequent type has weight 0.
 
-    Counted online, f is the running frequency of the targets. Where nothing was counted all weigh 1. The options are
-    those of every Weighting; the published weights are those of `normalize="types"`.
+    In an online loss f is the running frequency of the targets. Without counts all weights are 1. The options are those
+    of every Weighting; the published weights are those of `normalize="types"`.
 
     Raises TypeError or ValueError that names the option.
     Source: Jiang et al. 2019 (arXiv 1902.09191), FACE with the ground truth's frequency.

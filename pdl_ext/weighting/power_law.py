@@ -13,9 +13,9 @@ from pdl_ext.weighting.base import NORMALIZE, Weighting
 
 __all__ = ["PowerLaw"]
 
-# Where the power of a frequency is still exact to a part in a billion, and far beyond any use.
+# The power of a frequency is exact to a part in a billion up to here, which is far beyond practical use.
 MAX_ALPHA = 10_000.0
-# Frequencies between which no quotient is beyond float64.
+# Quotients of frequencies within these bounds fit into float64.
 SMALLEST, LARGEST = 1e-100, 1e18
 
 
@@ -45,7 +45,7 @@ class PowerLaw(Weighting):
             self._set(name, value)
         if self.alpha > 0 and self.epsilon == 0 and self.smoothing == 0:
             raise ValueError(
-                "epsilon: got 0 with smoothing 0, expected one of them > 0: a token never counted would weigh infinity"
+                "epsilon: got 0 with smoothing 0, expected one of them > 0: the weight of an unseen token is infinite"
             )
         check_flag("relative", self.relative)
         super().__post_init__()
@@ -62,7 +62,7 @@ class PowerLaw(Weighting):
         return (frequency + self.epsilon) ** -self.alpha
 
     def table(self, counts: Tensor, blend: Tensor | None, fixed: Tensor | None) -> Tensor:
-        # Fused, and without the powers that float64 cannot hold where their quotient by the mean is none.
+        # Fused, and safe where a power exceeds float64 but its quotient by the mean does not.
         return ops.compiled.token_weights(
             counts.contiguous(),
             blend,

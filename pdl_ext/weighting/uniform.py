@@ -1,4 +1,4 @@
-"""Weights that are all the same."""
+"""The weighting of plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Uniform"]
 
 @dataclass(frozen=True, repr=False)
 class Uniform(Weighting):
-    """Every token weighs 1: plain cross-entropy, and no counts are needed. The options are those of every Weighting."""
+    """Every token has weight 1: plain cross-entropy without counts. The options are those of every Weighting."""
 
     needs_counts: ClassVar[bool] = False
 
@@ -24,5 +24,5 @@ class Uniform(Weighting):
 
     def is_one(self) -> bool:
         limited = self.normalize == "none" and self.max_weight is not None and self.max_weight < 1
-        # PyTorch's compiler notices another length of a dict, and not that it is empty no more.
+        # By its length: PyTorch's compiler guards on that of a dict, but not on its truth value.
         return len(self.fixed) == 0 and not limited

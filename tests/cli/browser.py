@@ -1,4 +1,4 @@
-"""A headless Chromium for tests, over the Chrome DevTools protocol: keys, the pointer, and what a page holds."""
+"""A headless Chromium for tests, over the Chrome DevTools protocol: keys, the pointer, and a page's content."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _where_it_listens(file: Path, process: subprocess.Popen[bytes]) -> tuple[str
 
 
 class Page:
-    """A tab of a browser. events: what the protocol has told of it, as pairs of method and parameters."""
+    """A tab of a browser. events: the protocol's events of it, as pairs of method and parameters."""
 
     _numbers = itertools.count(1)
 
@@ -76,7 +76,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """What the protocol answers to a method."""
+        """The protocol's answer to a method."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters}
         if self._session is not None:
@@ -118,7 +118,7 @@ class Page:
         self.run("new Promise(then => requestAnimationFrame(() => requestAnimationFrame(() => then())))")
 
     def press(self, *keys: str) -> None:
-        """Presses keys, one after the other, in what has the focus."""
+        """Presses keys, one after the other, in the focused element."""
         for key in keys:
             told = {"key": key, "code": key, "windowsVirtualKeyCode": _KEY_CODES[key]}
             self.call("Input.dispatchKeyEvent", type="rawKeyDown", **told)

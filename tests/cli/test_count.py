@@ -62,7 +62,7 @@ def test_ids_out_of_range_are_reported_and_strict_fails(corpus, capsys, tmp_path
         (["count", "b.bin", "-o", "c", "--vocab-size", "5"], "data: got b.bin"),
         (["count", "a.bin", "-o", "c", "--vocab-size", "5"], "a.bin: has no header"),
         (["count", "a.bin", "-o", "no/c", "--vocab-size", "5"], "output: got no/c"),
-        (["count", "a.bin", "-o", "a\0b", "--vocab-size", "5"], r"output: got 'a\x00b', which has a null in it"),
+        (["count", "a.bin", "-o", "a\0b", "--vocab-size", "5"], r"output: got 'a\x00b', which has a null character"),
         ([*COUNT, "0"], "vocab_size: got 0"),
         ([*COUNT, "5", "--targets", "odd"], "targets: got 'odd'"),
         ([*COUNT, "5", "--threads", "0"], "threads: got 0"),
@@ -175,7 +175,7 @@ def test_an_interrupt_while_the_output_is_written_loses_nothing(corpus, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(TokenFrequency, "save", save)
         assert main([*COUNT, "50"]) == 128 + signal.SIGINT
-    assert "the same command goes on from it" in capsys.readouterr().err
+    assert "the same command resumes from there" in capsys.readouterr().err
     assert not (tmp_path / "counts.safetensors").exists()
     # It goes on, and does not read the corpus again.
     monkeypatch.setattr(counting._Worker, "run", lambda worker: worker.done.set())
@@ -242,7 +242,7 @@ def test_a_second_count_to_one_output_is_told(corpus, tmp_path, capsys):
         for name in ("counts.safetensors", "real/c"):
             assert main([*COUNT[:4], "-o", name, "--vocab-size", "50"]) == 1
             holder = rf"process {other.pid} on \S+ is going to write"
-            error = rf"pdl-ext: output: got {name}, which {holder}, expected another file, or to wait for it\n"
+            error = rf"pdl-ext: output: got {name}, which {holder}, expected another file: choose one, or wait\n"
             assert re.fullmatch(error, capsys.readouterr().err)
         assert not list(tmp_path.glob("*checkpoint*"))
         assert main([*COUNT[:4], "-o", "other", "--vocab-size", "50"]) == 0

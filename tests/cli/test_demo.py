@@ -117,7 +117,7 @@ def test_malformed_line_is_named(tmp_path: Path, line: bytes, message: str) -> N
 def test_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.txt"
     path.write_bytes(content)
-    with pytest.raises(DemoError, match=r"empty\.txt: there is no text"):
+    with pytest.raises(DemoError, match=r"empty\.txt: got an empty file"):
         data.read_text(path)
 
 

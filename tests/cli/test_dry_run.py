@@ -1,4 +1,4 @@
-"""`pdl-ext count --dry-run`: what would be counted, in which format and dtype, and about how many tokens."""
+"""`pdl-ext count --dry-run`: the files that would be counted, their format and dtype, and their approximate tokens."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_few_of_many_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
         jsonl._JsonLinesSource, "batches", lambda self, part: opened.add(self.path) or batches(self, part)
     )
-    with pytest.warns(UserWarning, match="the same by chance"):
+    with pytest.warns(UserWarning, match="equal by chance"):
         files = preview_corpus([tmp_path], 200)
     assert len(opened) == 8
     assert sum(file.tokens for file in files) == pytest.approx(1500, rel=0.1)

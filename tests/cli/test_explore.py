@@ -1,4 +1,4 @@
-"""`pdl-ext explore`: a page whole or not at all, of a bounded size, in which data are data."""
+"""`pdl-ext explore`: a page of bounded size, written completely or not at all, in which data are only data."""
 
 from __future__ import annotations
 
@@ -114,7 +114,10 @@ def test_what_makes_no_page(counts, tmp_path, capsys, monkeypatch):
         ([str(counts), "-o", str(tmp_path / "folder.html")], "folder.html, a folder, expected a file"),
         ([str(counts), "-o", str(tmp_path / "mine.html")], "mine.html, a file that `pdl-ext explore` did not write"),
         ([str(tmp_path / "empty"), "-o", new], "empty, in which nothing was counted, expected some tokens"),
-        ([str(tmp_path / "mine.html"), "-o", new], f"counts: {tmp_path}/mine.html is damaged or no safetensors file"),
+        (
+            [str(tmp_path / "mine.html"), "-o", new],
+            f"counts: {tmp_path}/mine.html is damaged or not a safetensors file",
+        ),
         ([str(tmp_path / "gone"), "-o", new], "gone, expected one that `pdl-ext count` wrote"),
         ([str(counts), "-o", new, "--tokenizer", "gone.json"], "gone.json: cannot be read (No such file or directory)"),
     ]:

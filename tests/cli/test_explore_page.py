@@ -1,4 +1,4 @@
-"""The page of `pdl-ext explore` in a browser: its numbers, its keyboard, its looks, and what it lets run."""
+"""The page of `pdl-ext explore` in a browser: its numbers, keyboard, appearance, and security."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_tokens_are_shown_and_not_run(page, tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.WordLevel({text: token for token, text in enumerate(HOSTILE)}, HOSTILE[0])
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
-    # A name that is no text, and one that would end the element that the page's data are in.
+    # A name that is not text, and one that would end the element that the page's data are in.
     counts = tmp_path / "<script>window.ran = 1<\udcff"
     TokenFrequency.from_counts(torch.arange(len(HOSTILE), 0, -1)).save(counts)
     arguments = [str(counts), "-o", str(tmp_path / "report.html"), "--tokenizer", str(tmp_path / "tokenizer.json")]

@@ -1,4 +1,4 @@
-"""`pdl-ext merge`: sums of what goes together, and nothing written of what does not."""
+"""`pdl-ext merge`: sums of compatible counts, and no output for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pdl-ext plot`: a picture whole or not at all."""
+"""`pdl-ext plot`: a picture, written completely or not at all."""
 
 from __future__ import annotations
 

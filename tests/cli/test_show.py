@@ -1,4 +1,4 @@
-"""`pdl-ext show`: what it prints of counts, and what it refuses."""
+"""`pdl-ext show`: its output for counts, and its errors."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_an_extreme_alpha(counts, capsys):
 def test_a_tokenizer_that_is_a_pipe(counts, capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert main(["show", str(counts), "--tokenizer", str(tmp_path / "pipe")]) == 1
-    assert "pipe: is no regular file, expected one" in capsys.readouterr().err
+    assert "pipe: is not a regular file, expected one" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_decode(counts, capsys, tmp_path, monkeypatch):
@@ -188,8 +188,8 @@ def test_no_counts(tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     for name, message in [
         ("none", f"counts: no file at {tmp_path}/none, expected one that `pdl-ext count` wrote"),
-        ("other", f"counts: {tmp_path}/other is damaged or no safetensors file"),
-        ("folder", f"counts: {tmp_path}/folder is no regular file"),
+        ("other", f"counts: {tmp_path}/other is damaged or not a safetensors file"),
+        ("folder", f"counts: {tmp_path}/folder is not a regular file"),
     ]:
         assert main(["show", str(tmp_path / name)]) == 1
         assert capsys.readouterr().err.startswith(f"pdl-ext: {message}")

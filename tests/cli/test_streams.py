@@ -1,4 +1,4 @@
-"""Streams that are closed, full or of another encoding, and too little memory: one line, no traceback, nothing lost."""
+"""Streams that are closed, full or of another encoding, and too little memory: one line, no traceback, no lost data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens for files with columns, and what counting such a file must find."""
+"""Tokens for files with columns, and the expected counts of such a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_counts(frequency: TokenFrequency, targets: np.ndarray, tokens: int) -
 
 
 def check_damaged(read: Callable[[], object], name: str) -> None:
-    """Asserts that reading raises nothing but a ValueError that names the file, if anything."""
+    """Asserts that reading raises at most a ValueError that names the file."""
     error = None
     try:
         read()

@@ -1,4 +1,4 @@
-"""Writes documents of tokens in the formats whose tokens lie flat in a file."""
+"""Writes documents of tokens in the formats with consecutive tokens."""
 
 from __future__ import annotations
 

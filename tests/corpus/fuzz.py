@@ -1,10 +1,10 @@
 """Feeds the corpus readers damaged files, guided by coverage: only ValueError and warnings may come out.
 
-python tests/corpus/fuzz.py [SECONDS]        needs `pip install atheris`; default: 600 seconds
+    python tests/corpus/fuzz.py [SECONDS]        needs `pip install atheris`; default: 600 seconds
 
-An input is a number that chooses one of the files below, and what stands in it instead; its neighbours stay whole. What
-libFuzzer finds (an exception, 2 GiB of memory, 20 seconds) it leaves in a file, which, as the only argument, runs
-again.
+An input is a number that selects one of the files below, and its new content; the files beside it stay intact.
+libFuzzer writes each finding (an exception, 2 GiB of memory, 20 seconds) to a file. With this file as the only argument
+it is run again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What golden/make.py wrote with other libraries, and where."""
+"""The files that golden/make.py wrote with other libraries."""
 
 from __future__ import annotations
 

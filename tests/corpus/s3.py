@@ -1,4 +1,4 @@
-"""An S3 server on this machine, for tests: started once a process, and asked for failures."""
+"""An S3 server on this machine, for tests: started once a process, with failures on request."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""moto's S3 over HTTP in a process of its own, with failures at will: python s3_server.py, which prints its port.
+"""moto's S3 over HTTP in a process of its own, with failures on request: python s3_server.py, which prints its port.
 
-A POST of JSON to /_faults sets any of these, and answers what was seen since the last one:
+A POST of JSON to /_faults sets any of these, and returns the observations since the last one:
 
 - latency: seconds before each answer
 - refused, cut, ignored: how many requests for ranges get 503, half of the body, or all of the object
 - forbidden: a part of the paths that get 403
-- changed: [path, number], after how many requests for its ranges an object has other bytes
+- changed: [path, number], the number of range requests after which an object has other bytes
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of named arrays, .npz, .safetensors and torch.save's: counted as the arrays are, and nothing is run."""
+"""Files of named arrays, .npz, .safetensors and torch.save's: counted like the arrays, without running code."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_one_array_or_the_one_that_is_named(name, tmp_path):
     for option in ("mask", "skip_prompt"):
         with pytest.raises(ValueError, match=rf"{name}: got {option} 'm', expected None"):
             count(path, column="train", **{option: "m"})
-    with pytest.raises(ValueError, match=rf"{name}: got dtype uint16, expected int32, which the file tells"):
+    with pytest.raises(ValueError, match=rf"{name}: got dtype uint16, expected int32, which the file states"):
         count(path, column="train", dtype="uint16")
 
 
@@ -157,7 +157,7 @@ def test_nothing_that_could_run_is_loaded(tmp_path, monkeypatch):
             r"got an array of object, expected one of .*: it holds pickles: give the rows, as arrays of integers",
         ),
         ("a.npz", r"tokens: got an array of object, expected one of .*: it holds pickles"),
-        ("a.pkl", r"is a pickle, which is not read: it runs whatever it holds: load it where you trust it"),
+        ("a.pkl", r"is a pickle, which is not read: loading it can run any code: load it only if you trust it"),
         (
             "old.pt",
             r"is a file of PyTorch before 1\.6, which is not read: count it in Python: count_corpus\(\[torch\.load",
@@ -209,10 +209,10 @@ def test_counts_are_no_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"{", "is damaged or no file of safetensors"),
-        (b"[]", "is damaged or no file of safetensors"),
-        (b'{"tokens": 5}', "is damaged or no file of safetensors"),
-        (b'{"tokens": {"dtype": "I32", "shape": [2]}}', "is damaged or no file of safetensors"),
+        (b"{", "is damaged or not a file of safetensors"),
+        (b"[]", "is damaged or not a file of safetensors"),
+        (b'{"tokens": 5}', "is damaged or not a file of safetensors"),
+        (b'{"tokens": {"dtype": "I32", "shape": [2]}}', "is damaged or not a file of safetensors"),
         (b'{"tokens": {"dtype": "I32", "shape": [2], "data_offsets": [0, 7]}}', "expected \\d+ and the 7 of its"),
         (b'{"tokens": {"dtype": "I32", "shape": [3], "data_offsets": [0, 8]}}', "got 'tokens' in bytes 0 to 8 of"),
         (b'{"tokens": {"dtype": "I32", "shape": [-2], "data_offsets": [0, 8]}}', "without shape and place"),

@@ -1,4 +1,4 @@
-"""Chats and prompts with completions: every format and option as for texts, what is refused, and what is kept of it."""
+"""Chats and prompts with completions: every format and option as for texts, errors, and the provenance."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def count(path, tokenizer, policy=ASSISTANT, **options):
 
 @pytest.fixture(scope="module")
 def said(tokenizer):
-    """The counts of what the assistant says in CHATS, each by itself."""
+    """The counts of each assistant's turns in CHATS."""
     loaded = transformers.AutoTokenizer.from_pretrained(tokenizer)
     ids = [
         token
@@ -161,7 +161,7 @@ REFUSED = {
     ),
     "no chat": ({"prompt": "a", "text": "b"}, "has 'prompt', 'text', expected 'prompt' and 'completion', 'messages', "),
     "null": ({"messages": None}, "has nothing, expected 'prompt' and 'completion', 'messages'"),
-    "token ids": ({"input_ids": [1, 2]}, "has 'input_ids', expected .* of token ids --mask or --skip-prompt tells"),
+    "token ids": ({"input_ids": [1, 2]}, "has 'input_ids', expected .* for token ids use --mask or --skip-prompt"),
     "no list": ({"messages": {"role": "user"}}, "'messages' is dict, expected a text or a list of messages"),
     "no messages": ({"messages": []}, "'messages' is an empty list, expected a text or a list of messages"),
     "no object": ({"messages": ["a"]}, "message 0 of 'messages' is str, expected an object with role and content"),
@@ -176,14 +176,14 @@ REFUSED = {
         "message 0 of 'messages' has a part of type 'image', expected text alone",
     ),
     "an image beside": ({**CHATS[0], "images": ["a.png"]}, "got 'images', expected text alone"),
-    "tools": ({**CHATS[0], "tools": "bark"}, "'tools' is no JSON"),
+    "tools": ({**CHATS[0], "tools": "bark"}, "'tools' is not JSON"),
     "one tool": ({**CHATS[0], "tools": {"name": "bark"}}, "'tools' is dict, expected a list"),
     "options": ({**CHATS[0], "chat_template_kwargs": [1]}, "'chat_template_kwargs' is list, expected an object"),
     "another template": (
         {**CHATS[0], "chat_template_kwargs": {"chat_template": "a"}},
         "cannot be rendered by the chat template of .*chat_template",
     ),
-    "half a character": ({"messages": [*chat(1), {"role": "user", "content": "\ud800"}]}, "is no Unicode text"),
+    "half a character": ({"messages": [*chat(1), {"role": "user", "content": "\ud800"}]}, "is not Unicode text"),
     "Alpaca with a history": (
         {"instruction": "a", "output": "b", "history": [["c", "d"]]},
         "got 'history' beside 'instruction', expected a chat under 'messages'",
@@ -276,7 +276,7 @@ def test_columns_that_hold_nothing_to_learn(tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_chats_without_a_policy(name, tmp_path, tokenizer):
     path = (write if name == "a.jsonl" else write_columns)(tmp_path / name, CHATS)
-    with pytest.raises(ValueError, match=r"messages.*tell by --learn what is learned"):
+    with pytest.raises(ValueError, match=r"messages.*choose the targets by --learn"):
         count(path, tokenizer, TargetPolicy())
 
 
@@ -329,7 +329,7 @@ def test_folders_that_are_no_tokenizer(damage, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
         (folder / "own.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')\nclass Own: pass\n")
     path = write(tmp_path / "a.jsonl", CHATS)
-    with pytest.raises(ValueError, match=r"folder: (got a folder without|is damaged or no folder of)") as raised:
+    with pytest.raises(ValueError, match=r"folder: (got a folder without|is damaged or not a folder of)") as raised:
         count(path, folder)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "was run").exists()

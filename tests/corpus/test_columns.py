@@ -163,7 +163,7 @@ def test_dictionaries_are_decoded():
 def test_an_integer_a_row_is_taken_for_ids_by_its_name_alone(name, is_dictionary):
     array = pa.array([7, 9, 7], pa.int32())
     batch = pa.record_batch({name: array.dictionary_encode() if is_dictionary else array})
-    with pytest.raises(ValueError, match=rf"or text with a tokenizer: --column {name} takes it for an id a row$"):
+    with pytest.raises(ValueError, match=rf"or text with a tokenizer: --column {name} reads it as one id per row$"):
         read(batch)
     assert read(batch, column=name)[0].tolist() == [7, 9, 7]
 
@@ -203,7 +203,7 @@ def test_texts(tokenizer, type):
         ({"a": [[1.5]]}, {"column": "a"}, r"column 'a' holds list<.*double>, expected lists of integers"),
         ({"a": [[[1]]]}, {"column": "a"}, r"column 'a' holds list<.*list<.*>>, expected lists of integers"),
         ({"a": [[True]]}, {"column": "a"}, r"column 'a' holds bool, expected integers"),
-        ({"a": [1]}, {"column": "a", "targets": "shifted"}, r"column 'a' holds a token a row.*targets 'shifted'"),
+        ({"a": [1]}, {"column": "a", "targets": "shifted"}, r"column 'a' holds one token per row.*targets 'shifted'"),
         ({"tokens": [[1]], "m": [1]}, {"mask": "m"}, r"column 'm' holds int64 beside 'tokens'.*integer or bool values"),
         ({"tokens": [[1]], "m": [[1.0]]}, {"mask": "m"}, r"column 'm' holds list<.*double> beside"),
         (
@@ -260,7 +260,7 @@ def test_nulls_outside_of_a_slice_do_not_matter():
 def test_masks_of_other_lengths():
     batch = pa.record_batch({"tokens": pa.array([[1, 2], [3, 4]]), "m": pa.array([[1, 1], [1]])})
     with pytest.raises(
-        ValueError, match=r"column 'm' has 1 values in row 1 of .*, expected 2, one a token of 'tokens'"
+        ValueError, match=r"column 'm' has 1 values in row 1 of .*, expected 2, one per token of 'tokens'"
     ):
         read(batch, mask="m")
 
@@ -281,7 +281,9 @@ def test_a_narrow_dtype_warns(tmp_path):
 
 def test_a_dtype_that_is_not_the_columns_is_an_error(tmp_path):
     write_stream(tmp_path / "a.arrow", {"tokens": pa.array([[1]], pa.list_(pa.uint64()))})
-    with pytest.raises(ValueError, match=r"a\.arrow: got dtype uint16, expected uint64, which the file tells, or none"):
+    with pytest.raises(
+        ValueError, match=r"a\.arrow: got dtype uint16, expected uint64, which the file states, or none"
+    ):
         count_corpus([tmp_path], VOCAB, dtype="uint16")
     assert count_corpus([tmp_path], VOCAB, dtype="int64").total == 1
 

@@ -1,4 +1,4 @@
-"""Compressed files: every compression, in a bounded memory, and no damage unseen."""
+"""Compressed files: every compression, with bounded memory, and all damage detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who imports whom in the corpus: a format stands by itself, and what formats share knows none of them."""
+"""Imports within the corpus: formats are independent, and shared code does not depend on formats."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The counting loop, on raw files: every token once, over threads and parts; what is refused; what a stop leaves."""
+"""The counting loop, on raw files: every token once, over threads and parts; errors; and the state after a stop."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def test_more_names_than_a_file_of_counts_has_room_for(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_file, "_LARGEST_HEADER", 4096 + 500)
     options = {"dtype": "uint16", "progress": seen.append}
     with pytest.raises(
-        ValueError, match=r"^data: got 3 files, .* would have \d+ bytes of metadata, expected at most 500"
+        ValueError,
+        match=r"^data: got 3 files, .* would need \d+ bytes of metadata in a counts file, expected at most 500",
     ):
         count_corpus([tmp_path], V, **options, output=tmp_path / "counts", checkpoint=tmp_path / "checkpoint")
     assert not seen
@@ -166,11 +167,11 @@ def test_provenance_tells_what_was_counted(tmp_path):
         ({"data": np.array("a.bin")}, "data: got array('a.bin', dtype='<U5'), expected a list"),
         ({"data": ["nowhere"]}, "data: got nowhere, expected a file, a folder or a pattern"),
         ({"data": ["empty"]}, "data: got nothing to count in empty"),
-        ({"data": ["a.txy"], "dtype": None}, "a.txy: its format cannot be told"),
+        ({"data": ["a.txy"], "dtype": None}, "a.txy: its format is unknown"),
         ({"data": ["broken.list"]}, "broken.list: line 3: got ./gone.bin, expected a file"),
         ({"data": ["binary.list"]}, "binary.list: cannot be read as a list of files"),
         ({"data": ["odd.bin"], "dtype": "uint16"}, "odd.bin: got 3 bytes, expected a multiple of 2"),
-        ({"dtype": None}, "a.bin: has no header, so its dtype cannot be told: give dtype"),
+        ({"dtype": None}, "a.bin: has no header, so its dtype is unknown: give dtype"),
         ({"dtype": "float32"}, "dtype: got 'float32'"),
         ({"format": "arrows"}, "format: got 'arrows', expected one of"),
         ({"vocab_size": 0}, "vocab_size: got 0"),

@@ -1,4 +1,4 @@
-"""Indexes and tokenizers that are JSON, but not what is expected: values of another kind, absent or repeated."""
+"""Indexes and tokenizers that are valid JSON with unexpected content: values of another kind, absent or repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands for data and what does not: nothing is left out, read as something else or waited for without a word."""
+"""Which names are data and which are not: nothing is silently left out, misread or waited for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def total(*data, **options) -> int:
 def test_pipes_and_devices_are_refused_unopened(tmp_path, format):
     os.mkfifo(tmp_path / "f.bin")
     for data in (tmp_path / "f.bin", tmp_path, "/dev/zero"):
-        with pytest.raises(ValueError, match=r"(f\.bin|/dev/zero): is no regular file"):
+        with pytest.raises(ValueError, match=r"(f\.bin|/dev/zero): is not a regular file"):
             total(data, dtype="uint16", format=format)
 
 
@@ -52,7 +52,7 @@ def test_a_damaged_index_does_not_make_raw_ids_of_its_tokens(tmp_path, damage):
 def test_a_damaged_header_does_not_pass_for_ids(tmp_path):
     npy = write_npy(tmp_path, ROWS)
     npy.write_bytes(b"\0" + npy.read_bytes()[1:])
-    with pytest.raises(ValueError, match=r"tokens\.npy: is damaged or no \.npy file"):
+    with pytest.raises(ValueError, match=r"tokens\.npy: is damaged or not a \.npy file"):
         total(npy, dtype="uint16")
     llmc = write_llmc(tmp_path, [row.astype(np.uint16) for row in ROWS])
     llmc.write_bytes((20240521).to_bytes(4, "little") + llmc.read_bytes()[4:])
@@ -74,7 +74,7 @@ def test_a_folder_may_be_named_as_a_file_is(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
 def test_an_empty_file_of_no_format_is_told_to_be_empty(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format cannot be told"):
+    with pytest.raises(ValueError, match=rf"{re.escape(name)}: is empty, so that its format is unknown"):
         total(tmp_path)
 
 
@@ -125,7 +125,7 @@ def test_files_of_others_are_not_left_out_by_their_names(tmp_path, name):
     (tmp_path / "a.bin").write_bytes(np.arange(20, dtype="<u2").tobytes())
     (tmp_path / name).write_bytes(b"others'")
     with pytest.raises(
-        ValueError, match=rf"{re.escape(name)}: (its format cannot be told|got 7 bytes, expected a header of)"
+        ValueError, match=rf"{re.escape(name)}: (its format is unknown|got 7 bytes, expected a header of)"
     ):
         total(tmp_path, dtype="uint16")
 
@@ -151,7 +151,7 @@ def test_counts_that_are_named_are_not_dropped(tmp_path):
 def test_lists_are_followed_where_they_are_named_alone(tmp_path, data):
     write_npy(tmp_path, ROWS)
     (tmp_path / "all.list").write_text("tokens.npy\n")
-    with pytest.raises(ValueError, match=r"all\.list: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"all\.list: its format is unknown"):
         total(tmp_path / data)
 
 

@@ -1,4 +1,4 @@
-"""Readers of formats whose tokens lie flat in a file: counts are of what was written, and bad files are told of."""
+"""Readers of formats with consecutive tokens: correct counts, and errors for bad files."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_npy_without_a_header_is_raw(tmp_path):
     tokens = np.arange(100, dtype=np.uint16)
     tokens.tofile(tmp_path / "part-0.npy")
     assert count_corpus([tmp_path / "part-0.npy"], V, dtype="uint16").counts.tolist() == bincount(tokens)
-    with pytest.raises(ValueError, match=r"part-0\.npy: has no header, so its dtype cannot be told"):
+    with pytest.raises(ValueError, match=r"part-0\.npy: has no header, so its dtype is unknown"):
         count_corpus([tmp_path / "part-0.npy"], V)
 
 
@@ -198,14 +198,14 @@ def test_the_mask_of_datatrove(tmp_path):
 def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
     tokens = np.arange(12, dtype=np.uint32)
     tokens.tofile(tmp_path / "a.ds")
-    with pytest.raises(ValueError, match=r"a\.ds: has no header, and nothing beside it tells its dtype"):
+    with pytest.raises(ValueError, match=r"a\.ds: has no header, and no file beside it states its dtype"):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer\n12\n12 T")
-    with pytest.raises(ValueError, match=r"nothing beside it tells its dtype"):
+    with pytest.raises(ValueError, match=r"no file beside it states its dtype"):
         count_corpus([tmp_path / "a.ds"], V)
     (tmp_path / "a.ds.metadata").write_text("some/tokenizer|4\n12\n12 T")
     assert count_corpus([tmp_path / "a.ds"], V).counts.tolist() == bincount(tokens)
-    with pytest.raises(ValueError, match=r"a\.ds: got dtype uint16, expected uint32, which the file tells, or none"):
+    with pytest.raises(ValueError, match=r"a\.ds: got dtype uint16, expected uint32, which the file states, or none"):
         count_corpus([tmp_path / "a.ds"], V, dtype="uint16")
     # Of twice as many tokens as there are, which 2 bytes each would be.
     np.array([24], np.uint64).tofile(tmp_path / "a.ds.index")
@@ -216,7 +216,7 @@ def test_the_dtype_of_datatrove_is_told_by_its_metadata(tmp_path):
 @pytest.mark.parametrize("name", ["llmc", "npy", "megatron", "fairseq", "litdata"])
 def test_a_dtype_that_is_not_what_the_file_tells_is_an_error(name, tmp_path):
     path = FORMATS[name][0](tmp_path, [np.arange(n, dtype="uint16") for n in (3, 5, 7)])
-    with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file tells, or none"):
+    with pytest.raises(ValueError, match="got dtype int16, expected uint16, which the file states, or none"):
         count_corpus([path], V, dtype="int16")
     assert count_corpus([path], V, dtype="uint16").total == 15
 
@@ -307,7 +307,7 @@ def _litdata(chunk=None, index=None, config=None, listed=None):
 
 BAD = {
     "raw, odd": ({"a.bin": bytes(7)}, {"dtype": "uint16"}, r"a\.bin: got 7 bytes, expected a multiple of 2"),
-    "raw, no dtype": ({"a.bin": bytes(8)}, {}, r"a\.bin: has no header, so its dtype cannot be told: give dtype"),
+    "raw, no dtype": ({"a.bin": bytes(8)}, {}, r"a\.bin: has no header, so its dtype is unknown: give dtype"),
     "llmc, truncated": (_llmc(tokens=3), {}, r"a\.bin: got 1030 bytes, expected 1032: it states 4 tokens of uint16"),
     "llmc, longer": (_llmc(tokens=5), {}, r"a\.bin: got 1034 bytes, expected 1032"),
     "llmc, no header": ({"a.bin": llmc_header(20240520, 1, 4)[:500]}, {}, r"a\.bin: got 500 bytes, expected a header"),
@@ -353,14 +353,14 @@ BAD = {
     "npy, version": (
         {"a.npy": b"\x93NUMPY\x04\0" + bytes(90)},
         {},
-        r"a\.npy: is damaged or no \.npy file .*version 4\.0",
+        r"a\.npy: is damaged or not a \.npy file .*version 4\.0",
     ),
-    "npy, no header": ({"a.npy": b"\x93NUMPY\1\0" + bytes(90)}, {}, r"a\.npy: is damaged or no \.npy file"),
-    "npy, long header": ({"a.npy": b"\x93NUMPY\2\0" + b"\xff" * 90}, {}, r"a\.npy: is damaged or no \.npy file"),
+    "npy, no header": ({"a.npy": b"\x93NUMPY\1\0" + bytes(90)}, {}, r"a\.npy: is damaged or not a \.npy file"),
+    "npy, long header": ({"a.npy": b"\x93NUMPY\2\0" + b"\xff" * 90}, {}, r"a\.npy: is damaged or not a \.npy file"),
     "npy, nested header": (
         {"a.npy": b"\x93NUMPY\1\0" + struct.pack("<H", 9000) + b"(" * 9000},
         {},
-        r"a\.npy: is damaged or no \.npy file",
+        r"a\.npy: is damaged or not a \.npy file",
     ),
     "megatron, no bin": ({"a.idx": _megatron()["a.idx"]}, {}, r"a\.bin: is missing, expected it beside a\.idx"),
     "megatron, no idx": ({"a.bin": bytes(8)}, {"format": "megatron"}, r"a\.idx: is missing, expected it beside a\.bin"),
@@ -470,7 +470,11 @@ BAD = {
     ),
     "datatrove, index": (_datatrove((4, 3, 4)), {}, r"a\.ds\.index: got 3 after 4 at entry 1 from byte 0 on"),
     "datatrove, huge": (_datatrove((2**63, 4)), {}, r"a\.ds\.index: got -\d+ after 0 at entry 0"),
-    "datatrove, mask": (_datatrove(loss=bytes(3)), {}, r"a\.ds\.loss: got 3 bytes, expected 4, one a token of .*a\.ds"),
+    "datatrove, mask": (
+        _datatrove(loss=bytes(3)),
+        {},
+        r"a\.ds\.loss: got 3 bytes, expected 4, one per token of .*a\.ds",
+    ),
     "datatrove, missing": ({"a.ds.index": bytes(8)}, {}, r"a\.ds: is missing, expected it beside a\.ds\.index"),
     "litdata, no chunk": (
         {"index.json": _litdata()["index.json"]},
@@ -578,7 +582,7 @@ BAD = {
     "litdata, truncated": (
         _litdata(chunk=_litdata()["chunk-0-0.bin"][:-1]),
         {},
-        r"chunk-0-0\.bin: its items lie from byte 16 to 32, expected",
+        r"chunk-0-0\.bin: its items are from byte 16 to 32, expected",
     ),
     "litdata, outside": (
         _litdata(chunk=np.array([2, 16, 99, 32, 1, 2, 3, 4], "<u4").tobytes()),
@@ -736,8 +740,8 @@ def test_a_count_leaves_the_number_of_threads_alone(tmp_path):
         torch.set_num_threads(before)
 
 
-# In a process of its own, in which no thread of PyTorch's is left of other tests. Its kernels and additions would share
-# out tables and batches of this size.
+# In a process of its own, without PyTorch's threads of other tests. Its kernels and additions would divide tables and
+# batches of this size.
 TASKS = """
 import os, sys
 import numpy as np, torch

@@ -1,4 +1,4 @@
-"""Files of kinds that are not read: each is called by its name, whatever it is named, with what to do about it."""
+"""Unsupported kinds of files: the error names the kind, whatever the file's name, and says what to do."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_chunks_of_litdata_without_their_index(named, tmp_path):
     ):
         assert count_corpus([chunk], V, dtype="int32", format="raw").tokens_seen == 160 + 5
     (folder / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index\.json: is damaged or no index of litdata"):
+    with pytest.raises(ValueError, match=r"index\.json: is damaged or not an index of litdata"):
         count_corpus([chunk], V, dtype="int32")
     # Of one byte more or less it has not the header.
     chunk.write_bytes(chunk.read_bytes() + bytes(4))
@@ -237,7 +237,7 @@ def test_ids_are_not_taken_for_another_kind(dtype, seed, tmp_path):
 def test_an_object_over_several_lines(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"input_ids": [1, 2]}, indent=1))
     with pytest.raises(
-        ValueError, match=r"a\.json: line 1 \(byte 0\): is no line of JSON .*, expected an object a line"
+        ValueError, match=r"a\.json: line 1 \(byte 0\): is not a line of JSON .*, expected one object per line"
     ):
         count_corpus([tmp_path / "a.json"], V)
 

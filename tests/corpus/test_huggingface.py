@@ -1,4 +1,4 @@
-"""Hugging Face datasets on disk: those that the library wrote, with indices, splits and a cache, and damaged ones."""
+"""Hugging Face datasets on disk: those written by the library, with indices, splits and a cache, and damaged ones."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_damaged_state(tmp_path, state, message):
 @pytest.mark.parametrize("split", ["train", "b" * 5000], ids=len)
 def test_a_split_that_is_not_there(tmp_path, split):
     (tmp_path / "dataset_dict.json").write_text(f'{{"splits": ["{split}"]}}')
-    with pytest.raises(ValueError, match=rf"{split}: is no folder, which dataset_dict\.json lists"):
+    with pytest.raises(ValueError, match=rf"{split}: is not a folder, although dataset_dict\.json lists it"):
         count(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The root of a Hugging Face cache: each dataset in it once, no models, nothing read that is none of its data."""
+"""The root of a Hugging Face cache: each dataset once, no models, and no other files."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_hub_its_repositories_and_their_revisions(hub):
 @pytest.mark.filterwarnings("ignore:.*got files of 2 formats")
 def test_models_are_left_out_and_told_of(hub, model):
     for data in (hub, hub.parent):
-        with pytest.warns(UserWarning, match=r"models--owner--model: are no datasets, and left out of those in"):
+        with pytest.warns(UserWarning, match=r"models--owner--model: not a dataset, so left out of those in"):
             assert count(data).tokens_seen == NUMBER + 3
 
 
@@ -138,7 +138,7 @@ def test_tables_and_what_they_were_made_of(tmp_path, hub):
 def test_elsewhere_files_of_no_known_format_are_an_error(tmp_path, name):
     np.save(tmp_path / "a.npy", np.arange(3))
     (tmp_path / name).write_text("[]")
-    with pytest.raises(ValueError, match=rf"{name}: (its format cannot be told|is JSON)"):
+    with pytest.raises(ValueError, match=rf"{name}: (its format is unknown|is JSON)"):
         count_corpus([tmp_path], VOCAB)
 
 

@@ -136,11 +136,11 @@ def test_gzip_and_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"is no line of JSON \(Expecting property name"),
-        ("{} {}", r"is no line of JSON \(Extra data"),
-        ('{"text": "a"', r"is no line of JSON \(Expecting ',' delimiter"),
-        ("[" * 10**6, r"is no line of JSON \(maximum recursion depth"),
-        ('{"input_ids": [' + "1" * 5000 + "]}", r"is no line of JSON \(Exceeds the limit|does not fit into 64 bits"),
+        ("{", r"is not a line of JSON \(Expecting property name"),
+        ("{} {}", r"is not a line of JSON \(Extra data"),
+        ('{"text": "a"', r"is not a line of JSON \(Expecting ',' delimiter"),
+        ("[" * 10**6, r"is not a line of JSON \(maximum recursion depth"),
+        ('{"input_ids": [' + "1" * 5000 + "]}", r"is not a line of JSON \(Exceeds the limit|does not fit into 64 bits"),
         ("[1, 2]", "got a list, expected an object"),
         ('"text"', "got a string, expected an object"),
         ("{}", "has none of 'input_ids', 'tokens', 'token_ids', 'text', but nothing"),
@@ -162,7 +162,7 @@ def test_gzip_and_a_byte_order_mark(tmp_path):
         ('{"input_ids": [1, null]}', "'input_ids' is a list with null in it, expected"),
         ('{"input_ids": [[1]]}', "'input_ids' is a list with a list in it, expected"),
         ('{"input_ids": [9223372036854775808]}', "'input_ids' has an integer in it that does not fit into 64 bits"),
-        ('{"text": "\\ud83d"}', "'text' is no Unicode text"),
+        ('{"text": "\\ud83d"}', "'text' is not Unicode text"),
         ('{"text": "a"}', "got text without a tokenizer, expected --tokenizer"),
     ],
 )
@@ -178,7 +178,7 @@ def test_bad_lines(write, line, message):
     ("value", "message"),
     [
         (None, "'marks' is null, expected a list of integers"),
-        ([1], "got 1 entries of 'marks', expected 2, one a token of 'input_ids'"),
+        ([1], "got 1 entries of 'marks', expected 2, one per token of 'input_ids'"),
         ([1, 2, 3], "got 3 entries of 'marks', expected 2"),
         ([1, 0.5], "'marks' is a list with a float in it"),
         ([1, 2**64], "'marks' has an integer in it that does not fit"),

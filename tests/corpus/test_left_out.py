@@ -1,4 +1,4 @@
-"""What trainers leave beside their tokens: left out with a note, and nothing else with it."""
+"""Files of trainers beside their tokens: they are left out with a warning, and no other file is."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_dictionaries_of_fairseq_are_left_out_beside_its_index_alone(tmp_path, n
             with pytest.warns(UserWarning, match=rf"{name}: is a trainer's own .*: it was left out$"):
                 assert count_corpus([tmp_path / data], V).total == 400
     (tmp_path / "train.idx").unlink()
-    with pytest.raises(ValueError, match=r"got text without a tokenizer|preprocess\.log: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"got text without a tokenizer|preprocess\.log: its format is unknown"):
         count_corpus([tmp_path], V, dtype="uint16")
 
 
@@ -130,7 +130,7 @@ def test_locks_are_left_out_if_they_are_empty(tmp_path, data):
         (tmp_path / name).touch()
     assert count_corpus([tmp_path / data], V).total == 400
     (tmp_path / "poetry.lock").write_text("[[package]]")
-    with pytest.raises(ValueError, match=r"poetry\.lock: its format cannot be told"):
+    with pytest.raises(ValueError, match=r"poetry\.lock: its format is unknown"):
         count_corpus([tmp_path / data], V)
 
 

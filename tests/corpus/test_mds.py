@@ -1,4 +1,4 @@
-"""MDS folders: those that MosaicML's own writer wrote, every encoding, and shards and indexes that lie."""
+"""MDS folders: those of MosaicML's own writer, every encoding, and shards and indexes with wrong data."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_texts_that_the_library_wrote(tmp_path):
 def test_bytes_need_a_dtype(tmp_path):
     folder = write_tokens(tmp_path / "data", sequences(5))
     with pytest.raises(
-        ValueError, match=r"index\.json: column 'tokens' holds bytes.*--dtype\), int64 for what llm-foundry"
+        ValueError, match=r"index\.json: column 'tokens' holds bytes.*--dtype\), int64 for files of llm-foundry"
     ):
         count(folder)
 
@@ -272,7 +272,7 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     sample = {"tokens": b"\x10\x04\x01" + bytes(2), "labels": bytes(8)}
     # Of a shard without samples none is told.
     folder = write(tmp_path / "data", columns, [[sample], []])
-    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file tells"):
+    with pytest.raises(ValueError, match=r"shard\.00000\.mds: got dtype int64, expected uint16, which the file states"):
         count(folder, dtype="int64")
     # Of the labels another one may be given.
     assert_counts(count(folder, dtype="int64", skip_prompt="labels"), np.array([0]), 1)
@@ -280,7 +280,7 @@ def test_a_dtype_that_is_not_that_of_the_arrays_is_an_error(tmp_path):
     # Counted as int64, and told as what it is.
     array = {"tokens": np.arange(1, dtype="<u8").tobytes()}
     folder = write(tmp_path / "wide", {"tokens": ("ndarray:uint64:1", 8)}, [[array]])
-    with pytest.raises(ValueError, match=r"mds: got dtype uint16, expected uint64, which the file tells"):
+    with pytest.raises(ValueError, match=r"mds: got dtype uint16, expected uint64, which the file states"):
         count(folder, dtype="uint16")
     assert_counts(count(folder, dtype="int64"), np.array([0]), 1)
 
@@ -297,7 +297,7 @@ def test_labels_that_were_wrapped(tmp_path, dtype):
 def test_masks_of_other_lengths(tmp_path):
     sample = {"tokens": bytes(8), "m": b"\x04\x03" + bytes(3)}
     folder = write(tmp_path / "data", {"tokens": ("bytes", None), "m": ("ndarray:uint8", None)}, [[sample]])
-    with pytest.raises(ValueError, match=r"column 'm' has 3 values in sample 0, expected 2, one a token"):
+    with pytest.raises(ValueError, match=r"column 'm' has 3 values in sample 0, expected 2, one per token"):
         count(folder, dtype="int32", mask="m")
 
 
@@ -365,8 +365,8 @@ def test_truncated_shards(tmp_path, cut):
     [
         ({"format": "json"}, r"got shards of format 'json', expected 'mds'"),
         ({"samples": 3}, r"shard\.00000\.mds: got 30 samples in \d+ bytes, expected 3"),
-        ({"samples": "x"}, r"index\.json: is damaged or no index of MDS shards .*samples 'x'"),
-        ({"samples": 30.0}, r"index\.json: is damaged or no index of MDS shards .*samples 30\.0"),
+        ({"samples": "x"}, r"index\.json: is damaged or not an index of MDS shards .*samples 'x'"),
+        ({"samples": 30.0}, r"index\.json: is damaged or not an index of MDS shards .*samples 30\.0"),
         ({"column_names": ["input_ids"]}, r"shard\.00000\.mds: got the columns .*'tokens'.*, expected .*'input_ids'"),
         ({"column_sizes": [8]}, r"shard\.00000\.mds: got the columns .*, expected .*8"),
         ({"column_sizes": [float("inf")]}, r"got no columns of shard\.00000\.mds"),
@@ -385,7 +385,7 @@ def test_truncated_shards(tmp_path, cut):
             {"raw_data": {"basename": "shard.00000.mds", "bytes": 1}},
             r"shard\.00000\.mds: got \d+ bytes, expected 1, as",
         ),
-        ({"raw_data": None}, r"index\.json: is damaged or no index of MDS shards"),
+        ({"raw_data": None}, r"index\.json: is damaged or not an index of MDS shards"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -410,9 +410,9 @@ def test_a_shard_that_is_listed_twice(tmp_path):
         ('{"shards"', "cannot be read as JSON"),
         ('["shards"]', "got list, expected an object"),
         ('{"shards": [], "version": 3}', "got version 3, expected 2"),
-        ('{"shards": []}', "is damaged or no index of MDS shards"),
-        ('{"shards": 3, "version": 2}', "is damaged or no index of MDS shards"),
-        ('{"shards": [3], "version": 2}', "is damaged or no index of MDS shards"),
+        ('{"shards": []}', "is damaged or not an index of MDS shards"),
+        ('{"shards": 3, "version": 2}', "is damaged or not an index of MDS shards"),
+        ('{"shards": [3], "version": 2}', "is damaged or not an index of MDS shards"),
     ],
 )
 def test_damaged_indexes(tmp_path, index, message):

@@ -1,4 +1,4 @@
-"""Objects in Python: datasets, tables of Arrow and iterables of arrays count as the same data do from files."""
+"""Objects in Python: datasets, tables of Arrow and iterables of arrays have the counts of files with the same data."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_a_count_of_a_dataset_goes_on_from_its_checkpoint(dataset, tmp_path, mon
 
 
 def test_a_dataset_with_a_transform_is_refused(dataset):
-    with pytest.raises(ValueError, match=r"data: got a Dataset with a transform, .*: map it, or give the ids alone"):
+    with pytest.raises(
+        ValueError, match=r"data: got a Dataset with a transform, .* Use map instead, or pass the ids alone"
+    ):
         count(dataset.with_transform(lambda batch: batch))
     assert_counts(count(row["input_ids"] for row in dataset.with_format("numpy")), joined(ROWS), joined(ROWS).size)
 
@@ -302,7 +304,7 @@ def test_one_array_is_one_sequence():
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ([1, 2, 3], TypeError, r"data: got int as item 0, expected an array of ids: \[data\] is one"),
+        ([1, 2, 3], TypeError, r"data: got int as item 0, expected an array of ids: pass \[data\] if"),
         (itertools.count(), TypeError, r"data: got int as item 0"),
         ([[1, 2], None], TypeError, r"data: got NoneType as item 1, expected an array of ids"),
         ([[1, 2], "a.bin"], TypeError, r"data: got str as item 1, expected an array of ids"),
@@ -342,7 +344,7 @@ def test_what_is_no_data_is_refused_with_the_way_out(data, error, message):
         ({"column": "a"}, "data: got arrays with column 'a', expected None: they have no columns"),
         ({"mask": "a"}, "data: got arrays with mask 'a'"),
         ({"skip_prompt": "a"}, "data: got arrays with skip_prompt 'a'"),
-        ({"dtype": "uint16"}, "dtype: got 'uint16' with arrays, expected None: they tell theirs"),
+        ({"dtype": "uint16"}, "dtype: got 'uint16' with arrays, expected None: arrays have their own"),
         ({"format": "raw"}, "format: got 'raw' with data in memory, expected None: it is for files"),
         ({"checkpoint": "c"}, "checkpoint: got one with list, which is read once from its beginning, expected None"),
     ],

@@ -190,7 +190,7 @@ def test_what_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch, limit)
 
 
 def test_a_bomb_is_read_piece_by_piece(tmp_path):
-    """A sample of 48 MiB in a shard of a few KB: more than a block is never asked of the decompressor."""
+    """A sample of 48 MiB in a shard of a few KB: the decompressor never returns more than a block at once."""
     folder = pack_mds(write(tmp_path / "data", {"tokens": ("bytes", None)}, [[{"tokens": bytes(48 * 2**20)}]]))
     assert (folder / "shard.00000.mds.zstd").stat().st_size < 20_000
     assert int(count(folder, dtype="int32").counts[0]) == 12 * 2**20

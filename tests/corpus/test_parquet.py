@@ -1,4 +1,4 @@
-"""Parquet: equal counts whatever the row groups, pages and codecs; damaged files are errors that name them."""
+"""Parquet: equal counts for all row groups, pages and codecs; errors that name damaged files."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_file_cut_anywhere(tmp_path):
         path = tmp_path / "cut.parquet"
         path.write_bytes(content[:size])
         with pytest.raises(
-            ValueError, match=r"cut\.parquet: (is damaged or no Parquet file|its format cannot be told)"
+            ValueError, match=r"cut\.parquet: (is damaged or not in the Parquet format|its format is unknown)"
         ):
             count(path)
 
@@ -129,7 +129,7 @@ def test_a_page_that_fails_its_checksum(tmp_path):
     leaf = pq.read_metadata(path).row_group(0).column(1)
     content[leaf.data_page_offset + leaf.total_compressed_size - 5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.parquet: is damaged or no Parquet file \(.*[Cc][Rr][Cc]"):
+    with pytest.raises(ValueError, match=r"a\.parquet: is damaged or not in the Parquet format \(.*[Cc][Rr][Cc]"):
         count(path)
 
 
@@ -144,7 +144,7 @@ def test_a_page_larger_than_the_file(tmp_path):
     end = next(i for i in range(position, len(content)) if content[i] < 128) + 1
     path.write_bytes(content[:position] + b"\xfe\xff\xff\xff\x0f" + content[end:])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"a\.parquet: is damaged or no Parquet file .*2147483647"):
+    with pytest.raises(ValueError, match=r"a\.parquet: is damaged or not in the Parquet format .*2147483647"):
         count(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16
 

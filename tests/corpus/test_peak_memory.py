@@ -1,4 +1,4 @@
-"""What memory a count takes, however large the corpus is."""
+"""The memory of a count, for any size of the corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A count over two gloo processes: the counts of one; a rank that dies, and another number of ranks that goes on."""
+"""A count over two gloo processes: the counts of one process, after a rank dies, and with another number of ranks."""
 
 from __future__ import annotations
 

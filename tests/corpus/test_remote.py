@@ -1,4 +1,4 @@
-"""Corpora in object stores: the counts of the same files on disk, whatever the store does, and no secrets told."""
+"""Corpora in object stores: the counts of the same files on disk, whatever the store does, and no secrets shown."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_what_passes_is_tried_again(s3, key):
     [
         ({"refused": 10**6}, r"a\.bin: cannot be read at byte 0 \(ClientResponseError: 503"),
         ({"cut": 10**6}, r"a\.bin: cannot be read at byte 0 \(ClientPayloadError: Response payload is not completed"),
-        ({"ignored": 10**6}, r"a\.bin: cannot be read at byte 0 \(got 400000 bytes for 65536: its server gives no"),
+        ({"ignored": 10**6}, r"a\.bin: cannot be read at byte 0 \(got 400000 bytes for 65536: its server supports no"),
         ({"forbidden": "a.bin"}, r"a\.bin: cannot be read \(ClientResponseError: 403.*own configuration\)"),
     ],
 )
@@ -717,7 +717,7 @@ def test_what_its_name_alone_does_not_tell_is_refused(url, monkeypatch):
 
     monkeypatch.setitem(registry._registry, "hosted", Hosted)
     fsspec.filesystem("memory").pipe("/z.zip", b"PK\5\6" + bytes(18))
-    with pytest.raises(ValueError, match=r"data: got .*, expected a URL that is told by its bucket and name"):
+    with pytest.raises(ValueError, match=r"data: got .*, expected a URL that its bucket and name identify"):
         count_corpus([url], V)
 
 

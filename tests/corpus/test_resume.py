@@ -1,4 +1,4 @@
-"""A count that is killed at any moment goes on to the counts of one that was not."""
+"""A count that is killed at any moment and resumed has the counts of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_command_goes_on_after_signals(corpus, tmp_path, signals, monkeypatc
         time.sleep(0.05)
     _, error = run.communicate(timeout=60)
     assert run.returncode == 128 + signals[0]
-    assert "the same command goes on from it" in error
+    assert "the same command resumes from there" in error
     with safe_open(first, framework="np") as file:
         assert int(file.get_tensor("frequency.seen")) > 0
     assert not fifo.exists()

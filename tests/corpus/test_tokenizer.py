@@ -173,7 +173,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 def test_a_damaged_tokenizer(tmp_path, content):
     path = save_tokenizer(tmp_path / "tokenizer.json")
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json: is damaged or no file of the tokenizers library"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is damaged or not a file of the tokenizers library"):
         TextEncoder(ReadOptions(320, tokenizer=path))
 
 
@@ -237,7 +237,7 @@ def test_a_tokenizer_that_is_replaced_during_the_count(tmp_path, monkeypatch, ki
 def test_a_tokenizer_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "tokenizer.json")
     np.arange(9, dtype="<u2").tofile(tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: is no regular file"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is not a regular file"):
         count_corpus([tmp_path / "a.bin"], 9, dtype="uint16", tokenizer=tmp_path / "tokenizer.json")
 
 

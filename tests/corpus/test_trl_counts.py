@@ -1,4 +1,4 @@
-"""What `learn` counts of a file is what TRL's SFTTrainer learns of it: id by id, by its own dataloader."""
+"""With `learn`, the counts of a file are TRL's SFTTrainer's targets: id by id, by its own dataloader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of a wider dtype than the one that was given are told of, and no others are."""
+"""Tokens of a wider dtype than the given one give a warning, and no others do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdl_ext.corpus import TargetPolicy, count_corpus
 from pdl_ext.corpus.reading.width import doubt_of_width
 from pdl_ext.corpus.source import ReadOptions
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot hold ids|as which its bytes are ids)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(cannot hold ids|its bytes then are ids)")
 
 DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
 
@@ -35,7 +35,7 @@ def doubts(path, vocab_size, dtype, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count_corpus([path], vocab_size, dtype=dtype, **options)
-    return [str(warning.message) for warning in caught if "as which its bytes are ids" in str(warning.message)]
+    return [str(warning.message) for warning in caught if "its bytes then are ids" in str(warning.message)]
 
 
 # Of a file's own dtype and of the one that is given, those that are narrower.
@@ -57,7 +57,7 @@ def test_a_dtype_that_is_too_narrow(own, given, vocab_size, tmp_path):
     (doubt,) = doubts(tmp_path / "a.bin", vocab_size, given)
     expected = {2: "uint16", 4: "uint32 or int32", 8: "int64"}[width(own)]
     times = width(own) // width(given)
-    assert f"a.bin: got dtype {given}, expected {expected}, as which" in doubt
+    assert f"a.bin: got dtype {given}, expected {expected}: its bytes then" in doubt
     assert doubt.endswith(f"as {given}, {times - 1} of {times} ids would be 0")
     with pytest.raises(ValueError, match=rf"a\.bin: got dtype {given}, expected {expected}"):
         count_corpus([tmp_path / "a.bin"], vocab_size, dtype=given, strict=True)

@@ -1,4 +1,4 @@
-"""A small tokenizer for tests, and what it makes of texts by itself: the counts that readers have to arrive at."""
+"""A small tokenizer for tests, and its own tokens of texts: the expected counts of readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TRL's SFTTrainer learns of files of rows, by its own dataloader: a process of its own, since it imports much.
+"""The targets of TRL's SFTTrainer in files of rows, by its own dataloader, in a separate process for its many imports.
 
     python trl_counts.py CASES.json COUNTS.npz
 

@@ -1,5 +1,5 @@
-// The 16-bit floats, one by one and in blocks by each instruction set, against a slow oracle that knows nothing of
-// float's bits: a sorted table of all their values.
+// The 16-bit floats, singly and in blocks by each instruction set, against a slow oracle. It is a sorted table of all
+// their values, and does not use the bits of floats.
 #include "cpu/blocks.h"
 
 #include <gtest/gtest.h>

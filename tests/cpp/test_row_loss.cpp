@@ -30,7 +30,7 @@ RowOptions<A> smoothed(A label_smoothing, int64_t vocab_size) {
   return RowOptions<A>::of({.label_smoothing = label_smoothing}, vocab_size);
 }
 
-// What a kernel gathers from z[begin, end).
+// The statistics that a kernel gathers from the z's from begin to before end.
 template <typename A>
 WideStatistics<A> gather(const std::vector<A>& z, int64_t begin, int64_t end, A centre,
                          const ClassWeights<A>& weights = {}) {

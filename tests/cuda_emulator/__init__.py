@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, and makes its kernels the ops torch.ops.pdl_ext_emulated.*; see README.md."""
+"""Builds csrc/cuda for the CPU, and registers its kernels as the ops torch.ops.pdl_ext_emulated.*; see README.md."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ FLAGS += [f"-I{INCLUDE}", "-include", "ex2_approx.h", "-isystem", str(TORCH / "i
 
 
 def build() -> Path:
-    """The shared library, compiled unless one from the same sources is there.
+    """The shared library, compiled unless one from the same sources exists.
 
-    Takes the compiler from CXX, more flags from PDL_EXT_EMULATOR_FLAGS (`--coverage -O0`), and the sources from the
+    Reads the compiler from CXX, more flags from PDL_EXT_EMULATOR_FLAGS (`--coverage -O0`), and the sources from the
     folder PDL_EXT_EMULATOR_SOURCES instead of csrc.
     """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
@@ -95,12 +95,12 @@ def build() -> Path:
 
 
 def known_flags(flags: list[str], text: bytes) -> list[str]:
-    """Those flags that mean something to a source: of macros, the ones that it names."""
+    """The flags that affect a source: of macros, those that it names."""
     return [flag for flag in flags if not flag.startswith("-D") or flag[2:].partition("=")[0].encode() in text]
 
 
 def run(command: list[str], target: Path) -> None:
-    """Runs a compiler; `target` appears only when it is whole, since another process may be waiting for it."""
+    """Runs a compiler; `target` appears only when it is complete, since another process may be waiting for it."""
     unfinished = target.with_name(f"{os.getpid()}-{target.name}")
     done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode != 0:
@@ -128,7 +128,7 @@ def count_without_refusing(*arguments) -> None:
 
 
 def guarded(tensor: Tensor, at_end: bool = True) -> Tensor:
-    """A copy that ends (or starts) where no memory is: a kernel that reads or writes past it is caught."""
+    """A copy that ends (or starts) at unmapped memory: a kernel that reads or writes past it is detected."""
     size, page = max(tensor.nbytes, tensor.element_size()), mmap.PAGESIZE
     room = -(-size // page) * page
     memory = mmap.mmap(-1, room + 2 * page)
@@ -178,7 +178,7 @@ def library() -> ctypes.CDLL:
 
 
 def launch(kernel: str, output: Tensor, input: Tensor | None = None, n: int = 0, **shape) -> str:
-    """Runs a kernel of kernels/: "", or the message of its fault, or the number of the launch's error."""
+    """Runs a kernel of kernels/. Returns "", or the message of its fault, or the number of the launch's error."""
     message = ctypes.create_string_buffer(4000)
     error = library().cuda_emulator_launch(
         kernel.encode(),

@@ -12,8 +12,8 @@ AsyncCopies async_copies;
 
 namespace {
 
-// In some clusters copies wait for the waits, in others they are quick: the powers of two below which lies the number
-// of their steps while one thread runs.
+// In some clusters copies are delayed until the waits, in others they are fast. These are the powers of two that limit
+// the number of their steps while one thread runs.
 constexpr unsigned kHurries = 5;
 
 // Where the memory is not there, the fault is the thread's that issues the copy.

@@ -1,6 +1,5 @@
 // Asynchronous copies. Each reads its source at one random moment and writes its destination at a later one, both
-// between its issue and the wait for it, so that a missing wait and a source that changes too early show as wrong
-// results.
+// between its issue and the wait for it. So a missing wait and a source that changes too early give wrong results.
 #pragma once
 
 #include <vector>

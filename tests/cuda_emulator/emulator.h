@@ -1,11 +1,12 @@
-// Runs CUDA kernels on one CPU thread: every thread of a block is a fiber; blocks run one after another, those of a
+// Runs CUDA kernels on one CPU thread. Every thread of a block is a fiber. Blocks run one after another, those of a
 // cluster in turns.
 //
-// A fiber runs until it reaches a barrier, a warp-wide operation or a wait. In what order they do is random, from the
-// seed in PDL_EXT_EMULATOR_SEED (0 without it): warps in a random order that changes at each barrier, each as far as it
-// can go, and its lanes in a random order. So a barrier that is missing shows as a wrong result for most seeds.
+// A fiber runs until it reaches a barrier, a warp-wide operation or a wait. Their order is random, from the seed in
+// PDL_EXT_EMULATOR_SEED (0 without it). Warps run in a random order that changes at each barrier, each as far as it
+// can, and so do its lanes. So a missing barrier gives a wrong result for most seeds.
 //
-// Faults end the launch with an exception that names block and thread: see README.md, also for what cannot be seen.
+// Faults end the launch with an exception that names block and thread: see README.md, also for faults that cannot be
+// detected.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@
 
 namespace cuda_emulator {
 
-// While it lives, an access to memory that is not there is a fault of the thread that runs; on a stack of its own,
-// since that thread's may be what overflowed.
+// While this object exists, an access to unmapped memory is a fault of the running thread. The handler has a stack of
+// its own, since that thread's may have overflowed.
 class FaultHandler {
  public:
   FaultHandler();

@@ -1,4 +1,4 @@
-"""Proves the tests of the CUDA kernels: breaks the kernels one line at a time, and lists the breaks that no test sees.
+"""Tests the tests of the CUDA kernels: breaks the kernels one line at a time, and lists breaks that no test detects.
 
 python tests/cuda_emulator/mutants.py [WORD ...]     only those whose name contains a word
 """
@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import emulated_tests
 
-# file, a text, and what takes its place: a mutant for each place; every __syncthreads() is removed besides.
+# A file, a text, and its replacement: a mutant for each occurrence; also, every __syncthreads() is removed.
 MUTATIONS = [
     ("cuda/vector_access.cuh", "for (int j = threadIdx.x; j < row_begin; j += blockDim.x) on_element(j);", ""),
     ("cuda/vector_access.cuh", "for (int j = row_end + threadIdx.x; j < size; j += blockDim.x) on_element(j);", ""),
@@ -234,7 +234,7 @@ MUTATIONS = [
 ]
 
 
-# The same of lines that only a variant has, behind the macro that chooses it.
+# The same for lines of variants only, with the macro that selects the variant.
 MESSAGES, BATCHES = "-DPDL_EXCHANGE=messages", "-DPDL_HISTOGRAM_BATCHES=2"
 VARIANT_MUTATIONS = [
     (MESSAGES, "cuda/cluster.cuh", "uint32_t(cluster.blocks * sizeof(Message))", "uint32_t(sizeof(Message))"),
@@ -309,7 +309,7 @@ def survives(csrc: Path, mutant: Mutant) -> tuple[bool, str, float]:
         return False, f"the tests die of signal {-done.returncode}", time.monotonic() - start
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]
-    # No proof of anything: it does not compile, or pytest itself broke.
+    # This proves nothing: it does not compile, or pytest itself failed.
     if done.returncode != 0 and not failed:
         raise RuntimeError(f"no test failed, and yet:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
     return done.returncode == 0, (failed or lines[-1:])[0], time.monotonic() - start

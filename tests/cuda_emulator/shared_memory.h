@@ -1,5 +1,5 @@
-// The shared memory of the blocks that run: one of them at a time has it where its __shared__ variables are, the others
-// of its cluster have theirs in copies of the same layout.
+// The shared memory of the blocks that run. One of them at a time has it at the addresses of its __shared__ variables.
+// The others of its cluster have theirs in copies of the same layout.
 #pragma once
 
 #include <cstddef>

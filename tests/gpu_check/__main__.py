@@ -1,14 +1,13 @@
-"""Checks and measures the kernels on the card that is there, and leaves one folder of results.
+"""Checks and measures the kernels on this machine's card, and writes one folder of results.
 
-python tests/gpu_check first [--built DIR] [--output DIR]
-python tests/gpu_check second [--built DIR] [--variant NAME] [--output DIR]
+    python tests/gpu_check first [--built DIR] [--output DIR]
+    python tests/gpu_check second [--built DIR] [--variant NAME] [--output DIR]
 
-Two commands of at most six minutes each on 16 cores (gpu_check/plan.py). Needs no network: everything is run by the
-Python that runs this. With --built it starts from objects that `make gpu-variants` has made on another machine.
-Results are written after every part, so that a run that is cut off leaves what it knew; a part is ended rather than
-take the time that later ones need at least. With --dry the same plan runs on the CPU: the emulated kernels, tiny
-sizes, and stand-ins for the card's programs. Exit status: 0 if every part passed, 1 if not, 2 if this machine cannot
-run the check at all.
+Two commands of at most six minutes each on 16 cores (gpu_check/plan.py). They need no network: everything is run by the
+Python that runs this. With --built it starts from objects that `make gpu-variants` has made on another machine. Results
+are written after every part, so that an interrupted run keeps its results. A part is ended before it uses the minimum
+time of later ones. With --dry the same plan runs on the CPU: the emulated kernels, tiny sizes, and stand-ins for the
+card's programs. Exit status: 0 if every part passed, 1 if not, 2 if this machine cannot run the check at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of a check in their order, the budget that they share, and the folder of results."""
+"""The parts of a check in their order, their common budget, and the folder of results."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Outcome:
 
 
 class Check:
-    """The parts in their order, the budget that they share, and the folder of results."""
+    """The parts in their order, their common budget, and the folder of results."""
 
     def __init__(
         self,
@@ -131,11 +131,11 @@ class Check:
 
     @property
     def running(self) -> Path:
-        """Where the part that runs leaves files: what it knew, if all is cut off."""
+        """The file of the part that is running, in case all is interrupted."""
         return self.folder / "running"
 
     def _take_in(self, part: Part) -> None:
-        """Puts the part's files of JSON into its results, since not every machine gives back many files."""
+        """Puts the part's JSON files into its results, since not every machine returns many files."""
         for path in sorted(self.running.glob("*.json")):
             # One that was being written when its time was up is left to the log.
             with contextlib.suppress(ValueError):
@@ -203,7 +203,7 @@ class Check:
         os.replace(partial, path)
 
     def table(self) -> str:
-        """What failed, then a line for each part, then the verdict."""
+        """The failures, then a line for each part, then the verdict."""
         lines = []
         for part in self.parts:
             lines += [f"{part.name}: {failure}" for failure in part.failures[:PRINTED_FAILURES]]
@@ -231,7 +231,7 @@ def _new_log(folder: Path, command: str) -> IO[bytes]:
 def run_limited(
     command: Sequence[str], limit: float, output: IO[bytes], environment: dict[str, str], folder: Path
 ) -> str:
-    """passed, failed or timed out; whatever happens, nothing that the command started goes on running."""
+    """Returns passed, failed or timed out; in any case no process that the command started continues."""
     process = subprocess.Popen(
         command,
         cwd=folder,

@@ -1,8 +1,8 @@
-"""Whole gradients of the one-call kernel: right, and the same bits in every run beside other work on the card.
+"""Whole gradients of the one-call kernel: right, and with the same bits in every run beside other work on the card.
 
-python -m gpu_check.equal_bits --output DIR [--device emulated]
+    python -m gpu_check.equal_bits --output DIR [--device emulated]
 
-What is compared is every element, since a race shows in few of them. DIR/equal_bits.json grows as shapes end.
+Every element is compared, since a race affects only a few. DIR/equal_bits.json is extended after each shape.
 """
 
 from __future__ import annotations

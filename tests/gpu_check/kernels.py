@@ -1,4 +1,4 @@
-"""Runs every kernel on small inputs and compares with the reference: what a sanitizer watches.
+"""Runs every kernel on small inputs and compares with the reference, for sanitizers.
 
 python -m gpu_check.kernels cuda|emulated
 """
@@ -69,7 +69,8 @@ def exercise(device: str) -> None:
             )
 
     # Loss and gradient at once: in one block, in clusters, and from L2, with more rows than multiprocessors. A block's
-    # share of 24,576 or 49,152 logits is 48 KiB, which only the kernel's own variables make too much without asking.
+    # share of 24,576 or 49,152 logits is 48 KiB. With the kernel's own variables that exceeds the limit without a
+    # request.
     multiprocessors = devices.multiprocessors(on)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for vocab_size in (1009, 24_576, 30_011, 49_152):

@@ -1,4 +1,4 @@
-"""What this machine is, and what it lacks for the check."""
+"""The properties of this machine, and what it lacks for the check."""
 
 from __future__ import annotations
 

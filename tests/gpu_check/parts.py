@@ -1,4 +1,4 @@
-"""What the parts of the check run, and how what they print or write becomes a result."""
+"""The commands of the check's parts, and the results from their output."""
 
 from __future__ import annotations
 

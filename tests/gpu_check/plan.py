@@ -1,8 +1,8 @@
 """The two commands of the check: which parts, in which order, and how long each may take.
 
-The first command says whether the kernels are right, and what each variant of them takes. The second one measures the
-variant that was chosen after reading the first. Each part is a process, or some, with a limit; its result is on disk
-when it ends.
+The first command checks whether the kernels are right, and times each of their variants. The second one measures the
+variant that was chosen after reading the first. Each part is one or several processes with a time limit; its result is
+on disk when it ends.
 """
 
 from __future__ import annotations

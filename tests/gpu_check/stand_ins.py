@@ -1,4 +1,4 @@
-"""Programs that stand in for those of a card's machine: they take the flags, and run what they are given."""
+"""Stand-ins for the programs of a card's machine: they accept the flags, and run the given command."""
 
 from __future__ import annotations
 

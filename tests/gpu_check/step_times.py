@@ -1,9 +1,9 @@
-"""How long the kernels of one build take, by replay of a graph: what tells one variant from another.
+"""The times of one build's kernels, by replay of a graph, which distinguish the variants.
 
-python -m gpu_check.step_times --output DIR [--device emulated] [--dtype NAME ...] [--vocab-size V ...] [--count]
+    python -m gpu_check.step_times --output DIR [--device emulated] [--dtype NAME ...] [--vocab-size V ...] [--count]
 
-No peers and no compiler, so that a shape costs seconds. Writes DIR/benchmark.json and .md, by benchmarks/harness.py.
-On the CPU the host's clock stands in for the card's, and the sizes are tiny.
+No peers and no compiler, so that a shape costs seconds. Writes DIR/benchmark.json and .md, by benchmarks/harness.py. On
+the CPU the host's clock replaces the card's, and the sizes are tiny.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Builds for a card that is elsewhere, and the kernels' second ways, which the card has to choose from.
+"""Builds for a card on another machine, and the kernels' variants, between which that card has to choose.
 
     python -m gpu_check.variants DIR [--architecture 9.0]
 
-compiles ahead, where a PyTorch with CUDA is. On the card's machine
+compiles ahead, on a machine with a PyTorch with CUDA. On the card's machine
 
     python -m gpu_check.variants DIR --link NAME
 
 makes DIR/NAME/pdl_ext.
 
-All but library.cpp needs no Python, so that objects made here link there, whatever Python that machine has. A variant
+Only library.cpp needs Python. So objects made here can be linked there, whatever Python that machine has. A variant
 differs from the release by one source, compiled with other macros.
 """
 

@@ -1,4 +1,4 @@
-"""The snippets of docs/frameworks.md: each trains what a loop over the logits of all rows does in one process."""
+"""The snippets of docs/frameworks.md: each trains like a loop over the logits of all rows in one process."""
 
 from __future__ import annotations
 

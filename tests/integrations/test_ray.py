@@ -1,4 +1,4 @@
-"""A local Ray of two workers against np.bincount: every form that a column of tokens has, and what is refused."""
+"""A local Ray of two workers against np.bincount: every form of a column of tokens, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PDLSFTTrainer: the training of a plain loop with PDL, under TRL's masks and packing, and with its metrics."""
+"""PDLSFTTrainer: the training of a plain loop with PDL, with TRL's masks, packing and metrics."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ DESCRIPTION = """\
 Finetune SmolLM2-135M-Instruct (dequantised Q4_1 weights) twice from the same weights on the same batches, once with
 cross-entropy and once with Power-Law Decay Loss (PDL), and compare both on held-out examples: unweighted NLL by token
 frequency, recall of rare words, diversity of greedy generations, speed. PDL is computed from the hidden states, without
-holding the logits, or with --unfused from the logits; the report has step time and memory of both. The text is Bible
+the logits in memory, or with --unfused from the logits; the report has step time and memory of both. The text is Bible
 verses, King James Version to New Heart English Bible, or your own. Writes report.json, report.png and
 counts.safetensors into --output.
 """
@@ -53,7 +53,7 @@ def _positive(text: str) -> float:
 
 
 def add_parser(subparsers: Any) -> None:
-    """Register the ``demo`` sub-command on what ``ArgumentParser.add_subparsers`` returned.
+    """Register the ``demo`` sub-command on the result of ``ArgumentParser.add_subparsers``.
 
     The parsed arguments carry ``run``, which takes them and returns the exit code (0, or 1 after an error message).
     """
@@ -107,7 +107,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--unfused",
         action="store_true",
-        help="train with PDL on the logits, instead of on hidden states and classifier without holding the logits",
+        help="train with PDL on the logits, instead of on hidden states and classifier",
     )
     parser.add_argument(
         "--text",
@@ -126,7 +126,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # PyTorch and transformers take seconds to import: not for `pdl-ext --help`.
+    # Imported here, since PyTorch and transformers take seconds, which `pdl-ext --help` should not.
     try:
         from pdl_ext.cli.demo.command import run
     except ModuleNotFoundError as error:

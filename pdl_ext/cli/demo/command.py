@@ -44,7 +44,7 @@ def _demo(args: argparse.Namespace) -> None:
     with waiting("load text and model"):
         examples = data.read_text(args.text) if args.text else list(data.verses().values())
         initial, tokenizer = model.load()
-    # It needs what the model has just been loaded by.
+    # It needs transformers, which loading the model has checked.
     from pdl_ext.integrations.transformers import apply_pdl_loss
 
     pad_id = tokenizer.eos_token_id
@@ -141,7 +141,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    # A run that diverged is a result as well; JSON has no NaN, so it becomes null.
+    # A diverged run is a result, too; JSON has no NaN, so it becomes null.
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

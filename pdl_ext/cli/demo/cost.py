@@ -1,4 +1,4 @@
-"""What a training step costs in time and memory, by the way its loss is computed."""
+"""The time and memory of a training step for each way to compute its loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROCESS = Path("/proc/self")
 
 @dataclass(frozen=True)
 class StepCost:
-    """Median seconds of a step, and the most bytes that one held beyond those held before it; None if not measured."""
+    """Median seconds of a step, and its peak bytes beyond those held before it; None if not measured."""
 
     seconds: float
     peak_bytes: int | None
@@ -40,11 +40,11 @@ def step_costs(
     *,
     pad_id: int,
 ) -> dict[str, StepCost]:
-    """Return what forward and backward of ``model`` cost with each of ``ways``, in turns on the same batches.
+    """Return the cost of forward and backward of ``model`` with each of ``ways``, in turns on the same batches.
 
-    A way gives the model its PDLLoss, by ``apply_pdl_loss``. The first of ``batches`` warms up, the next three count,
-    from the beginning again if there are fewer. The gradients are thrown away: the model stays as it was, and is left
-    in eval mode.
+    A way gives the model its PDLLoss, by ``apply_pdl_loss``. The first of ``batches`` is for warm-up, and the next
+    three are measured, from the beginning again if there are fewer. The gradients are discarded: the model does not
+    change, and is left in eval mode.
     """
     from pdl_ext.integrations.transformers import remove_pdl_loss
 
@@ -80,14 +80,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Let the peak begin anew, and return the bytes held now; None where the system cannot."""
+    """Reset the peak, and return the bytes held now; None if the system does not support it."""
     if device.type == "cuda":
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if sys.platform != "linux":
         return None
-    # Garbage that is collected meanwhile, or freed memory that the C library keeps, would hide what the step takes.
+    # Garbage that is collected meanwhile, or freed memory that the C library keeps, would hide the step's memory.
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

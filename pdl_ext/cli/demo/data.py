@@ -1,4 +1,4 @@
-"""Examples to finetune on: where they come from, and how they become token ids, batches and labels."""
+"""Examples for finetuning: their sources, and their conversion to token ids, batches and labels."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 INSTRUCTION = "Rewrite this verse in modern English:\n\n"
 
-# The packages lost the line breaks of poetry and glued the words across them: "of integrity,but wickedness".
+# The packages lost the line breaks of poetry and joined the words around them: "of integrity,but wickedness".
 _LOST_LINE_BREAK = re.compile(r"[,;:.?!][^\W\d_]")
-# Batches whose examples are sorted by length together: enough to save most padding, few enough to stay random.
+# The number of batches whose examples are sorted by length together. It saves most padding and keeps the order random.
 _WINDOW = 8
 
 
 class DemoError(Exception):
-    """Something that the person at the terminal can mend; the message says what and how."""
+    """A problem that the user can solve; the message says what it is and how to solve it."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt that the model is given, possibly empty, and the completion that it learns."""
+    """A prompt, possibly empty, and the completion that the model learns."""
 
     prompt: str
     completion: str
@@ -43,7 +43,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example, of which the first ``context`` are given and the others are targets."""
+    """Token ids of one example: the first ``context`` are given, and the others are targets."""
 
     ids: list[int]
     context: int
@@ -97,7 +97,7 @@ def read_text(path: Path) -> list[Example]:
         if line:
             lines.append((number, line))
     if not lines:
-        raise DemoError(f"{path}: there is no text in this file")
+        raise DemoError(f"{path}: got an empty file, expected text")
     if path.suffix == ".jsonl" or lines[0][1].startswith("{"):
         return [_parse_json_line(path, number, line) for number, line in lines]
     return [Example("", line) for _, line in lines]

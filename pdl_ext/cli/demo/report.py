@@ -41,8 +41,8 @@ def generation_report(
 ) -> dict[str, Any]:
     """Rare-word recall and precision, distinct-1 and -2 and length by run and for the references, and all texts.
 
-    A word is rare if it is not among the most frequent words that cover 95 % of the words of the training completions.
-    It is also rare if it is not among them at all.
+    Common words are the most frequent words that together cover 95 % of the words of the training completions. All
+    other words are rare.
     """
     common = evaluate.common_words(training_completions)
     references, prompts = [task.reference for task in tasks], [task.prompt for task in tasks]
@@ -97,7 +97,7 @@ def step_report(costs: dict[str, StepCost]) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as text: a few generations, the tables, and what the comparison says, for the better and the worse."""
+    """The report as text: some generations, the tables, and the result of the comparison, better or worse."""
     parts = (_examples, _table, _step_table, _verdict, _notes)
     return "\n\n".join("\n".join(part(report)) for part in parts)
 

@@ -13,13 +13,13 @@ from pdl_ext.cli.demo.data import Encoded, collate
 from pdl_ext.cli.demo.model import CausalLM
 from pdl_ext.cli.progress import steps
 
-# The two ways to the PDL loss, as the report names them.
+# The two ways to compute the PDL loss, by their names in the report.
 FUSED, UNFUSED = "fused", "unfused"
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run cost: the loss of every step, and seconds and tokens of all steps but the first, which warms up."""
+    """The record of a run: the loss of every step, and seconds and tokens of all steps but the first, for warm-up."""
 
     losses: list[float]
     seconds: float
@@ -28,9 +28,9 @@ class Training:
 
 
 def loss_of(model: CausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """The model's own loss for token ids [B, T] and labels [B, T]: cross-entropy, or what it was given.
+    """The model's own loss for token ids [B, T] and labels [B, T]: cross-entropy, or its PDLLoss.
 
-    No attention mask: padding comes last, where causal attention of the real tokens never looks.
+    There is no attention mask: padding comes last, and causal attention of the real tokens ignores it.
     """
     loss: Tensor = model(input_ids=ids, labels=labels, use_cache=False).loss
     return loss

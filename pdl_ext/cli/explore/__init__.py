@@ -1,4 +1,4 @@
-"""`pdl-ext explore`: a page on which a weighting's options are moved and what it makes of the counts is seen."""
+"""`pdl-ext explore`: a page with sliders for a weighting's options, and their effect on the counts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "explore",
         help="make a page on which to choose a weighting",
-        description="Makes one file for a browser, which needs no network: sliders for a weighting's options, and "
-        "beside them what it makes of the counts.",
+        description="Writes one file for a browser, which needs no network: sliders for a weighting's options, and "
+        "their effect on the counts.",
     )
     parser.add_argument("counts", metavar="COUNTS", help="a file that `pdl-ext count` wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help=f"a {_SUFFIX} file, or its URL")
-    parser.add_argument("--tokenizer", metavar="PATH", help="of the counts, to show tokens as text")
+    parser.add_argument("--tokenizer", metavar="PATH", help="the counts' tokenizer, to show tokens as text")
     parser.set_defaults(run=_run, shows_time=True)
 
 
@@ -52,7 +52,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check_output(path: Place) -> None:
-    """Raises ValueError unless a page may be written: where no file is, or an empty one, or another page."""
+    """Raises ValueError unless a page may be written there: no file, an empty one, or another page."""
     from pdl_ext.cli.counts_file import check_output_folder
     from pdl_ext.cli.explore.page import BEGINNING
     from pdl_ext.corpus.reading.access import read_head

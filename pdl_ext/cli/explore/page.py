@@ -1,4 +1,4 @@
-"""The page of counts: a template, filled with its own styles and scripts and with what it is to show."""
+"""The page of counts: a template, filled with its styles, scripts and data."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from pdl_ext.weighting import Adaptive, ClassBalanced, Face, PowerLaw, Uniform, 
 
 __all__ = ["BEGINNING", "page_of"]
 
-# What every such page begins with, and no other.
+# The beginning of every such page, and of no other.
 BEGINNING = b'<!DOCTYPE html>\n<html lang="en" data-page-of="pdl-ext explore">\n'
 
 _SCRIPTS = ("weights.js", "chart.js", "page.js")
 _FAMILY = (PowerLaw, ClassBalanced, Adaptive, Face, Uniform)
-# A schedule of training and single tokens: no choice that these numbers help with.
+# A schedule of training, and single tokens: these numbers do not help to choose either.
 _NOT_SHOWN = ("blend", "fixed")
 _DRAWN = 320
 _LISTED = 12
-# The last of TokenFrequency.buckets: types that together make 5 % of the tokens.
+# The last of TokenFrequency.buckets: types that together are 5 % of the tokens.
 _RARE_BUCKET = 2
 
 
 def page_of(frequency: TokenFrequency, counts: Place, literal: Callable[[int], str]) -> bytes:
-    """A page of HTML that needs nothing else, of counts in which something was counted.
+    """A self-contained HTML page for counts that are not empty.
 
-    counts: their file, which the page's lines of Python name.
-    literal: gives an id's text as a Python literal, or an empty string.
+    counts: their file, for the page's lines of Python.
+    literal: returns an id's text as a Python literal, or an empty string.
     """
     style, script = _asset("page.css"), "".join(map(_asset, _SCRIPTS))
     page = string.Template(_asset("page.html")).substitute(
@@ -55,12 +55,12 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """How a content security policy names a style or script that may stand in the page."""
+    """The name by which a content security policy permits a style or script in the page."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _inside_a_script(value: Any) -> str:
-    """JSON of ASCII that neither ends the element that it stands in nor begins another one."""
+    """JSON in ASCII that neither ends the element around it nor begins another one."""
     text = json.dumps(value, separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
@@ -68,7 +68,7 @@ def _inside_a_script(value: Any) -> str:
 def _shown(frequency: TokenFrequency, counts: Place, literal: Callable[[int], str]) -> dict[str, Any]:
     order = torch.argsort(frequency.counts, descending=True, stable=True)
     types_seen = int((frequency.counts > 0).sum())
-    # Weights are functions of the count: types that occur equally often are one number and how many they are.
+    # Weights are functions of the count: types with equal counts are stored as one count and their number.
     values, types = torch.unique(frequency.counts, return_counts=True)
     most, rare = list(range(min(_LISTED, types_seen))), _sampled_rare(frequency, order, types_seen)
     drawn = log_spaced_ranks(types_seen, _DRAWN).tolist()
@@ -82,7 +82,7 @@ def _shown(frequency: TokenFrequency, counts: Place, literal: Callable[[int], st
         "slope": zipf_slope(frequency.counts),
         "mostFrequent": MOST_FREQUENT,
         "family": {weighting.__name__: _defaults(weighting) for weighting in _FAMILY},
-        # Differences have fewer digits.
+        # Differences have fewer digits than counts.
         "gaps": values.diff(prepend=values.new_zeros(1)).tolist(),
         "types": types.tolist(),
         "tokens": [[rank, token, literal(token)] for rank, token in zip(told, ids, strict=True)],
@@ -92,9 +92,9 @@ def _shown(frequency: TokenFrequency, counts: Place, literal: Callable[[int], st
 
 
 def _sampled_rare(frequency: TokenFrequency, order: torch.Tensor, types_seen: int) -> list[int]:
-    """Ranks, evenly spaced, of the rarest types seen, which together make 5 % of the tokens."""
+    """Evenly spaced ranks of the rarest types seen, which together are 5 % of the tokens."""
     first = int((frequency.buckets()[order] != _RARE_BUCKET).sum())
-    # Those that are listed as the most frequent already are left out.
+    # Types that are already listed as the most frequent are left out.
     first = max(first, _LISTED)
     if first >= types_seen:
         return []

@@ -1,1 +1,1 @@
-"""The formats of corpora, one file each: how a file of it is recognised and opened."""
+"""The formats of corpora, one file each: how its files are recognised and opened."""

@@ -1,4 +1,4 @@
-"""Arrow's IPC files, which Feather 2 is too, and streams."""
+"""Arrow's IPC files, including Feather 2, and streams."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pdl_ext.storage.place import Place
 __all__ = ["FORMAT"]
 
 _MAGIC = b"ARROW1"
-# A schema that is longer is more likely something else.
+# A longer schema is more likely not a schema at all.
 _LARGEST_SCHEMA = 2**24
 
 
 class _FileSource(Source):
-    """A part is a range of record batches, each of which is read whole."""
+    """A part is a range of record batches; each batch is read completely."""
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
         with arrow_errors(path, "Arrow"), arrow_file(path) as file, _file_reader(file) as reader:
@@ -31,7 +31,7 @@ class _FileSource(Source):
         super().__init__("arrow", path, self._columns.dtype)
 
     def parts(self, size: int) -> Iterator[Part]:
-        # Where each record batch ends is not to be had, so they count as equally large.
+        # The end of each record batch is not available, so they count as equally large.
         number = self._record_batches
         per_part = max(1, number * size // self.size)
         for start in range(0, number, per_part):

@@ -1,7 +1,9 @@
-"""datatrove's .ds: token ids and nothing else, with the documents' ends and the loss' mask in files beside it.
+"""datatrove's .ds: token ids only, with the ends of documents and the loss mask in files beside it.
 
-.ds.index: where each document ends, in tokens (u64); .ds.loss: one byte a token, 0 where it is no target; .ds.metadata:
-the tokenizer with the tokens' size behind a bar, in newer ones, then how many tokens there are.
+- .ds.index: the end of each document in tokens (u64).
+- .ds.loss: one byte per token, 0 where it is not a target.
+- .ds.metadata: the tokenizer, then the number of tokens. Newer versions put the tokens' size after the tokenizer,
+  behind a bar.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
     tokens_file = _tokens_file(path)
     if not tokens_file.is_file():
         if path.suffix == ".metadata":
-            # Merging writes one of all the files that it makes, which is beside none of them.
+            # Merging writes one for all its output files together, which has no tokens file beside it.
             return []
         raise ValueError(f"{tokens_file}: is missing, expected it beside {path.name}")
     index_file, loss_file, metadata_file = (tokens_file.with_name(tokens_file.name + s) for s in _COMPANIONS)
@@ -44,20 +46,20 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
         dtype = _DTYPES.get(size // index.last) if size % index.last == 0 else None
         if dtype is None:
             raise ValueError(
-                f"{tokens_file}: got {size} bytes, expected 2 or 4 for each of the {index.last} tokens that "
-                f"{index_file.name} has documents of"
+                f"{tokens_file}: got {size} bytes, expected 2 or 4 for each of the {index.last} tokens in the "
+                f"documents of {index_file.name}"
             )
     if dtype is None and size == 0:
-        # What a worker without documents leaves.
+        # The file of a worker without documents.
         dtype = _DTYPES[2 if options.vocab_size <= 2**16 else 4]
     if dtype is None:
         raise ValueError(
-            f"{tokens_file}: has no header, and nothing beside it tells its dtype: give dtype, one of "
+            f"{tokens_file}: has no header, and no file beside it states its dtype: give dtype, one of "
             f"{', '.join(TOKEN_DTYPES)} (datatrove writes uint16, or uint32 above 65,536 entries)"
         )
     has_mask = loss_file.is_file()
     source = FlatSource(
-        # The policy cannot tell which files have one.
+        # The policy does not record which files have one.
         "datatrove with its loss mask" if has_mask else "datatrove",
         tokens_file,
         dtype,

@@ -1,8 +1,8 @@
-"""Folders of Hugging Face's datasets: what save_to_disk wrote, and what load_dataset left in its cache.
+"""Folders of Hugging Face datasets, as save_to_disk writes them or load_dataset leaves them in its cache.
 
-state.json lists the files of rows, which are Arrow streams, and files of indices: with these a dataset is the rows that
-they name, in all files one after the other, some often and some never. Old versions of the library wrote such; newer
-ones write the rows themselves.
+state.json lists the files of rows, which are Arrow streams, and files of indices. With indices a dataset is the rows
+that they select from all files in order; a row may occur several times or never. Old versions of the library wrote
+indices; newer ones write the rows themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _SPLITS = "dataset_dict.json"
 _STATE = "state.json"
 _INFO = "dataset_info.json"
 _INDICES = "indices"
-# Rows whose number in the indices is known at once, 4 bytes each: for every so many, the indices are read again.
+# How many rows have their number of occurrences in memory at once, 4 bytes each. For each such window the indices are
+# read again.
 _WINDOW = 2**22
 
 
@@ -59,14 +60,14 @@ def _only_split(folder: Place) -> Place:
             f"on, as {folder / splits[0]}"
         )
     if not is_folder(folder / splits[0]):
-        raise ValueError(f"{folder / splits[0]}: is no folder, which {_SPLITS} lists")
+        raise ValueError(f"{folder / splits[0]}: is not a folder, although {_SPLITS} lists it")
     return folder / splits[0]
 
 
 def _saved(state_file: Place, options: ReadOptions) -> list[Source]:
     state = read_json(state_file)
     files = _files(state_file, state, "_data_files")
-    # What only some versions write.
+    # Only some versions write this key.
     indices_files = _files(state_file, state, "_indices_data_files") if state.get("_indices_data_files") else []
     if not indices_files:
         return [_source(file, options, state_file) for file in files]
@@ -95,7 +96,7 @@ def _files(state_file: Place, state: dict[str, Any], key: str) -> list[Place]:
 
 
 def _cached(folder: Place) -> list[Place]:
-    """The files of the only split in a folder of the cache, but not what transforms of it left there."""
+    """The files of the only split in a folder of the cache, without those of its transforms."""
     names: dict[str, list[Place]] = {}
     found: list[Any] = sorted(folder.glob("*.arrow"), key=str)
     for file in found:
@@ -115,9 +116,9 @@ def _cached(folder: Place) -> list[Place]:
 
 
 class _Indices:
-    """Which rows are a dataset's of those in all its files, and how often.
+    """The rows of a dataset among those of all its files, and how often each occurs.
 
-    Raises ValueError that names a file of indices which is damaged, or points past the last row.
+    Raises ValueError that names a file of indices which is damaged, or has an index past the last row.
     """
 
     def __init__(self, files: list[Place], data_files: list[Place]) -> None:
@@ -125,7 +126,7 @@ class _Indices:
         self._data_files = data_files
 
     def choose(self, number: int, all_rows: Iterator[Rows]) -> Iterator[Rows]:
-        """Those rows of a data file, by its number, that are the dataset's: each as often as it is one."""
+        """The dataset's rows in one data file, given by its number, each as often as it occurs."""
         pa = require("pyarrow", "corpus")
         start = end = self._first_rows[number]
         window_start, window = start, np.zeros(0, np.uint32)
@@ -134,7 +135,7 @@ class _Indices:
             if end > window_start + window.size:
                 window_start, window = start, self._times(start, max(end - start, _WINDOW))
             times = window[start - window_start : end - window_start].copy()
-            # Row by row as often as the most frequent is there, so that no more rows than the batch's are held.
+            # Each pass yields every remaining row once, so that no more rows than the batch's are held.
             while times.any():
                 chosen = np.flatnonzero(times)
                 batch = rows.batch if chosen.size == times.size else rows.batch.take(pa.array(chosen))
@@ -147,7 +148,7 @@ class _Indices:
 
     @functools.cached_property
     def _first_rows(self) -> list[int]:
-        """How many rows there are before each data file."""
+        """The number of rows before each data file."""
         first = [0]
         for file in self._data_files[:-1]:
             first.append(first[-1] + sum(rows.batch.num_rows for rows in read_stream(file)))
@@ -158,10 +159,10 @@ class _Indices:
         return max((int(indices.max()) for indices in self._read() if indices.size), default=-1)
 
     def _times(self, start: int, size: int) -> NDArray[np.uint32]:
-        """How often each of the rows [start, start + size) is the dataset's."""
+        """How often each of the rows from start to before start + size occurs in the dataset."""
         times = np.zeros(size, np.uint32)
         for indices in self._read():
-            # Those before the start wrap, and are beyond the end.
+            # Indices before the start wrap, and are then beyond the end.
             indices = indices - np.uint64(start)
             np.add.at(times, indices[indices < size].astype(np.int64), np.uint32(1))
         return times
@@ -175,7 +176,7 @@ class _Indices:
                 batch.validate(full=True)
                 if batch.column(0).null_count:
                     raise ValueError(f"{file}: got a null in {_INDICES}, expected none")
-                # A negative one is larger than any number of rows.
+                # A negative index becomes larger than any number of rows.
                 yield batch.column(0).to_numpy().view(np.uint64)
 
 

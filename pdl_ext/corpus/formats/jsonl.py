@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, with a text for the tokenizer or a list of token ids."""
+"""JSON lines: one object per line, with a text for the tokenizer or a list of token ids."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _KINDS = {str: "a string", int: "an integer", float: "a float", bool: "a boolean
 
 
 class _JsonLinesSource(LineSource):
-    """A line's text or ids are what policy.column names. Blank lines are skipped.
+    """policy.column names the key of a line's text or ids. Blank lines are skipped.
 
-    policy.mask, policy.skip_prompt: keys of lists with one entry a token, for ids only; policy.learn: lines are rows of
-    supervised finetuning instead.
+    policy.mask, policy.skip_prompt: keys of lists with one entry per token, for ids only. policy.learn: lines are rows
+    of supervised finetuning instead.
     """
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
         super().__init__("jsonl", path)
         self._options = options
         self._policy = options.policy
-        # Of which the first that a line has is taken.
+        # The first of these that a line has is used.
         self._columns: tuple[str, ...] = (*TOKEN_COLUMNS, TEXT_COLUMN)
         if options.policy.column is not None:
             self._columns = (options.policy.column,)
@@ -52,7 +52,7 @@ class _JsonLinesSource(LineSource):
         if self._policy.packing != "wrapped":
             yield from super().parts(size)
         elif self.size:
-            # Where a sequence begins follows from all lines before it.
+            # The beginning of a sequence depends on all lines before it.
             yield Part(0, self.size, self.size)
 
     def batches(self, part: Part) -> Iterator[Batch]:
@@ -61,7 +61,7 @@ class _JsonLinesSource(LineSource):
             yield from self._supervised.batches((self.place(line.offset), self._record(line)) for line in lines)
             return
         items = map(self._item, lines)
-        # All lines of a file are of one kind, but in odd ones.
+        # Except in unusual files, all lines of a file are of one kind.
         for is_text, run in itertools.groupby(items, lambda item: isinstance(item, PlacedText)):
             batches = self._encoder.batches if is_text else joined
             yield from batches(run)
@@ -95,22 +95,22 @@ class _JsonLinesSource(LineSource):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            # The error's own line is always the first.
+            # The line in the error is always the first.
             reason = f"{error.msg}: character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{place}: is no line of JSON ({reason}), expected an object a line") from error
+            raise ValueError(f"{place}: is not a line of JSON ({reason}), expected one object per line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{place}: got {_kind(record)}, expected an object")
         return record
 
     def _item(self, line: Line) -> Any:
-        """What a line holds: a text, or a batch of tokens."""
+        """The content of a line: a text, or a batch of tokens."""
         place = self.place(line.offset)
         record = self._record(line)
         there = [name for name in self._columns if name in record]
-        # Others may use these names for something else, such as a number of tokens.
+        # Other programs may use these names differently, such as for a number of tokens.
         column = next((name for name in there if _may_be_read(record[name])), next(iter(there), None))
         if column is None:
-            remedy = "tell by --learn what is learned" if are_chats(record) else "name another with --column"
+            remedy = "choose the targets by --learn" if are_chats(record) else "name another with --column"
             raise ValueError(
                 f"{place}: has none of {', '.join(map(repr, self._columns))}, but {_names(record)}: {remedy}"
             )
@@ -130,7 +130,7 @@ class _JsonLinesSource(LineSource):
             text.encode()
         except UnicodeEncodeError as error:
             # JSON can escape half of a surrogate pair.
-            raise ValueError(f"{place}: {column!r} is no Unicode text ({error.reason})") from error
+            raise ValueError(f"{place}: {column!r} is not Unicode text ({error.reason})") from error
 
     def _tokens(self, record: dict[str, Any], column: str, place: LinePlace) -> Batch:
         ids = _integers(record, column, {int}, place, "a string or a list of integers")
@@ -142,7 +142,8 @@ class _JsonLinesSource(LineSource):
                 marks = _integers(record, name, {int, bool}, place, "a list of integers")
                 if marks.size != ids.size:
                     raise ValueError(
-                        f"{place}: got {marks.size} entries of {name!r}, expected {ids.size}, one a token of {column!r}"
+                        f"{place}: got {marks.size} entries of {name!r}, expected {ids.size}, one per token of "
+                        f"{column!r}"
                     )
                 is_target &= marks != no_target
         return Batch(ids, is_target)
@@ -155,7 +156,7 @@ def _value(record: dict[str, Any], name: str, place: LinePlace) -> Any:
 
 
 def _may_be_read(value: Any) -> bool:
-    """Whether a column is one of text or ids, or would be but for a null, which is no reason to read another."""
+    """Whether a column holds text or ids. A null does not rule a column out."""
     if isinstance(value, list):
         return not value or value[0] is None or type(value[0]) is int
     return value is None or isinstance(value, str)
@@ -191,7 +192,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
 def _recognises(path: Place, head: bytes) -> bool:
     if has_suffix(path, ".jsonl", ".ndjson"):
         return True
-    # Other JSON is seldom compressed; plain, it may be an array.
+    # Other JSON is rarely compressed; uncompressed, it may be an array.
     is_compressed = compression_of(path) is not None
     return has_suffix(path, ".json") and (is_compressed or head.startswith((b"{", b"\xef\xbb\xbf{")))
 

@@ -1,8 +1,8 @@
-"""litdata's folders: chunks of items one after the other, each a sequence, and index.json, which tells what they are.
+"""litdata's folders: chunks of consecutive items, each a sequence, and index.json, which describes them.
 
-A chunk: the number of items (u32), the byte that each begins at and the one where the last ends (u32), then the items.
-Those for its TokensLoader are nothing but tokens. Others are samples with columns, the leaves of what was an object in
-Python, by their keys in it. A chunk may be compressed by zstd, as a whole or some items at a time.
+A chunk: the number of items (u32), the first byte of each item and the end of the last one (u32), then the items. Items
+for its TokensLoader are tokens only. Others are samples with columns, which are the leaves of a Python object, named by
+their keys in it. A chunk may be compressed by zstd, as a whole or some items at a time.
 """
 
 from __future__ import annotations
@@ -31,26 +31,27 @@ from pdl_ext.storage.place import Place, is_file
 __all__ = ["FORMAT"]
 
 _INDEX = "index.json"
-# By litdata's own numbers of dtypes. Those of tensors have two names for most, one of which is written.
+# litdata's numbers of dtypes. Most dtypes of tensors have two names, of which one is written.
 _TENSORS = {11: "uint8", 12: "int8", 13: "int16", 14: "int16", 15: "int32", 16: "int32", 17: "int64", 18: "int64"}
 _TENSORS[20] = "uint16"
 _ARRAYS = {0: "int8", 1: "int16", 2: "int32", 3: "int64", 4: "uint8", 5: "uint16", 6: "uint32"}
-# The beginning of a chunk whose items are compressed some at a time. It is magic, version, flags, and the numbers of
-# items, of items in a batch, and of batches. Then come the places of the items, from 0 on, and 24 bytes a batch.
+# The header of a chunk whose items are compressed some at a time: magic, version, flags and three numbers. These are
+# the numbers of items, of items in a batch, and of batches. Then come the positions of the items, from 0 on, and 24
+# bytes per batch.
 _BATCHES = struct.Struct("<8sHHIII")
 _BATCHES_MAGIC, _BATCHES_VERSION = b"LDFZ01\0\0", 1
 _BATCH_BYTES = 24
-# Read at once of the places.
+# The number of positions that are read at once.
 _OFFSETS = 2**16
 
 
 def _recognises(path: Place, head: bytes) -> bool:
-    # Without its index a chunk is refused: its header would pass for ids.
+    # Without its index a chunk is refused, since its header would be read as ids.
     return _is_index(_index_file(path)) or (path.suffix == ".bin" and _is_chunk(path, head))
 
 
 def _is_chunk(path: Place, head: bytes) -> bool:
-    """Whether a file has the header of a chunk, which hardly any ids are by chance."""
+    """Whether a file has the header of a chunk, which ids hardly ever have by chance."""
     items, begin = np.frombuffer(head[:8], "<u4").tolist() if len(head) > 8 else (0, 0)
     if items == 0 or begin != 4 * (items + 2) or begin > Stamp.of(path).size:
         return False
@@ -94,34 +95,34 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
 
 
 class _Items(NamedTuple):
-    """What the items of all chunks are."""
+    """A description of the items of all chunks."""
 
-    # The dtype of items that are nothing but tokens, None for others.
+    # The dtype of items that are tokens only, None for others.
     stream: str | None
-    # Of each leaf.
+    # The format of each leaf.
     formats: list[str]
-    # Where in an object the leaves are.
+    # The position of the leaves in the object.
     spec: Any
-    # What is compressed at once, a "chunk" or a "batch" of items, None for nothing.
+    # The unit of compression, a "chunk" or a "batch" of items; None without compression.
     packing: str | None
 
 
 @functools.lru_cache(maxsize=1)
 def _index(path: Place, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int | None]]]:
-    """What items are, and of each chunk by its name the number of items and, where it is told, of tokens."""
+    """The description of the items, and for each chunk, by name, the numbers of its items and, if stated, tokens."""
     index = read_json(path)
     try:
         config = index["config"]
         data_format, compression = config["data_format"], config["compression"]
         encryption, loader, spec = (config.get(name) for name in ("encryption", "item_loader", "data_spec"))
-        # Older versions knew no other.
+        # Older versions had no other unit.
         packing = (config.get("compression_level") or "chunk") if compression else None
         chunks = {
             str(chunk["filename"]): (int(chunk["chunk_size"]), None if chunk["dim"] is None else int(chunk["dim"]))
             for chunk in index["chunks"]
         }
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: is damaged or no index of litdata ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: is damaged or not an index of litdata ({type(error).__name__}: {error})") from error
     if encryption:
         raise ValueError(
             f"{path}: got chunks with encryption {encryption!r}, expected none: write them anew without it"
@@ -141,7 +142,8 @@ def _index(path: Place, stamp: Stamp) -> tuple[_Items, dict[str, tuple[int, int 
         raise ValueError(f"{path}: got items of {data_format!r}, expected a list of their formats")
     if loader not in (None, "TokensLoader", "PyTreeLoader"):
         raise ValueError(f"{path}: got items for {loader!r}, expected those for TokensLoader or PyTreeLoader")
-    # An item's size stands before it, unless it is for TokensLoader, or a tensor of a time before loaders were told of.
+    # An item's size precedes it, unless it is for TokensLoader, or a tensor from versions that do not record the
+    # loader.
     is_stream = loader == "TokensLoader" or (
         loader is None and len(data_format) == 1 and data_format[0].startswith("no_header_tensor:")
     )
@@ -160,7 +162,7 @@ def _stream_dtype(path: Place, data_format: list[str], loader: Any) -> str:
 
 
 def _encoding(form: str) -> Encoding:
-    """How a leaf is read, by the name that litdata has for it."""
+    """How a leaf is read, by litdata's name of its format."""
     kind, _, number = form.partition(":")
     if kind in ("str", "bytes"):
         return Encoding("text" if kind == "str" else kind)
@@ -174,7 +176,10 @@ def _encoding(form: str) -> Encoding:
 def _prefix(
     dtypes: dict[int, str], first: bytes, dtype: np.dtype[Any] | None
 ) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]:
-    """The dtype's number, the number of axes, and their lengths, all u32: of tensors big-endian in newer versions."""
+    """Reads the number of the dtype, the number of axes, and their lengths, all u32.
+
+    Newer versions write those of tensors in big-endian order.
+    """
     for order in "<>":
         number, axes = struct.unpack_from(f"{order}II", first) if len(first) >= 8 else (-1, 0)
         end = 8 + 4 * axes
@@ -184,7 +189,10 @@ def _prefix(
 
 
 def _names(items: _Items, encodings: list[Encoding]) -> list[str]:
-    """Keys and positions on the way to each leaf; of one that is all of an item, the name that such a column has."""
+    """The path of keys and positions to each leaf.
+
+    An item that is a single leaf gets the usual name of such a column.
+    """
     names = None
     with contextlib.suppress(ValueError, TypeError, KeyError, IndexError, RecursionError):
         names = list(_leaves(json.loads(items.spec)[1], ""))
@@ -207,7 +215,7 @@ def _leaves(spec: dict[str, Any], name: str) -> Iterator[str]:
 
 def _chunk(index_file: Place, name: str) -> Place:
     path = index_file.with_name(name)
-    # Also of a name that none can have.
+    # This also covers names that no file can have.
     if not is_file(path):
         raise ValueError(f"{path}: is missing, expected it beside {index_file}, which lists it")
     return path
@@ -220,7 +228,7 @@ def _unpack(path: Place, packing: str | None) -> Callable[[], Iterator[bytes]] |
 
 
 def _batches(path: Place) -> Iterator[bytes]:
-    """A chunk whose items are compressed some at a time, as the chunk that it would be without."""
+    """The uncompressed content of a chunk whose items are compressed some at a time."""
     head = read_head(path, _BATCHES.size)
     fields = _BATCHES.unpack(head) if len(head) == _BATCHES.size else (b"", 0, 0, 0, 0, 0)
     magic, version, _, items, _, batches = fields
@@ -247,7 +255,7 @@ def _token_stream(
     offsets = AscendingNumbers(path, "<u4", 4, items + 1)
     if begin != first_byte or offsets.last != size:
         raise ValueError(
-            f"{path}: its items lie from byte {begin} to {offsets.last}, expected from {first_byte} to {size}, the "
+            f"{path}: its items are from byte {begin} to {offsets.last}, expected from {first_byte} to {size}, the "
             "file's end"
         )
     itemsize = token_dtype(dtype).itemsize

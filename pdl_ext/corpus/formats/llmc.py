@@ -12,16 +12,16 @@ from pdl_ext.storage.place import Place
 __all__ = ["FORMAT"]
 
 _HEADER_BYTES = 256 * 4
-# By magic: the version that is known, and what its tokens are.
+# For each magic: the supported version, and the dtype of the tokens.
 _KNOWN = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 _EVALUATION = 20240522
 _MAGICS = (*_KNOWN, _EVALUATION)
-# All are dates. Another date is told of, since the header would pass for raw ids.
+# All are dates. Another date is reported, since the header would be read as raw ids.
 _LIKE_MAGICS = range(20230101, 20400101)
 
 
 def _recognises(path: Place, head: bytes) -> bool:
-    # Tokens could be a magic by chance, but hardly with nothing behind the header's fields, four at most.
+    # Tokens could equal a magic by chance, but hardly with zeros after the header's fields, four at most.
     return len(head) >= 64 and _magic(head)[0] in _LIKE_MAGICS and not any(head[16:64])
 
 

@@ -1,6 +1,6 @@
 """MosaicML's folders of MDS shards, and their index.json.
 
-In a shard the columns stand as JSON between the offsets of the samples and the samples (reading/samples.py).
+A shard holds the offsets of the samples, then the columns as JSON, then the samples (reading/samples.py).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _SUFFIX = ".mds"
 _VERSION = 2
 _INDEX_HEAD_BYTES = 2**14
 _LARGEST_CONFIG = 2**20
-# By its names of them, and by those of the files.
+# The names of compressions in the index, and those in this package.
 _COMPRESSIONS = {"zstd": "zstd", "gz": "gzip", "bz2": "bzip2"}
 _NAMES = (*_COMPRESSIONS, "br", "snappy")
-# By the number that arrays begin with in columns that do not tell.
+# For columns without a dtype: the number at the beginning of each array.
 _DTYPES = {8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64", 65: "int64"}
 
 
@@ -50,7 +50,7 @@ class _Shard(SampleSource):
 
 
 def _encoding(index: Place, column: Column) -> Encoding:
-    """How a column is read. Raises ValueError that names the index, for one whose size does not fit."""
+    """How a column is read. Raises ValueError that names the index, for a column whose size does not fit."""
     kind, *details = column.encoding.split(":")
     if kind in ("str", "bytes"):
         return Encoding("text" if kind == "str" else kind)
@@ -69,7 +69,10 @@ def _encoding(index: Place, column: Column) -> Encoding:
 
 
 def _prefix(first: bytes, dtype: np.dtype[Any] | None) -> tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]:
-    """The dtype (1 byte, unless the column tells it), the number of axes and the width of their lengths (1), these."""
+    """Reads the dtype, unless the column states it, and the lengths of the axes.
+
+    The dtype is 1 byte. Another byte holds the number of axes and the width of their lengths, which follow.
+    """
     used = 0
     if dtype is None:
         name = _DTYPES.get(first[0]) if first else None
@@ -85,13 +88,13 @@ def _prefix(first: bytes, dtype: np.dtype[Any] | None) -> tuple[np.dtype[Any] | 
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    """The lengths of axes, as encodings name them; empty if it is none."""
+    """The lengths of axes in the name of an encoding; empty if there are none."""
     lengths = text.split(",")
     return tuple(map(int, lengths)) if all(length.isdecimal() and len(length) < 20 for length in lengths) else ()
 
 
 def _columns(config: dict[str, Any]) -> list[Column]:
-    """Raises KeyError, TypeError or ValueError for anything else than a description of columns."""
+    """The columns that a config describes. Raises KeyError, TypeError or ValueError if it does not describe any."""
     columns = [
         Column(str(name), str(encoding), None if size is None else operator.index(size))
         for name, encoding, size in zip(
@@ -106,7 +109,7 @@ def _columns(config: dict[str, Any]) -> list[Column]:
 def _recognises(path: Place, head: bytes) -> bool:
     index = _index_file(path)
     if index.name != _INDEX or not index.is_file():
-        # Nothing else is called so, and without its index it is refused.
+        # Only shards have this name; without its index a shard is refused.
         return _is_shard(path) and not path.is_dir()
     # litdata's index.json has chunks instead.
     return b'"shards"' in read_head(index, _INDEX_HEAD_BYTES)
@@ -125,7 +128,7 @@ def _index_file(path: Place) -> Place:
 def _open(path: Place, options: ReadOptions) -> list[Source]:
     index_file = _index_file(path)
     if not index_file.is_file():
-        raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards, of which it tells the columns")
+        raise ValueError(f"{index_file}: is missing, expected it beside the MDS shards, whose columns it describes")
     index = read_json(index_file)
     only = path.name if _is_shard(path) and not path.is_dir() else None
     sources: list[Source] = []
@@ -136,7 +139,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
             if only is None or only in _names(entry):
                 sources.append(_shard(index_file, entry, options))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{index_file}: is damaged or no index of MDS shards ({error!r})") from error
+        raise ValueError(f"{index_file}: is damaged or not an index of MDS shards ({error!r})") from error
     if not sources and only is not None:
         raise ValueError(f"{path}: is not among the {len(index['shards'])} shards of {index_file}")
     return sources

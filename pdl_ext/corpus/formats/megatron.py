@@ -1,8 +1,13 @@
-"""Megatron's pair of files: .bin with the tokens, .idx with the sequences and documents that they make up.
+"""Megatron's pair of files: .bin with the tokens, .idx with the sequences and documents.
 
-The .idx: magic, version 1 (u64), dtype (u8), how many sequences (u64) and document boundaries (u64) there are; then the
-sequences' lengths in tokens (i32), their places in the .bin in bytes (i64), and the boundaries as numbers of sequences
-(i64), from 0 to how many there are. fairseq's has neither the boundaries nor their number: each sequence is a document.
+The .idx has a header: magic, version 1 (u64), dtype (u8), and the numbers of sequences (u64) and of document boundaries
+(u64). Three arrays follow:
+
+- the sequences' lengths in tokens (i32),
+- their positions in the .bin in bytes (i64),
+- the boundaries as numbers of sequences (i64), from 0 to all of them.
+
+An .idx of fairseq has neither the boundaries nor their number: each of its sequences is a document.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ __all__ = ["FORMAT"]
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQ")
 _DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16", 9: "uint32", 10: "uint64"}
-# Of 32 and 64 bits: which is which differs between Megatron and fairseq.
+# 32 and 64 bits; Megatron and fairseq assign them differently.
 _FLOATS = (6, 7)
 _OTHER_MAGICS = {
     b"TNTIDX": "the older datasets (lazy and cached) of fairseq, whose ids are one too large, or of Megatron",
@@ -33,7 +38,7 @@ _BLOCK = 2**15
 
 
 def _recognises(path: Place, head: bytes) -> bool:
-    # Whatever the .idx holds: if that is damaged, the .bin alone would pass for raw ids.
+    # Whatever the .idx holds: with a damaged .idx, the .bin alone would be read as raw ids.
     return head.startswith(_MAGIC) or (path.suffix == ".bin" and path.with_suffix(".idx").is_file())
 
 
@@ -57,7 +62,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
 
 
 class _Index:
-    """A valid .idx of a .bin of `size` bytes. Raises ValueError that names what in it is wrong."""
+    """A valid .idx for a .bin of `size` bytes. Raises ValueError that names the problem."""
 
     def __init__(self, path: Place, size: int) -> None:
         self._path = path
@@ -93,10 +98,10 @@ class _Index:
         self._documents = None if documents is None else self._checked(documents, sequences, places + 8 * sequences)
 
     def _boundaries(self, sequences: int) -> int | None:
-        """How many document boundaries there are; None if the file is as long as fairseq's, which has none."""
+        """The number of document boundaries; None if the file is as long as fairseq's, which has none."""
         got = Stamp.of(self._path).size
         end = _HEADER.size + 12 * sequences
-        # They share the magic, but with as many sequences Megatron's is longer, whatever its boundaries are.
+        # They share the magic, but with equally many sequences Megatron's is longer, whatever its boundaries are.
         if got == end:
             return None
         documents = int(read_array(self._path, "<u8", _HEADER.size, 1)[0]) if got >= _HEADER.size + 8 else 0
@@ -124,11 +129,11 @@ class _Index:
 
     @property
     def _way_out(self) -> str:
-        """What can be counted of tokens whose lengths add up to the .bin, whatever the rest of the index is."""
+        """How to count tokens whose lengths add up to the .bin, if the rest of the index is invalid."""
         return f"; the tokens can be counted without it: --format raw --dtype {self.dtype} (and --targets all)"
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The positions in [start, stop) of tokens that begin a document."""
+        """The positions from start to before stop of tokens that begin a document."""
         return distinct(self._document_starts(start, stop))
 
     def _document_starts(self, start: int, stop: int) -> Iterator[NDArray[np.int64]]:
@@ -141,7 +146,7 @@ class _Index:
             yield places[first_sequences - sequence] // self._itemsize
 
     def _check_lengths(self, sequences: int, first: int, places: int, size: int) -> None:
-        """Sequences follow one another without a gap, from the .bin's beginning to its end."""
+        """Checks that sequences follow one another without a gap, from the .bin's beginning to its end."""
         end, misplaced = 0, ""
         with opened(self._path) as file:
             for start in range(0, sequences, _BLOCK):
@@ -173,7 +178,7 @@ class _Index:
                 or f"{self._path}: its sequences end at byte {end} or later, expected {size}, the size of its .bin"
             )
         if misplaced:
-            # By a writer that computed them in 32 bits.
+            # The writer computed them in 32 bits.
             raise ValueError(f"{misplaced}: it overflowed when it was written{self._way_out}")
 
 

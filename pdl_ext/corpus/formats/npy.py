@@ -40,7 +40,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
 
 
 def _recognises(path: Place, head: bytes) -> bool:
-    # Also with a damaged first byte, or the header would pass for raw ids.
+    # Also with a damaged first byte, or the header would be read as raw ids.
     return head[1:6] == npy_format.MAGIC_PREFIX[1:] and (head[0] == npy_format.MAGIC_PREFIX[0] or head[7:8] == b"\0")
 
 

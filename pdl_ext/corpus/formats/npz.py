@@ -1,4 +1,4 @@
-"""NumPy's .npz: a zip archive of .npy files, of which one is read, piece by piece."""
+"""NumPy's .npz: a zip archive of .npy files; one of them is read, piece by piece."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["FORMAT"]
 
 _SUFFIX = ".npy"
 _PIECE_BYTES = 2**20
-# Others may take as much memory as they ask for. NumPy writes none of them.
+# Other methods may use any amount of memory. NumPy writes none of them.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -56,7 +56,7 @@ class _NpzSource(Source):
         return row_batches(self._pieces(), row, self._shifted)
 
     def _headers(self, path: Place) -> tuple[dict[str, NpyHeader], dict[str, int], dict[str, ValueError]]:
-        """By its name each array's header and its size with it in bytes, or why it is none of integers."""
+        """For each array, by name, its header and its size with it in bytes, or the error that it is not integers."""
         headers, sizes, refused = {}, {}, {}
         with _archive(path) as archive:
             for member in archive.infolist():
@@ -88,21 +88,21 @@ class _NpzSource(Source):
             while left and (piece := file.read(min(left, _PIECE_BYTES))) and not len(piece) % dtype.itemsize:
                 yield np.frombuffer(piece, dtype)
                 left -= len(piece)
-            # Read to its end, where the checksum is compared.
+            # Reading to the end makes zipfile compare the checksum.
             if left or file.read(1):
                 raise self._not_as_long()
 
 
 @contextlib.contextmanager
 def _archive(path: Place) -> Iterator[zipfile.ZipFile]:
-    """Raises ValueError that names one which is damaged, also while it is read."""
+    """Opens an archive. Raises ValueError that names a damaged one, also while it is read."""
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield archive
     except ZIP_ERRORS as error:
         if isinstance(error, zipfile.BadZipFile):
             check_whole_zip(path, "NumPy")
-        raise ValueError(f"{path}: is damaged or no archive of NumPy ({error})") from error
+        raise ValueError(f"{path}: is damaged or not an archive of NumPy ({error})") from error
 
 
 def _recognises(path: Place, head: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Parquet, of which only the columns that are needed are read."""
+"""Parquet files; only the needed columns are read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pdl_ext.storage.place import Place
 __all__ = ["FORMAT"]
 
 _MAGIC = b"PAR1"
-# Decoded at once: what a core's cache holds.
+# The bytes decoded at once: they fit into a core's cache.
 _DECODED_BYTES = 2**20
-# In rows: what is stated of their size holds for all columns, which may be much wider.
+# In rows: the stated size covers all columns, which may be much wider.
 _SMALLEST_BATCH = 16
 _LARGEST_BATCH = 2**20
-# A column of a row group larger than this is read through a buffer. Smaller ones are read whole: pyarrow makes the
-# buffer as large as a damaged page says that it is, up to 2 GiB.
+# A larger column of a row group is read through a buffer. Smaller ones are read completely: pyarrow makes the buffer as
+# large as a damaged page claims, up to 2 GiB.
 _LARGEST_WHOLE = 2**23
 _BUFFER_BYTES = 2**18
 
@@ -32,12 +32,12 @@ class _ParquetSource(Source):
     def __init__(self, path: Place, options: ReadOptions) -> None:
         with arrow_errors(path, "Parquet"), _opened(path) as file:
             self._columns = Columns(path, file.schema_arrow, options)
-            # Not the metadata, of which a corpus has as much as files.
+            # Not the metadata themselves: over a whole corpus they are as large as its files.
             groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
             self._rows_of = [group.num_rows for group in groups]
             stated = [group.total_byte_size for group in groups]
         super().__init__("parquet", path, self._columns.dtype)
-        # Some writers state 0. pyarrow tells the sizes of columns, too, but ends the process where those are damaged.
+        # Some writers state 0. pyarrow also reports the sizes of columns, but aborts the process if those are damaged.
         rows = max(sum(self._rows_of), 1)
         largest = self.size * max(self._rows_of, default=0) // rows
         self._buffer_bytes = _BUFFER_BYTES if largest > _LARGEST_WHOLE else 0
@@ -97,7 +97,7 @@ class _ParquetSource(Source):
 def _opened(path: Place, buffer_bytes: int = 0) -> Iterator[Any]:
     parquet = require("pyarrow.parquet", "corpus")
     with arrow_file(path) as file:
-        # Not read ahead, which would hold the columns of a whole row group.
+        # No reading ahead, which would hold the columns of a whole row group.
         yield parquet.ParquetFile(
             file, memory_map=False, buffer_size=buffer_bytes, pre_buffer=False, page_checksum_verification=True
         )

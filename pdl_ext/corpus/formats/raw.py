@@ -1,4 +1,4 @@
-"""Token ids and nothing else, as nanoGPT's .bin and Dolma's .npy: the dtype has to be given."""
+"""Files of token ids only, such as nanoGPT's .bin and Dolma's .npy: the dtype has to be given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["FORMAT"]
 
 
 class _RawSource(FlatSource):
-    """Ids of the dtype that was given, from a file's first byte to its last."""
+    """Ids of the given dtype, from a file's first byte to its last."""
 
     def doubt(self) -> str | None:
         kind = kind_of_content(read_head(self.path, HEAD_BYTES))
@@ -24,11 +24,11 @@ class _RawSource(FlatSource):
 def _open(path: Place, options: ReadOptions) -> list[Source]:
     if options.dtype is None:
         raise ValueError(
-            f"{path}: has no header, so its dtype cannot be told: give dtype, one of {', '.join(TOKEN_DTYPES)} "
+            f"{path}: has no header, so its dtype is unknown: give dtype, one of {', '.join(TOKEN_DTYPES)} "
             "(nanoGPT's are uint16, or uint32 above 65,536 entries)"
         )
     return [_RawSource("raw", path, options.dtype, options, is_given=True)]
 
 
-# Any bytes would do. The other file is Dolma's, of what its documents are.
+# Any bytes could be ids. The other file is Dolma's, which describes its documents.
 FORMAT = Format("raw", _open, recognises=lambda path, head: False, companions={".csv.gz": ".npy"})

@@ -1,4 +1,4 @@
-"""Files of safetensors: a header of JSON that tells name, dtype, shape and place of each tensor; one is read."""
+"""Files of safetensors: a JSON header with name, dtype, shape and offsets of each tensor; one tensor is read."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["FORMAT"]
 
-# By the format's names. uint64 is counted as int64.
+# The format's names of dtypes. uint64 is counted as int64.
 _DTYPES = {"U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32"}
 _DTYPES |= {"I64": "int64", "U64": "int64"}
-# The library refuses longer ones.
+# The safetensors library refuses longer headers.
 _LARGEST_HEADER = 100_000_000
 
 
@@ -35,7 +35,7 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
         axes = {name: len(tensor["shape"]) for name, tensor in tensors.items() if tensor["dtype"] in _DTYPES}
         last = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged or no file of safetensors ({error!r})") from error
+        raise ValueError(f"{path}: is damaged or not a file of safetensors ({error!r})") from error
     if last != size - 8 - header_bytes:
         raise ValueError(f"{path}: got {size} bytes, expected {8 + header_bytes} and the {last} of its tensors")
     refused = {

@@ -13,7 +13,7 @@ __all__ = ["FORMAT"]
 
 
 class _TextSource(LineSource):
-    """A text is a line without its end. Empty lines are layout, and no texts of nothing but special tokens."""
+    """A text is a line without its end. Empty lines are layout, not texts of special tokens only."""
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
         super().__init__("text", path)
@@ -41,7 +41,7 @@ class _DocumentSource(_TextSource):
             yield Part(0, self.size, self.size)
 
     def sample(self) -> Sample:
-        # No part of it is a text.
+        # A part of the file is not a text.
         return Source.sample(self)
 
     def _texts(self, part: Part) -> Iterator[PlacedText]:
@@ -52,5 +52,5 @@ def _open(path: Place, options: ReadOptions) -> list[Source]:
     return [_DocumentSource(path, options) if options.policy.sample_by == "document" else _TextSource(path, options)]
 
 
-# Not .md, which tells of the corpus that it lies beside.
+# Not .md, which describes the corpus beside it.
 FORMAT = Format("text", _open, recognises=lambda path, head: has_suffix(path, ".txt", ".text"))

@@ -1,4 +1,4 @@
-"""What torch.save wrote: a tensor, or a dict or list of tensors. It is held in memory as a whole."""
+"""Files of torch.save: a tensor, or a dict or list of tensors. A file is held in memory as a whole."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _PICKLE = "/data.pkl"
 
 
 class _TorchSource(Source):
-    """The whole file is one part. Of a dict one tensor is read, of a list all."""
+    """The whole file is one part. One tensor of a dict is read, or all of a list."""
 
     def __init__(self, path: Place, options: ReadOptions) -> None:
-        # Of which no more than the names and shapes is read here.
+        # Only the names and shapes are read here.
         arrays = _arrays(path, options, mapped=True)
         dtypes = {count_dtype(array.dtype.name) for array in arrays}
         super().__init__("torch", path, dtypes.pop() if len(dtypes) == 1 else "int64")
@@ -73,9 +73,9 @@ def _arrays(path: Place, options: ReadOptions, *, mapped: bool) -> list[NDArray[
 
 
 def _why_no_ids(item: Any, sizes: Container[int]) -> str | None:
-    """What something is that is no tensor of ids with an axis; None of such a tensor.
+    """A description of an object that is not a tensor of ids with an axis; None for such a tensor.
 
-    sizes: in bytes, of what the file holds, of which each tensor's memory is one.
+    sizes: in bytes, of the members of the file. The memory of each tensor is one of them.
     """
     if not isinstance(item, Tensor):
         return f"a {type(item).__name__}"
@@ -85,8 +85,7 @@ def _why_no_ids(item: Any, sizes: Container[int]) -> str | None:
         return f"a tensor of {item.dtype}"
     if item.dtype == torch.bool or not item.dim():
         return f"a tensor of {item.dtype} with {item.dim()} axes"
-    # Of axes that repeat what is there once, a file of any size may have as many numbers as it likes. Memory that is
-    # mapped may be said to be of any size.
+    # With axes that repeat one number, a small file may claim any size. So may the header of mapped memory.
     memory = item.untyped_storage().nbytes()
     if item.numel() * item.element_size() > memory or memory not in sizes:
         return "a tensor with more numbers than the file"
@@ -100,21 +99,21 @@ def _loaded(path: Place, mapped: bool) -> tuple[Any, set[int]]:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
             if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-                # Which PyTorch does not write, and would take as much memory as it asks for.
+                # PyTorch does not write such files, and reading them might use any amount of memory.
                 raise ValueError("it is compressed")
             sizes = {member.file_size for member in members}
             if isinstance(path, Path):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), sizes
-            # No store's object can be mapped.
+            # Objects of a store cannot be mapped.
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True), sizes
     except Exception as error:
         if isinstance(error, zipfile.BadZipFile):
             check_whole_zip(path, "torch.save of PyTorch 1.6 or later")
-        # Many kinds come out of damaged files.
+        # Damaged files raise many kinds of errors.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):
-            # PyTorch's own words advise to load it all the same.
+            # PyTorch's own message advises to load it nevertheless.
             reason = "it holds something else"
         raise ValueError(
             f"{path}: cannot be read by torch.load(weights_only=True), which loads tensors and nothing that could run "

@@ -1,1 +1,1 @@
-"""What the readers of several formats share."""
+"""Code that the readers of several formats share."""

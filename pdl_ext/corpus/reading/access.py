@@ -16,13 +16,13 @@ __all__ = ["OpenFile", "opened", "read_array", "read_at", "read_head", "read_num
 
 
 class OpenFile(Protocol):
-    """A file that is open to be read by one thread."""
+    """A file that is open for one reading thread."""
 
     def read_at(self, view: memoryview, offset: int, /) -> int:
-        """Reads bytes from an offset on into a buffer, and tells how many: 0 only behind the file's end."""
+        """Reads bytes from an offset on into a buffer, and returns how many: 0 only at or after the file's end."""
 
     def read_ahead(self, start: int, stop: int, /) -> None:
-        """Prepares that the bytes [start, stop) are read one after the other."""
+        """Prepares to read the bytes from start to stop consecutively."""
 
 
 class _FileOnDisk:
@@ -33,15 +33,15 @@ class _FileOnDisk:
         return os.preadv(self._descriptor, [view], offset)
 
     def read_ahead(self, start: int, stop: int, /) -> None:
-        # The kernel reads further ahead then, while what it has read is counted. It is not told of ranges that will be
-        # needed: those Linux caches page by page, from where they are read more slowly than from its own larger pieces.
+        # With this the kernel reads further ahead while earlier bytes are counted. It is not given the ranges
+        # themselves: Linux would cache those page by page, which is slower to read than its own larger pieces.
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 @contextlib.contextmanager
 def opened(path: Place) -> Iterator[OpenFile]:
-    """A file to read. Raises ValueError that names one which cannot be opened."""
+    """Opens a file for reading. Raises ValueError that names it if it cannot be opened."""
     if isinstance(path, RemotePath):
         with path.ranges() as ranges:
             yield ranges
@@ -57,7 +57,7 @@ def opened(path: Place) -> Iterator[OpenFile]:
 
 
 def read_at(file: OpenFile, buffer: NDArray[Any], offset: int, path: Place) -> None:
-    """Fills a contiguous array from a file at a byte offset. Raises ValueError that names a file that is too short."""
+    """Fills a contiguous array from a file's byte offset on. Raises ValueError that names a file that is too short."""
     view = memoryview(buffer.view(np.uint8).data)
     done = 0
     while done < len(view):
@@ -78,13 +78,13 @@ def read_numbers(file: OpenFile, dtype: str, offset: int, count: int, path: Plac
 
 
 def read_array(path: Place, dtype: str, offset: int, count: int) -> NDArray[Any]:
-    """What `read_numbers` gives of a file that is opened for it."""
+    """read_numbers of a file that is opened for this."""
     with opened(path) as file:
         return read_numbers(file, dtype, offset, count, path)
 
 
 def read_head(path: Place, size: int) -> bytes:
-    """The first bytes of a file: fewer than `size` only if it ends there. Raises ValueError if it cannot be read."""
+    """The first bytes of a file, fewer than `size` only if it ends. Raises ValueError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(size)

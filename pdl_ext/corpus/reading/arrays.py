@@ -1,4 +1,4 @@
-"""Arrays of ids as batches of tokens, and files that hold some by their names."""
+"""Arrays of ids as batches of tokens, and the choice of an array in a file of several."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = [
 
 ZIP_MAGIC = b"PK\3\4"
 _EMPTY_ZIP_MAGIC = b"PK\5\6"
-# What Python's zipfile raises of damaged archives.
+# The errors that Python's zipfile raises for damaged archives.
 ZIP_ERRORS = (
     *(zipfile.BadZipFile, OSError, EOFError, zlib.error, struct.error, UnicodeDecodeError, OverflowError),
-    # Of methods and encryption that it does not know.
+    # For unknown methods and encryption.
     *(NotImplementedError, RuntimeError),
 )
-# As many as a core's cache holds while they are counted.
+# They fit into a core's cache while they are counted.
 _BATCH_TOKENS = 2**18
 
 
@@ -47,9 +47,9 @@ def array_batches(array: NDArray[Any], shifted: bool) -> Iterator[Batch]:
 
 
 def row_batches(pieces: Iterable[NDArray[Any]], row: int, shifted: bool) -> Iterator[Batch]:
-    """The ids of rows of a length, which come in pieces of any size, one after the other.
+    """The ids of rows of one length, which come in consecutive pieces of any size.
 
-    shifted: whether the first id of each row is no target.
+    shifted: whether the first id of each row is not a target.
     """
     start = 0
     for piece in pieces:
@@ -62,16 +62,16 @@ def row_batches(pieces: Iterable[NDArray[Any]], row: int, shifted: bool) -> Iter
 
 
 def chosen_array(path: Place, axes: Mapping[str, int], refused: Mapping[str, ValueError], options: ReadOptions) -> str:
-    """The name of the array with the tokens, of those in a file.
+    """The name of the array in a file that holds the tokens.
 
-    axes: how many each array of integers has, by its name; refused: of what is none, why.
-    Raises ValueError that names the file, if none is there or several may be meant, or for columns beside the tokens.
+    axes: the number of axes of each array of integers, by name. refused: for each other entry, the error that says why.
+    Raises ValueError that names the file if there is no such array or more than one, or for columns beside the tokens.
     """
     policy = options.policy
     for option in ("mask", "skip_prompt"):
         if getattr(policy, option) is not None:
             raise ValueError(
-                f"{path}: got {option} {getattr(policy, option)!r}, expected None: of a file of arrays one is read"
+                f"{path}: got {option} {getattr(policy, option)!r}, expected None: only one array of a file is read"
             )
     name = policy.column
     if name is None:
@@ -120,7 +120,7 @@ def check_whole_zip(path: Place, writer: str) -> None:
 
 
 def zip_names(path: Place) -> list[str]:
-    """What a zip archive holds; nothing of a file that is none."""
+    """The names in a zip archive; empty for a file that is not an archive."""
     with contextlib.suppress(*ZIP_ERRORS), path.open("rb") as file, zipfile.ZipFile(file) as archive:
         return archive.namelist()
     return []

@@ -1,4 +1,4 @@
-"""Arrow's streams: what Arrow's own files and Hugging Face's datasets have in common."""
+"""Arrow's streams, which Arrow's own files and Hugging Face's datasets share."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pdl_ext.storage.place import Place, RemotePath
 
 __all__ = ["CONTINUATION", "StreamSource", "arrow_file", "read_options", "read_stream"]
 
-# What each message of a stream begins with.
+# The beginning of each message of a stream.
 CONTINUATION = b"\xff\xff\xff\xff"
 _END_OF_STREAM = CONTINUATION + bytes(4)
 
 
 class StreamSource(Source):
-    """A stream of record batches, each of which is read whole: one part.
+    """A stream of record batches, each of which is read completely: one part.
 
-    choose: which rows are counted of all that are read.
+    choose: selects the rows to count among all that are read.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class StreamSource(Source):
 
 
 def read_stream(path: Place, names: Sequence[str] = ()) -> Iterator[Rows]:
-    """All rows of a stream, with the columns named, or all. Raises ValueError that names a file which is damaged."""
+    """All rows of a stream, with the named columns, or all. Raises ValueError that names a damaged file."""
     with arrow_errors(path, "Arrow"), arrow_file(path) as file:
         with _stream_reader(path, file) as reader:
             fields = [reader.schema.get_field_index(name) for name in names]
@@ -76,7 +76,7 @@ def read_stream(path: Place, names: Sequence[str] = ()) -> Iterator[Rows]:
 
 
 def _stream_reader(path: Place, file: Any, fields: Sequence[int] = ()) -> Any:
-    # A reader takes the end of the file for the end of the stream, so that one which was cut off would go unseen.
+    # A reader accepts the end of the file as the end of the stream, so a truncated stream would not be noticed.
     file.seek(max(0, file.size() - len(_END_OF_STREAM)))
     if file.read(len(_END_OF_STREAM)) != _END_OF_STREAM:
         raise ValueError(f"{path}: does not end with the mark of a stream's end: it was cut off, or is no Arrow file")
@@ -93,5 +93,5 @@ def arrow_file(path: Place) -> Any:
 def read_options(fields: Sequence[int]) -> Any:
     """Options to read the columns with these numbers, or all."""
     ipc = require("pyarrow.ipc", "corpus")
-    # Not by threads: those that count read a part each.
+    # Without threads: each counting thread already reads a part.
     return ipc.IpcReadOptions(use_threads=False, included_fields=list(fields))

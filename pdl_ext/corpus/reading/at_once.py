@@ -1,4 +1,4 @@
-"""Asks a store many things at once, since it takes its time for each."""
+"""Many concurrent requests to a store, since each takes time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _AT_ONCE = 32
 
 
 def in_order(function: Callable[[T], R], items: Sequence[T], *, at_once: bool) -> Iterator[R]:
-    """What a function makes of each item, in their order; with `at_once` of many at a time, in threads.
+    """The results of a function for items, in their order; with `at_once` many are computed concurrently, in threads.
 
-    Raises what the function raises of the first item that it fails at.
+    Raises the error of the first item for which the function fails.
     """
     if not at_once or len(items) < 2:
         yield from map(function, items)
@@ -29,7 +29,7 @@ def in_order(function: Callable[[T], R], items: Sequence[T], *, at_once: bool) -
 
 
 def begun(items: Iterator[T]) -> Iterator[T]:
-    """The same items, of which the first is made from now on, in a thread. What it raises is raised in its place."""
+    """The same items; a thread begins to produce the first one at once. Its error is raised in its place."""
     first: concurrent.futures.Future[list[T]] = concurrent.futures.Future()
 
     def begin() -> None:

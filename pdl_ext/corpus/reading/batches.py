@@ -1,4 +1,4 @@
-"""Small batches of tokens, put together to ones that are worth a call."""
+"""Joins small batches of tokens to larger ones, which are worth a call."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pdl_ext.corpus.source import Batch, as_countable
 
 __all__ = ["BATCH_TOKENS", "copied", "joined"]
 
-# Few enough to stay in a core's cache, enough to outweigh a call.
+# Few enough to stay in a core's cache, enough to outweigh the cost of a call.
 BATCH_TOKENS = 2**16
-# Also of empty ones.
+# A limit that also holds for empty batches.
 _HELD = 2**14
 
 
 def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same tokens in copies of BATCH_TOKENS at most, or of one batch that has more, each of one dtype."""
+    """The same tokens in copies, each of one dtype and at most BATCH_TOKENS, unless a single batch has more."""
     held: list[Batch] = []
     size = 0
     for batch in batches:
@@ -31,12 +31,12 @@ def joined(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def copied(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The same tokens, small batches joined, of views that hold only until the next one is asked for."""
+    """The same tokens, small batches joined. The given batches are views that are valid only until the next one."""
     held: list[Batch] = []
     size = 0
     for batch in batches:
         if batch.tokens.size >= BATCH_TOKENS:
-            # It is counted before the next one is asked for.
+            # It is counted before the next one is requested.
             yield batch
             continue
         held.append(Batch(batch.tokens.copy(), batch.is_target))
@@ -48,7 +48,7 @@ def copied(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _join(batches: list[Batch]) -> Batch:
-    # A copy also of one, which may lie at an odd address.
+    # A single batch is copied, too: its address may not be aligned.
     tokens = as_countable(np.concatenate([batch.tokens for batch in batches]))
     if all(batch.is_target is None for batch in batches):
         return Batch(tokens)

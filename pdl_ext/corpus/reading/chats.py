@@ -1,4 +1,4 @@
-"""Rows of supervised finetuning: chats, prompts with completions, and texts, under the names that data sets have."""
+"""Rows of supervised finetuning: chats, prompts with completions, and texts, by the usual names of columns."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Messages = list[dict[str, Any]]
 _PROMPT = ("prompt", "completion")
 _ALPACA = ("instruction", "output")
 _TEXT = ("text",)
-# Of which the first that a row has is taken.
+# The first of these that a row has is used.
 _LAYOUTS = (_PROMPT, ("messages",), ("conversations",), _TEXT, _ALPACA)
-# What a chat template is given besides, what Alpaca's rows have besides, and what is refused.
+# Further columns: arguments of chat templates, Alpaca's input, and columns that are refused.
 _BESIDE = ("tools", "chat_template_kwargs", "input", "system", "history", "image", "images")
-# ShareGPT's names of those who speak.
+# ShareGPT's names of the speakers.
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Of Stanford's Alpaca, for tokenizers without a chat template.
+# Stanford Alpaca's prompts, for tokenizers without a chat template.
 _ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -35,16 +35,16 @@ _ALPACA_PROMPT_WITH_INPUT = (
 
 
 class Text(NamedTuple):
-    """A row of text: an answer, behind a prompt or without one."""
+    """A row of text: an answer, with or without a prompt before it."""
 
     prompt: str | None
     answer: str
 
 
 class Chat(NamedTuple):
-    """A row of messages: an answer, behind a prompt or without one.
+    """A row of messages: an answer, with or without a prompt before it.
 
-    tools, template_options: for the chat template, as the row has them.
+    tools, template_options: the row's arguments of the chat template.
     """
 
     prompt: Messages | None
@@ -54,7 +54,7 @@ class Chat(NamedTuple):
 
 
 class _MessagePlace(NamedTuple):
-    """Where a message is, as errors print it: a row's place may look for its line only then."""
+    """The position of a message, for errors. The row's place may search for its line only when it is printed."""
 
     of_row: object
     number: int
@@ -70,7 +70,7 @@ def are_chats(names: Collection[str]) -> bool:
 
 
 def columns_to_learn(names: Collection[str], options: ReadOptions) -> list[str]:
-    """The columns that `example_of` reads; empty if they hold nothing that options.policy.learn learns of."""
+    """The columns that `example_of` reads; empty if they contain no targets of options.policy.learn."""
     if not any(all(name in names for name in layout) for layout in _layouts(options)):
         return []
     wanted = {name for layout in _layouts(options) for name in layout}
@@ -78,10 +78,10 @@ def columns_to_learn(names: Collection[str], options: ReadOptions) -> list[str]:
 
 
 def example_of(row: Mapping[str, Any], options: ReadOptions, place: object, *, has_template: bool) -> Chat | Text:
-    """What is to be learned of a row. A column that is null is not there.
+    """The example to learn from a row. A column that is null counts as missing.
 
-    place: of the row, which errors print; has_template: whether Alpaca's rows become chats, and not texts.
-    Raises ValueError that names the place and the column, for a row that has none, or holds something else in it.
+    place: of the row, for errors; has_template: whether Alpaca's rows become chats instead of texts.
+    Raises ValueError that names the place and the column, for a row without an example or with an unexpected value.
     """
     row = {name: value for name, value in row.items() if value is not None}
     layout = next((names for names in _layouts(options) if all(name in row for name in names)), None)
@@ -89,7 +89,7 @@ def example_of(row: Mapping[str, Any], options: ReadOptions, place: object, *, h
         expected = ", ".join(" and ".join(map(repr, names)) for names in _layouts(options))
         raise ValueError(
             f"{place}: has {', '.join(map(repr, list(row)[:10])) or 'nothing'}, expected {expected} for learn "
-            f"{options.policy.learn} (--learn; --column names another; of token ids --mask or --skip-prompt tells)"
+            f"{options.policy.learn} (--learn; --column names another; for token ids use --mask or --skip-prompt)"
         )
     for name in ("image", "images"):
         if row.get(name):
@@ -129,7 +129,7 @@ def _tools(row: Mapping[str, Any], place: object) -> list[Any] | None:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: 'tools' is no JSON ({error}), expected a list") from error
+            raise ValueError(f"{place}: 'tools' is not JSON ({error}), expected a list") from error
     if tools is not None and not isinstance(tools, list):
         raise ValueError(f"{place}: 'tools' is {type(tools).__name__}, expected a list")
     return tools
@@ -145,7 +145,7 @@ def _template_options(row: Mapping[str, Any], place: object) -> Mapping[str, Any
 def _message(message: Any, place: object) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {type(message).__name__}, expected an object with role and content")
-    # Columns have all keys in all rows.
+    # Columns of Arrow have all keys in all rows.
     message = {key: value for key, value in message.items() if value is not None}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
@@ -162,7 +162,7 @@ def _message(message: Any, place: object) -> dict[str, Any]:
 
 def _check_content(message: Mapping[str, Any], place: object) -> None:
     content = message.get("content")
-    # What calls a tool may say nothing.
+    # A message that calls a tool may have no content.
     if isinstance(content, str) or (content is None and "tool_calls" in message):
         return
     if not isinstance(content, list):

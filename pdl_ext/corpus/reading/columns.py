@@ -1,4 +1,4 @@
-"""Columns of Arrow record batches as batches of tokens: what Parquet, Arrow and Hugging Face datasets come down to."""
+"""Columns of Arrow record batches as batches of tokens, for Parquet, Arrow and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["TEXT_COLUMN", "TOKEN_COLUMNS", "Columns", "Rows", "arrow_errors"]
 
-# What is read where no column is named: the first of these that is there.
+# The columns that are read if none is named: the first of these that exists.
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 TEXT_COLUMN = "text"
-# As many as a core's cache holds while they are counted.
+# They fit into a core's cache while they are counted.
 _BATCH_TOKENS = 2**18
 _TEXTS = 64
 
 
 class Rows(NamedTuple):
-    """Some rows of a file: a record batch, the number of each row, and what the numbers count from, for errors.
+    """Some rows of a file: a record batch, the number of each row, and the origin of these numbers, for errors.
 
-    end: the byte of the file where they end, of what is read from front to back.
+    end: the byte of the file at which they end, if it is read from front to back.
     """
 
     batch: Any
@@ -40,23 +40,23 @@ class Rows(NamedTuple):
 
 @contextlib.contextmanager
 def arrow_errors(path: Place, format_name: str) -> Iterator[None]:
-    """Turns what pyarrow raises of a damaged file into a ValueError that names it."""
+    """Turns pyarrow's errors for a damaged file into a ValueError that names it."""
     pa = require("pyarrow", "corpus")
     try:
         yield
     except (pa.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: is damaged or no {format_name} file ({reason})") from error
+        raise ValueError(f"{path}: is damaged or not in the {format_name} format ({reason})") from error
 
 
 class Columns:
-    """Which columns of a file are read, and how their rows become batches.
+    """The columns of a file that are read, and the conversion of their rows to batches.
 
-    A column of tokens holds lists of integers, each a sequence, or an integer a row, of no sequence; with
-    options.tokenizer also texts. With options.policy.learn the columns are those of supervised finetuning.
+    A column of tokens holds lists of integers, each a sequence, or one integer per row, without sequences. With
+    options.tokenizer it may also hold texts. With options.policy.learn the columns are those of supervised finetuning.
 
     names: the columns read; dtype: of the tokens, a name in TOKEN_DTYPES, or "text".
-    Raises ValueError that names the file, if a column is missing or does not hold what it should.
+    Raises ValueError that names the file, if a column is missing or has an unexpected type.
     """
 
     def __init__(self, path: Place, schema: Any, options: ReadOptions) -> None:
@@ -94,7 +94,7 @@ class Columns:
                 raise ValueError(f"{path}: column {self._tokens!r} holds bool, expected integers")
             if kind == "flat" and self._policy.targets == "shifted":
                 raise ValueError(
-                    f"{path}: column {self._tokens!r} holds a token a row, which does not tell where sequences begin: "
+                    f"{path}: column {self._tokens!r} holds one token per row, without the beginnings of sequences: "
                     "expected lists of tokens for targets 'shifted'"
                 )
             stated = str(_numbers(self._type(self._tokens)))
@@ -133,10 +133,10 @@ class Columns:
             defaults = (*TOKEN_COLUMNS, TEXT_COLUMN)
             got = [f"{field.name} ({field.type})" if field.name in defaults else field.name for field in self._schema]
             flat = [name for name in TOKEN_COLUMNS if self._is_unique(name) and self._kind(name) == ("flat", "integer")]
-            # Which may be ids as well as how many there are.
-            named = f"--column {flat[0]} takes it for an id a row" if flat else "name another with --column"
+            # Such a column may hold ids, or numbers of ids.
+            named = f"--column {flat[0]} reads it as one id per row" if flat else "name another with --column"
             if are_chats(self._schema.names):
-                named = "tell by --learn what is learned"
+                named = "choose the targets by --learn"
             raise ValueError(
                 f"{self._path}: got the columns {', '.join(got) or '(none)'}, expected lists of token ids in one of "
                 f"{', '.join(TOKEN_COLUMNS)}, or {TEXT_COLUMN} with a tokenizer: {named}"
@@ -167,7 +167,7 @@ class Columns:
         return self._schema.field(name).type
 
     def _kind(self, name: str) -> tuple[str | None, str | None]:
-        """Whether a column holds "lists" or "flat" numbers, which are "integer" or "bool", or "text"; None: neither."""
+        """A column's kind, "lists", "flat" or "text", or None, and its numbers: "integer", "bool" or None."""
         types = require("pyarrow.types", "corpus")
         storage = _storage_type(self._type(name))
         if types.is_string(storage) or types.is_large_string(storage) or types.is_string_view(storage):
@@ -181,7 +181,7 @@ class Columns:
         if kind == "text" or other[0] != kind or other[1] not in numeric:
             raise ValueError(
                 f"{self._path}: column {name!r} holds {self._type(name)} beside {self._tokens!r} with "
-                f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one a token id"
+                f"{self._type(self._tokens)}, expected {' or '.join(numeric)} values, one per token id"
             )
 
     def _texts(self, rows: Iterable[Rows]) -> Iterator[PlacedText]:
@@ -221,18 +221,18 @@ class Columns:
             row = int(np.flatnonzero(own != offsets)[0]) - 1
             raise ValueError(
                 f"{self._path}: column {name!r} has {own[row + 1] - own[row]} values in {self._row(rows, row)}, "
-                f"expected {offsets[row + 1] - offsets[row]}, one a token of {self._tokens!r}"
+                f"expected {offsets[row + 1] - offsets[row]}, one per token of {self._tokens!r}"
             )
         return values
 
     def _values(self, rows: Rows, name: str) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
-        """The numbers of all rows, and where among them each row begins and the last one ends; None: a number a row."""
+        """The numbers of all rows, and the positions where rows begin and the last ends; None if rows are numbers."""
         pa = require("pyarrow", "corpus")
         array = self._array(rows, name)
         if pa.types.is_fixed_size_list(array.type):
             values, offsets = array.flatten(), np.arange(len(array) + 1) * array.type.list_size
         elif pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-            # It leaves out what a slice leaves out; the offsets do not.
+            # flatten() respects a slice; the offsets do not.
             values, offsets = array.flatten(), array.offsets.to_numpy().astype(np.int64)
             offsets -= offsets[0]
         else:
@@ -260,7 +260,7 @@ class Columns:
 
     def _valid(self, rows: Rows, name: str) -> Any:
         array = rows.batch.column(name)
-        # Reading trusts the file: without this, a wrong offset is read from memory that is another's.
+        # Reading trusts the file: without this, a wrong offset would read memory of other objects.
         array.validate(full=True)
         return array
 
@@ -269,7 +269,7 @@ class Columns:
 
 
 def _storage_type(type: Any) -> Any:
-    """The type of what is stored, of extension types and dictionaries."""
+    """The stored type behind extension types and dictionaries."""
     pa = require("pyarrow", "corpus")
     while True:
         if isinstance(type, pa.BaseExtensionType):
@@ -281,7 +281,7 @@ def _storage_type(type: Any) -> Any:
 
 
 def _numbers(type: Any) -> Any:
-    """What lists hold; of other types, themselves."""
+    """The type of the elements of lists; of other types, themselves."""
     types = require("pyarrow.types", "corpus")
     type = _storage_type(type)
     is_list = types.is_list(type) or types.is_large_list(type) or types.is_fixed_size_list(type)

@@ -1,4 +1,4 @@
-"""Compressed files as blocks of what they hold, in a memory that no file can make larger."""
+"""Compressed files as blocks of their content, with bounded memory."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["SUFFIXES", "BytesRead", "compression_of", "decompressed"]
 
-# By the names that files end in.
+# By the suffixes of names.
 SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4"}
 _BLOCK_BYTES = 2**18
-# What a file may ask for to be decompressed: xz -9 takes half of it. Of zstd it is the library's own limit; the others
-# have none above 8 MiB.
+# The most memory for decompressing a file: xz -9 takes half of it. For zstd it is the library's own limit; the others
+# need at most 8 MiB.
 _MEMORY_BYTES = 2**27
 
 
 def compression_of(path: Place) -> str | None:
-    """The compression that a name tells, one of SUFFIXES; None if it tells none."""
+    """The compression that a name indicates, one of SUFFIXES; None without one."""
     return SUFFIXES.get(path.suffix.lower())
 
 
 class BytesRead:
-    """How many bytes of a compressed file were read so far: somewhat more than those of the blocks they made."""
+    """How many bytes of a compressed file were read so far, which is somewhat ahead of the blocks returned."""
 
     number = 0
 
 
 def decompressed(path: Place, compression: str, read: BytesRead | None = None, start: int = 0) -> Iterator[bytes]:
-    """What a file holds from a byte on, in blocks of 256 KiB at most, with 128 MiB of memory at most.
+    """The content of a file from a byte on, in blocks of at most 256 KiB, with at most 128 MiB of memory.
 
-    read: is told with each block how much of the file was read.
-    Raises ValueError that names a file which cannot be read, is damaged or cut off, or asks for more memory.
+    read: is updated with each block to the number of bytes read.
+    Raises ValueError that names a file which cannot be read, is damaged or truncated, or needs more memory.
     """
     if compression in ("zstd", "lz4"):
         require("pyarrow", "corpus")
@@ -65,10 +65,9 @@ def _stream(file: Any, compression: str) -> Any:
 
 
 class _Streams:
-    """Streams one after the other, with some padding between them, read like any file.
+    """Consecutive streams, with some padding between them, read like any file.
 
-    Python's own LZMAFile takes as much memory as a file asks for, and its BZ2File leaves out what follows a stream
-    without a word.
+    Python's own LZMAFile uses as much memory as a file requests. Its BZ2File silently ignores data after a stream.
     """
 
     def __init__(self, file: Any, new: Callable[[], Any], padding: bytes = b"") -> None:
@@ -76,7 +75,7 @@ class _Streams:
         self._decompressor = new()
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes, none only at the end. Raises EOFError for a file that is cut off."""
+        """At most `size` bytes, none only at the end. Raises EOFError for a truncated file."""
         data = b""
         while True:
             if self._decompressor.eof:

@@ -1,4 +1,4 @@
-"""Tokens that lie one after the other in a file, whatever stands before them: what most formats come down to."""
+"""Consecutive tokens in a file, after any header: the basis of most formats."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["BUFFER_BYTES", "AscendingNumbers", "FlatSource"]
 
-# Small enough that counting finds it in the last cache, large enough that the calls for each cost next to nothing.
+# Small enough to be in the last cache when it is counted, large enough that the calls cost almost nothing.
 BUFFER_BYTES = 2**21
 
 
 class FlatSource(Source):
-    """Tokens [first_byte, first_byte + tokens * itemsize) of a file, with so many bytes behind them.
+    """Consecutive tokens of a file, between a header of first_byte bytes and bytes_behind further bytes.
 
-    tokens: as many as the file states, None if it does not. starts_between(a, b): the positions in [a, b) of the tokens
-    that begin a sequence, whose first token is no target with policy.targets "shifted", the first of all left out or
-    not; None: the file is one sequence. mask: a file with one byte a token, 0 where it is no target. is_given: whether
-    the dtype is the user's word, and no file's. has_columns: whether policy.column named the tokens.
+    tokens: the number that the file states, None if it states none. starts_between(a, b): the positions from a to
+    before b where a sequence starts; with targets "shifted" those tokens are not counted. Position 0 may be included or
+    not. None: the file is one sequence. mask: a file with one byte per token, 0 where it is not a target. is_given:
+    whether the dtype comes from the user, not from the file. has_columns: whether policy.column named the tokens.
 
     A part is a range of tokens.
     """
@@ -68,7 +68,7 @@ class FlatSource(Source):
                 f"{first_byte} on"
             )
         if mask is not None and self.stamps[mask].size != tokens:
-            raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one a token of {path}")
+            raise ValueError(f"{mask}: got {self.stamps[mask].size} bytes, expected {tokens}, one per token of {path}")
         self.first_byte = first_byte
         self.tokens = tokens
         self._options = options
@@ -131,13 +131,13 @@ class FlatSource(Source):
 
 
 class AscendingNumbers:
-    """Integers that ascend, equal ones beside each other, in a file of any size, of which few are held in memory.
+    """Integers in ascending order, possibly with equal ones, in a file of any size; only a few are held in memory.
 
     last: the last of them, 0 if there is none.
-    Raises ValueError that names the file and the place if they do not ascend from 0 or more.
+    Raises ValueError that names the file and the position if they do not ascend from 0 or more.
     """
 
-    # Of so many, one is held; the others are read when they are asked for.
+    # One in so many is held; the others are read on request.
     _STEP = 1024
 
     def __init__(self, path: Place, dtype: str, first_byte: int, count: int) -> None:
@@ -157,10 +157,10 @@ class AscendingNumbers:
         self._held = np.concatenate(held) if held else np.zeros(0, np.int64)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The numbers of a range, as pairs of a position and those from there on."""
+        """The numbers of a range, as pairs of a position and the numbers from there on."""
         stop = self._count if stop is None else stop
         itemsize = np.dtype(self._dtype).itemsize
-        # A multiple of _STEP, so that those held are evenly spaced.
+        # A multiple of _STEP, so that the held numbers are evenly spaced.
         per_block = 32 * self._STEP
         if start >= stop:
             return
@@ -172,8 +172,8 @@ class AscendingNumbers:
                 yield block, read_numbers(file, self._dtype, offset, count, self._path).astype(np.int64)
 
     def between(self, low: int, high: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The numbers in [low, high), as pairs of a position and those from there on, none of which is empty."""
-        # The last one held below `low` may have others that are not below it behind it.
+        """The numbers from low to before high, as pairs of a position and the numbers from there on, none empty."""
+        # After the last held number below `low` there may be further ones below it.
         start = max(0, int(np.searchsorted(self._held, low)) - 1) * self._STEP
         stop = min(int(np.searchsorted(self._held, high)) * self._STEP, self._count)
         for position, numbers in self.blocks(start, stop):
@@ -182,12 +182,12 @@ class AscendingNumbers:
                 yield position + int(first), numbers[first:end]
 
     def distinct_between(self, low: int, high: int) -> NDArray[np.int64]:
-        """The numbers in [low, high), each once."""
+        """The numbers from low to before high, each once."""
         return distinct(numbers for _, numbers in self.between(low, high))
 
 
 def distinct(ascending: Iterator[NDArray[np.int64]]) -> NDArray[np.int64]:
     """The numbers of some arrays, each once."""
-    # Each array by itself first: however often a number is repeated, no more than the distinct ones are held.
+    # Each array separately first: however often a number is repeated, only the distinct ones are held.
     found = [np.unique(numbers) for numbers in ascending]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""Files of kinds that are not read: what each is called, what it is told by, and what can be done with it."""
+"""Kinds of files that are not supported: their names, how they are recognised, and what to do with them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["HEAD_BYTES", "KINDS", "Kind", "kind_of", "kind_of_content", "kind_of_lines"]
 
-# As far as tar's mark.
+# Up to tar's magic.
 HEAD_BYTES = 512
 
 
 class Kind(NamedTuple):
     """A kind of file.
 
-    name: with its article. remedy: what to do. suffixes: of names, in lower case. is_text: whether it is a text like
-    any other.
+    name: with its article. remedy: what to do. suffixes: of names, in lower case. is_text: whether it also counts as
+    plain text.
 
-    recognises: whether a file's first bytes are those of one, which hardly any tokens are by chance.
+    recognises: whether a file's first bytes are those of this kind, which tokens hardly ever are by chance.
     """
 
     name: str
@@ -45,12 +45,12 @@ def _is_gzip(head: bytes) -> bool:
 
 
 def _is_pickle(head: bytes) -> bool:
-    # Protocol 4 or 5, and a frame whose length stands in 8 bytes. Those before begin with two bytes only.
+    # Protocol 4 or 5, and a frame with its length in 8 bytes. Earlier protocols begin with two bytes only.
     return head[:3] in (b"\x80\x04\x95", b"\x80\x05\x95") and head[7:11] == bytes(4)
 
 
 def _is_safetensors(head: bytes) -> bool:
-    # The length of the JSON that follows, of which much is printable: 8 bytes of ids may pass for a length.
+    # The length of the JSON that follows, and printable JSON: 8 bytes of ids alone could be a length.
     return (
         head[4:8] == bytes(4)
         and head[8:10] == b'{"'
@@ -61,7 +61,7 @@ def _is_safetensors(head: bytes) -> bool:
 
 
 def _is_utf_16(head: bytes) -> bool:
-    # With a mark, or letters of ASCII each beside a null, which no text has.
+    # With a byte order mark, or ASCII letters each beside a null, which other text does not have.
     pairs = head[: len(head) // 2 * 2]
     return head.startswith((b"\xff\xfe", b"\xfe\xff")) or any(
         len(pairs) >= 4 and not any(pairs[null::2]) and all(pairs[1 - null :: 2]) for null in (0, 1)
@@ -80,7 +80,7 @@ _TFRECORD = _IN_PYTHON + (
     'count_corpus((e["input_ids"] for e in tfrecord.tfrecord_loader(path, None)), vocab_size) with the package tfrecord'
 )
 _HDF5 = _IN_PYTHON + 'count_corpus([h5py.File(path)["input_ids"][:]], vocab_size)'
-_PICKLE = "it runs whatever it holds: load it where you trust it, and give its arrays of ids to count_corpus"
+_PICKLE = "loading it can run any code: load it only if you trust it, and pass its arrays of ids to count_corpus"
 _CONVERT = "convert it to JSON lines or Parquet"
 
 KINDS = (
@@ -105,7 +105,7 @@ KINDS = (
     Kind("xz data", _DECOMPRESS, (".xz", ".lzma"), _starts(b"\xfd7zXZ\0")),
     Kind("LZ4 data", _DECOMPRESS, (".lz4",), _starts(b"\x04\x22\x4d\x18")),
     Kind("snappy data", _DECOMPRESS, (".snappy", ".sz"), _starts(b"\xff\x06\0\0sNaPpY")),
-    # Since its version 1.6 PyTorch writes zip archives, which are read.
+    # Since version 1.6 PyTorch writes zip archives, which are supported.
     Kind("a file of PyTorch before 1.6", _TORCH, (), _starts(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19")),
     Kind("a zip archive", "unpack it first", (".zip",), _starts(b"PK\3\4", b"PK\5\6")),
     Kind("a 7z archive", _DECOMPRESS, (".7z",), _starts(b"7z\xbc\xaf\x27\x1c")),
@@ -133,10 +133,10 @@ KINDS = (
     Kind("tab-separated values", _CONVERT, (".tsv",)),
     Kind("a spreadsheet", _CONVERT, (".xls", ".xlsx")),
     Kind("XML", _CONVERT, (".xml",), _starts(b"<?xml "), is_text=True),
-    # One that begins with an object is taken for lines.
-    Kind("JSON that is no object a line", "convert it to JSON lines, an object a line", (".json",)),
+    # A file that begins with an object is read as lines.
+    Kind("JSON that is not one object per line", "convert it to JSON lines, one object per line", (".json",)),
 )
-# What text may be that is no UTF-8. Ids may begin so, too.
+# Encodings of text other than UTF-8. Ids may begin so, too.
 _TEXT_KINDS = (
     Kind("text in UTF-32", "convert it to UTF-8", recognises=_starts(b"\xff\xfe\0\0", b"\0\0\xfe\xff")),
     Kind("text in UTF-16", "convert it to UTF-8", recognises=_is_utf_16),
@@ -144,16 +144,16 @@ _TEXT_KINDS = (
 
 
 def kind_of_content(head: bytes) -> Kind | None:
-    """What a file's first HEAD_BYTES bytes tell, whatever its name is."""
+    """The kind by a file's first HEAD_BYTES bytes, whatever its name."""
     return next((kind for kind in KINDS if kind.recognises(head)), None)
 
 
 def kind_of_lines(head: bytes) -> Kind | None:
-    """What the first HEAD_BYTES bytes of a file of lines tell, if that is no text in UTF-8."""
+    """The kind by the first HEAD_BYTES bytes of a file of lines, unless it is text in UTF-8."""
     return next((kind for kind in (*KINDS, *_TEXT_KINDS) if kind.recognises(head) and not kind.is_text), None)
 
 
 def kind_of(path: Place, head: bytes) -> Kind | None:
-    """What the name of a file tells or, where that tells nothing, its first HEAD_BYTES bytes."""
+    """The kind by a file's name or, if that is of no kind, by its first HEAD_BYTES bytes."""
     named = next((kind for kind in KINDS if kind.suffixes and path.name.lower().endswith(kind.suffixes)), None)
     return named or kind_of_content(head)

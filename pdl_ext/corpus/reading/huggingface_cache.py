@@ -1,8 +1,8 @@
-"""Hugging Face's caches: which of their folders hold data, and what lies there that is none.
+"""Hugging Face's caches: which of their folders hold data, and which files there are no data.
 
-The root has hub/, files as they were downloaded, and datasets/, tables that were made of them. In hub/ a repository is
-a folder as datasets--owner--name, where snapshots/REVISION has links to the files of blobs/. In datasets/ a table lies
-three or four folders deep, and downloads/ has what it was made of.
+The root has hub/, downloaded files, and datasets/, tables made from them. In hub/ a repository is a folder such as
+datasets--owner--name, in which snapshots/REVISION has links to the files of blobs/. In datasets/ a table is three or
+four folders deep, and downloads/ has its source files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pdl_ext.storage.place import Place, RemotePath
 __all__ = ["cached_datasets", "is_about_data"]
 
 _REPOSITORY = re.compile(r"(datasets|models|spaces)--.+")
-# What lies beside the data in a repository.
+# Files beside the data in a repository.
 _ABOUT_DATA = re.compile(r"(README|LICENSE|CITATION)(\..*)?|dataset_infos\.json|.*\.py", re.IGNORECASE)
 _SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "eval")
 
@@ -26,16 +26,16 @@ _SPLITS = ("train", "training", "test", "validation", "valid", "val", "dev", "ev
 def cached_datasets(folder: Place) -> list[Path] | None:
     """The folders with data of a cache, of its hub or tables, or of a repository in it; None for any other folder.
 
-    Caches are on disk. Warns of what is left out. Raises ValueError that names a repository with several revisions or
-    splits.
+    Caches are on disk. Warns of repositories that are left out. Raises ValueError that names a repository with several
+    revisions or splits.
     """
     if isinstance(folder, RemotePath):
         return None
     hub, tables = folder / "hub", folder / "datasets"
-    # Nothing else is looked into there: a token lies beside them.
+    # Nothing else there is opened: an access token is stored beside them.
     if _is_hub(hub) or (folder.name == "huggingface" and _is_tables(tables)):
         made = _tables(tables) if tables.is_dir() else []
-        # Of what there are tables, the files are the same data once more.
+        # Files with tables made from them are the same data a second time.
         return _snapshots(hub, without={path.name.lower(): path for path in made}) + made
     if _is_hub(folder):
         return _snapshots(folder)
@@ -64,7 +64,7 @@ def _is_hub(folder: Path) -> bool:
 
 
 def _is_tables(folder: Path) -> bool:
-    # One of the two is there; the search, of four levels, is not for any folder.
+    # One of the two exists in every cache; the search over four levels is too expensive for every folder.
     is_likely = (folder / "downloads").is_dir() or any(folder.glob("*.lock"))
     return is_likely and any(any(folder.glob(f"{levels}/dataset_info.json")) for levels in ("*/*/*", "*/*/*/*"))
 
@@ -80,7 +80,7 @@ def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) ->
     others = [path for path in repositories if not path.name.startswith("datasets--")]
     if others:
         more = f" and {len(others) - 1} other repositories" if len(others) > 1 else ""
-        warn(f"{others[0]}{more}: are no datasets, and left out of those in {hub}")
+        warn(f"{others[0]}{more}: not a dataset, so left out of those in {hub}")
     found: list[Path] = []
     twice: list[tuple[Path, Path]] = []
     for path in repositories:
@@ -102,7 +102,7 @@ def _snapshots(hub: Path, without: Mapping[str, Path] = MappingProxyType({})) ->
 
 
 def _snapshot(repository: Path) -> list[Path]:
-    """The only revision, or the one that `main` is."""
+    """The only revision, or that of `main`."""
     revisions = sorted(path for path in (repository / "snapshots").iterdir() if path.is_dir())
     if len(revisions) > 1:
         main = repository / "refs" / "main"

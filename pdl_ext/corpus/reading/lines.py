@@ -1,4 +1,4 @@
-"""Files of lines, plain or compressed: what plain text and JSON lines have in common."""
+"""Files of lines, plain or compressed: the common part of plain text and JSON lines."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["Line", "LinePlace", "LineSource", "has_suffix"]
 
-# Encoding is slow: seconds of it, and no more, are lost at a crash.
+# Encoding is slow: a crash loses seconds of it, and no more.
 _PART_BYTES = 2**22
 _BLOCK_BYTES = 2**18
-# Of a compressed file: of its texts, and of what tells how much it was compressed.
+# Bytes of a compressed file's sample: its texts, and the content by which its compression is estimated.
 _SAMPLE_BYTES = 2**18
 _UNPACKED_BYTES = 2**23
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def has_suffix(path: Place, *suffixes: str) -> bool:
-    """Whether a name ends in one of the suffixes, with or without that of a compression behind it."""
+    """Whether a name ends in one of the suffixes, possibly followed by that of a compression."""
     name = path.name.lower()
     for suffix in SUFFIXES:
         name = name.removesuffix(suffix)
@@ -42,26 +42,26 @@ class Line(NamedTuple):
 
 
 class LinePlace:
-    """A byte of a file. As text it names the line, which is looked for only then: few lines are in error."""
+    """A byte of a file. As text it names the line, which is searched only then: few lines have errors."""
 
     def __init__(self, source: LineSource, offset: int) -> None:
         self._source, self._offset = source, offset
 
     def __str__(self) -> str:
         source, offset = self._source, self._offset
-        byte = f"byte {offset}{' of what it decompresses to' if source.is_compressed else ''}"
+        byte = f"byte {offset}{' of its decompressed content' if source.is_compressed else ''}"
         try:
             return f"{source.path}: line {source.line_number(offset)} ({byte})"
         except ValueError:
-            # The file is gone by now, or another.
+            # The file was removed or replaced.
             return f"{source.path}: {byte}"
 
 
 class LineSource(Source):
     """A file of UTF-8, with or without a byte order mark, or compressed; lines end in \\n or \\r\\n.
 
-    Raises ValueError that names one which begins as something else does.
-    A part is a range of bytes, and of the lines that begin in it; or the whole file if that is compressed.
+    Raises ValueError that names a file whose beginning is that of another kind.
+    A part is a range of bytes, with the lines that begin in it; a compressed file is one part.
     """
 
     def __init__(self, format_name: str, path: Place) -> None:
@@ -76,7 +76,7 @@ class LineSource(Source):
 
     def parts(self, size: int) -> Iterator[Part]:
         if self._compression:
-            # In bytes of what it decompresses to, of which nothing tells the number.
+            # In decompressed bytes, whose number is unknown.
             yield Part(0, sys.maxsize, self.size)
             return
         per_part = min(size, _PART_BYTES)
@@ -98,7 +98,7 @@ class LineSource(Source):
         return Sample(tokens, read.number * stop // max(unpacked, 1))
 
     def lines(self, part: Part) -> Iterator[Line]:
-        """The lines of a part. Raises ValueError for one above MAX_TEXT_BYTES, or data that cannot be decompressed."""
+        """The lines of a part. Raises ValueError for a line above MAX_TEXT_BYTES, and for damaged compressed data."""
         stop = part.stop
         begin = self._first_line(part.start, stop)
         if begin >= stop:
@@ -121,7 +121,7 @@ class LineSource(Source):
             yield _unmarked(Line(begin, bytes(pending).removesuffix(b"\r")))
 
     def whole(self) -> Line:
-        """All of the file as if it were one line. Raises ValueError for a file above MAX_TEXT_BYTES."""
+        """The whole file as one line. Raises ValueError for a file above MAX_TEXT_BYTES."""
         content = bytearray()
         for block in self._blocks(0, self.size):
             content += block
@@ -133,7 +133,7 @@ class LineSource(Source):
         return _unmarked(Line(0, bytes(content)))
 
     def decode(self, line: Line) -> str:
-        """The text of a line. Raises ValueError that names the line and the byte at which it is no UTF-8."""
+        """The text of a line. Raises ValueError that names the line and the byte that is not UTF-8."""
         try:
             return line.content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -144,7 +144,7 @@ class LineSource(Source):
         return LinePlace(self, offset)
 
     def line_number(self, offset: int) -> int:
-        """The number of the line, from 1 on, that a byte is in: the file is read again up to it."""
+        """The number of the line, from 1 on, that contains a byte: the file is read again up to it."""
         newlines = begin = 0
         for block in self._blocks(0, offset):
             newlines += block.count(b"\n", 0, max(0, offset - begin))
@@ -155,14 +155,14 @@ class LineSource(Source):
 
     @property
     def is_compressed(self) -> bool:
-        """Whether offsets are those of what the file decompresses to."""
+        """Whether offsets are positions in the decompressed content."""
         return self._compression is not None
 
     def _first_line(self, start: int, stop: int) -> int:
-        """Where the first line begins that begins in [start, stop), or stop if none does."""
+        """The first position from start to before stop where a line begins, or stop if there is none."""
         if start == 0:
             return 0
-        # With the byte before, which may end a line.
+        # Includes the byte before, which may end a line.
         begin = start - 1
         for block in self._blocks(begin, stop - 1):
             index = block.find(b"\n")
@@ -176,7 +176,7 @@ class LineSource(Source):
             raise ValueError(f"{self.place(offset)}: got a line above {MAX_TEXT_BYTES} bytes, expected shorter ones")
 
     def _blocks(self, begin: int, end: int) -> Iterator[bytes]:
-        """Bytes [begin, end) of the file, or all that it decompresses to, a bounded number at a time."""
+        """The file's bytes from begin to end, or all its decompressed content, in blocks of limited size."""
         return decompressed(self.path, self._compression) if self._compression else self._plain_blocks(begin, end)
 
     def _plain_blocks(self, begin: int, end: int) -> Iterator[bytes]:

@@ -11,12 +11,12 @@ from pdl_ext.storage.place import Place, is_file
 
 __all__ = ["listed_file", "read_json"]
 
-# As Python's objects it takes ten times as much.
+# As Python objects it takes ten times as much memory.
 _LARGEST = 2**26
 
 
 def read_json(path: Place) -> dict[str, Any]:
-    """The object in a file. Raises ValueError that names one which is damaged, holds none or is larger than 64 MiB."""
+    """The object in a file. Raises ValueError that names a file that is damaged, has no object or is above 64 MiB."""
     if Stamp.of(path).size > _LARGEST:
         raise ValueError(f"{path}: got {Stamp.of(path).size} bytes, expected {_LARGEST} at most")
     try:
@@ -29,11 +29,11 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 def listed_file(listing: Place, name: Any) -> Place:
-    """The path of a file by its name in a listing. Raises ValueError if it is not there, or outside the folder."""
+    """The path of a file by its name in a listing. Raises ValueError if it is missing or outside of the folder."""
     if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise ValueError(f"{listing}: got {name!r}, expected the name of a file in its folder")
     path = listing.parent / name
-    # Also of a name that none can have.
+    # This also covers names that no file can have.
     if not is_file(path):
         raise ValueError(f"{path}: is missing, which {listing.name} lists")
     return path

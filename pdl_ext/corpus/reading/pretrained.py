@@ -28,16 +28,17 @@ __all__ = [
 
 _Stamps = tuple[tuple[Place, Stamp], ...]
 
-# Of what transformers may read for a tokenizer, the model's configuration among it, and of no weights.
+# The files that transformers may read for a tokenizer. They include the model's configuration, but no weights.
 _SUFFIXES = (".json", ".jinja", ".txt", ".model")
-# Or each of several threads would load one for itself.
+# Otherwise each of several threads would load its own.
 _loading = threading.Lock()
 
 
 def tokenizer_stamps(path: Place) -> _Stamps:
-    """The files of a tokenizer, as they are now.
+    """The files of a tokenizer, with their present stamps.
 
-    Raises ValueError for one that cannot be read or is no file, for a folder without any, and for a store's folder.
+    Raises ValueError for a file that cannot be read or is not a regular file. It also does for a folder without such
+    files, and for a store's folder.
     """
     if isinstance(path, RemotePath):
         return ((path, _stamp_in_store(path)),)
@@ -61,7 +62,7 @@ def _stamp_in_store(path: RemotePath) -> Stamp:
     try:
         return Stamp.of(path)
     except ValueError:
-        # Asked only now: each part of a corpus asks for the stamp.
+        # Checked only after an error: the stamp is needed for each part of a corpus.
         if path.is_dir():
             raise ValueError(
                 f"{path}: got a folder in a store, expected a tokenizer.json there, or a folder on disk: copy it to one"
@@ -73,8 +74,8 @@ def load_tokenizer(options: ReadOptions) -> Any:
     """The `tokenizers` object of options.tokenizer, which is not None, without truncation, padding and dropout.
 
     Threads may share it.
-    Raises ValueError for one that is damaged or none, ImportError if the library is missing; warns of one with more
-    entries than options.vocab_size.
+    Raises ValueError for a damaged file or one of another kind, ImportError if the library is missing. Warns of a
+    tokenizer with more entries than options.vocab_size.
     """
     assert options.tokenizer is not None
     stamps = tokenizer_stamps(options.tokenizer)
@@ -90,18 +91,19 @@ def load_tokenizer(options: ReadOptions) -> Any:
 
 
 def load_pretrained(folder: Path) -> Any:
-    """The transformers tokenizer of a folder. No code in the folder is run, and no network is asked.
+    """The transformers tokenizer of a folder. It runs no code of the folder and uses no network.
 
-    Raises ValueError that names a folder which is damaged or holds no tokenizer, and for one that is no fast tokenizer.
-    Raises ImportError if transformers or Jinja is missing.
+    Raises ValueError that names a folder which is damaged, holds no tokenizer, or holds one that is not a fast
+    tokenizer. Raises ImportError if transformers or Jinja is missing.
     """
     return _load_pretrained(folder, tokenizer_stamps(folder))
 
 
 def text_of_token(path: Place) -> Callable[[int], str]:
-    """What gives the text of an id by a tokenizer's file or folder.
+    """A function that returns the text of an id, by a tokenizer's file or folder.
 
-    Raises ValueError for one that is damaged or none, and later for an id that it refuses.
+    Raises ValueError for a damaged tokenizer or a file of another kind. The function raises it for an id that the
+    tokenizer refuses.
     """
     tokenizer = _load(path, tokenizer_stamps(path))
 
@@ -113,9 +115,9 @@ def text_of_token(path: Place) -> Callable[[int], str]:
 
 
 def tokenizer_digest(path: Place) -> str:
-    """A digest of a tokenizer, 32 hexadecimal digits: of all of its file, or of what transformers makes of a folder.
+    """A digest of a tokenizer, 32 hexadecimal digits: of its whole file, or of the tokenizer in a folder.
 
-    The chat template is no part of it. Raises ValueError for a tokenizer that cannot be read.
+    The chat template is not part of it. Raises ValueError for a tokenizer that cannot be read.
     """
     if _is_folder(path):
         tokenizer = load_pretrained(path)
@@ -138,26 +140,26 @@ def chat_template_digest(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def errors_told_as(message: str, place: object = None) -> Iterator[None]:
-    """Turns what a library raises into a ValueError that begins with a message, behind a place if one is given."""
+    """Turns a library's errors into a ValueError that begins with a message, after a place if one is given."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        # The library raises nothing more special, and where it panics not even an Exception.
+        # The library raises no more specific error; when it panics, the error is not even an Exception.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        # A place may look for its line only now.
+        # A place may search for its line only now.
         raise ValueError(f"{'' if place is None else f'{place}: '}{message} ({reason})") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _load(path: Place, stamps: _Stamps) -> Any:
-    # By its stamps, so that a file which was replaced is loaded again.
+    # Cached by its stamps, so that a replaced file is loaded again.
     if _is_folder(path):
         return _load_pretrained(path, stamps).backend_tokenizer
     tokenizers = require("tokenizers", "corpus")
     content = path.read_bytes() if isinstance(path, RemotePath) else None
-    with errors_told_as(f"{path}: is damaged or no file of the tokenizers library"):
+    with errors_told_as(f"{path}: is damaged or not a file of the tokenizers library"):
         if content is None:
             return _plain(tokenizers.Tokenizer.from_file(str(path)))
         return _plain(tokenizers.Tokenizer.from_buffer(content))
@@ -166,9 +168,9 @@ def _load(path: Place, stamps: _Stamps) -> Any:
 @functools.lru_cache(maxsize=1)
 def _load_pretrained(folder: Path, stamps: _Stamps) -> Any:
     transformers = require("transformers", "chat")
-    # Which transformers asks for only when a template is used.
+    # transformers needs it only when a template is used.
     require("jinja2", "chat")
-    with errors_told_as(f"{folder}: is damaged or no folder of a transformers tokenizer"):
+    with errors_told_as(f"{folder}: is damaged or not a folder of a transformers tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
@@ -176,14 +178,14 @@ def _load_pretrained(folder: Path, stamps: _Stamps) -> Any:
         raise ValueError(
             f"{folder}: got a {type(tokenizer).__name__}, expected a fast tokenizer, which has a tokenizer.json"
         )
-    # As transformers sets it before each call.
+    # As transformers does before each call.
     tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
     _plain(tokenizer.backend_tokenizer)
     return tokenizer
 
 
 def _plain(tokenizer: Any) -> Any:
-    # The file may ask for these.
+    # The file may request these.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None) is not None:

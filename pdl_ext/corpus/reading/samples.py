@@ -1,8 +1,8 @@
-"""Shards of samples with columns: what MDS and litdata have in common.
+"""Shards of samples with columns: the common part of MDS and litdata.
 
-A shard begins with the number of samples and the byte that each begins at, then that where the last ends, all u32.
-Something of the format's own follows, then the samples. A sample: the sizes (u32) of those columns that have no fixed
-one, then what is in each column. It may be compressed as a whole.
+A shard begins with the number of samples, the first byte of each, and the end of the last, all u32. Data of the
+format's own follow, then the samples. A sample has the sizes (u32) of those columns without a fixed size, then the
+content of each column. A shard may be compressed as a whole.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _HEAD_BYTES = 2**14
 _WINDOW_BYTES = 2**20
 # Samples whose offsets are read at once.
 _OFFSETS = 2**14
-# Samples whose bytes tell of what width their numbers are.
+# The number of samples by which the width of their numbers is checked.
 _SAMPLES = 8
-# Samples of a compressed shard that tell how many tokens are in the rest.
+# Samples of a compressed shard by which the tokens in the rest are estimated.
 _SAMPLED = 64
-# Of a compressed shard these are held: all that stands before the samples, and a sample.
+# The parts of a compressed shard that are held: everything before the samples, and one sample.
 _LARGEST_PACKED_HEAD = 2**26
 _LARGEST_PACKED_SAMPLE = 2**26
-# What tells the dtype of an array and the lengths of its axes: at most 63 of 8 bytes.
+# The dtype of an array and the lengths of its axes: at most 63 of 8 bytes.
 _LARGEST_PREFIX = 16 + 63 * 8
 
 
 class Column(NamedTuple):
-    """What a column of the samples holds, and in how many bytes; None: each sample tells."""
+    """A column of the samples, its encoding, and its size in bytes; None: each sample states its own."""
 
     name: str
     encoding: str
@@ -58,22 +58,22 @@ class Column(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How what a column holds is read."""
+    """How the content of a column is read."""
 
-    # "array", "bytes", "text", or "" for what is neither tokens nor text.
+    # "array", "bytes", "text", or "" for a column with neither tokens nor text.
     kind: str
-    # Of an array's numbers, None if each sample tells.
+    # The dtype of an array's numbers, None if each sample states its own.
     dtype: np.dtype[Any] | None = None
-    # Of the arrays, None if each sample tells, (-1,) for one axis of any length.
+    # The shape of the arrays, None if each sample states its own, (-1,) for one axis of any length.
     shape: tuple[int, ...] | None = None
-    # Of the first bytes and the dtype: dtype and shape as the sample tells them, None where damaged, by how many bytes.
+    # Reads dtype and shape from a sample's first bytes: the dtype, the shape (None if damaged), and the bytes used.
     prefix: Callable[[bytes, np.dtype[Any] | None], tuple[np.dtype[Any] | None, tuple[int, ...] | None, int]] = (
         lambda first, dtype: (dtype, None, 0)
     )
 
 
 class _Numbers(NamedTuple):
-    """Where a sample's numbers are in the file, and of what shape they are: each row of the last axis is a sequence."""
+    """The position of a sample's numbers in the file, and their shape: each row of the last axis is a sequence."""
 
     first_byte: int
     shape: tuple[int, ...]
@@ -87,8 +87,8 @@ class _Numbers(NamedTuple):
 class Layout:
     """The columns of a shard, and which of them are read.
 
-    columns, encodings: the same number; text: whether the tokens' column holds texts; listing: the file that tells of
-    the columns, which errors name.
+    columns, encodings: equally many; text: whether the tokens' column holds texts; listing: the file that describes the
+    columns, for errors.
     Raises ValueError that names the listing, for columns that are missing or hold neither tokens nor text.
     """
 
@@ -103,7 +103,7 @@ class Layout:
     ) -> None:
         self.columns = columns
         self.encodings = encodings
-        # Whether the only column is all of a sample, without its size before it.
+        # Whether a sample is its only column, without a size before it.
         self.bare = bare
         self._listing = listing
         self._options = options
@@ -113,7 +113,7 @@ class Layout:
         self.text = encodings[self.tokens].kind == "text"
         self.mask = None if policy.mask is None else self._number(policy.mask, "--mask")
         self.labels = None if policy.skip_prompt is None else self._number(policy.skip_prompt, "--skip-prompt")
-        # Those that are read, with the user's dtype where there is none of their own.
+        # The columns that are read, with the user's dtype if they have none of their own.
         self.read: dict[int, Encoding] = {}
         if self.text:
             self._check_text()
@@ -163,8 +163,8 @@ class Layout:
         if kind == "bytes" and not is_mask:
             if self._options.dtype is None:
                 raise ValueError(
-                    f"{self._listing}: column {column.name!r} holds bytes, which do not tell of what dtype: give dtype "
-                    "(--dtype), int64 for what llm-foundry wrote"
+                    f"{self._listing}: column {column.name!r} holds bytes of unknown dtype: give dtype (--dtype), "
+                    "int64 for files of llm-foundry"
                 )
         elif kind != "array":
             raise ValueError(
@@ -174,7 +174,7 @@ class Layout:
 
 
 class _Window:
-    """A file, read from front to back in larger pieces than it is asked for."""
+    """A file that is read from front to back, in larger pieces than requested."""
 
     def __init__(self, file: OpenFile, size: int, path: Place, ahead: int = _WINDOW_BYTES) -> None:
         self.file, self._size, self._path, self._ahead = file, size, path, ahead
@@ -185,7 +185,7 @@ class _Window:
         """Some bytes of the file. Raises ValueError if it ends before."""
         begin = offset - self._start
         if size > 0 and (begin < 0 or begin + size > self._bytes.size):
-            # A new buffer, as what was read from the old one may still be in use.
+            # A new buffer, since views of the old one may still be in use.
             self._bytes = np.empty(max(min(self._ahead, self._size - offset), size), np.uint8)
             read_at(self.file, self._bytes, offset, self._path)
             self._start, begin = offset, 0
@@ -193,7 +193,10 @@ class _Window:
 
 
 class _Unpacked:
-    """What a compressed file holds, read from front to back: the head, and what follows the last `drop_before`."""
+    """The content of a compressed file, read from front to back.
+
+    It holds the head, and everything since the last `drop_before`.
+    """
 
     def __init__(self, path: Place, blocks: Iterator[bytes]) -> None:
         self._path = path
@@ -203,7 +206,7 @@ class _Unpacked:
         self._start = 0
 
     def keep_head(self, size: int) -> None:
-        """Holds the first bytes from now on. Raises ValueError that names the file if they are too many."""
+        """Keeps the first bytes from now on. Raises ValueError that names the file if they are too many."""
         if size > _LARGEST_PACKED_HEAD:
             raise ValueError(
                 f"{self._path}: got {size} bytes before its samples, expected {_LARGEST_PACKED_HEAD} at most in a "
@@ -213,7 +216,7 @@ class _Unpacked:
         self.drop_before(size)
 
     def drop_before(self, offset: int) -> None:
-        """Holds what is before that byte no longer. Raises ValueError if what the file holds ends before it."""
+        """Drops the content before a byte. Raises ValueError if the content ends before it."""
         while self._start + len(self._held) < offset:
             self._start += len(self._held)
             self._held.clear()
@@ -223,7 +226,7 @@ class _Unpacked:
             self._start = offset
 
     def read(self, offset: int, size: int) -> NDArray[np.uint8]:
-        """Some bytes. Raises ValueError if they were dropped, or if what the file holds ends before."""
+        """Some bytes. Raises ValueError if they were dropped, or if the content ends before."""
         end = offset + size
         if end <= self._head.size:
             return self._head[offset:end]
@@ -238,13 +241,13 @@ class _Unpacked:
         block = next(self._blocks, None)
         if block is None:
             raise ValueError(
-                f"{self._path}: ends at byte {self._start + len(self._held)} of what it decompresses to, expected "
+                f"{self._path}: ends at byte {self._start + len(self._held)} of its decompressed content, expected "
                 f"{expected} or more"
             )
         self._held += block
 
     def check_end(self, size: int) -> None:
-        """Raises ValueError that names the file unless it decompresses to so many bytes."""
+        """Raises ValueError that names the file unless it decompresses to this number of bytes."""
         end = self._start + len(self._held) + sum(map(len, self._blocks))
         if end != size:
             raise ValueError(f"{self._path}: decompresses to {end} bytes, expected {size}")
@@ -254,11 +257,11 @@ Reader: TypeAlias = _Window | _Unpacked
 
 
 class SampleSource(Source):
-    """A part is a range of samples, of which each is a sequence; or the whole shard if that is compressed.
+    """A part is a range of samples, each of which is a sequence; a compressed shard is one part.
 
-    listing: the file that lists the shard with so many samples.
-    unpack: what gives a compressed shard from its beginning, block by block.
-    unpacked_size: of a compressed shard, None if nothing tells.
+    listing: the file that lists the shard with its number of samples.
+    unpack: returns the blocks of a compressed shard from its beginning.
+    unpacked_size: of a compressed shard, None if unknown.
     """
 
     def __init__(
@@ -286,19 +289,19 @@ class SampleSource(Source):
             if not layout.text:
                 stated = self._dtype(window)
                 self.dtype = count_dtype(stated)
-                # One that is given may be that of labels alone, and a shard without samples may tell none.
+                # A given dtype may be meant for labels alone, and a shard without samples may state none.
                 if samples and "bytes" not in (encoding.kind for encoding in layout.read.values()):
                     check_stated_dtype(path, stated, options)
 
     @property
     def columns(self) -> list[Column]:
-        """The columns that the listing tells of."""
+        """The columns that the listing describes."""
         return self._layout.columns
 
     def check_own(self, window: Reader, begin: int, end: int) -> None:
-        """Raises ValueError unless what stands between offsets and samples is as it should be: nothing."""
+        """Raises ValueError for invalid data between offsets and samples. Here there must be none."""
         if begin != end:
-            raise ValueError(f"{self.path}: its samples lie from byte {end} on, expected from {begin}")
+            raise ValueError(f"{self.path}: its samples are from byte {end} on, expected from {begin}")
 
     def doubt(self) -> str | None:
         if self._layout.text or self._layout.encodings[self._layout.tokens].kind != "bytes":
@@ -364,7 +367,7 @@ class SampleSource(Source):
         return unpacked
 
     def _checked_head(self, window: Reader, size: int | None) -> int:
-        """How many bytes the shard has, decompressed; `size` if that is known."""
+        """The number of bytes of the shard, decompressed; `size` if that is known."""
         (samples,) = _integers(window, 0, 1) if size is None or size >= 8 else (0,)
         end_of_offsets = 8 + 4 * samples
         if samples != self._samples or (size is not None and end_of_offsets > size):
@@ -385,14 +388,14 @@ class SampleSource(Source):
     def _dtype(self, window: Reader) -> str:
         dtype = self._layout.read[self._layout.tokens].dtype
         if dtype is None:
-            # Samples of another are read, too.
+            # Samples of another dtype are read, too.
             samples = self._read(window, Part(0, min(self._samples, 1), 0))
             places = next(samples, None)
             dtype = np.dtype(np.int64) if places is None else self._numbers(window, *places, self._layout.tokens).dtype
         return dtype.name
 
     def _read(self, window: Reader, part: Part) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-        """The number of each sample, and where each of its columns begins and ends in the file."""
+        """The number of each sample, and the begin and end of each of its columns in the file."""
         sizes = [column.size for column in self._layout.columns]
         varying = 0 if self._layout.bare else sizes.count(None)
         first = 8 + 4 * self._samples
@@ -418,7 +421,7 @@ class SampleSource(Source):
                 yield sample, places
 
     def _pass(self, window: Reader, begin: int, end: int, sample: int) -> None:
-        """Lets go of what is before a sample of a compressed shard."""
+        """Drops the content before a sample of a compressed shard."""
         if isinstance(window, _Unpacked):
             if end - begin > _LARGEST_PACKED_SAMPLE:
                 raise ValueError(
@@ -451,9 +454,9 @@ class SampleSource(Source):
                 if numbers.number != tokens.number:
                     raise ValueError(
                         f"{self.path}: column {name!r} has {numbers.number} values in sample {sample}, expected "
-                        f"{tokens.number}, one a token"
+                        f"{tokens.number}, one per token"
                     )
-                # Of bytes no shape is known.
+                # Bytes have no known shape.
                 if numbers.shape != tokens.shape and (-1,) not in (
                     layout.read[number].shape,
                     layout.read[layout.tokens].shape,

@@ -1,4 +1,4 @@
-"""What a trainer learns of rows of chats, prompts and completions: the tokens and masks that TRL's SFTTrainer makes."""
+"""The targets of supervised finetuning in rows of chats, prompts and completions, as TRL's SFTTrainer computes them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pdl_ext.storage.place import Place
 
 __all__ = ["SupervisedEncoder"]
 
-# TRL packs so many rows at once, which is the default of the map of `datasets`.
+# The number of rows that TRL packs together, which is the default of the map of `datasets`.
 _ROWS_PACKED = 1000
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -32,7 +32,7 @@ _rendering = threading.Lock()
 
 
 class _Rendered(NamedTuple):
-    """A row as texts: all of it, its prompt if that is not learned, and the spans of what the assistant says.
+    """A row as texts: the whole, its prompt if that is not learned, and the spans of the assistant's turns.
 
     is_chat: whether the template has written the special tokens.
     """
@@ -45,13 +45,13 @@ class _Rendered(NamedTuple):
 
 
 class SupervisedEncoder:
-    """Encodes rows as TRL's SFTTrainer does, and tells what it learns of them by policy.learn, max_length and packing.
+    """Encodes rows as TRL's SFTTrainer does, and marks its targets by policy.learn, max_length and packing.
 
-    Chats go through the tokenizer's template. Texts get its special tokens, and its EOS behind them.
+    Chats are rendered by the tokenizer's template. Texts get its special tokens, and end with its EOS.
 
-    options.tokenizer: the folder of a transformers tokenizer; path: the file of the rows, which errors name.
-    Threads may share it. Raises ValueError without such a tokenizer, and for a chat template without marks where
-    the policy needs them; warns as load_tokenizer does.
+    options.tokenizer: the folder of a transformers tokenizer; path: the file of the rows, for errors.
+    Threads may share it. Raises ValueError without such a tokenizer, and for a chat template without marks if the
+    policy needs them. Warns as load_tokenizer does.
     """
 
     def __init__(self, options: ReadOptions, path: Place) -> None:
@@ -73,10 +73,11 @@ class SupervisedEncoder:
             self._check_marks()
 
     def batches(self, rows: Iterable[tuple[object, Mapping[str, Any]]]) -> Iterator[Batch]:
-        """The tokens of rows that follow one another, uint32, and which of them are learned.
+        """The tokens of consecutive rows, uint32, and which of them are targets.
 
-        rows: each with its place, which errors print. Raises ValueError that names it, for a row that holds something
-        else or that the template refuses. Where only the assistant is learned, so does one in which it says nothing.
+        rows: each with its place, for errors. Raises ValueError that names the place, for a row with unexpected content
+        or one that the template refuses. If only the assistant is learned, it also raises for a row in which it says
+        nothing.
         """
         sequences = _Sequences(self._options)
         rendered = (self._rendered(place, row) for place, row in rows)
@@ -90,7 +91,7 @@ class SupervisedEncoder:
         template = self._pretrained.get_chat_template() if self._has_template else ""
         if not _GENERATION.search(template):
             raise ValueError(
-                f"{self._folder}: got a chat template without {{% generation %}}, expected what the assistant says "
+                f"{self._folder}: got a chat template without {{% generation %}}, expected the assistant's turns "
                 "between {% generation %} and {% endgeneration %}, for learn assistant (--learn): put the marks there, "
                 "or save a tokenizer with tokenizer.chat_template = "
                 "trl.chat_template_utils.get_training_chat_template(tokenizer), or learn completions"
@@ -100,8 +101,8 @@ class SupervisedEncoder:
         example = example_of(row, self._options, place, has_template=self._has_template)
         if example.prompt is None and self._learn == "completions":
             raise ValueError(
-                f"{place}: got no prompt, expected 'prompt' and 'completion' for learn completions (--learn): of a "
-                "chat by itself assistant or all is learned, of a text all"
+                f"{place}: got no prompt, expected 'prompt' and 'completion' for learn completions (--learn): for a "
+                "chat without a prompt use assistant or all, for a text all"
             )
         return self._of_chat(example, place) if isinstance(example, Chat) else self._of_text(example, place)
 
@@ -142,7 +143,7 @@ class SupervisedEncoder:
         return text, spans[0] if marked else []
 
     def _encoded(self, rows: list[_Rendered]) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
-        """The ids of rows that are all chats or none, and which of them the policy learns."""
+        """The ids of rows, either all chats or none, and which of them are targets."""
         encodings = self._encode([PlacedText(row.place, row.text) for row in rows], rows[0].is_chat)
         prompts = [PlacedText(row.place, row.prompt) for row in rows if row.prompt is not None]
         ids_of_prompts = map(_ids, self._encode(prompts, rows[0].is_chat))
@@ -158,13 +159,13 @@ class SupervisedEncoder:
             yield ids, learned
 
     def _encode(self, texts: list[PlacedText], is_chat: bool) -> list[Any]:
-        # Which leaves out the offsets.
+        # encode_batch_fast omits the offsets.
         encode = self._tokenizer.encode_batch if self._learn == "assistant" else self._tokenizer.encode_batch_fast
         return encoded(texts, functools.partial(encode, add_special_tokens=not is_chat), self._folder)
 
 
 class _Sequences:
-    """Where the sequences of a trainer begin among the tokens of one row after the other."""
+    """The beginnings of a trainer's sequences among the tokens of consecutive rows."""
 
     def __init__(self, options: ReadOptions) -> None:
         self._packing = options.policy.packing
@@ -173,7 +174,7 @@ class _Sequences:
         self._begun = 0
 
     def predicted(self, size: int) -> NDArray[np.bool_]:
-        """Which of the next row's tokens are predicted: neither the first of a sequence nor cut off."""
+        """Which of the next row's tokens are predicted: not the first of a sequence, and not those cut off."""
         predicted = np.ones(size, np.bool_)
         if self._packing == "wrapped" and self._length is not None:
             if self._rows == _ROWS_PACKED:
@@ -198,7 +199,7 @@ def _unicode(text: str, place: object) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         # JSON can escape half of a surrogate pair.
-        raise ValueError(f"{place}: is no Unicode text ({error.reason})") from error
+        raise ValueError(f"{place}: is not Unicode text ({error.reason})") from error
     return text
 
 
@@ -213,9 +214,9 @@ def _common_prefix(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> int
 
 
 def _overlapping(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which tokens have a character in one of the spans, which follow one another."""
+    """Which tokens share a character with one of the spans, which are in order."""
     # Twice as fast as np.array of the pairs.
     begins, ends = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
-    # The first span that does not end before the token, if there is any, and otherwise one that begins nowhere.
+    # The first span that does not end before the token, or the last entry, which is after every token.
     of_spans = np.array([*spans, (2**62, 2**62)], np.int64)
     return ends > of_spans[np.searchsorted(of_spans[:-1, 1], begins, side="right"), 0]

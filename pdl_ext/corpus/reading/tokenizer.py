@@ -1,4 +1,4 @@
-"""From texts to tokens, a bounded number at a time."""
+"""Encodes texts to tokens, in batches of limited size."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class _Placed(Protocol):
 
 _Text = TypeVar("_Text", bound=_Placed)
 
-# A text is encoded at once, and the tokenizers library takes 110 times its size in memory for it.
+# A text is encoded as a whole, for which the tokenizers library takes 110 times its size in memory.
 MAX_TEXT_BYTES = 2**24
-# Of texts that are encoded at once, by all threads together: enough of them for the library's own threads, which one
-# compressed file depends on, and no more, since it takes 100 to 200 bytes for each character of those that it is at,
-# and a kilobyte for each text, which stands for some characters more.
+# The characters that all threads together encode at a time. They are enough for the library's own threads, on which the
+# speed of a single compressed file depends. More would cost memory: each character takes 100 to 200 bytes, and each
+# text a kilobyte. So a text counts as some characters more.
 CHUNK_CHARACTERS = 2**18
 _CHARACTERS_PER_TEXT = 8
 
@@ -47,14 +47,14 @@ _threads_encoding = 0
 class TextEncoder:
     """Encodes texts as in training: neither truncated nor padded, with special tokens if the policy has them.
 
-    Without dropout, by which a text would have other tokens each time.
+    There is no dropout, which would give a text different tokens each time.
 
-    With policy.targets "shifted" the first token of each text, which may be a special one, is no target. Threads may
+    With policy.targets "shifted" the first token of each text, possibly a special one, is not a target. Threads may
     share it.
 
-    options.tokenizer: the path of the file; path: the file that the texts come from, for errors before there are any.
-    Raises ValueError without a tokenizer or for one that is damaged, ImportError if the library is missing; warns of
-    one with more entries than options.vocab_size.
+    options.tokenizer: the path of the file; path: the file of the texts, for errors before there are any.
+    Raises ValueError without a tokenizer or for a damaged one, ImportError if the library is missing. Warns of a
+    tokenizer with more entries than options.vocab_size.
     """
 
     def __init__(self, options: ReadOptions, path: Place | None = None) -> None:
@@ -75,7 +75,7 @@ class TextEncoder:
         self._shifted = options.policy.targets == "shifted"
 
     def batches(self, texts: Iterable[PlacedText]) -> Iterator[Batch]:
-        """The tokens of the texts, a thread's share of CHUNK_CHARACTERS or one text at a time.
+        """The tokens of the texts, one text or a thread's share of CHUNK_CHARACTERS at a time.
 
         Raises ValueError as `encode` does, and for a text of more than MAX_TEXT_BYTES characters, by its place.
         """
@@ -99,7 +99,7 @@ class TextEncoder:
 
 
 def encoded(texts: list[PlacedText], encode: Callable[[list[str]], list[Any]], tokenizer: Place) -> list[Any]:
-    """What `encode` makes of texts at once. Raises ValueError that names the place of the first one it fails at."""
+    """The encodings of texts, computed at once. Raises ValueError that names the place of the first text that fails."""
     refused = f"cannot be encoded by {tokenizer}"
     try:
         with errors_told_as(f"one of {len(texts)} texts from here on {refused}", texts[0].place if texts else None):
@@ -113,13 +113,14 @@ def encoded(texts: list[PlacedText], encode: Callable[[list[str]], list[Any]], t
 
 
 def in_chunks(texts: Iterable[_Text], characters: Callable[[_Text], int]) -> Iterator[list[_Text]]:
-    """Texts to encode at once: a thread's share of CHUNK_CHARACTERS, or one text.
+    """Texts to encode together: a thread's share of CHUNK_CHARACTERS, or one text.
 
-    characters: of a text. Raises ValueError that names the place of one of more than MAX_TEXT_BYTES.
+    characters: the number of them in a text. Raises ValueError that names the place of a text of more than
+    MAX_TEXT_BYTES.
     """
     chunk: list[_Text] = []
     total = 0
-    # Of the first one: other threads may be about to begin.
+    # The limit of the first chunk: other threads may be about to begin.
     most = CHUNK_CHARACTERS // 16
     with _one_more_encodes():
         for text in texts:

@@ -1,4 +1,4 @@
-"""Whether tokens whose dtype the user gave look like those of a wider one."""
+"""Checks whether tokens of a dtype given by the user look like tokens of a wider one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHARE_OF_IDS = 0.99
 
 
 def block_starts(size: int) -> list[int]:
-    """Where the blocks of a sample begin in so many bytes, each at a multiple of the widest dtype."""
+    """The positions of the sample's blocks in a number of bytes, each a multiple of the widest dtype."""
     last = max(0, size - BLOCK_BYTES)
     return sorted({last * block // (_BLOCKS - 1) // 8 * 8 for block in range(_BLOCKS)})
 
@@ -28,29 +28,30 @@ def block_starts(size: int) -> list[int]:
 def doubt_of_width(
     path: Place, dtype: str, blocks: Sequence[NDArray[np.uint8]], sizes: Sequence[int], options: ReadOptions
 ) -> str | None:
-    """A warning that names a file whose tokens seem to be of a dtype wider than the one that was given.
+    """A warning that names a file whose tokens seem to have a wider dtype than the given one.
 
-    blocks: a sample of their bytes, each from the beginning of a token on; sizes: of the sequences that the blocks are
-    of, in bytes.
+    blocks: a sample of their bytes, each from the beginning of a token on. sizes: the bytes of the sequences that
+    contain the blocks.
     """
     itemsize = token_dtype(dtype).itemsize
     for width, names in _WIDER.items():
         if width > itemsize and not any(size % width for size in sizes) and _are_ids(blocks, width, itemsize, options):
             times = width // itemsize
             return (
-                f"{path}: got dtype {dtype}, expected {names}, as which its bytes are ids of the vocabulary: as "
+                f"{path}: got dtype {dtype}, expected {names}: its bytes then are ids of the vocabulary, while as "
                 f"{dtype}, {times - 1} of {times} ids would be 0"
             )
     return None
 
 
 def _are_ids(blocks: Sequence[NDArray[np.uint8]], width: int, itemsize: int, options: ReadOptions) -> bool:
-    """Whether bytes are ids of the vocabulary in `width` bytes, and can hardly be ids in `itemsize` bytes."""
-    # Two or more narrow ids make a wide one, which is below V only if the last of them is 0 or nearly so. Padding with
-    # 0 or -1 is that in every width, and tells nothing. All of the rest must be ids, but for a few out of range. Narrow
-    # ids that are often 0 fail here: 0 comes first in a group as often as last. Two conditions more are for data of
-    # little else: small ids, of which the first is no larger than the last may be, and single ids amid padding. Ids up
-    # to 2 V are some, since padding may be the first id behind the vocabulary.
+    """Whether bytes are ids of the vocabulary in `width` bytes, and hardly can be ids in `itemsize` bytes."""
+    # Two or more narrow ids form a wide one, which is below V only if the last of them is 0 or almost. Padding with 0
+    # or -1 has this property in every width, and is ignored. All of the rest must be ids, except for a few out of
+    # range. Narrow ids that are often 0 fail here: 0 comes first in a group as often as last. Two further conditions
+    # are for data of little else. The first is for small ids, where the first may be as small as the last. The second
+    # is for single ids between padding. Ids up to 2 V are accepted, since padding may be the first id above the
+    # vocabulary.
     number = ids = clear = neighbours = 0
     vocab_size, ignore_index = options.vocab_size, options.policy.ignore_index
     limit = 2 * vocab_size

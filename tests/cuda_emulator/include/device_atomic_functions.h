@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name: CUDA's overloads of the atomics, so that a type which CUDA refuses is
-// refused here too (see ../README.md). One fiber runs at a time, hence plain operations are atomic.
+// Replaces CUDA's header of this name (see ../README.md), with CUDA's overloads of the atomics: other types are refused
+// here, too. One fiber runs at a time, hence plain operations are atomic.
 #pragma once
 
 #include <algorithm>

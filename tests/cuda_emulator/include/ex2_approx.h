@@ -7,8 +7,8 @@
 
 namespace cuda_emulator {
 
-// 0 where the result would be subnormal, exact where x is whole, and else rounded, one in four then off by a unit in
-// the last place, either way, as a hash of x says: the card's own error is documented as up to two units.
+// 0 where the result would be subnormal, and exact where x is whole. Elsewhere it is rounded, and one in four is off by
+// a unit in the last place, in a direction from a hash of x. The card's own error is documented as up to two units.
 inline float ex2_approx(float x) {
   const float result = std::exp2(x);
   if (result < 0x1p-126f) return 0.0f;

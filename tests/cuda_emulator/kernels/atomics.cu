@@ -14,8 +14,8 @@ static_assert(CanBeAdded<int> && CanBeAdded<unsigned long long> && CanBeAdded<do
 // CUDA has no such overloads, whatever int64_t is.
 static_assert(!CanBeAdded<long> && !CanBeAdded<long long> && !CanBeAdded<short> && !CanBeMinimised<float>);
 
-// Every operation, by all threads of a block on the numbers of one place, which is shared memory for the first block
-// and global memory for the second; 16 results a block. Input: one number from 1 to 30 a thread.
+// Every operation, by all threads of a block on the same numbers, with 16 results a block. They are in shared memory
+// for the first block and in global memory for the second. Input: one number from 1 to 30 a thread.
 __global__ void atomics(long long* output, const int* input, int) {
   __shared__ long long in_shared_memory[16];
   long long* place = blockIdx.x == 0 ? in_shared_memory : output + 16;

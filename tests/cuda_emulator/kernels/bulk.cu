@@ -43,8 +43,8 @@ enum class Mistake {
   early_return,
 };
 
-// Tiles of 64 numbers through two buffers: the first warp's first thread loads, and the other warps, which share the
-// numbers, hand the buffer back by arriving at its second barrier.
+// Tiles of 64 numbers through two buffers: the first warp's first thread loads, and the other warps share the numbers.
+// They return the buffer by arriving at its second barrier.
 template <Mistake kMistake>
 __global__ void tile_sums(int* output, const int* input, int n) {
   constexpr int kTile = 64, kStages = 2;
@@ -138,7 +138,7 @@ __global__ void read_back(int* output, const int* input, int n) {
   }
 }
 
-// The softmax of a row of n floats, which stays in the shared memory of one cluster; n * 4 bytes over the blocks is a
+// The softmax of a row of n floats, which stays in the shared memory of one cluster. The bytes of a block's share are a
 // multiple of 16.
 template <Mistake kMistake>
 __global__ void cluster_softmax(float* output, const float* input, int n) {

@@ -1,5 +1,5 @@
-// PyTorch's header of this name, except that what csrc/cuda registers for CUDA as an op of pdl_ext becomes the CPU
-// kernel of the same op of pdl_ext_emulated.
+// PyTorch's header of this name, with one change: csrc/cuda's registrations for CUDA as ops of pdl_ext become CPU
+// kernels of the same ops of pdl_ext_emulated.
 #pragma once
 
 #include_next <torch/csrc/stable/library.h>
