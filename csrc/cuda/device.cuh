@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
+#include <cuda/atomic>
 
 #include <bit>
 #include <cstdint>
@@ -111,6 +112,17 @@ __device__ __forceinline__ unsigned lanes_with_equal(unsigned long long key) {
 
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
+
+// Counts the caller's arrival, and says how many came before it. Who finds that all came, and fences behind it, sees
+// what each caller wrote before its own: the addition is a release, and the fence makes an acquire of its result. It is
+// no acquire itself, or the caller would wait for the result here.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+  return ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device>(*counter).fetch_add(
+      1, ::cuda::std::memory_order_release);
+}
+__device__ __forceinline__ void fence_behind_arrivals() {
+  ::cuda::atomic_thread_fence(::cuda::std::memory_order_acq_rel, ::cuda::thread_scope_device);
 }
 
 // Counters in the block's shared memory. The address is taken once: of a generic pointer sm_90 takes it at each

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on one CPU thread: every thread of a block is a fiber; blocks run one after another, those of a
-// cluster in turns.
+// cluster in turns. PDL_EXT_EMULATOR_AT_ONCE names how many clusters, or blocks without clusters, run in turns.
 //
 // A fiber runs until it reaches a barrier, a warp-wide operation or a wait. In what order they do is random, from the
 // seed in PDL_EXT_EMULATOR_SEED (0 without it): warps in a random order that changes at each barrier, each as far as it
@@ -52,6 +52,8 @@ dim3 cluster_dim();
 void cluster_arrive(const char* operation, Location where);
 void cluster_wait(const char* operation, Location where);
 void* map_shared_rank(const void* address, int rank, Location where);
+// What other blocks may see of the thread, or it of them, before it goes on.
+void give_way();
 
 // What the lanes that take part in a warp-wide operation brought along.
 template <typename V>
