@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
     if (!counted || !rows.in_vocabulary(target)) {
       if (threadIdx.x == 0) {
         write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
-        rows_before = reducer.row_written();
+        rows_before = reducer.row_written(rows.count);
       }
       continue;
     }
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
     const A z_target = of_target.z(rows);
     if (threadIdx.x == 0) {
       write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);
-      rows_before = reducer.row_written();
+      rows_before = reducer.row_written(rows.count);
     }
   }
   reducer.end(rows, rows_before);

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
       exchange.skip(cluster);
       // The kernel after this one reads what the one before it writes.
       wait_for_previous_kernel();
-      if (rank == 0 && threadIdx.x == 0) rows_before = reducer.row_written();
+      if (rank == 0 && threadIdx.x == 0) rows_before = reducer.row_written(rows.count);
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     const SavedRow<A> saved = rows.loss_of(row, z_of_target, of_target.token_weight);
     if (rank == 0 && threadIdx.x == 0) {
       write_row(rows, i, saved, row.argmax);
-      rows_before = reducer.row_written();
+      rows_before = reducer.row_written(rows.count);
     }
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
                                    gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
       const A fill = counted ? not_a_number<A>() : A(0);
       if (threadIdx.x == 0) {
         write_row_without_target(rows, i, fill);
-        rows_before = reducer.row_written();
+        rows_before = reducer.row_written(rows.count);
       }
       fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size), narrow<T>(fill));
       continue;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
     const SavedRow<A> saved = rows.loss_of(row, z_target, of_target.token_weight);
     if (threadIdx.x == 0) {
       write_row(rows, i, saved, row.argmax);
-      rows_before = reducer.row_written();
+      rows_before = reducer.row_written(rows.count);
     }
     write_gradient<kPlain>(rows, x, gradient, range, int(target),
                            gradient_row(saved, row_weight, expected.upstream, expected, rows.options));

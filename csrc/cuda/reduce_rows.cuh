@@ -115,7 +115,7 @@ struct RowReducer<ReducedBy::kernel, A> {
 
   static bool reduces(int64_t) { return false; }
   __device__ void clear() const {}
-  __device__ uint32_t row_written() const { return 0; }
+  __device__ uint32_t row_written(int64_t) const { return 0; }
   template <typename T>
   __device__ void end(const Rows<T>&, uint32_t) const {}
 };
@@ -139,7 +139,7 @@ struct RowReducer<ReducedBy::last_block, A> {
   // By one thread of a kernel before that of the rows.
   __device__ void clear() const { *counter() = 0; }
 
-  __device__ uint32_t row_written() const { return arrive(counter()); }
+  __device__ uint32_t row_written(int64_t rows) const { return arrive(counter(), uint32_t(rows)); }
 
   template <typename T>
   __device__ void end(const Rows<T>& rows, uint32_t rows_before) const {
