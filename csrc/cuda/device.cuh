@@ -114,8 +114,8 @@ __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
 }
 
-// Counts the caller's arrival, one of `count`, and says how many came before it. Who finds itself the last, and fences
-// behind it, sees what each caller wrote before its own: the count is a release, and the fence makes an acquire of its
+// Counts the caller's arrival, one of `count`, and says how many came before it. The last caller, once it has fenced,
+// sees what each wrote before its own arrival. The increment is a release, and the fence makes an acquire of its
 // result. It is no acquire itself, or the caller would wait for the result here.
 __device__ __forceinline__ uint32_t arrive(uint32_t* counter, uint32_t count) {
 #if defined(__CUDA_ARCH__)

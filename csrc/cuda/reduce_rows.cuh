@@ -146,10 +146,10 @@ struct RowReducer<ReducedBy::last_block, A> {
     const bool is_last = threadIdx.x == 0 && rows_before == uint32_t(rows.count - 1);
     // Before the barrier, which hands on to the block what this thread sees behind it.
     if (is_last) fence_behind_arrivals();
-    // Behind it, too, no thread reads a row that was in the launch's shared memory.
+    // Behind it no thread reads what it kept of a row in the launch's shared memory.
     if (__syncthreads_or(is_last) == 0) return;
-    // The factors of one call are written again, with the bits that factors_kernel gave them: a block of another
-    // cluster may still be about to read them.
+    // Another block may still be about to read the factors of one call. They are written again with the bits that
+    // factors_kernel gave them.
     write_reduced<kRowsAtOnce>(rows, to, [&](auto load, auto add) {
       return block_sum_of(kReduceThreads, dynamic_shared_memory<RowSums>(), [&](int thread) {
         RowSums sums;

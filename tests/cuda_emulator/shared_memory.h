@@ -1,4 +1,4 @@
-// The shared memory of the blocks that run: one of them at a time has it where its __shared__ variables are, the others
+// The shared memory of the blocks that run. One of them at a time has it where its __shared__ variables are. The others
 // have theirs in copies of the same layout.
 #pragma once
 
