@@ -292,6 +292,39 @@ def test_write_past_another_blocks_dynamic_shared_memory(n):
     assert launch("write_to_neighbour_at", poisoned(1), n=24, **shape) == ""
 
 
+@pytest.mark.parametrize("at_once", ["2", "9"])
+def test_clusters_side_by_side(at_once, assert_right, assert_shows, over_seeds, monkeypatch):
+    monkeypatch.setenv("PDL_EXT_EMULATOR_AT_ONCE", at_once)
+    given, expected, shape = rows_of_clusters(4)
+    assert_right("cluster_sums", expected, given, 3, **shape)
+    assert_shows("cluster_sums_without_second_barrier", expected, given, 3, **shape)
+    results = over_seeds("cluster_sums_without_last_barrier", poisoned(*expected.shape), given, 3, **shape)
+    assert any("which has returned in block" in message for message, _ in results)
+
+
+def sums_of_last_blocks():
+    """The numbers of seven blocks; what they leave, whichever of them is the last; the launch."""
+    given = integers(7)
+    expected = torch.cat([torch.tensor([7, int(given.sum())]), given]).int()
+    return given, expected, dict(grid=7, block=64, output=torch.tensor([0, *[POISON] * 8], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("at_once", ["1", "3", "7"])
+def test_sum_by_the_last_block(at_once, assert_right, monkeypatch):
+    monkeypatch.setenv("PDL_EXT_EMULATOR_AT_ONCE", at_once)
+    given, expected, shape = sums_of_last_blocks()
+    assert_right("sum_by_last_block", expected, given, **shape)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "at_once"), [("counted_before_written", "7"), ("last_by_number", "1"), ("no_barrier", "1")]
+)
+def test_mistake_of_the_last_block_shows(mistake, at_once, assert_shows, monkeypatch):
+    monkeypatch.setenv("PDL_EXT_EMULATOR_AT_ONCE", at_once)
+    given, expected, shape = sums_of_last_blocks()
+    assert_shows(f"sum_by_last_block_{mistake}", expected, given, **shape)
+
+
 def pipelined(tiles):
     given = integers(tiles, 64, 4)
     return given, given.sum((0, 2), dtype=torch.int32).roll(-1)
@@ -653,4 +686,4 @@ def test_every_mutation_has_its_place(monkeypatch):
 
     found = mutants.mutants(cuda_emulator.ROOT / "csrc")
     assert len(found) > len(mutants.MUTATIONS) + len(mutants.VARIANT_MUTATIONS)
-    assert {each.flags for each in found} == {"", mutants.MESSAGES, mutants.BATCHES}
+    assert {each.flags for each in found} == {"", mutants.MESSAGES, mutants.BATCHES, mutants.LAST_BLOCK}

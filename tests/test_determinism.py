@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cuda_emulator
 import pytest
 import torch
@@ -34,6 +36,19 @@ def test_sums_of_a_block_follow_one_another(device, monkeypatch):
         sums = torch.zeros(9, dtype=torch.float64)
         assert cuda_emulator.launch("sums_of_block", sums, given, n=9, grid=1, block=256) == ""
         assert torch.equal(sums, given.sum(dim=1))
+
+
+@pytest.mark.devices("emulated")
+def test_a_smaller_block_adds_up_in_the_order_of_a_larger_one(device, monkeypatch):
+    given = torch.randn(512, dtype=torch.float64) * torch.logspace(-9, 9, 512, dtype=torch.float64)
+    sums = set()
+    for seed, block in itertools.product(range(4), (512, 256, 128, 32)):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_SEED", str(seed))
+        result = torch.zeros(1, dtype=torch.float64)
+        assert cuda_emulator.launch("sum_of_threads", result, given, n=512, grid=1, block=block) == ""
+        sums.add(result.item())
+    assert len(sums) == 1
+    torch.testing.assert_close(sums.pop(), given.sum().item())
 
 
 @pytest.mark.devices("cpu", "cuda")

@@ -117,7 +117,7 @@ def test_the_plans_fit_six_minutes_and_come_in_order():
         names = [part.name for part in first]
         assert names[:3] == ["build", "launches", "equal bits, release"]
         assert names.index("tests of the kernels") < names.index("other tests") < names.index("times, release")
-        assert ("times, messages" in names) == (setting.built is not None)
+        assert all((f"times, {name}" in names) == (setting.built is not None) for name in ("messages", "last_block"))
         assert [part.name for part in second][-3:] == ["sanitizer: synccheck", "sanitizer: memcheck", "bench"]
         assert len({part.name for part in (*first, *second)}) >= len(first) + len(second) - 2
 
@@ -202,11 +202,12 @@ def test_a_build_of_the_cpu_only_is_refused(check, monkeypatch):
 
 
 class TestVariants:
-    def test_each_differs_by_a_macro_that_its_source_knows(self):
+    def test_each_differs_by_a_macro_that_its_sources_know(self):
         for name, variant in variants.VARIANTS.items():
-            text = variants.with_headers(variants.ROOT / variant.source, variants.ROOT / "csrc").decode()
-            for macro in variant.macros:
-                assert f"#if !defined({macro.partition('=')[0]})" in text, name
+            for source in variant.sources:
+                text = variants.with_headers(variants.ROOT / source, variants.ROOT / "csrc").decode()
+                for macro in variant.macros:
+                    assert f"#if !defined({macro.partition('=')[0]})" in text, name
         assert variants.flags_of("release") == ""
         assert variants.flags_of("messages") == "-DPDL_EXCHANGE=messages"
 

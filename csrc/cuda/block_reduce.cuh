@@ -71,4 +71,24 @@ __device__ V block_sum(V value) {
   return block_reduce(value, V{}, [](const V& a, const V& b) { return a + b; });
 }
 
+// The bits of block_sum() over `threads` threads, by a block of fewer: of_thread(t) is what thread t brings. `of_warp`
+// has room for their warps, in shared memory that nobody uses since the last barrier.
+template <typename V, typename OfThread>
+__device__ V block_sum_of(int threads, V* of_warp, OfThread of_thread) {
+  const auto add = [](const V& a, const V& b) { return a + b; };
+  const int lane = threadIdx.x % kWarp;
+  for (int thread = threadIdx.x; thread < threads; thread += blockDim.x) {
+    const V sum = warp_reduce(of_thread(thread), add);
+    if (lane == 0) of_warp[thread / kWarp] = sum;
+  }
+  __syncthreads();
+  V sum{};
+  if (threadIdx.x < kWarp) {
+    const int warps = threads / kWarp;
+    if (lane < warps) sum = of_warp[lane];
+    sum = warp_reduce(sum, add, warps);
+  }
+  return sum;
+}
+
 }  // namespace pdl::cuda

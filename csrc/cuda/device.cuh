@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
+#include <cuda/atomic>
 
 #include <bit>
 #include <cstdint>
@@ -110,6 +111,27 @@ __device__ __forceinline__ unsigned lanes_with_equal(unsigned long long key) {
 
 __device__ __forceinline__ void atomic_add(int64_t* address, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
+
+// Counts the caller's arrival, one of `count`, and says how many came before it. The last caller, once it has fenced,
+// sees what each wrote before its own arrival. The increment is a release, and the fence makes an acquire of its
+// result. It is no acquire itself, or the caller would wait for the result here.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter, uint32_t count) {
+#if defined(__CUDA_ARCH__)
+  uint32_t before;
+  // Of an addition of 1 ptxas makes one for the warp, and a shuffle that waits for its result.
+  asm volatile("atom.inc.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(counter)), "r"(count - 1)
+               : "memory");
+  return before;
+#else
+  return ::cuda::atomic_ref<uint32_t, ::cuda::thread_scope_device>(*counter).fetch_add(
+      1, ::cuda::std::memory_order_release);
+#endif
+}
+__device__ __forceinline__ void fence_behind_arrivals() {
+  ::cuda::atomic_thread_fence(::cuda::std::memory_order_acq_rel, ::cuda::thread_scope_device);
 }
 
 // Counters in the block's shared memory. Their address is converted once: with a generic pointer, sm_90 converts it at

@@ -23,13 +23,17 @@ namespace {
 constexpr int kCompleteThreads = 128;
 
 template <typename T, Loop kLoop>
-__global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kernel(Rows<T> rows) {
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kernel(Rows<T> rows, Reducer<T> reducer) {
   using A = Accumulator<T>;
+  uint32_t rows_before = 0;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
     const bool counted = target != rows.ignore_index;
     if (!counted || !rows.in_vocabulary(target)) {
-      if (threadIdx.x == 0) write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
+      if (threadIdx.x == 0) {
+        write_row_without_target(rows, i, counted ? not_a_number<A>() : A(0));
+        rows_before = reducer.row_written(rows.count);
+      }
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
@@ -37,8 +41,12 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
     const PackRange<T> range(x, rows.vocab_size);
     const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows)));
     const A z_target = of_target.z(rows);
-    if (threadIdx.x == 0) write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);
+    if (threadIdx.x == 0) {
+      write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);
+      rows_before = reducer.row_written(rows.count);
+    }
   }
+  reducer.end(rows, rows_before);
 }
 
 // One thread for each row.
@@ -216,13 +224,24 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs,
     using A = Accumulator<T>;
     Rows<T> rows = rows_of<T>(logits, inputs, outputs.saved_rows, logits.size(1));
     if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
+    const Reduced<A> reduced{.reduction = inputs.options.reduction,
+                             .normalizer = data_or_null<A>(inputs.normalizer),
+                             .upstream = data_or_null<A>(upstream),
+                             .factors = static_cast<A*>(outputs.factors.mutable_data_ptr()),
+                             .loss = static_cast<A*>(outputs.loss.mutable_data_ptr())};
+    const Reducer<T> reducer(reduced);
+    if constexpr (kReducedBy == ReducedBy::last_block) {
+      // No kernel runs before that of the rows.
+      if (rows.count > 0) launch.zero(reducer.counter(), sizeof(uint32_t), sizeof(uint32_t), 1);
+    }
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
-      launch(statistics_kernel<T, kLoop>, Grid{grid_for(rows.count), threads_for(rows.vocab_size)}, rows);
+      const Grid grid{grid_for(rows.count), threads_for(rows.vocab_size), Reducer<T>::kSharedBytes};
+      launch(statistics_kernel<T, kLoop>, grid, rows, reducer);
     });
+    if (Reducer<T>::reduces(rows.count)) return;
     const Grid one_block{.blocks = 1, .threads = kReduceThreads, .starts_early = launch.is_hopper(reduce_kernel<T>)};
-    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, data_or_null<A>(inputs.normalizer),
-           data_or_null<A>(upstream), static_cast<A*>(outputs.factors.mutable_data_ptr()),
-           static_cast<A*>(outputs.loss.mutable_data_ptr()));
+    launch(reduce_kernel<T>, one_block, rows, reduced.reduction, reduced.normalizer, reduced.upstream, reduced.factors,
+           reduced.loss);
   });
   return outputs;
 }

@@ -100,8 +100,8 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
 // have several rows.
 template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
-    on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients,
-                   int64_t gradient_stride) {
+    on_chip_kernel(Rows<T> rows, Cluster cluster, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride,
+                   Reducer<T> reducer) {
   using A = Accumulator<T>;
   using Statistics = StatisticsOf<kLoop, A>;
   constexpr bool kPlain = kIsPlain<kLoop>;
@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
   __shared__ A z_of_target;
   exchange.begin(cluster);
   const int rank = cluster.rank();
+  uint32_t rows_before = 0;
   const int64_t clusters = gridDim.x >> cluster.log2_blocks;
   for (int64_t i = blockIdx.x >> cluster.log2_blocks; i < rows.count; i += clusters) {
     T* gradient = gradients + i * gradient_stride;
@@ -123,6 +124,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
       exchange.skip(cluster);
       // The next kernel reads the results of the previous one.
       wait_for_previous_kernel();
+      if (rank == 0 && threadIdx.x == 0) rows_before = reducer.row_written(rows.count);
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
@@ -143,28 +145,37 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     exchange.after_reads(cluster);
     row = of_row;
     const SavedRow<A> saved = rows.loss_of(row, z_of_target, of_target.token_weight);
-    if (rank == 0 && threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
+    if (rank == 0 && threadIdx.x == 0) {
+      write_row(rows, i, saved, row.argmax);
+      rows_before = reducer.row_written(rows.count);
+    }
     write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
                                    gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
     exchange.end(cluster);
   }
+  if (rank == 0) reducer.end(rows, rows_before);
 }
 
 template <typename T, Loop kLoop>
 __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
-    cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride) {
+    cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride,
+                  Reducer<T> reducer) {
   using A = Accumulator<T>;
   constexpr bool kPlain = kIsPlain<kLoop>;
   __shared__ StatisticsOf<kLoop, A> of_row;
   // For the expected upstream gradient.
   const auto expected = Factors<A>::load(factors);
+  uint32_t rows_before = 0;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     T* gradient = gradients + i * gradient_stride;
     const int64_t target = rows.targets[i];
     const bool counted = target != rows.ignore_index;
     if (!counted || !rows.in_vocabulary(target)) {
       const A fill = counted ? not_a_number<A>() : A(0);
-      if (threadIdx.x == 0) write_row_without_target(rows, i, fill);
+      if (threadIdx.x == 0) {
+        write_row_without_target(rows, i, fill);
+        rows_before = reducer.row_written(rows.count);
+      }
       fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size), narrow<T>(fill));
       continue;
     }
@@ -178,10 +189,14 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
     __syncthreads();
     row = of_row;
     const SavedRow<A> saved = rows.loss_of(row, z_target, of_target.token_weight);
-    if (threadIdx.x == 0) write_row(rows, i, saved, row.argmax);
+    if (threadIdx.x == 0) {
+      write_row(rows, i, saved, row.argmax);
+      rows_before = reducer.row_written(rows.count);
+    }
     write_gradient<kPlain>(rows, x, gradient, range, int(target),
                            gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
   }
+  reducer.end(rows, rows_before);
 }
 
 template <typename T>
@@ -222,7 +237,7 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
       if (bytes > of_multiprocessor / resident || (blocks > 1 && rows > kMostBlocks / blocks)) continue;
       const Grid grid{.blocks = std::min(rows, kMostBlocks / blocks) * blocks,
                       .threads = threads_for(vocab_size),
-                      .shared_bytes = int(bytes),
+                      .shared_bytes = std::max(int(bytes), Reducer<T>::kSharedBytes),
                       .cluster = blocks,
                       .wants_shared = true,
                       .starts_early = is_hopper};
@@ -253,31 +268,39 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
     if (stats) rows.predicted = static_cast<int64_t*>(outputs.predicted.mutable_data_ptr());
     A* factors = static_cast<A*>(outputs.factors.mutable_data_ptr());
     const A* divisor = data_or_null<A>(inputs.normalizer);
+    // The upstream gradient that factors_kernel reads: meanwhile another stream may write what is expected next.
+    const Reduced<A> reduced{.reduction = inputs.options.reduction,
+                             .normalizer = divisor,
+                             .upstream = factors + kUpstream,
+                             .factors = factors,
+                             .loss = static_cast<A*>(outputs.loss.mutable_data_ptr())};
+    const Reducer<T> reducer(reduced);
     T* gradients = static_cast<T*>(gradient.mutable_data_ptr());
     Grid one_block{1, kReduceThreads};
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
       const auto on_chip = on_chip_kernel<T, kLoop>;
       const Grid grid = on_chip_grid<T>(launch, on_chip, rows.count, rows.vocab_size);
       one_block.wants_shared = grid.wants_shared;
-      launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, data_or_null<A>(upstream), factors);
+      launch(factors_kernel<T>, one_block, rows, inputs.options.reduction, divisor, data_or_null<A>(upstream), factors,
+             reducer);
       if (grid.blocks > 0) {
-        launch(on_chip, grid, rows, Cluster(grid.cluster), factors, gradients, gradient.stride(0));
+        launch(on_chip, grid, rows, Cluster(grid.cluster), factors, gradients, gradient.stride(0), reducer);
         return;
       }
       const auto cached = cached_kernel<T, kLoop>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
-      Grid in_cache{1, kLongRowThreads};
+      Grid in_cache{1, kLongRowThreads, Reducer<T>::kSharedBytes};
       // At least one row for each multiprocessor, and no more than run at once.
       in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
       in_cache.blocks =
           std::min({rows.count, in_cache.blocks, std::max<int64_t>(launch.resident_blocks(cached, in_cache), 1)});
-      launch(cached, in_cache, rows, factors, gradients, gradient.stride(0));
+      launch(cached, in_cache, rows, factors, gradients, gradient.stride(0), reducer);
     });
+    if (Reducer<T>::reduces(rows.count)) return;
     one_block.starts_early = launch.is_hopper(reduce_kernel<T>);
-    // The upstream gradient that was read above: meanwhile another stream may have written the next expected one.
-    launch(reduce_kernel<T>, one_block, rows, inputs.options.reduction, divisor, factors + kUpstream, factors,
-           static_cast<A*>(outputs.loss.mutable_data_ptr()));
+    launch(reduce_kernel<T>, one_block, rows, reduced.reduction, reduced.normalizer, reduced.upstream, reduced.factors,
+           reduced.loss);
   });
   return outputs;
 }

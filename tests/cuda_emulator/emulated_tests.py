@@ -13,6 +13,7 @@ FILES = [
     "modulation",
     "label_smoothing",
     "memory",
+    "reduced_rows",
     "edges",
     "combinations",
     "loss_and_gradient",

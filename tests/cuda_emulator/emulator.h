@@ -1,5 +1,6 @@
 // Runs CUDA kernels on one CPU thread. Every thread of a block is a fiber. Blocks run one after another, those of a
-// cluster in turns.
+// cluster in turns. PDL_EXT_EMULATOR_AT_ONCE is the number of clusters, or of blocks without clusters, that run in
+// turns.
 //
 // A fiber runs until it reaches a barrier, a warp-wide operation or a wait. Their order is random, from the seed in
 // PDL_EXT_EMULATOR_SEED (0 without it). Warps run in a random order that changes at each barrier, each as far as it
@@ -53,6 +54,8 @@ dim3 cluster_dim();
 void cluster_arrive(const char* operation, Location where);
 void cluster_wait(const char* operation, Location where);
 void* map_shared_rank(const void* address, int rank, Location where);
+// What other blocks may see of the thread, or it of them, before it goes on.
+void give_way();
 
 // What the lanes that take part in a warp-wide operation brought along.
 template <typename V>

@@ -48,7 +48,7 @@ MUTATIONS = [
     ("cuda/rows.cuh", "target >= 0 && target < vocab_size", "target < vocab_size"),
     ("cuda/rows.cuh", "target >= 0 && target < vocab_size", "target >= 0"),
     ("cuda/reduce_rows.cuh", "rows.targets[i] != rows.ignore_index,", "true,"),
-    ("cuda/reduce_rows.cuh", "loss[i] = row.counted ?", "loss[i] = true ?"),
+    ("cuda/reduce_rows.cuh", "to.loss[i] = row.counted ?", "to.loss[i] = true ?"),
     ("cuda/reduce_rows.cuh", "target != rows.ignore_index, weight", "true, weight"),
     ("cuda/reduce_rows.cuh", "rows.in_vocabulary(target) ? rows.token_weights", "true ? rows.token_weights"),
     ("cuda/reduce_rows.cuh", "row.token_weight, row.row_weight);", "row.token_weight, 1.0);"),
@@ -86,7 +86,7 @@ MUTATIONS = [
     ("cuda/loss.cu", "if (same_bits(factors.upstream, *upstream)) return;", "return;"),
     ("cuda/loss.cu", "*expected = *upstream;", ";"),
     ("cuda/loss_and_gradient.cu", "expected.upstream, expected", "A(1), expected"),
-    ("cuda/reduce_rows.cuh", "if (upstream != nullptr) stored.upstream = *upstream;", ""),
+    ("cuda/reduce_rows.cuh", "if (to.upstream != nullptr) stored.upstream = *to.upstream;", ""),
     ("cuda/reduce_rows.cuh", "if (upstream != nullptr) found.upstream = *upstream;", ""),
     ("row_loss.h", "ratio - b_smoothed * class_weight", "ratio + b_smoothed * class_weight"),
     ("row_loss.h", "a_largest * e - b_target", "a_largest * e + b_target"),
@@ -163,8 +163,8 @@ MUTATIONS = [
     ("modulation.h", "-expm1(-least)", "(1 - p)"),
     ("modulation.h", "options.gamma == A(1) ? p : ", ""),
     ("modulation.h", "q == A(0) ? A(0) : options.gamma", "options.gamma"),
-    ("cuda/reduce_rows.cuh", "k * blockDim.x < count) use", "k * blockDim.x < count - (count % 32 == 0)) use"),
-    ("cuda/reduce_rows.cuh", "min(first + k * blockDim.x, count - 1)", "first"),
+    ("cuda/reduce_rows.cuh", "k * threads < count) use", "k * threads < count - (count % 32 == 0)) use"),
+    ("cuda/reduce_rows.cuh", "min(first + k * threads, count - 1)", "first"),
     ("cuda/reduce_rows.cuh", "reduction != Reduction::sum && normalizer == nullptr", "reduction == Reduction::mean"),
     # The shares of a row, and what a cluster keeps of one.
     ("cuda/vector_access.cuh", "packs + shares - 1", "packs"),
@@ -184,8 +184,8 @@ MUTATIONS = [
     ("cuda/loss_and_gradient.cu", "(packs + blocks - 1) / blocks * kVectorBytes", "packs / blocks * kVectorBytes"),
     (
         "cuda/loss_and_gradient.cu",
-        "if (rank == 0 && threadIdx.x == 0) write_row(",
-        "if (rank == 1 && threadIdx.x == 0) write_row(",
+        "if (rank == 0 && threadIdx.x == 0) {\n      write_row(",
+        "if (rank == 1 && threadIdx.x == 0) {\n      write_row(",
     ),
     ("cuda/loss_and_gradient.cu", "if (equally_aligned<T>(x, gradient)) {", "if (true) {"),
     ("cuda/loss_and_gradient.cu", "i < rows.count; i += clusters", "i < rows.count - 1; i += clusters"),
@@ -214,7 +214,7 @@ MUTATIONS = [
     ("modulation.h", "entropy == A(0) ? A(0) : entropy", "entropy"),
     ("row_loss.h", "factors.weighted /= factors.modulation;", ""),
     ("row_loss.h", "normalize && sums.rows > 0", "normalize"),
-    ("cuda/reduce_rows.cuh", "reduction != Reduction::none || normalize", "reduction != Reduction::none"),
+    ("cuda/reduce_rows.cuh", "to.reduction != Reduction::none || normalize", "to.reduction != Reduction::none"),
     ("cuda/reduce_rows.cuh", "row.row_weight * weighted", "row.row_weight"),
     ("cuda/reduce_rows.cuh", "if (row.counted) sums.add(", "sums.add("),
     ("cuda/loss_and_gradient.cu", "if (inputs.options.modulation_normalize) {", "if (false) {"),
@@ -236,6 +236,7 @@ MUTATIONS = [
 
 # The same for lines of variants only, with the macro that selects the variant.
 MESSAGES, BATCHES = "-DPDL_EXCHANGE=messages", "-DPDL_HISTOGRAM_BATCHES=2"
+LAST_BLOCK = "-DPDL_REDUCED_BY=last_block"
 VARIANT_MUTATIONS = [
     (MESSAGES, "cuda/cluster.cuh", "uint32_t(cluster.blocks * sizeof(Message))", "uint32_t(sizeof(Message))"),
     (
@@ -260,6 +261,65 @@ VARIANT_MUTATIONS = [
         "cuda/histogram.cu",
         "batches[ahead - 1][i] = batches[ahead][i];",
         "batches[ahead - 1][i] = batches[0][i];",
+    ),
+    (LAST_BLOCK, "cuda/reduce_rows.cuh", "rows_before == uint32_t(rows.count - 1)", "blockIdx.x == gridDim.x - 1"),
+    (LAST_BLOCK, "cuda/reduce_rows.cuh", "if (__syncthreads_or(is_last) == 0) return;", "if (!is_last) return;"),
+    (LAST_BLOCK, "cuda/reduce_rows.cuh", "  reducer.clear();\n", ""),
+    (LAST_BLOCK, "cuda/reduce_rows.cuh", "rows.count, thread, kReduceThreads, load", "rows.count, thread, 256, load"),
+    (LAST_BLOCK, "cuda/reduce_rows.cuh", "return rows > 0 && rows <= int64_t(~0u);", "return true;"),
+    (LAST_BLOCK, "cuda/block_reduce.cuh", "of_warp[thread / kWarp] = sum;", "of_warp[threadIdx.x / kWarp] = sum;"),
+    (
+        LAST_BLOCK,
+        "cuda/block_reduce.cuh",
+        "thread < threads; thread += blockDim.x",
+        "thread < int(blockDim.x); thread += blockDim.x",
+    ),
+    (
+        LAST_BLOCK,
+        "cuda/block_reduce.cuh",
+        "of_warp[thread / kWarp] = sum;\n  }\n  __syncthreads();",
+        "of_warp[thread / kWarp] = sum;\n  }",
+    ),
+    (LAST_BLOCK, "cuda/loss.cu", "if (rows.count > 0) launch.zero(", "if (false) launch.zero("),
+    (
+        LAST_BLOCK,
+        "cuda/loss.cu",
+        "threads_for(rows.vocab_size), Reducer<T>::kSharedBytes}",
+        "threads_for(rows.vocab_size)}",
+    ),
+    (
+        LAST_BLOCK,
+        "cuda/loss_and_gradient.cu",
+        "std::max(int(bytes), Reducer<T>::kSharedBytes)",
+        "int(bytes)",
+    ),
+    (
+        LAST_BLOCK,
+        "cuda/loss_and_gradient.cu",
+        "Grid in_cache{1, kLongRowThreads, Reducer<T>::kSharedBytes};",
+        "Grid in_cache{1, kLongRowThreads};",
+    ),
+    (LAST_BLOCK, "cuda/loss.cu", "        rows_before = reducer.row_written(rows.count);\n", ""),
+    (LAST_BLOCK, "cuda/loss_and_gradient.cu", "        rows_before = reducer.row_written(rows.count);\n", ""),
+    (
+        LAST_BLOCK,
+        "cuda/loss_and_gradient.cu",
+        "      if (rank == 0 && threadIdx.x == 0) rows_before = reducer.row_written(rows.count);\n",
+        "",
+    ),
+    (
+        LAST_BLOCK,
+        "cuda/loss_and_gradient.cu",
+        "      write_row(rows, i, saved, row.argmax);\n      rows_before = reducer.row_written(rows.count);",
+        "      rows_before = reducer.row_written(rows.count);\n      write_row(rows, i, saved, row.argmax);",
+    ),
+    (
+        LAST_BLOCK,
+        "cuda/loss.cu",
+        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);\n      rows_before = "
+        "reducer.row_written(rows.count);",
+        "rows_before = reducer.row_written(rows.count);\n      "
+        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);",
     ),
 ]
 

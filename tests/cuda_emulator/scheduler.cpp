@@ -24,8 +24,10 @@ namespace {
 constexpr size_t kStack = 16 * kPage;
 // Stacks are allocated for so many fibers at once.
 constexpr int kChunk = 1024;
-// The running block of a cluster gives way to another one after one in so many warps.
+// The running one of several blocks gives way to another one after one in so many warps.
 constexpr int kBlockSwitch = 4;
+// Of blocks that run side by side.
+constexpr int kMostBlocks = 16;
 
 bool same_place(const Location& a, const Location& b) {
   return a.line() == b.line() && a.column() == b.column() && strcmp(a.file_name(), b.file_name()) == 0;
@@ -41,16 +43,22 @@ std::string describe(const Location& where) {
   return std::string(where.file_name()) + ":" + std::to_string(where.line());
 }
 
+// How many clusters run side by side.
+size_t clusters_at_once(int cluster_size, uint64_t clusters) {
+  const char* number = getenv("PDL_EXT_EMULATOR_AT_ONCE");
+  const int wanted = number != nullptr ? std::max(1, atoi(number)) : 1;
+  return size_t(std::min<uint64_t>(clusters, std::clamp(kMostBlocks / cluster_size, 1, wanted)));
+}
+
 // The fibers' stacks, each above a page that must not be touched.
-void Scheduler::prepare(const Launch& launch) {
+void Scheduler::prepare(const Launch& launch, int blocks) {
   threads_ = int(launch.block.x * launch.block.y * launch.block.z);
   const int warps = (threads_ + kWarp - 1) / kWarp;
   fibers_per_block_ = warps * kWarp;
   cluster_dim_ = launch.cluster;
-  blocks_.resize(launch.cluster.x * launch.cluster.y * launch.cluster.z);
   warps_.resize(warps);
   std::iota(warps_.begin(), warps_.end(), 0);
-  const size_t fibers = blocks_.size() * fibers_per_block_;
+  const size_t fibers = size_t(blocks) * fibers_per_block_;
   while (stacks_.size() * kChunk < fibers) {
     void* memory = mmap(nullptr, kChunk * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("CUDA emulator: no memory for the stacks of 1024 threads");
@@ -177,12 +185,15 @@ void Scheduler::meet(const char* operation, unsigned mask, const void* input, vo
 void Scheduler::cluster_arrive(const char* operation, Location where) {
   Fiber& self = *current_;
   if (self.arrived) fail(std::string(operation) + " without a wait since the last arrival", where);
+  Cluster& cluster = clusters_[rank_ / cluster_size()];
   self.arrived = true;
-  self.cluster_phase = cluster_phase_;
-  if (++arrived_ < threads_ * cluster_size()) return;
-  arrived_ = 0;
-  ++cluster_phase_;
-  for (const Block& block : blocks_) {
+  self.cluster_phase = cluster.phase;
+  if (++cluster.arrived < threads_ * cluster_size()) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  const int first = rank_ / cluster_size() * cluster_size();
+  for (int rank = first; rank < first + cluster_size(); ++rank) {
+    const Block& block = blocks_[rank];
     for (int i = block.first; i < block.first + threads_; ++i) {
       if (fibers_[i].state == State::at_cluster_barrier) make_ready(fibers_[i]);
     }
@@ -194,7 +205,7 @@ void Scheduler::cluster_wait(const char* operation, Location where) {
   if (!self.arrived) fail(std::string(operation) + " without an arrival before it", where);
   self.operation = operation;
   self.where = where;
-  if (self.cluster_phase == cluster_phase_) wait(State::at_cluster_barrier, operation, where);
+  if (self.cluster_phase == clusters_[rank_ / cluster_size()].phase) wait(State::at_cluster_barrier, operation, where);
   // The last thread to arrive has no right to be the first to leave.
   yield();
   self.arrived = false;
@@ -213,6 +224,14 @@ void Scheduler::wake(Place mbarrier) {
   }
 }
 
+void Scheduler::give_way() {
+  if (!several_blocks()) return;
+  gives_way_ = true;
+  // Half of them for so long that others get to their ends.
+  blocks_[rank_].rests = random(2) == 0;
+  yield();
+}
+
 // As far as the warp can go.
 void Scheduler::run_warp(Block& block, int warp) {
   int order[kWarp];
@@ -223,16 +242,18 @@ void Scheduler::run_warp(Block& block, int warp) {
       if ((block.ready_lanes[warp] >> lane & 1u) == 0) continue;
       resume(fibers_[block.first + warp * kWarp + lane]);
       async_copies.progress();
+      if (gives_way_) return;
     }
   }
 }
 
 void Scheduler::run_warps(Block& block) {
+  gives_way_ = false;
   std::shuffle(warps_.begin(), warps_.end(), random_);
   for (const int warp : warps_) {
     if (block.ready_lanes[warp] == 0) continue;
     run_warp(block, warp);
-    if (cluster_size() > 1 && random(kBlockSwitch) == 0) return;
+    if (gives_way_ || (several_blocks() && random(kBlockSwitch) == 0)) return;
   }
 }
 
@@ -265,11 +286,11 @@ void Scheduler::release_barrier(Block& block) {
 
 void Scheduler::report_deadlock() {
   std::string message = "CUDA emulator: deadlock in ";
-  message += cluster_size() > 1 ? "the cluster of block " : "block ";
+  message += several_blocks() ? "the cluster of block " : "block ";
   message += describe(blocks_[0].index);
   int left_out = 0, done = 0, listed = 0;
   std::string last;
-  for (int rank = 0; rank < cluster_size(); ++rank) {
+  for (int rank = 0; rank < int(blocks_.size()); ++rank) {
     const Block& block = blocks_[rank];
     for (int i = block.first; i < block.first + threads_; ++i) {
       const Fiber& fiber = fibers_[i];
@@ -284,7 +305,7 @@ void Scheduler::report_deadlock() {
         continue;
       }
       message += "; ";
-      if (cluster_size() > 1) message += "block " + describe(block.index) + ", ";
+      if (several_blocks()) message += "block " + describe(block.index) + ", ";
       message += "thread " + describe(fiber.index) + " waits in " + reason;
       last = reason;
     }
@@ -295,13 +316,17 @@ void Scheduler::report_deadlock() {
 
 // A random one of those that can run.
 Block* Scheduler::choose_block() {
-  if (cluster_size() == 1) return blocks_[0].ready > 0 ? &blocks_[0] : nullptr;
-  candidates_.clear();
-  for (int rank = 0; rank < cluster_size(); ++rank) {
-    if (blocks_[rank].ready > 0) candidates_.push_back(rank);
+  if (!several_blocks()) return blocks_[0].ready > 0 ? &blocks_[0] : nullptr;
+  for (const bool resting : {false, true}) {
+    candidates_.clear();
+    for (int rank = 0; rank < int(blocks_.size()); ++rank) {
+      if (blocks_[rank].ready > 0 && blocks_[rank].rests == resting) candidates_.push_back(rank);
+    }
+    if (!candidates_.empty()) break;
   }
   if (candidates_.empty()) return nullptr;
   switch_to(candidates_[random(unsigned(candidates_.size()))]);
+  blocks_[rank_].rests = false;
   return &blocks_[rank_];
 }
 
@@ -315,36 +340,40 @@ void Scheduler::switch_to(int rank) {
   }
 }
 
-void Scheduler::start_cluster(uint64_t number) {
+void Scheduler::start_block(int rank, uint64_t cluster) {
   const dim3 clusters = {gridDim.x / cluster_dim_.x, gridDim.y / cluster_dim_.y, gridDim.z / cluster_dim_.z};
-  const unsigned x = unsigned(number % clusters.x) * cluster_dim_.x;
-  const unsigned y = unsigned(number / clusters.x % clusters.y) * cluster_dim_.y;
-  const unsigned z = unsigned(number / clusters.x / clusters.y) * cluster_dim_.z;
-  for (unsigned rank = 0; rank < blocks_.size(); ++rank) {
-    Block& block = blocks_[rank];
-    block.index = {x + rank % cluster_dim_.x, y + rank / cluster_dim_.x % cluster_dim_.y,
-                   z + rank / cluster_dim_.x / cluster_dim_.y};
-    block.first = int(rank) * fibers_per_block_;
-    block.ready_lanes.assign(warps_.size(), 0);
-    block.ready = block.at_barrier = block.done = 0;
-    block.finished = false;
-    for (int i = 0; i < fibers_per_block_; ++i) {
-      Fiber& fiber = fibers_[block.first + i];
-      fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-      fiber.arrived = false;
-      fiber.pipeline_groups = fiber.bulk_groups = 0;
-      fiber.state = State::done;
-      if (i < threads_) make_ready(fiber);
-    }
+  const unsigned x = unsigned(cluster % clusters.x) * cluster_dim_.x;
+  const unsigned y = unsigned(cluster / clusters.x % clusters.y) * cluster_dim_.y;
+  const unsigned z = unsigned(cluster / clusters.x / clusters.y) * cluster_dim_.z;
+  const unsigned in_cluster = unsigned(rank % cluster_size());
+  Block& block = blocks_[rank];
+  block.index = {x + in_cluster % cluster_dim_.x, y + in_cluster / cluster_dim_.x % cluster_dim_.y,
+                 z + in_cluster / cluster_dim_.x / cluster_dim_.y};
+  block.first = rank * fibers_per_block_;
+  block.ready_lanes.assign(warps_.size(), 0);
+  block.ready = block.at_barrier = block.done = 0;
+  block.finished = block.rests = false;
+  for (int i = 0; i < fibers_per_block_; ++i) {
+    Fiber& fiber = fibers_[block.first + i];
+    fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    fiber.arrived = false;
+    fiber.pipeline_groups = fiber.bulk_groups = 0;
+    fiber.state = State::done;
+    if (i < threads_) make_ready(fiber);
   }
-  arrived_ = 0;
+}
+
+void Scheduler::start(const std::vector<uint64_t>& clusters) {
+  clusters_.assign(clusters.size(), {});
+  blocks_.resize(clusters.size() * cluster_size());
+  for (int rank = 0; rank < int(blocks_.size()); ++rank) start_block(rank, clusters[rank / cluster_size()]);
   shared_memory.reset();
   async_copies.reset();
   reset_mbarriers();
-  if (cluster_size() == 1) switch_to(0);
+  if (!several_blocks()) switch_to(0);
 }
 
-void Scheduler::run_cluster() {
+void Scheduler::run_clusters() {
   for (;;) {
     if (Block* block = choose_block()) {
       run_warps(*block);
@@ -361,7 +390,11 @@ void Scheduler::run_cluster() {
 }
 
 void Scheduler::run(const Launch& launch, const std::function<void()>& thread) {
-  prepare(launch);
+  const dim3 grid = launch.grid, cluster = launch.cluster;
+  const uint64_t clusters = uint64_t(grid.x / cluster.x) * (grid.y / cluster.y) * (grid.z / cluster.z);
+  const int cluster_size = int(cluster.x * cluster.y * cluster.z);
+  const size_t at_once = clusters_at_once(cluster_size, clusters);
+  prepare(launch, int(at_once) * cluster_size);
   gridDim = launch.grid;
   blockDim = launch.block;
   thread_ = &thread;
@@ -369,15 +402,18 @@ void Scheduler::run(const Launch& launch, const std::function<void()>& thread) {
   const char* seed = getenv("PDL_EXT_EMULATOR_SEED");
   random_.seed(seed != nullptr ? unsigned(atoi(seed)) : 0u);
   const FaultHandler handler;
-  shared_memory.begin(cluster_size(), launch.dynamic_shared);
-  const uint64_t clusters =
-      uint64_t(gridDim.x / cluster_dim_.x) * (gridDim.y / cluster_dim_.y) * (gridDim.z / cluster_dim_.z);
-  // Which block comes first is random too.
+  shared_memory.begin(int(at_once) * cluster_size, launch.dynamic_shared);
+  // Which block comes first is random too, and how far from it the next one lies.
   const uint64_t first = random_() % clusters;
+  uint64_t step = 1 + random_() % clusters;
+  while (std::gcd(step, clusters) != 1) ++step;
+  std::vector<uint64_t> running;
   try {
-    for (uint64_t i = 0; i < clusters; ++i) {
-      start_cluster((first + i) % clusters);
-      run_cluster();
+    for (uint64_t i = 0; i < clusters; i += running.size()) {
+      running.resize(size_t(std::min<uint64_t>(at_once, clusters - i)));
+      for (size_t k = 0; k < running.size(); ++k) running[k] = (first + (i + k) * step) % clusters;
+      start(running);
+      run_clusters();
     }
   } catch (...) {
     for (Fiber& fiber : fibers_) fiber.started = false;
@@ -412,7 +448,7 @@ int lane() {
 }
 
 unsigned cluster_rank() {
-  return unsigned(scheduler.rank());
+  return unsigned(scheduler.rank() % scheduler.cluster_size());
 }
 
 dim3 cluster_dim() {
@@ -435,7 +471,12 @@ void* map_shared_rank(const void* address, int rank, Location where) {
   }
   const std::optional<Place> place = shared_memory.find(address);
   if (!place) fail("map_shared_rank of an address outside of shared memory", where);
-  return shared_memory.at({rank, place->offset});
+  const int first = scheduler.rank() / scheduler.cluster_size() * scheduler.cluster_size();
+  return shared_memory.at({first + rank, place->offset});
+}
+
+void give_way() {
+  scheduler.give_way();
 }
 
 void meet(const char* operation, unsigned mask, const void* input, void* output, Location where, const Finish& finish) {

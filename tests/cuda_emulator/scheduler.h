@@ -49,6 +49,14 @@ struct Block {
   int done = 0;
   int votes = 0;
   bool finished = false;
+  // Until no other block can run.
+  bool rests = false;
+};
+
+// A cluster among those that run, and its barrier.
+struct Cluster {
+  int arrived = 0;
+  unsigned phase = 0;
 };
 
 // Fibers switch by _setjmp and _longjmp, which cost no system call; ucontext gives each its stack. A fiber outlives its
@@ -65,6 +73,8 @@ class Scheduler {
   // Until wake() is called for the mbarrier at this offset of the own block's shared memory.
   void wait_at_mbarrier(const char* operation, size_t offset, Location where);
   void wake(Place mbarrier);
+  // Where clusters run side by side, others may run now, as far as they can.
+  void give_way();
 
   // Ends the launch, from a fiber or from outside of all.
   [[noreturn]] void fail(const std::string& what);
@@ -75,17 +85,20 @@ class Scheduler {
   int current_fiber() const { return index_of(*current_); }
   Fiber& fiber(int index) { return fibers_[index]; }
   int lane() const { return index_of(*current_) % kWarp; }
+  // Of the block among all that run: the blocks of a cluster follow one another.
   int rank() const { return rank_; }
   const dim3& cluster_dim() const { return cluster_dim_; }
-  int cluster_size() const { return int(blocks_.size()); }
+  int cluster_size() const { return int(cluster_dim_.x * cluster_dim_.y * cluster_dim_.z); }
   const Block& block(int rank) const { return blocks_[rank]; }
   unsigned random(unsigned bound) { return unsigned(random_() % bound); }
 
  private:
   static void enter();
-  void prepare(const Launch& launch);
-  void start_cluster(uint64_t number);
-  void run_cluster();
+  // With room for so many blocks side by side.
+  void prepare(const Launch& launch, int blocks);
+  void start(const std::vector<uint64_t>& clusters);
+  void start_block(int rank, uint64_t cluster);
+  void run_clusters();
   Block* choose_block();
   void switch_to(int rank);
   void run_warps(Block& block);
@@ -95,6 +108,7 @@ class Scheduler {
   void wait(State state, const char* operation, Location where);
   void make_ready(Fiber& fiber);
   void settle(Block& block);
+  bool several_blocks() const { return blocks_.size() > 1; }
   void release_barrier(Block& block);
   void check_canaries();
   [[noreturn]] void report_deadlock();
@@ -109,9 +123,9 @@ class Scheduler {
   int threads_ = 0;
   int fibers_per_block_ = kWarp;
   dim3 cluster_dim_;
+  std::vector<Cluster> clusters_;
   int rank_ = 0;
-  int arrived_ = 0;
-  unsigned cluster_phase_ = 0;
+  bool gives_way_ = false;
   const std::function<void()>* thread_ = nullptr;
   Fiber* current_ = nullptr;
   jmp_buf scheduler_;

@@ -1,5 +1,5 @@
 // The shared memory of the blocks that run. One of them at a time has it at the addresses of its __shared__ variables.
-// The others of its cluster have theirs in copies of the same layout.
+// The others have theirs in copies of the same layout.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ constexpr size_t kPage = 4096;
 
 // A byte of shared memory, wherever it lies at the moment.
 struct Place {
-  int rank;  // of the block in its cluster
+  int rank;  // of the block among those that run
   size_t offset;
 
   auto operator<=>(const Place&) const = default;
@@ -20,11 +20,11 @@ struct Place {
 
 class SharedMemory {
  public:
-  // For a launch with that many blocks a cluster and that much dynamic shared memory a block, on this thread.
+  // For a launch with that many blocks side by side and that much dynamic shared memory a block, on this thread.
   void begin(int blocks, size_t dynamic);
   void end();
 
-  // Before a cluster: no block has memory.
+  // Before the next clusters: no block has memory.
   void reset();
   // Puts a block's memory where its __shared__ variables are: poison, the first time.
   void enter(int rank);

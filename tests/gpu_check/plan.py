@@ -14,8 +14,10 @@ from gpu_check.check import Part, Setting
 from gpu_check.devices import EMULATED
 from gpu_check.variants import RELEASE
 
-# What one-call kernels are compared in the first command, and where rows lie in the second.
+# What one-call kernels are compared in the first command, and where rows lie in the second. How rows are summed says
+# nothing of their gradients.
 EXCHANGES = (RELEASE, "messages")
+TIMED = (*EXCHANGES, "last_block")
 RESIDENCY = ("cluster_8", "cluster_8_resident_5")
 COUNTING = (RELEASE, "batches_2")
 # By importance: whoever is cut off has the first ones.
@@ -59,7 +61,7 @@ def first(setting: Setting) -> list[Part]:
         *(Part(f"equal bits, {name}", 45, 15, parts.script("equal_bits"), name) for name in names),
         Part("tests of the kernels", 60, 25, parts.run_tests(kernels, *FIRST_TESTS)),
         Part("other tests", 60, 20, parts.run_tests(others, *(["test_edges"] if dry else other_tests()))),
-        *(Part(f"times, {name}", 35, 15, parts.script("step_times"), name) for name in names),
+        *(Part(f"times, {name}", 35, 14, parts.script("step_times"), name) for name in _variants(setting, TIMED)),
         Part("counters", 30, 12, parts.counters(128256)),
     ]
     return _with_build(setting, planned)

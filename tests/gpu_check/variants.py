@@ -9,7 +9,7 @@ compiles ahead, on a machine with a PyTorch with CUDA. On the card's machine
 makes DIR/NAME/pdl_ext.
 
 Only library.cpp needs Python. So objects made here can be linked there, whatever Python that machine has. A variant
-differs from the release by one source, compiled with other macros.
+differs from the release by one source or two, compiled with other macros.
 """
 
 from __future__ import annotations
@@ -33,25 +33,29 @@ from gpu_check import ROOT
 RELEASE = "release"
 # The one source that needs Python's headers.
 LIBRARY = "csrc/library.cpp"
-LOSS, HISTOGRAM = "csrc/cuda/loss_and_gradient.cu", "csrc/cuda/histogram.cu"
+ONE_CALL, TWO_CALLS, HISTOGRAM = "csrc/cuda/loss_and_gradient.cu", "csrc/cuda/loss.cu", "csrc/cuda/histogram.cu"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The source that differs from the release's, and the macros that it is compiled with."""
+    """The sources that differ from the release's, and the macros that they are compiled with."""
 
-    source: str
+    sources: tuple[str, ...]
     macros: tuple[str, ...]
 
 
 VARIANTS = {
     # Blocks of a cluster tell each other their statistics by st.async, without a cluster's barrier.
-    "messages": Variant(LOSS, ("PDL_EXCHANGE=messages",)),
+    "messages": Variant((ONE_CALL,), ("PDL_EXCHANGE=messages",)),
     # A row over eight blocks where four would hold it, three of them on a multiprocessor as before, or five.
-    "cluster_8": Variant(LOSS, ("PDL_LEAST_CLUSTER=8",)),
-    "cluster_8_resident_5": Variant(LOSS, ("PDL_LEAST_CLUSTER=8", "PDL_PACKS=2", "PDL_ROWS_OF_MULTIPROCESSOR=5")),
+    "cluster_8": Variant((ONE_CALL,), ("PDL_LEAST_CLUSTER=8",)),
+    "cluster_8_resident_5": Variant(
+        (ONE_CALL,), ("PDL_LEAST_CLUSTER=8", "PDL_PACKS=2", "PDL_ROWS_OF_MULTIPROCESSOR=5")
+    ),
+    # The block that finishes last sums the rows' losses, without a kernel behind theirs.
+    "last_block": Variant((ONE_CALL, TWO_CALLS), ("PDL_REDUCED_BY=last_block",)),
     # A thread loads its next batch of ids before it counts the one before.
-    "batches_2": Variant(HISTOGRAM, ("PDL_HISTOGRAM_BATCHES=2",)),
+    "batches_2": Variant((HISTOGRAM,), ("PDL_HISTOGRAM_BATCHES=2",)),
 }
 NAMES = (RELEASE, *VARIANTS)
 
@@ -79,7 +83,7 @@ def fingerprint() -> str:
 
 
 def compile_ahead(folder: Path, architecture: str) -> None:
-    """The objects of the release and, of each variant, the one that differs."""
+    """The objects of the release and, of each variant, those that differ."""
     work = folder / "work"
     environment = {**os.environ, "PDL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
     command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(work), "--build-lib", str(work / "lib")]
@@ -87,24 +91,26 @@ def compile_ahead(folder: Path, architecture: str) -> None:
     def build(flags: str = "") -> None:
         subprocess.run(command, cwd=ROOT, check=True, env={**environment, "NVCC_APPEND_FLAGS": flags})
 
+    def object_of(source: str) -> Path:
+        (made,) = work.rglob(str(Path(source).with_suffix(".o")))
+        return made
+
     def keep(source: str, name: str) -> None:
         # Two folders have a loss.o.
         target = folder / "objects" / name / Path(source).with_suffix(".o").as_posix().replace("/", "-")
         target.parent.mkdir(parents=True, exist_ok=True)
-        (made,) = work.rglob(str(Path(source).with_suffix(".o")))
-        subprocess.run(["strip", "--strip-debug", "-o", target, made], check=True)
-        if name != RELEASE:
-            # Or the next build would take it for the release's.
-            made.unlink()
+        subprocess.run(["strip", "--strip-debug", "-o", target, object_of(source)], check=True)
 
     build()
     for source in sources():
         keep(source, RELEASE)
     for name, variant in VARIANTS.items():
-        for made in work.rglob(str(Path(variant.source).with_suffix(".o"))):
-            made.unlink()
+        # What is there would be taken for the variant's.
+        for source in variant.sources:
+            object_of(source).unlink()
         build(flags_of(name))
-        keep(variant.source, name)
+        for source in variant.sources:
+            keep(source, name)
     shutil.rmtree(work)
     about = {"fingerprint": fingerprint(), "architecture": architecture}
     (folder / "objects.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

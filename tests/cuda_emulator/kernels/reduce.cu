@@ -12,6 +12,15 @@ __global__ void sums_of_block(double* output, const double* input, int n) {
   }
 }
 
-const kernels::Register kernels_of_reductions({{"sums_of_block", sums_of_block}});
+// Of n numbers, by a block of n threads or of fewer.
+__global__ void sum_of_threads(double* output, const double* input, int n) {
+  __shared__ double of_warp[pdl::cuda::kWarp];
+  const double sum = int(blockDim.x) == n
+                         ? pdl::cuda::block_sum(input[threadIdx.x])
+                         : pdl::cuda::block_sum_of(n, of_warp, [&](int thread) { return input[thread]; });
+  if (threadIdx.x == 0) *output = sum;
+}
+
+const kernels::Register kernels_of_reductions({{"sums_of_block", sums_of_block}, {"sum_of_threads", sum_of_threads}});
 
 }  // namespace
