@@ -146,6 +146,7 @@ def test_one_python_that_fails_keeps_no_other_from_its_wheel(tmp_path, monkeypat
 
     monkeypatch.setattr(build, "make_sdist", lambda output: output / "pdl_ext-0.2.0.tar.gz")
     monkeypatch.setattr(build, "build_cpu", build_cpu)
+    monkeypatch.setattr(build, "program", lambda name, hint: name)
     options = ["cpu", "--torch", "torch==2.13.0", "--python", "python3.10", "python3.12", "--pytest=-m 'not slow'"]
     assert command_line.main(options) == 1
     printed = capsys.readouterr()
@@ -155,10 +156,20 @@ def test_one_python_that_fails_keeps_no_other_from_its_wheel(tmp_path, monkeypat
     )
 
 
-def test_without_a_cross_compiler_the_error_names_the_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["cpu", "--torch", "torch", "--python", "python3.99"], "python3.99 was not found (--python takes names on"),
+        (["aarch64", "--torch", "torch"], "aarch64-linux-gnu-g++ was not found (apt install g++-aarch64-linux-gnu)"),
+        (["cuda", "--torch", "torch"], "cuobjdump was not found (it is part of the CUDA toolkit and of the package"),
+    ],
+)
+def test_a_program_that_is_missing_is_named_before_anything_is_built(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.Failure, match=r"apt install g\+\+-aarch64-linux-gnu"):
-        build.build_aarch64("torch==2.13.0", tmp_path / "pdl_ext-0.2.0.tar.gz")
+    monkeypatch.setattr(build, "make_sdist", lambda output: output / "pdl_ext-0.2.0.tar.gz")
+    monkeypatch.setattr(build, "_run", None)
+    assert command_line.main(options) == 1
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_the_changelog_begins_with_the_version_of_the_package():

@@ -4,9 +4,9 @@ python tests/wheels cpu --torch REQUIREMENT [--python PROGRAM ...] [--pytest=OPT
 python tests/wheels cuda --torch REQUIREMENT
 python tests/wheels aarch64 --torch REQUIREMENT
 
-cpu makes a wheel for each Python from 3.10 to 3.14 that is at hand, and tests it in a new environment. cuda makes one
-with the CUDA kernels for the Python that runs this, and imports it. aarch64 cross-compiles one for that Python, and
-does not test it. The exit status is 0 if all wheels were made, and 1 if not.
+The kind cpu makes a wheel for each Python from 3.10 to 3.14 that is at hand, and tests it in a new environment. The
+kind cuda makes one with the CUDA kernels for the Python that runs this, and imports it. The kind aarch64 cross-compiles
+one for that Python, and does not test it. The exit status is 0 if all wheels were made, and 1 if not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("kind", choices=("cpu", "cuda", "aarch64"))
     parser.add_argument("--torch", required=True, metavar="REQUIREMENT", help="the PyTorch to build against")
-    parser.add_argument("--python", nargs="+", type=Path, metavar="PROGRAM", help="default: those of PATH and of pyenv")
+    parser.add_argument(
+        "--python", nargs="+", default=[], metavar="PROGRAM", help="default: those of PATH and of pyenv"
+    )
     parser.add_argument("--output", type=Path, default=build.ROOT / "dist", metavar="DIR", help="default: dist")
     parser.add_argument("--pytest", type=shlex.split, default=[], metavar="OPTIONS", help="which tests, and how")
     options = parser.parse_args(arguments)
@@ -59,7 +61,7 @@ def _makers(options: argparse.Namespace, sdist: Path) -> list[Callable[[], build
     if options.kind == "aarch64":
         return [partial(build.build_aarch64, options.torch, sdist)]
     if options.python:
-        pythons = options.python
+        pythons = [Path(build.program(name, "--python takes names on PATH and paths")) for name in options.python]
     else:
         found = build.interpreters()
         for version in build.PYTHONS:

