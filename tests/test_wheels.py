@@ -16,8 +16,8 @@ from pdl_ext import _C
 
 ROOT = build.ROOT
 MODULE = Path(_C.__file__)
-NAME = re.fullmatch(r"_C\.cpython-(?P<python>\d+)-(?P<machine>\w+)-linux-gnu\.so", MODULE.name)
-TAG = f"cp{NAME['python']}-cp{NAME['python']}" if NAME else ""
+NAME = re.fullmatch(r"_C\.cpython-(?P<number>\d+)-(?P<machine>\w+)-linux-gnu\.so", MODULE.name)
+TAG = f"cp{NAME['number']}-cp{NAME['number']}" if NAME else ""
 
 pytestmark = pytest.mark.skipif(NAME is None, reason="wheels are made on Linux alone")
 
