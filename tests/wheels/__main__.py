@@ -33,14 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--python", nargs="+", default=[], metavar="PROGRAM", help="default: those of PATH and of pyenv"
     )
-    parser.add_argument("--output", type=Path, default=build.ROOT / "dist", metavar="DIR", help="default: dist")
     parser.add_argument("--pytest", type=shlex.split, default=[], metavar="OPTIONS", help="which tests, and how")
     options = parser.parse_args(arguments)
     if options.kind != "cpu" and (options.python or options.pytest):
         parser.error(f"--python and --pytest: got one with {options.kind}, expected cpu")
     made, failed = [], False
     try:
-        sdist = build.make_sdist(options.output.resolve())
+        sdist = build.make_sdist(build.ROOT / "dist")
         for make in _makers(options, sdist):
             try:
                 made.append(make())

@@ -29,7 +29,7 @@ TORCH_LIBRARIES = (
 SYSTEM_LIBRARY = re.compile(r"(libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+)\.so\.\d+")
 # Without a version: Python's names, PyTorch's stable ABI and the C++ library's. libc10.so exports some of the latter.
 EXPECTED_SYMBOL = re.compile(r"_?Py\w+|(aoti_torch|torch)_[a-z]\w*|_Z(N[KRO]*|T[ISV]N?)?St\w+")
-MODULE = re.compile(r"pdl_ext/_C\.(?P<abi>cpython-(?P<python>\d+))-(?P<machine>\w+)-linux-gnu\.so")
+MODULE = re.compile(r"pdl_ext/_C\.cpython-(?P<python>\d+)-(?P<machine>\w+)-linux-gnu\.so")
 
 
 def metadata(wheel: Path) -> Message:
