@@ -23,6 +23,7 @@ BENCH ?=
 PYTEST ?= -n 2 --dist worksteal
 # OpenMP's threads would busy-wait on the core that the other process computes on.
 RUN_TESTS = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(PYTEST)
+FAST_TESTS := -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
 # Options for nvcc's check: make cuda-compile CUDA_COMPILE="--arch 80,90".
 CUDA_COMPILE ?=
 # Options for the conformance suite: make conformance CONFORMANCE="--only pdl_ext --output docs/conformance.md".
@@ -30,6 +31,10 @@ CONFORMANCE ?=
 # The time for the evidence, and its device: make evidence BUDGET=90m EVIDENCE="--device cuda".
 BUDGET ?= 90m
 EVIDENCE ?=
+# Options for wheels of the CPU's kernels: make wheel WHEEL="--python python3.12".
+WHEEL ?=
+# The PyTorch for a wheel with CUDA kernels: its CUDA must be nvcc's, 13.0 for this one.
+CUDA_TORCH ?= torch==2.11.0
 # The results for the picture: make bench-plot RESULTS=benchmarks/results/cpu-.../kept/benchmark.json
 RESULTS ?=
 # Most installed modules are never imported.
@@ -37,7 +42,7 @@ export PIP_NO_COMPILE := 1
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	-DPython3_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_PREFIX_PATH=$(abspath $(VENV)/gtest/usr)
 
-.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance evidence bench-plot docs browser sdist clean
+.PHONY: demo test test-fast test-python test-cpp sanitize lint format cuda-compile mutants variants coverage gpu-check gpu-variants gpu-check-dry torch-versions older-transformers frameworks bench conformance evidence bench-plot docs browser sdist wheel wheel-cuda wheel-aarch64 clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/pdl-ext demo $(DEMO)
@@ -49,7 +54,7 @@ test-python: $(VENV)/demo.stamp $(VENV)/addresses.stamp
 
 # For contributors while they work: no emulator, no demo, less than two minutes.
 test-fast: $(VENV)/dev.stamp
-	$(RUN_TESTS) -m "not slow" -k "not emulated" --ignore tests/cli/test_demo.py
+	$(RUN_TESTS) $(FAST_TESTS)
 
 test-cpp: $(VENV)/gtest.stamp
 	$(CMAKE) -B build/cmake
@@ -172,6 +177,17 @@ browser: $(VENV)/gtest.stamp
 
 sdist: $(VENV)/dev.stamp
 	$(BIN)/python -m build --sdist
+
+# Wheels for other machines, in dist (docs/releasing.md). Each environment is new, and removed at the end.
+wheel: $(VENV)/dev.stamp
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/wheels cpu --torch "$(TORCH)" $(WHEEL) --pytest='$(PYTEST) $(FAST_TESTS)'
+
+# A PyTorch with CUDA takes 5 GB meanwhile.
+wheel-cuda: $(VENV)/disassembler.stamp
+	PATH="$(abspath $(VENV)/disassembler/triton/backends/nvidia/bin):$$PATH" $(BIN)/python tests/wheels cuda --torch "$(CUDA_TORCH)"
+
+wheel-aarch64: $(VENV)/dev.stamp
+	$(BIN)/python tests/wheels aarch64 --torch "$(TORCH)"
 
 clean:
 	rm -rf $(VENV) .venv-torch-* .venv-transformers .venv-frameworks build dist *.egg-info pdl_ext/*.so

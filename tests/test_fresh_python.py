@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
 WHERE = "import pdl_ext; print(pdl_ext.__file__)"
 # Those that are about the source folder itself: its build, and the checks that build it in place.
-OF_THE_SOURCES = {"fresh_python.py", "gpu_check", "test_gpu_check.py", "test_build.py", "emulated_tests.py"}
+OF_THE_SOURCES = {"fresh_python.py", "gpu_check", "test_gpu_check.py", "test_build.py", "emulated_tests.py", "wheels"}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Builds, checks and tests wheels: `python tests/wheels --help`."""
