@@ -1,23 +1,14 @@
 """The check of `make lint` that no sentence of docs, docstrings and comments has more than 25 words.
 
-    python tests/long_sentences.py             lists longer sentences
-    python tests/long_sentences.py --shrink    removes shortened sentences from the list of exceptions
-
-Sentences that were longer before this check existed are in `long_sentences.txt`, to which nothing is added. An entry is
-the hash of a sentence's words, so it stays valid if the sentence is moved or wrapped anew.
-
 Pygments finds comments, and markdown-it finds blocks. Neither recognises a docstring's sections or the end of a
 sentence.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
-import hashlib
 import io
 import re
-import subprocess
 import sys
 import textwrap
 import tokenize
@@ -33,11 +24,7 @@ from pygments.token import Comment
 __all__ = ["Sentence", "main", "sentences"]
 
 ROOT = Path(__file__).resolve().parents[1]
-LIST = "tests/long_sentences.txt"
-SHRINK = "python tests/long_sentences.py --shrink"
 LIMIT = 25
-# The number of entries in November 2026. It shows an addition in a clone without the whole history.
-MOST = 200
 
 FOLDERS = ("pdl_ext", "csrc", "tests", "benchmarks", "examples", "docs", ".ci", ".github")
 # The kind of a file, by its name or its suffix: a name of Pygments'.
@@ -89,18 +76,6 @@ GOES_ON = re.compile(
 class Sentence(NamedTuple):
     line: int
     words: tuple[str, ...]
-
-    @property
-    def identity(self) -> str:
-        bare = (re.sub(r"^\W+|\W+$", "", word).casefold() or word for word in self.words)
-        return hashlib.sha256(" ".join(bare).encode()).hexdigest()[:12]
-
-    @property
-    def beginning(self) -> str:
-        return " ".join(self.words[:5])
-
-    def __str__(self) -> str:
-        return f"{self.identity} {len(self.words)} {self.beginning}"
 
 
 class Text(NamedTuple):
@@ -258,68 +233,15 @@ def files(root: Path) -> Iterator[tuple[Path, str]]:
             yield path, kind
 
 
-def entries(text: str) -> dict[str, int]:
-    """The identities of a list, with their lines."""
-    numbered = enumerate(text.splitlines(), 1)
-    return {line.split()[0]: number for number, line in numbered if line.strip() and not line.startswith("#")}
-
-
-def allowed(root: Path) -> set[str] | None:
-    """The list as first committed, without entries that a later commit removed; None without git's history."""
-    command = [
-        "git",
-        "log",
-        "--reverse",
-        "--format=tformat:commit",
-        "--patch",
-        "--no-ext-diff",
-        "--no-color",
-        "--",
-        LIST,
+def main(root: Path = ROOT) -> int:
+    """Prints the sentences that are too long; the exit code."""
+    errors = [
+        f"{file.relative_to(root)}:{sentence.line}: {len(sentence.words)} words, "
+        f'"{" ".join(sentence.words[:5])} ...": at most {LIMIT} words: cut it in two'
+        for file, kind in files(root)
+        for sentence in sentences(file.read_text(encoding="utf-8"), kind)
+        if len(sentence.words) > LIMIT
     ]
-    try:
-        log = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    _, *patches = re.split(r"^commit$", log, flags=re.MULTILINE)
-    if not patches:
-        return None
-    born = set(re.findall(r"^\+([0-9a-f]{12}) ", patches[0], re.MULTILINE))
-    return born.difference(*(re.findall(r"^-([0-9a-f]{12}) ", patch, re.MULTILINE) for patch in patches))
-
-
-def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description="Refuses sentences of more than 25 words.")
-    parser.add_argument("--shrink", action="store_true", help=f"take what is no longer there out of {LIST}")
-    shrink = parser.parse_args(arguments).shrink
-
-    path = root / LIST
-    listed = entries(path.read_text(encoding="utf-8"))
-    found, errors = set(), []
-    for file, kind in files(root):
-        for sentence in sentences(file.read_text(encoding="utf-8"), kind):
-            if len(sentence.words) > LIMIT:
-                found.add(sentence.identity)
-                if sentence.identity not in listed:
-                    place = f"{file.relative_to(root)}:{sentence.line}: {len(sentence.words)} words"
-                    errors.append(f'{place}, "{sentence.beginning} ...": at most {LIMIT} words: cut it in two')
-
-    stale = listed.keys() - found
-    if shrink:
-        gone = {listed[identity] for identity in stale}
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for number, line in enumerate(lines, 1) if number not in gone), encoding="utf-8")
-        print(f"{LIST}: {len(stale)} removed, {len(listed) - len(stale)} left")
-        return 0
-
-    if len(listed) > MOST:
-        errors.append(f"{LIST}: {len(listed)} entries, at most {MOST}: nobody adds to this list")
-    known = allowed(root)
-    for identity, number in listed.items():
-        if identity in stale:
-            errors.append(f"{LIST}:{number}: no such sentence any more: {SHRINK}")
-        elif known is not None and identity not in known:
-            errors.append(f"{LIST}:{number}: nobody adds to this list: cut the sentence in two")
     print(*errors, sep="\n", end="\n" if errors else "")
     return int(bool(errors))
 

@@ -1,8 +1,7 @@
-"""The check of sentences: their beginning and end, words, and the list, which only shrinks."""
+"""The check of sentences: their beginning and end, their words, and the files."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,7 @@ import pytest
 pytest.importorskip("markdown_it", reason="the check of sentences is a contributor's tool")
 pytest.importorskip("pygments", reason="the check of sentences is a contributor's tool")
 
-import long_sentences
-from long_sentences import LIST, ROOT, Sentence, entries, files, main, sentences
-
-LONG = "A row " + "of many words " * 8 + "ends."  # 27 words.
+from long_sentences import ROOT, files, main, sentences
 
 
 def texts(source: str, kind: str = "markdown") -> list[str]:
@@ -252,120 +248,29 @@ def test_other_headings_of_docstrings(heading: str):
     assert texts(source, "python") == ["Does it.", f"{heading}:", "the exponent of all."]
 
 
-def identity(source: str, kind: str = "markdown") -> str:
-    (sentence,) = sentences(source, kind)
-    return sentence.identity
-
-
-def test_a_sentence_is_known_by_its_words():
-    first = identity("The kernel reads `loss.cu` once, and no more.")
-    assert identity("The kernel reads\n`loss.cu`  once,\nand no more.") == first
-    assert identity("- The kernel **reads** loss.cu once and\n  no more.") == first
-    assert identity("// The kernel reads\n// `loss.cu` once, and no more.\n", "cpp") == first
-    assert identity('"""The kernel reads\n`loss.cu` once, and no more."""\n', "python") == first
-    assert identity("the kernel reads `loss.cu` once, and no more.") == first
-    assert identity("The kernel reads `loss.h` once, and no more.") != first
-    assert identity("The kernel reads `loss.cu` once and more.") != first
-
-
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "docs" / "a.md").write_text(f"Short.\n\n{LONG}\n")
-    write_list(tmp_path, LONG)
+    for folder in ("benchmarks/results", "docs/results"):
+        (tmp_path / folder).mkdir(parents=True)
     return tmp_path
-
-
-def write_list(root: Path, *long: str) -> None:
-    listed = [f"{sentence}\n" for text in long for sentence in sentences(text, "markdown")]
-    (root / LIST).write_text("".join(["# A head.\n", *listed]))
-
-
-def commit(root: Path) -> None:
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "x"]):
-        subprocess.run([*git, *arguments], cwd=root, check=True)
 
 
 def test_25_words_are_enough(tree: Path, capsys: pytest.CaptureFixture[str]):
     twenty_five = "word " * 24 + "`one of code`."
     (tree / "README.md").write_text(f"{twenty_five}\n")
-    assert main([], tree) == 0
+    assert main(tree) == 0
     (tree / "README.md").write_text(f"Title\n=====\n\nOne.\nOr {twenty_five}\n")
-    assert main([], tree) == 1
+    assert main(tree) == 1
     expected = 'README.md:5: 26 words, "Or word word word word ...": at most 25 words: cut it in two\n'
     assert capsys.readouterr().out == expected
 
 
-def test_a_listed_sentence_may_move(tree: Path):
-    (tree / "docs" / "a.md").unlink()
-    (tree / "tests" / "b.py").write_text("# " + "\n# ".join(LONG.split()) + "\n")
-    assert main([], tree) == 0
-
-
-def test_the_list_shrinks(tree: Path, capsys: pytest.CaptureFixture[str]):
-    gone = LONG.replace("row", "column")
-    write_list(tree, LONG, gone)
-    assert main([], tree) == 1
-    shrink = "python tests/long_sentences.py --shrink"
-    assert capsys.readouterr().out == f"{LIST}:3: no such sentence any more: {shrink}\n"
-    (tree / "docs" / "new.md").write_text(LONG.replace("row", "table"))
-    assert main(["--shrink"], tree) == 0
-    (kept,) = sentences(LONG, "markdown")
-    assert (tree / LIST).read_text() == f"# A head.\n{kept}\n", "only removes"
-
-
-def test_nobody_adds_to_the_list(tree: Path, capsys: pytest.CaptureFixture[str]):
-    new = LONG.replace("row", "column")
-    commit(tree)
-    (tree / "docs" / "b.md").write_text(new)
-    write_list(tree, LONG, new)
-    assert main([], tree) == 1
-    assert capsys.readouterr().out == f"{LIST}:3: nobody adds to this list: cut the sentence in two\n"
-    commit(tree)
-    assert main([], tree) == 1, "nor does a commit make it right"
-
-
-def test_nobody_adds_to_the_list_where_its_history_is_missing(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    new = LONG.replace("row", "column")
-    (tree / "docs" / "b.md").write_text(new)
-    write_list(tree, LONG, new)
-    commit(tree)
-    monkeypatch.setattr(long_sentences, "MOST", 2)
-    assert main([], tree) == 0
-    monkeypatch.setattr(long_sentences, "MOST", 1)
-    assert main([], tree) == 1
-    assert capsys.readouterr().out == f"{LIST}: 2 entries, at most 1: nobody adds to this list\n"
-
-
-def test_nothing_comes_back(tree: Path):
-    commit(tree)
-    (tree / "docs" / "a.md").write_text("Short.")
-    assert main(["--shrink"], tree) == 0
-    commit(tree)
-    (tree / "docs" / "a.md").write_text(LONG)
-    write_list(tree, LONG)
-    assert main([], tree) == 1
-
-
 def test_results_of_benchmarks_are_no_prose(tree: Path):
-    folder = tree / "benchmarks" / "results"
-    folder.mkdir(parents=True)
-    (folder / "a.md").write_text(LONG.replace("row", "column"))
-    assert main([], tree) == 0
-    (tree / "docs" / "results").mkdir()
-    (folder / "a.md").rename(tree / "docs" / "results" / "a.md")
-    assert main([], tree) == 1, "only those"
-
-
-def test_the_list_of_this_project():
-    text = (ROOT / LIST).read_text(encoding="utf-8")
-    listed = [line for line in text.splitlines() if not line.startswith("#")]
-    assert listed == sorted(set(listed)), "sorted, so that merges are easy"
-    assert len(entries(text)) == len(listed)
+    long = "word " * 26
+    (tree / "benchmarks" / "results" / "a.md").write_text(long)
+    assert main(tree) == 0
+    (tree / "docs" / "results" / "a.md").write_text(long)
+    assert main(tree) == 1, "only those"
 
 
 def test_files_of_every_kind_are_found():
@@ -375,9 +280,3 @@ def test_files_of_every_kind_are_found():
     # CI's script is in no source distribution.
     bash = {"bash"} if (ROOT / ".ci" / "run").exists() else set()
     assert {"markdown", "python", "make", "cmake", "toml", "cpp"} | bash <= set(kinds.values())
-
-
-def test_an_entry_says_what_it_is():
-    (sentence,) = sentences("One two three, four five six.", "markdown")
-    assert str(sentence) == f"{sentence.identity} 6 One two three, four five"
-    assert sentence == Sentence(1, ("One", "two", "three,", "four", "five", "six."))
