@@ -31,8 +31,10 @@ else:
     # The command's help and `pdl-ext doctor` do without PyTorch, whose import takes a second or fails.
     def __getattr__(name: str) -> object:
         import importlib
+        import sys
 
-        missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With the name and the module Python suggests a name that is there.
+        missing = AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
         # The import system asks for `_C` before it looks for the module.
         if name.startswith("_"):
             raise missing

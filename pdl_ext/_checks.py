@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import sys
 from collections.abc import Collection
 from typing import Any, NoReturn, TypeVar
@@ -23,7 +22,6 @@ __all__ = [
     "check_ignore_index",
     "check_integer",
     "check_number",
-    "check_path",
     "check_vocab_size",
     "default_device",
     "is_dtensor",
@@ -95,16 +93,6 @@ def check_vocab_size(vocab_size: int) -> int:
 def check_ignore_index(ignore_index: int) -> int:
     """The id as an int. Raises ValueError unless it fits into int32."""
     return check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
-
-
-def check_path(name: str, value: Any) -> None:
-    """Raises TypeError unless value is a path, ValueError for an empty one and for one with a null character."""
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a path")
-    if not os.fspath(value):
-        raise ValueError(f"{name}: got an empty name, expected a path")
-    if "\0" in os.fspath(value):
-        raise ValueError(f"{name}: got {os.fspath(value)!r}, which has a null character, expected a path")
 
 
 def check_group(group: Any) -> Any:

@@ -258,7 +258,7 @@ def _distance(torch: Any, device: Any) -> float:
 
 def _rebuild() -> str:
     """The pip command that builds pdl_ext for the PyTorch that is there, from the folder that it came from."""
-    command = "pip install --no-build-isolation --no-deps --force-reinstall"
+    command = "pip install --no-deps --force-reinstall"
     used = Path(__file__).resolve().parents[2]
     if (used / "build_backend.py").is_file():
         return f"{command} -e {shlex.quote(str(used))}"

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = 128 + 13
     # Python raises warnings as errors on request.
     except (ValueError, OSError, ImportError, Warning) as error:
-        streams.tell(f"pdl-ext: {error}")
+        # Those that Python raises have a name; those of pdl_ext say themselves what to run.
+        is_bare = isinstance(error, ImportError) and error.name is not None
+        streams.tell(f"pdl-ext: {error}{': run `pdl-ext doctor`' if is_bare else ''}")
         code = 1
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

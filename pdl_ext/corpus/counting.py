@@ -26,7 +26,6 @@ from pdl_ext._checks import (
     check_group,
     check_integer,
     check_number,
-    check_path,
     check_vocab_size,
 )
 from pdl_ext._printable import errors_in_one_line
@@ -42,7 +41,7 @@ from pdl_ext.corpus.state import State
 from pdl_ext.corpus.table import Table
 from pdl_ext.frequency import TokenFrequency
 from pdl_ext.provenance import Provenance, TargetPolicy, check_distinct
-from pdl_ext.storage.place import Place, place
+from pdl_ext.storage.place import Place, check_path, place
 from pdl_ext.storage.tensor_file import check_fits
 
 __all__ = ["Progress", "count_corpus", "preview_corpus"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pdl_ext._checks import check_choice, check_path
+from pdl_ext._checks import check_choice
 from pdl_ext._printable import warn
 from pdl_ext.corpus.formats import (
     arrow,
@@ -37,7 +37,17 @@ from pdl_ext.corpus.reading.huggingface_cache import cached_datasets, is_about_d
 from pdl_ext.corpus.reading.index_maps import is_index_map
 from pdl_ext.corpus.reading.lines import has_suffix
 from pdl_ext.corpus.source import Format, ReadOptions, Source, Stamp, token_dtype
-from pdl_ext.storage.place import Place, RemotePath, absolute_name, beside, is_file, is_there, place, real_name
+from pdl_ext.storage.place import (
+    Place,
+    RemotePath,
+    absolute_name,
+    beside,
+    check_path,
+    is_file,
+    is_there,
+    place,
+    real_name,
+)
 from pdl_ext.storage.store import Store, redacted
 from pdl_ext.storage.tensor_file import format_of
 

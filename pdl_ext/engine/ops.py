@@ -17,7 +17,7 @@ except ImportError as error:
     folder = Path(__file__).resolve().parent.parent
     why = (
         f"was built with another PyTorch than {torch.__version__}, or on another system. Build it with this one: "
-        "`pip install --no-build-isolation --no-deps --force-reinstall` and the same arguments as before"
+        "`pip install --no-deps --force-reinstall` and the same arguments as before"
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES)
         else "is not built. In a source folder run `pip install -e .`, or leave the folder to use an installed pdl_ext"
     )

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
-from pdl_ext._checks import check_path
 from pdl_ext.storage.ranges import RangedFile
 from pdl_ext.storage.store import EDGE_BYTES, Store, file_system, redacted
 
@@ -23,6 +22,7 @@ __all__ = [
     "absolute_name",
     "address",
     "beside",
+    "check_path",
     "is_file",
     "is_folder",
     "is_there",
@@ -202,6 +202,16 @@ class RemotePath:
 
 
 Place: TypeAlias = Path | RemotePath
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises TypeError unless value is a path, ValueError for an empty one and for one with a null character."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, expected a path")
+    if not os.fspath(value):
+        raise ValueError(f"{name}: got an empty name, expected a path")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{name}: got {os.fspath(value)!r}, which has a null character, expected a path")
 
 
 def place(argument: str, name: str | os.PathLike[str], stores: dict[Any, Store] | None = None) -> Place:

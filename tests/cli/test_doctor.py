@@ -293,6 +293,6 @@ def test_where_an_installed_package_is_built_anew_from(origin, source, tmp_path,
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "pdl_ext" / "cli" / "doctor.py"))
     monkeypatch.setattr(metadata, "distribution", lambda name: SimpleNamespace(read_text=lambda file: origin))
     command = doctor._rebuild()
-    assert command == f"pip install --no-build-isolation --no-deps --force-reinstall {source}"
+    assert command == f"pip install --no-deps --force-reinstall {source}"
     if origin and "dir_info" in origin:
         assert shlex.split(command)[-1] == "/my folder"

@@ -118,6 +118,22 @@ def test_colours_are_for_nobody(capsys):
         assert "\x1b" not in printed.out + printed.err
 
 
+LACKING = """
+import sys
+sys.modules[sys.argv[1]] = None
+from pdl_ext.cli.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_package_that_is_missing_is_a_line_with_the_way_out():
+    run = fresh_python.run("-c", LACKING, "torch", "info")
+    assert run.returncode == 1
+    assert re.fullmatch(r"pdl-ext: .*torch.*: run `pdl-ext doctor`\n", run.stderr)
+    run = fresh_python.run("-c", LACKING, "matplotlib", "plot", "counts", "-o", "a.png")
+    assert "doctor" not in run.stderr
+
+
 PUBLIC = """
 import sys, pdl_ext
 print("torch" in sys.modules, set(pdl_ext.__all__) <= set(dir(pdl_ext)), hasattr(pdl_ext, "no_such_name"))
@@ -135,6 +151,8 @@ def test_public_names_are_imported_when_they_are_used():
 def test_a_public_name_that_is_none_is_an_error():
     with pytest.raises(AttributeError, match="module 'pdl_ext' has no attribute 'PDLLos'"):
         pdl_ext.PDLLos  # noqa: B018
+    told = fresh_python.run("-c", "import pdl_ext; pdl_ext.PDLLos").stderr
+    assert told.endswith("Did you mean: 'PDLLoss'?\n")
     with pytest.raises(ImportError, match="cannot import name 'PDLLos' from 'pdl_ext'"):
         exec("from pdl_ext import PDLLos")
 
