@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import fresh_python
@@ -332,6 +333,43 @@ def test_unknown_cpu_capability_is_refused():
     done = run_python("-c", code, capability="sse9")
     assert done.returncode != 0
     assert "PDL_EXT_CPU_CAPABILITY is 'sse9', expected 'default', 'avx2', 'avx512' or 'avx512_bf16'" in done.stderr
+
+
+LOAD = """
+import sys, torch, pdl_ext.functional
+program = torch.export.load(sys.argv[1]).module()
+print(float(program(torch.zeros(4, 10), torch.arange(4))))
+"""
+
+
+@pytest.mark.slow
+def test_an_exported_program_is_loaded_by_another_process(tmp_path):
+    class Loss(torch.nn.Module):
+        def forward(self, logits, targets):
+            return functional.pdl_loss(logits, targets)
+
+    program = torch.export.export(Loss(), (torch.randn(4, 10), torch.arange(4)))
+    torch.export.save(program, tmp_path / "loss.pt2")
+    told = fresh_python.run("-c", LOAD, tmp_path / "loss.pt2", check=True).stdout
+    assert float(told) == pytest.approx(math.log(10))
+
+
+FIRST_USE = """
+import torch, pdl_ext
+
+def step(logits, targets):
+    weights = pdl_ext.functional.token_weights(counts, weighting)
+    return pdl_ext.functional.pdl_loss(logits, targets, weights)
+
+counts, weighting = torch.ones(10, dtype=torch.int64), pdl_ext.PowerLaw(alpha=0.5)
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+print(float(compiled(torch.zeros(4, 10), torch.arange(4))))
+"""
+
+
+@pytest.mark.slow
+def test_names_may_first_be_used_under_the_compiler():
+    assert float(fresh_python.run("-c", FIRST_USE, check=True).stdout) == pytest.approx(math.log(10))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
