@@ -141,7 +141,7 @@ def linear_pdl_loss(
     Returns the same as pdl_loss. With a scalar reduction this call computes the gradients, and only those that are
     needed. float16, reduction "none", and a normalized modulation with a z-loss compute the logits again in backward.
     Raises TypeError or ValueError that names the argument; IndexError as pdl_loss does, before anything is computed.
-    Source: as pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
+    Source: that of pdl_loss; the products and their gradients are those of torch.nn.functional.linear.
     """
     call = LinearLossCall(
         hidden,

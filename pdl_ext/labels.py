@@ -20,7 +20,7 @@ def count_labels(batches: Any, vocab_size: int, *, shift: bool, key: str | int =
     Args:
         batches: an iterable of mappings or tuples, such as a DataLoader, or a Trainer, whose training DataLoader is
             used. So masks, packing, truncation and chat templates are those of the training. An iterator is used up.
-        vocab_size: V, the last size of the logits.
+        vocab_size: V, the size of the logits' last dimension.
         shift: whether position t predicts label t + 1, so that the first label is not counted. True for causal language
             models, False for encoder-decoders.
         key: the key of the labels in each batch, or their position if batches are tuples. Labels are integers [..., T]

@@ -74,7 +74,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
     `vocab_size`.
 
     Raises TypeError or ValueError that names the argument. A call raises ValueError if the counts are uninitialised
-    memory, and warns if they break the conservation law of TokenFrequency. `state_dict` raises ValueError for an online
+    memory, and warns if they do not add up to `TokenFrequency.seen`. `state_dict` raises ValueError for an online
     loss without vocab_size that has seen no logits.
     Source: arXiv 2505.16900, the loss L = -sum w(y) log p(y) with w(t) = 1 / (freq(t) + eps) ** alpha.
     """
@@ -188,7 +188,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
     def refresh(self) -> None:
         """Computes the tables of a given frequency again, in place; an online loss does so at every call.
 
-        Only needed after a write that PyTorch does not detect, or before a CUDA graph is replayed.
+        It is needed only after a write that PyTorch does not detect, or before a CUDA graph is replayed.
         """
         self._weights.forget()
         frequency = self.frequency

@@ -44,7 +44,7 @@ class Modulation:
 
     @property
     def of_row(self) -> Modulation:
-        """The same, not normalized."""
+        """This modulation without the division by its mean."""
         return self
 
     @staticmethod
