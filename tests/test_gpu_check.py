@@ -108,7 +108,7 @@ def test_nothing_is_checked_without_a_build(tmp_path):
 
 
 def test_the_plans_fit_six_minutes_and_come_in_order():
-    for setting in (Setting(), Setting(built=Path("built")), Setting(built=Path("built"), variant="messages")):
+    for setting in (Setting(), *(Setting(built=Path("built"), variant=name) for name in variants.NAMES)):
         first, second = plan.first(setting), plan.second(setting)
         for planned in (first, second):
             # The check whether the kernels are right may use all of its time, the other parts their minimum.
@@ -118,6 +118,8 @@ def test_the_plans_fit_six_minutes_and_come_in_order():
         assert names[:3] == ["build", "launches", "equal bits, release"]
         assert names.index("tests of the kernels") < names.index("other tests") < names.index("times, release")
         assert all((f"times, {name}" in names) == (setting.built is not None) for name in ("messages", "last_block"))
+        assert [part.name for part in second][:3] == ["build", "equal bits", "tests of the sums"]
+        assert {part.variant for part in second[1:3]} == {setting.variant}
         assert [part.name for part in second][-3:] == ["sanitizer: synccheck", "sanitizer: memcheck", "bench"]
         assert len({part.name for part in (*first, *second)}) >= len(first) + len(second) - 2
 
@@ -223,12 +225,14 @@ class TestVariants:
         ]
         assert python == []
 
-    def test_objects_of_other_sources_are_refused(self, tmp_path):
+    def test_objects_of_other_sources_are_refused(self, tmp_path, monkeypatch):
         assert "expected what `make gpu-variants` leaves" in variants.refusal(tmp_path)
         (tmp_path / "objects.json").write_text(json.dumps({"fingerprint": "another", "architecture": "9.0"}))
         assert "made of other sources or for another PyTorch" in variants.refusal(tmp_path)
         (tmp_path / "objects.json").write_text(json.dumps({"fingerprint": variants.fingerprint()}))
         assert variants.refusal(tmp_path) == ""
+        monkeypatch.setitem(variants.VARIANTS, "another", variants.Variant((variants.ONE_CALL,), ("PDL_PACKS=8",)))
+        assert "made of other sources" in variants.refusal(tmp_path)
 
     def test_a_variant_takes_one_object_of_its_own(self, tmp_path):
         for name in ("release/a.o", "release/b.o", "messages/b.o"):

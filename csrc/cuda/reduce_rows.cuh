@@ -130,8 +130,8 @@ struct RowReducer<ReducedBy::last_block, A> {
 
   explicit RowReducer(const Reduced<A>& to) : to(to) {}
 
-  // Of no rows there is no last one, and the counter has 32 bits.
-  static bool reduces(int64_t rows) { return rows > 0 && rows <= int64_t(~0u); }
+  // Of no rows there is no last one. Beyond 32 bits the counter starts again before the last one.
+  __host__ __device__ static bool reduces(int64_t rows) { return rows > 0 && rows <= int64_t(~0u); }
 
   // Rows are counted where the loss will be: memory of this call alone, whichever streams and graphs run beside it. The
   // last block writes over it, and the next call clears it before its first row, so that a replay does so too.
@@ -143,13 +143,13 @@ struct RowReducer<ReducedBy::last_block, A> {
 
   template <typename T>
   __device__ void end(const Rows<T>& rows, uint32_t rows_before) const {
-    const bool is_last = threadIdx.x == 0 && rows_before == uint32_t(rows.count - 1);
+    const bool is_last = threadIdx.x == 0 && reduces(rows.count) && rows_before == uint32_t(rows.count - 1);
     // Before the barrier, which hands on to the block what this thread sees behind it.
     if (is_last) fence_behind_arrivals();
     // Behind it no thread reads what it kept of a row in the launch's shared memory.
     if (__syncthreads_or(is_last) == 0) return;
     // Another block may still be about to read the factors of one call. They are written again with the bits that
-    // factors_kernel gave them.
+    // factors_kernel gave them, except for the correction, which no gradient needs.
     write_reduced<kRowsAtOnce>(rows, to, [&](auto load, auto add) {
       return block_sum_of(kReduceThreads, dynamic_shared_memory<RowSums>(), [&](int thread) {
         RowSums sums;

@@ -129,7 +129,7 @@ def test_json_lines_are_listed_as_ids_or_text(tmp_path):
         assert frequency.tokens_seen == pytest.approx(file.tokens, abs=2)
     # What is damaged is told where it is read.
     (tmp_path / "f.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match=r"f\.jsonl: line 1 \(byte 0\): is no line of JSON"):
+    with pytest.raises(ValueError, match=r"f\.jsonl: line 1 \(byte 0\): is not a line of JSON"):
         count_corpus([tmp_path / "f.jsonl"], 320, tokenizer=tokenizer)
 
 

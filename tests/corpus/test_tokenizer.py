@@ -265,7 +265,7 @@ def texts_as(kind, folder, texts):
         content = "".join(text + "\n" for text in texts).encode()
         path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
         byte = sum(len(text) + 1 for text in texts[:3])
-        return [path], rf"a\.txt(\.gz)?: line 4 \(byte {byte}( of what it decompresses to)?\)"
+        return [path], rf"a\.txt(\.gz)?: line 4 \(byte {byte}( of its decompressed content)?\)"
     if kind == "a.jsonl":
         path.write_text("".join(records))
         return [path], rf"a\.jsonl: line 4 \(byte {sum(map(len, records[:3]))}\)"

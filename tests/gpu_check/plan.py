@@ -70,11 +70,14 @@ def first(setting: Setting) -> list[Part]:
 def second(setting: Setting) -> list[Part]:
     """The variant that was chosen: right, beside its neighbours and its peers, and clean."""
     ours = setting.variant
+    # The first command runs them for the release only.
+    sums = "emulated and one_call" if setting.device == EMULATED else "cuda and not emulated"
     long_rows = ("--vocab-size", "128256", "256000")
     cut = parts.script("step_times", *long_rows)
     count = parts.script("step_times", "--dtype", "float32", "--count", *long_rows)
     planned = [
         Part("equal bits", 45, 15, parts.script("equal_bits"), ours),
+        Part("tests of the sums", 15, 10, parts.run_tests(sums, "test_reduced_rows"), ours),
         *(Part(f"long rows, {name}", 25, 10, cut, name) for name in _variants(setting, (ours, *RESIDENCY))),
         *(Part(f"float32 and counting, {name}", 40, 15, count, name) for name in _variants(setting, COUNTING)),
         Part("sanitizer: synccheck", 40, 20, parts.sanitizer("synccheck"), ours),

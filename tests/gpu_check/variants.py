@@ -76,7 +76,7 @@ def fingerprint() -> str:
     import torch
 
     # Another PyTorch has other headers.
-    key = hashlib.sha256(torch.__version__.encode() + (ROOT / "build_flags.json").read_bytes())
+    key = hashlib.sha256(repr((torch.__version__, VARIANTS)).encode() + (ROOT / "build_flags.json").read_bytes())
     for name in sources():
         key.update(with_headers(ROOT / name, ROOT / "csrc"))
     return key.hexdigest()
