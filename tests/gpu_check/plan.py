@@ -25,6 +25,7 @@ FIRST_TESTS = ("test_cuda", "test_loss_and_gradient", "test_memory")
 THEN = ("test_edges", "test_layouts", "test_frequency")
 # What has nothing to do with a card, or runs kernels elsewhere.
 NO_TESTS_OF_A_CARD = ("test_build", "test_cuda_emulator", "test_cuda_compile", "test_gpu_check")
+ON_A_CARD = "cuda and not emulated"
 # Of each variant that is linked: two processes that import PyTorch, and once the compilation of one source.
 SECONDS_TO_LINK, SECONDS_BEFORE = 20, 25
 BUILT_HERE, EMULATED_ON_FEW_CORES = 150, 900
@@ -55,7 +56,7 @@ def first(setting: Setting) -> list[Part]:
     """Right or not, then the times of the variants, then one profile."""
     dry = setting.device == EMULATED
     names = _variants(setting, EXCHANGES)
-    kernels, others = ("emulated and few_rows", "emulated and empty") if dry else ("cuda and not emulated",) * 2
+    kernels, others = ("emulated and few_rows", "emulated and empty") if dry else (ON_A_CARD,) * 2
     planned = [
         Part("launches", 30, 12, parts.script("launches")),
         *(Part(f"equal bits, {name}", 45, 15, parts.script("equal_bits"), name) for name in names),
@@ -71,13 +72,15 @@ def second(setting: Setting) -> list[Part]:
     """The variant that was chosen: right, beside its neighbours and its peers, and clean."""
     ours = setting.variant
     # The first command runs them for the release only.
-    sums = "emulated and one_call" if setting.device == EMULATED else "cuda and not emulated"
+    sums, seconds = ON_A_CARD, 19
+    if setting.device == EMULATED:
+        sums, seconds = "emulated and one_call and token_mean and side_by_side", 60
     long_rows = ("--vocab-size", "128256", "256000")
     cut = parts.script("step_times", *long_rows)
     count = parts.script("step_times", "--dtype", "float32", "--count", *long_rows)
     planned = [
         Part("equal bits", 45, 15, parts.script("equal_bits"), ours),
-        Part("tests of the sums", 15, 10, parts.run_tests(sums, "test_reduced_rows"), ours),
+        Part("tests of the sums", seconds, 10, parts.run_tests(sums, "test_reduced_rows"), ours),
         *(Part(f"long rows, {name}", 25, 10, cut, name) for name in _variants(setting, (ours, *RESIDENCY))),
         *(Part(f"float32 and counting, {name}", 40, 15, count, name) for name in _variants(setting, COUNTING)),
         Part("sanitizer: synccheck", 40, 20, parts.sanitizer("synccheck"), ours),
