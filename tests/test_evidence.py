@@ -26,7 +26,7 @@ from evidence.arms import ARMS, CE, CURVES, DECODINGS, GREEDY, PDL, SHUFFLED, Sh
 from evidence.bootstrap import Estimate  # noqa: E402
 from evidence.hidden import Halves, hidden_states  # noqa: E402
 from evidence.run import Bench, Sizes, execute  # noqa: E402
-from evidence.runs import Run, planned  # noqa: E402
+from evidence.runs import RATES, Run, planned  # noqa: E402
 from evidence.sources import Item, debian_items, verse_items, wordnet_items  # noqa: E402
 from evidence.splits import split  # noqa: E402
 from evidence.tasks import Task  # noqa: E402
@@ -546,6 +546,15 @@ def write_run(
     path.write_text(json.dumps(content | more))
 
 
+def write_trial(folder: Path, task: str, arm: str, rate: float, validation_loss: float) -> None:
+    path = Run(task, arm, 0, rate=rate).file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = {"task": task, "arm": arm, "seed": 0, "decoding": GREEDY.name, "rate": rate, "trial": True}
+    path.write_text(
+        json.dumps({"run": run, "digest": "d", "settings": {"curve_items": 2}, "validation_loss": validation_loss})
+    )
+
+
 @pytest.fixture
 def golden(tmp_path) -> Path:
     folder = tmp_path / "golden"
@@ -557,6 +566,9 @@ def golden(tmp_path) -> Path:
             for one in CURVES[CE]:
                 write_run(folder, task, CE, seed, decoding=one.name, chrf=(11.0, 12.0), matched=(0, 1))
         write_run(folder, task, "zero-shot", 0, nll=2.0 if task == "kjv" else 4.0)
+    for rate, of_ce, of_pdl in zip(RATES, (3.0, 2.5, 2.0), (3.0, 2.0, 2.5), strict=True):
+        write_trial(folder, "kjv", CE, rate, of_ce)
+        write_trial(folder, "kjv", PDL, rate, of_pdl)
     return folder
 
 
@@ -595,9 +607,19 @@ def test_report_of_golden_runs(golden):
     assert row_of(text, "H3", KJV, "2.000")[2] == "+100.00 [+100.00, +100.00]"
     assert "Best known less least known: +50.00 [+0.00, +100.00], inconclusive." in text
     assert row_of(text, "What is there", KJV)[1:3] == [f"{7 + 2 * 10} of {1 + 30 + 3 * 20}", "**partial**"]
-    shuffled = row_of(text, f"{KJV}: difference", ARMS[SHUFFLED].title)
+    shuffled = row_of(text, f"{KJV}: texts, difference", ARMS[SHUFFLED].title)
     assert shuffled[2] == "+0.00 [+0.00, +0.00], no difference within ±2"
-    assert shuffled[4] == "-1.00 [-1.00, -1.00], lower"
+    assert shuffled[6] == "-1.00 [-1.00, -1.00], lower"
+    # Of the two items' two rare words in references and texts, PDL has both and cross-entropy none.
+    assert row_of(text, f"{KJV}: texts, means", ARMS[PDL].title)[1:5] == ["2", "100.0", "100.0", "100.0"]
+    assert row_of(text, f"{KJV}: nll and", ARMS[PDL].title)[1:6] == ["2", "1.500", "1.500", "1.500", "1.500"]
+    assert row_of(text, f"{KJV}: learning rates", ARMS[CE].title)[1:] == [
+        "3.000",
+        "2.500",
+        "2.000",
+        "0.001, at the edge",
+    ]
+    assert row_of(text, f"{KJV}: learning rates", ARMS[PDL].title)[4] == "0.0003, not at the edge"
 
 
 @pytest.mark.parametrize(

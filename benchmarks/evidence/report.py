@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import harness
@@ -19,9 +19,19 @@ import numpy as np
 from evidence.arms import ARMS, CE, CURVES, DECODINGS, GREEDY, PDL, ZERO_SHOT
 from evidence.bootstrap import Estimate, frontier, holm, verdict
 from evidence.figures import Frontier, draw_frontiers
-from evidence.results import CHRF, MEASURES, NEW_F1, NLL, NLL_BUCKETS, RARE_F1, ROUGE, ResultError, Results, read
+from evidence.results import (
+    CHRF,
+    NLL,
+    OF_TARGETS,
+    OF_TEXTS,
+    RARE_F1,
+    Measure,
+    ResultError,
+    Results,
+    read,
+)
 from evidence.run import results_of
-from evidence.runs import planned
+from evidence.runs import CURVE_SEEDS, RATES, planned
 from evidence.tasks import TASKS
 
 PAGE = harness.ROOT / "docs" / "evidence.md"
@@ -36,7 +46,6 @@ CORPUS = {
     "zipf_slope": "Zipf slope",
 }
 TRAINING = {"median_gradient_norm": "gradient norm", "mean_effective_share": "effective share of targets"}
-COMPARED = (RARE_F1, NEW_F1, CHRF, ROUGE, NLL, NLL_BUCKETS[-1])
 
 
 def marks(device: str) -> tuple[str, str]:
@@ -55,8 +64,11 @@ def tables(all_results: Sequence[Results]) -> str:
         ),
     ]
     for results in all_results:
-        parts += _section(f"{_title(results)}: means over seeds", _means(results))
-        parts += _section(f"{_title(results)}: difference to cross-entropy", _differences(results))
+        parts += _section(f"{_title(results)}: texts, means over seeds", _means(results, OF_TEXTS, "all", CORPUS))
+        trained = _means(results, OF_TARGETS, "training", TRAINING)
+        parts += _section(f"{_title(results)}: nll and training, means over seeds", trained)
+        for of, measures in (("texts", OF_TEXTS), ("nll", OF_TARGETS)):
+            parts += _section(f"{_title(results)}: {of}, difference to cross-entropy", _differences(results, measures))
         parts += _section(f"{_title(results)}: decoders, the first items of the test", _curve_table(results))
         parts += _section(f"{_title(results)}: learning rates, loss on validation", _rates(results))
     return "\n".join(parts)
@@ -98,7 +110,7 @@ def _dose(all_results: Sequence[Results]) -> list[str]:
     rows = []
     for results in all_results:
         for arm in ("pdl-0.25", PDL, "pdl-1"):
-            found = [results.difference(measure, arm, CE) for measure in (NLL, *NLL_BUCKETS)]
+            found = [results.difference(measure, arm, CE) for measure in OF_TARGETS]
             cells = [f"{_interval(one, 3)}, {verdict(one.interval)}" for one in found if one is not None]
             if cells:
                 rows.append([_title(results), ARMS[arm].title, *cells])
@@ -193,17 +205,15 @@ def _greedy(results: Results) -> Iterator[tuple[str, list[int]]]:
             yield arm, seeds
 
 
-def _means(results: Results) -> list[str]:
+def _means(results: Results, measures: Sequence[Measure], part: str, of_run: Mapping[str, str]) -> list[str]:
+    """A line for each arm: measures of items, and the metrics that each run's JSON has in `part`."""
     rows = []
     for arm, seeds in _greedy(results):
         runs = [results.runs[arm, GREEDY.name][seed] for seed in seeds]
-        values = [results.estimate(measure, (arm, GREEDY.name), seeds).value for measure in MEASURES]
-        of_all = [_mean([run["all"][name] for run in runs]) for name in CORPUS]
-        training = [_mean([run["training"].get(name) for run in runs]) for name in TRAINING]
-        cells = [_number(value) for value in (*values, *of_all, *training)]
-        rows.append([ARMS[arm].title, str(len(seeds)), *cells])
-    names = [measure.name for measure in MEASURES]
-    return _table(["arm", "seeds", *names, *CORPUS.values(), *TRAINING.values()], rows)
+        of_items = [results.estimate(measure, (arm, GREEDY.name), seeds).value for measure in measures]
+        of_runs = [_mean([run[part].get(name) for run in runs]) for name in of_run]
+        rows.append([ARMS[arm].title, str(len(seeds)), *map(_number, (*of_items, *of_runs))])
+    return _table(["arm", "seeds", *(measure.name for measure in measures), *of_run.values()], rows)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -215,18 +225,20 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _differences(results: Results) -> list[str]:
+def _differences(results: Results, measures: Sequence[Measure]) -> list[str]:
     rows = []
-    for arm, _ in _greedy(results):
-        found = [(measure, results.difference(measure, arm, CE)) for measure in COMPARED]
-        if arm != CE and all(one is not None for _, one in found):
-            cells = [
-                f"{_interval(one)}, {verdict(one.interval, MARGINS.get(measure.name))}"
-                for measure, one in found
-                if one is not None
-            ]
-            rows.append([ARMS[arm].title, str(len(results.seeds((arm, GREEDY.name), (CE, GREEDY.name)))), *cells])
-    return _table(["arm", "seeds", *(measure.name for measure in COMPARED)], rows)
+    for arm in ARMS:
+        common = results.seeds((arm, GREEDY.name), (CE, GREEDY.name))
+        if arm == CE or not common:
+            continue
+        found = [(measure, results.difference(measure, arm, CE)) for measure in measures]
+        cells = [
+            f"{_interval(one)}, {verdict(one.interval, MARGINS.get(measure.name))}"
+            for measure, one in found
+            if one is not None
+        ]
+        rows.append([ARMS[arm].title, str(len(common)), *cells])
+    return _table(["arm", "seeds", *(measure.name for measure in measures)], rows)
 
 
 def _curve_table(results: Results) -> list[str]:
@@ -239,18 +251,24 @@ def _curve_table(results: Results) -> list[str]:
 
 
 def _rates(results: Results) -> list[str]:
-    rates = sorted({rate for losses in results.trials.values() for rate in losses})
-    rows = [[ARMS[arm].title, *(_number(losses.get(rate)) for rate in rates)] for arm, losses in results.trials.items()]
-    return _table(["arm", *(f"{rate:g}" for rate in rates)], rows)
+    rows = []
+    for arm, losses in results.trials.items():
+        used = "-"
+        if set(losses) == set(RATES):
+            best = min(RATES, key=losses.__getitem__)
+            used = f"{best:g}, {'at the edge' if best in (min(RATES), max(RATES)) else 'not at the edge'}"
+        rows.append([ARMS[arm].title, *(_number(losses.get(rate)) for rate in RATES), used])
+    return _table(["arm", *(f"{rate:g}" for rate in RATES), "used"], rows)
 
 
 def pictures(all_results: Sequence[Results]) -> list[Frontier]:
-    """The pictures of each task with runs: every greedy arm, on the items of the curves."""
+    """The pictures of each task with runs: every greedy arm, on the items and seeds of the curves."""
     drawn = []
     for results in all_results:
         arms = {
-            ARMS[arm].title: tuple(one.value for one in _point(results, (arm, GREEDY.name), seeds))
+            ARMS[arm].title: tuple(one.value for one in _point(results, (arm, GREEDY.name), of_curves))
             for arm, seeds in _greedy(results)
+            if (of_curves := [seed for seed in seeds if seed in CURVE_SEEDS])
         }
         curves = {}
         for arm in CURVES:

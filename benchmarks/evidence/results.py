@@ -49,19 +49,12 @@ def _rare(name: str, key: str, statistic: Statistic) -> Measure:
 NLL = _nll(None)
 NLL_BUCKETS = tuple(map(_nll, range(3)))
 RARE_F1 = _rare("rare-word F1", "rare", f1)
+PRECISION, RECALL = _rare("precision", "rare", precision), _rare("recall", "rare", recall)
 NEW_F1 = _rare("F1 of words not in the prompt", "rare_new", f1)
 CHRF, ROUGE = _mean("chrF++", "chrf"), _mean("ROUGE-L", "rouge_l")
-MEASURES = (
-    NLL,
-    *NLL_BUCKETS,
-    RARE_F1,
-    _rare("precision", "rare", precision),
-    _rare("recall", "rare", recall),
-    NEW_F1,
-    CHRF,
-    ROUGE,
-    _mean("words", "words"),
-)
+WORDS = _mean("words", "words")
+OF_TARGETS = (NLL, *NLL_BUCKETS)
+OF_TEXTS = (RARE_F1, PRECISION, RECALL, NEW_F1, CHRF, ROUGE, WORDS)
 
 
 @dataclass(frozen=True)

@@ -419,7 +419,8 @@ def test_demo_trains_both_and_writes_its_report(
     output = tmp_path / "deep" / "out"
     assert run_demo("--text", pairs_file, "--steps", "30", "--output", output, "--device", "cpu", *SMALL) == 0
     printed, drawn = capsys.readouterr()
-    assert "PDL, alpha 0.5" in printed
+    assert "PDL, alpha 0.25" in printed
+    assert "docs/evidence.md" in printed
     assert str(output) in printed
     # Bars are for terminals.
     assert drawn == ""

@@ -68,7 +68,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--alpha",
         type=_non_negative,
-        default=0.5,
+        default=0.25,
         help="exponent of the power law; 0 is cross-entropy (default: %(default)s)",
     )
     parser.add_argument(
