@@ -24,7 +24,10 @@ from evidence.results import (
     NLL,
     OF_TARGETS,
     OF_TEXTS,
+    PRECISION,
     RARE_F1,
+    RECALL,
+    WORDS,
     Measure,
     ResultError,
     Results,
@@ -98,11 +101,13 @@ def _counts(all_results: Sequence[Results]) -> list[str]:
     for results in all_results:
         plan = [run for run in planned() if run.task == results.task and run.rate is None]
         done = [run for run in plan if run.seed in results.runs.get((run.arm, run.decoding), {})]
-        some = next(iter(next(iter(results.runs.values())).values())) if results.runs else None
-        items = str(len(some["items"]["cluster"])) if some else "-"
-        clusters = str(len(set(some["items"]["cluster"]))) if some else "-"
+        # Runs of decoders have the first items only.
+        of_runs = [run["items"]["cluster"] for seeds in results.runs.values() for run in seeds.values()]
+        all_items = max(of_runs, key=len, default=[])
         whole = "complete" if len(done) == len(plan) else "**partial**"
-        rows.append([_title(results), f"{len(done)} of {len(plan)}", whole, items, clusters])
+        rows.append(
+            [_title(results), f"{len(done)} of {len(plan)}", whole, str(len(all_items)), str(len(set(all_items)))]
+        )
     return _table(["task", "runs", "", "test items", "clusters"], rows)
 
 
@@ -143,10 +148,15 @@ def _primary(all_results: Sequence[Results]) -> list[str]:
     return _table(head, rows)
 
 
+def _curve(results: Results, arm: str) -> tuple[list[tuple[str, str]], list[int]]:
+    """The decodings of an arm, greedy first, and the seeds that all of them have."""
+    keys = [(arm, decoding.name) for decoding in (GREEDY, *CURVES[arm])]
+    return keys, results.seeds(*keys)
+
+
 def curve_points(results: Results, arm: str) -> dict[str, tuple[Estimate, Estimate]]:
     """chrF++ and rare-word F1 by decoding, greedy first, over the seeds that all of them have; empty without any."""
-    keys = [(arm, decoding.name) for decoding in (GREEDY, *CURVES[arm])]
-    seeds = results.seeds(*keys)
+    keys, seeds = _curve(results, arm)
     return {key[1]: _point(results, key, seeds) for key in keys} if seeds else {}
 
 
@@ -164,7 +174,7 @@ def curve_items(results: Results) -> int:
 def _frontiers(all_results: Sequence[Results]) -> list[str]:
     rows = []
     for results in all_results:
-        keys = [(CE, decoding.name) for decoding in (GREEDY, *CURVES[CE])]
+        keys, _ = _curve(results, CE)
         seeds = results.seeds(*keys, (PDL, GREEDY.name))
         if not seeds:
             continue
@@ -242,12 +252,14 @@ def _differences(results: Results, measures: Sequence[Measure]) -> list[str]:
 
 
 def _curve_table(results: Results) -> list[str]:
-    rows = [
-        [ARMS[arm].title, decoding, f"{chrf.value:.2f}", f"{f1.value:.2f}"]
-        for arm in CURVES
-        for decoding, (chrf, f1) in curve_points(results, arm).items()
-    ]
-    return _table(["arm", "decoding", CHRF.name, RARE_F1.name], rows)
+    measures = (CHRF, RARE_F1, PRECISION, RECALL, WORDS)
+    rows = []
+    for arm in CURVES:
+        keys, seeds = _curve(results, arm)
+        for key in keys if seeds else ():
+            values = [results.estimate(measure, key, seeds, curve_items(results)).value for measure in measures]
+            rows.append([ARMS[arm].title, key[1], *(f"{value:.2f}" for value in values)])
+    return _table(["arm", "decoding", *(measure.name for measure in measures)], rows)
 
 
 def _rates(results: Results) -> list[str]:
