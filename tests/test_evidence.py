@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -620,6 +621,36 @@ def test_report_of_golden_runs(golden):
         "0.001, at the edge",
     ]
     assert row_of(text, f"{KJV}: learning rates", ARMS[PDL].title)[4] == "0.0003, not at the edge"
+
+
+@pytest.mark.slow
+def test_the_page_is_that_of_the_committed_runs():
+    assert report.main(["--check"]) == 0
+
+
+DECIMAL = re.compile(r"(?<![\w.])[+-]?\d+\.\d+")
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [
+        ("docs/evidence.md", "# The evidence"),
+        ("docs/alpha.md", "## The effect on a model"),
+        ("README.md", "## When not"),
+    ],
+)
+def test_quoted_figures_are_those_of_the_tables(page, heading):
+    before, _, tables = report.PAGE.read_text().partition(report.marks("cpu")[0])
+    measured = [float(one) for one in DECIMAL.findall(tables)]
+    text = before if page == "docs/evidence.md" else (report.harness.ROOT / page).read_text()
+    quoted = DECIMAL.findall(re.split(r"\n#+ ", text.partition(f"{heading}")[2])[0])
+    assert quoted
+    unknown = [
+        figure
+        for figure in quoted
+        if min(abs(float(figure) - one) for one in measured) > 0.5 * 10.0 ** -len(figure.partition(".")[2]) + 1e-9
+    ]
+    assert unknown == []
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def _weightings(frequency: TokenFrequency, name: str, alphas: Sequence[float]) -
         )
     lines.append("Effective sample: how many labels of 100 still count.")
     if name == "power-law":
-        lines[-1] += " Begin with an alpha of 0.25 to 0.5; take less where it"
+        lines[-1] += " Begin with an alpha of 0.25; take less where it"
         lines.append(
             "is below a quarter, or where single tokens weigh more than some hundreds (max_weight limits them)."
         )

@@ -11,6 +11,7 @@ import numpy as np
 matplotlib.use("Agg")  # draws into a file, also where there is no display
 
 from matplotlib import pyplot
+from matplotlib.ticker import LogLocator, NullFormatter
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#d9730d", "#a0aec0"
 
@@ -45,6 +46,10 @@ def draw(
     over.axhline(1.0, color=ORANGE, linewidth=1, linestyle=":")
     over.set_ylabel("token weight (dotted: 1, as in cross-entropy)", color=ORANGE)
     over.tick_params(axis="y", labelcolor=ORANGE)
+    # The weights of a small alpha lie within two decades, which have few powers of ten.
+    over.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    over.yaxis.set_major_formatter("{x:g}")
+    over.yaxis.set_minor_formatter(NullFormatter())
     left.legend(handles=[frequency_line, weight_line], loc="lower center")
 
     position = np.arange(len(groups))
