@@ -44,7 +44,8 @@ def table(found: dict[str, dict[str, str]]) -> list[str]:
 
 def versions() -> str:
     said = []
-    for name in ("torch", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn"):
+    peers = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "transformer-engine")
+    for name in ("torch", "trl", *peers):
         try:
             said.append(f"{name} {version(name)}")
         except PackageNotFoundError:
