@@ -2,8 +2,7 @@
 
 A module of cpu.py and gpu.py. Every provider returns the loss and the gradients of hidden states and classifier; peaks
 do not include those gradients. TFLOP/s count the three products that the task needs, 6 N H V, whatever a provider
-computes. On the CPU one provider is not a peer: it computes those products without a loss, which is the lower bound of
-the task.
+computes. One provider is not a peer: it computes those products without a loss, which is the lower bound of the task.
 """
 
 from __future__ import annotations
@@ -100,16 +99,18 @@ def _has_trl_head() -> bool:
 
 
 def products_provider(inputs: LinearInputs) -> Provider:
-    """h W^T, g W and g^T h in the slabs of rows that pdl_ext takes on the CPU. g are the logits as they are."""
+    """h W^T, g W and g^T h in the slabs of rows that pdl_ext takes on this device. g are the logits as they are."""
     hidden, classifier = inputs.hidden.detach(), inputs.classifier.detach()
     vocab_size = len(classifier)
     # The alignment of pdl_ext's slabs, which makes products faster.
     stride = linear._row_stride(vocab_size)
-    most = min(linear._MOST_ROWS, linear._MAX_CHUNK_BYTES["cpu"] // hidden.itemsize // stride)
+    most = min(linear._MOST_ROWS, linear._MAX_CHUNK_BYTES[hidden.device.type] // hidden.itemsize // stride)
     slabs = linear._ranges(len(hidden), most, linear._LEAST_ROWS)
+    # As pdl_ext sums a 16-bit classifier's gradient there.
+    wide = torch.float32 if hidden.is_cuda and len(slabs) > 1 else hidden.dtype
 
     def call(_: int) -> tuple[Tensor, Tensor]:
-        of_hidden, of_classifier = torch.empty_like(hidden), torch.empty_like(classifier)
+        of_hidden, of_classifier = torch.empty_like(hidden), torch.empty_like(classifier, dtype=wide)
         memory = hidden.new_empty(slabs[0][1], stride)
         # oneDNN's 16-bit products read the memory between the rows.
         memory[:, vocab_size:].zero_()
@@ -129,7 +130,7 @@ def products_provider(inputs: LinearInputs) -> Provider:
             of_classifier.addmm_(logits.t(), exact[part])
         return harness.largest(map(harness.relative_error, result, (of_hidden, of_classifier)))
 
-    return Provider(PRODUCTS, call, error, note="no loss")
+    return Provider(PRODUCTS, call, error, not_capturable="not tried", note="no loss")
 
 
 def _ours(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
@@ -215,8 +216,7 @@ def linear_group(
             if peers:
                 losses += [*_pytorch(inputs.weight, dtype), *_installed(inputs.weight)]
             providers = [provider(inputs, *loss) for loss in losses]
-            if clock.device.type == "cpu":
-                providers.append(products_provider(inputs))
+            providers.append(products_provider(inputs))
             yield Workload(
                 f"{name} {dtype_name} [{rows}, {hidden}] x {vocab_size}",
                 providers,

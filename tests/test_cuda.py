@@ -310,22 +310,31 @@ def test_counting_from_host_memory(cuda, dtype):
     assert torch.equal(frequency.counts.cpu(), torch.from_numpy(2 * expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int64], ids=str)
-def test_counting_on_chip(cuda, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size"),
+    [
+        (torch.uint16, 60_000),
+        (torch.int32, 60_000),
+        (torch.int64, 60_000),
+        (torch.int32, 600_000),  # eight blocks with all shared memory that a card has, and ids beyond their counters
+    ],
+    ids=str,
+)
+def test_counting_on_chip(cuda, dtype, vocab_size):
     # More than two tokens for each counter of all multiprocessors, whose shared memory is at most 227 KiB.
     count = 2 * torch.cuda.get_device_properties(cuda).multi_processor_count * 227 * 256 + 3
-    ids = torch.rand(count, device=cuda) ** 2 * 60_004
+    ids = torch.rand(count, device=cuda) ** 2 * (vocab_size + 4)
     tokens = ids.to(torch.int64)
     tokens[::9] = 3
-    frequency = TokenFrequency(60_000, ignore_index=3).to(cuda)
+    frequency = TokenFrequency(vocab_size, ignore_index=3).to(cuda)
     # Not at an aligned address.
     frequency.update(tokens.to(dtype)[1:])
-    expected = torch.bincount(tokens[1:], minlength=60_004)
+    expected = torch.bincount(tokens[1:], minlength=vocab_size + 4)
     assert frequency.ignored == expected[3]
     expected[3] = 0
-    assert torch.equal(frequency.counts, expected[:60_000])
-    assert frequency.out_of_range == expected[60_000:].sum()
-    assert frequency.counts[59_000:].any()
+    assert torch.equal(frequency.counts, expected[:vocab_size])
+    assert frequency.out_of_range == expected[vocab_size:].sum()
+    assert frequency.counts[vocab_size - 1000 :].any()
 
 
 def test_second_device(cuda):
