@@ -247,12 +247,15 @@ def host_group(clock: Clock, vocab_size: int, count: int) -> Group:
 def plan(clock: Clock, sizes: Sizes, compile_groups: int) -> list[Group]:
     """All workloads, the most important first.
 
-    compile_groups: the number of loss groups in which the compiler takes part.
+    compile_groups: the number of groups in which the compiler takes part.
     """
     numbers = itertools.count()
 
+    def compiled() -> bool:
+        return next(numbers) < compile_groups
+
     def loss(vocab_size: int, dtype: torch.dtype, rows: int = sizes.rows, **kind: Any) -> Group:
-        return loss_group(clock, rows, vocab_size, dtype, **kind, compiled=next(numbers) < compile_groups)
+        return loss_group(clock, rows, vocab_size, dtype, **kind, compiled=compiled())
 
     histogram = functools.partial(counting_group, clock)
     first, *others = sizes.vocab_sizes
@@ -261,7 +264,7 @@ def plan(clock: Clock, sizes: Sizes, compile_groups: int) -> list[Group]:
         loss(first, torch.bfloat16),
         histogram(ids_first, "Zipf", sizes.tokens),
         tiny_group(clock, sizes.tiny_rows, sizes.tiny_vocab_size, sizes.tiny_calls),
-        linear_group(clock, "linear", [sizes.linear], torch.bfloat16),
+        linear_group(clock, "linear", [sizes.linear], torch.bfloat16, compiled=compiled()),
         loss(others[0], torch.bfloat16),
         loss(first, torch.bfloat16, peaked=True, ignored=0.3),
         histogram(ids_first, "Zipf", sizes.few_tokens),
@@ -309,7 +312,7 @@ def main() -> int:
         type=int,
         default=sys.maxsize,
         metavar="N",
-        help="torch.compile in so many groups of the loss",
+        help="torch.compile in so many groups of peers",
     )
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, to see that every step can be taken")
     options = parser.parse_args()

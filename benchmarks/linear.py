@@ -137,12 +137,13 @@ def _ours(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
     yield "pdl_ext, linear", lambda h, w, y: pdl_ext.functional.linear_pdl_loss(h, w, y, weight), True
 
 
-def _pytorch(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Loss, bool]]:
+def _pytorch(weight: Tensor, dtype: torch.dtype, compiled: bool) -> Iterator[tuple[str, Loss, bool]]:
     in_dtype = weight.to(dtype)
     yield "F.linear, F.cross_entropy", lambda h, w, y: F.cross_entropy(F.linear(h, w), y, in_dtype), True
-    torch.compiler.reset()
-    compiled = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y, weight), dynamic=False)
-    yield "F.linear, F.cross_entropy, compiled", compiled, True
+    if compiled:
+        torch.compiler.reset()
+        fused = torch.compile(lambda h, w, y: F.cross_entropy(F.linear(h, w).float(), y, weight), dynamic=False)
+        yield "F.linear, F.cross_entropy, compiled", fused, True
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
 
@@ -194,9 +195,14 @@ def _installed(weight: Tensor) -> Iterator[tuple[str, Loss, bool]]:
 
 
 def linear_group(
-    clock: Clock, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, peers: bool = True
+    clock: Clock,
+    name: str,
+    shapes: Sequence[tuple[int, int, int]],
+    dtype: torch.dtype,
+    peers: bool = True,
+    compiled: bool = True,
 ) -> Group:
-    """The loss of hidden states with both gradients, at shapes (N, H, V)."""
+    """The loss of hidden states with both gradients, at shapes (N, H, V); `compiled` adds the compiler to the peers."""
     dtype_name = str(dtype).removeprefix("torch.")
 
     def provider(inputs: LinearInputs, name: str, loss: Loss, weighted: bool) -> Provider:
@@ -214,7 +220,7 @@ def linear_group(
             inputs = LinearInputs(clock, rows, hidden, vocab_size, dtype)
             losses = [*_ours(inputs.weight)]
             if peers:
-                losses += [*_pytorch(inputs.weight, dtype), *_installed(inputs.weight)]
+                losses += [*_pytorch(inputs.weight, dtype, compiled), *_installed(inputs.weight)]
             providers = [provider(inputs, *loss) for loss in losses]
             providers.append(products_provider(inputs))
             yield Workload(

@@ -141,6 +141,14 @@ class TestGpuPlan:
         assert data["copy"]["bytes_per_second"] > 0
         assert (tmp_path / "benchmark.md").read_text().count("\n| ") == 2 + len(report.rows)
 
+    def test_the_compiler_takes_part_in_the_first_groups(self, clock, compiled_without_a_compiler):
+        first, *others = gpu.plan(clock, SIZES, compile_groups=1)
+        compiled = [
+            any("compiled" in provider.name for workload in group.workloads() for provider in workload.providers)
+            for group in (first, *others)
+        ]
+        assert compiled == [True] + [False] * len(others)
+
 
 class TestWorkloads:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

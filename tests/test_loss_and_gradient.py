@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import cuda_emulator
 import pytest
 import torch
 
@@ -161,6 +162,22 @@ def test_gradient_into_another_buffer(make_case, assert_accurate, dtype, options
         reference.pdl_loss(leaf, case.targets, case.token_weight, **options).backward()
         gradients.append(leaf.grad)
     assert_accurate(gradient, gradients[1], gradients[0])
+
+
+@pytest.mark.devices("emulated")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("vocab_size", [257, 40009])  # a block, and a cluster of them
+def test_the_kernels_of_a_step_prefer_the_same_shared_memory(make_case, vocab_size, in_place):
+    case = from_a_model(make_case((3,), vocab_size))
+    # Another upstream gradient than the expected one, so that a kernel corrects or scales the gradient.
+    upstream = torch.tensor(2.0)
+    counts = []
+    for _ in range(2):
+        leaf = case.leaf.clone().requires_grad_()
+        functional.pdl_loss(case.view(leaf), case.targets, inplace_backward=in_place).backward(upstream)
+        counts.append(cuda_emulator.library().cuda_emulator_carveout_changes())
+    # The first step's kernels come after those of another test.
+    assert counts[1] == counts[0]
 
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["before", "past_the_end"])

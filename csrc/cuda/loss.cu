@@ -156,8 +156,10 @@ void correct_gradient_(Tensor gradient, OptionalTensor expected, Tensor grad_los
     const auto kernel = inputs.is_plain() ? correct_gradient_kernel<T, true> : correct_gradient_kernel<T, false>;
     // The fewest blocks that keep memory busy, since mostly they find the expected number and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
-    const Grid grid{std::min(rows.count, 2 * multiprocessors), threads_for(rows.vocab_size), 0,
-                    shares_of_row(launch, logits)};
+    const Grid grid{.blocks = std::min(rows.count, 2 * multiprocessors),
+                    .threads = threads_for(rows.vocab_size),
+                    .shares = shares_of_row(launch, logits),
+                    .wants_shared = keeps_rows_on_chip(launch, logits)};
     launch(kernel, grid, rows, static_cast<const A*>(grad_loss.const_data_ptr()),
            static_cast<const A*>(factors.const_data_ptr()),
            expected ? static_cast<A*>(expected->mutable_data_ptr()) : nullptr,

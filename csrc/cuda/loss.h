@@ -19,6 +19,10 @@ inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   return int(std::min(wanted, possible));
 }
 
+// Whether a call of loss_and_gradient for such logits keeps its rows in shared memory. The kernels that follow in the
+// same step then prefer shared memory as well.
+bool keeps_rows_on_chip(const Launcher& launch, const Tensor& logits);
+
 // `upstream`: one number, or none for 1; it is stored in the factors.
 LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, const OptionalTensor& upstream,
                                  bool stats);

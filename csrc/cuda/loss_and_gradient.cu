@@ -340,13 +340,25 @@ void scale_(Tensor gradient, Tensor factor) {
   dispatch_logits<__nv_bfloat16, __half>(gradient, [&]<typename T>(T) {
     // The fewest blocks that keep memory busy, since mostly they find a 1 and return.
     const int64_t multiprocessors = launch.attribute(cudaDevAttrMultiProcessorCount);
-    const Grid grid{std::min(gradient.size(0), 2 * multiprocessors), kScaleThreads, 0, shares_of_row(launch, gradient)};
+    const Grid grid{.blocks = std::min(gradient.size(0), 2 * multiprocessors),
+                    .threads = kScaleThreads,
+                    .shares = shares_of_row(launch, gradient),
+                    .wants_shared = keeps_rows_on_chip(launch, gradient)};
     launch(scale_kernel<T>, grid, static_cast<T*>(gradient.mutable_data_ptr()), gradient.stride(0), gradient.size(0),
            int(gradient.size(1)), static_cast<const Accumulator<T>*>(factor.const_data_ptr()));
   });
 }
 
 }  // namespace
+
+bool keeps_rows_on_chip(const Launcher& launch, const Tensor& logits) {
+  bool keeps = false;
+  dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
+    // The other loops need a few bytes more, which decides nothing but a preference here.
+    keeps = on_chip_grid<T>(launch, on_chip_kernel<T, Loop::plain>, logits.size(0), logits.size(1)).blocks > 0;
+  });
+  return keeps;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {
   m.impl("loss_and_gradient_", TORCH_BOX(&loss_and_gradient_));

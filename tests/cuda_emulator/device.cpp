@@ -70,6 +70,8 @@ int built_for() {
 struct Function {
   int max_dynamic = kSharedWithoutOptin - kAssumedStatic;
   bool any_cluster_size = false;
+  // The share of shared memory that the kernel prefers, in percent; -1 is no preference.
+  int carveout = -1;
 };
 
 // Not thread-local: all that is belongs to the kernels.
@@ -78,6 +80,8 @@ std::mutex mutex;
 std::map<std::string, int> numbers;
 std::map<std::pair<int, const void*>, Function> functions;
 std::atomic<cudaError_t> last_error = cudaSuccess;
+// Of the last kernel, and how often a kernel had another one than the kernel before it.
+std::atomic<int> last_carveout = -1, changes = 0;
 
 // Another device has another number, as on a machine with several cards.
 int current_device() {
@@ -111,7 +115,9 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
       function_of(kernel, number).max_dynamic = value;
       return cudaSuccess;
     case cudaFuncAttributePreferredSharedMemoryCarveout:
-      return value >= -1 && value <= 100 ? cudaSuccess : cudaErrorInvalidValue;
+      if (value < -1 || value > 100) return cudaErrorInvalidValue;
+      function_of(kernel, number).carveout = value;
+      return cudaSuccess;
     case cudaFuncAttributeNonPortableClusterSizeAllowed:
       if (!device().has_clusters()) return cudaErrorNotSupported;
       function_of(kernel, number).any_cluster_size = value != 0;
@@ -244,10 +250,16 @@ cudaError_t count_clusters(int* clusters, const void* kernel, const cudaLaunchCo
 cudaError_t check_launch(const cudaLaunchConfig_t& config, const void* kernel, Launch* launch) {
   const cudaError_t error = check(config, kernel, launch);
   if (error != cudaSuccess) return record(error);
+  const int carveout = function(kernel).carveout;
+  if (last_carveout.exchange(carveout) != carveout) ++changes;
   // A card would run it, and the kernel would not know that its block is one of several. Occupancy does not tell.
   const dim3& cluster = launch->cluster;
   const bool clustered = uint64_t(cluster.x) * cluster.y * cluster.z > 1;
   return record(clustered && built_for() < 90 ? cudaErrorNotSupported : cudaSuccess);
+}
+
+int carveout_changes() {
+  return changes;
 }
 
 void require_capability(int capability, const char* operation, Location where) {

@@ -34,6 +34,9 @@ void run_grid(const Launch& launch, const std::function<void()>& thread);
 void check_canaries();
 void forget_canaries();
 
+// How many kernels preferred another share of shared memory than the kernel before them. A card drains before those.
+int carveout_changes();
+
 // Ends the launch; never returns to the thread that made the mistake.
 [[noreturn]] void fail(const std::string& what, Location where);
 

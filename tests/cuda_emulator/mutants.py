@@ -55,6 +55,8 @@ MUTATIONS = [
     ("cuda/rows.cuh", "row_weight != nullptr ? row_weight[i] : A(1)", "A(1)"),
     ("cuda/reduce_rows.cuh", "row.token_weight, row.row_weight, row.ce", "row.token_weight, 1.0, row.ce"),
     ("cuda/loss.cu", "int(id - first_id)", "int(id)"),
+    ("cuda/loss.cu", ".wants_shared = keeps_rows_on_chip(launch, logits)", ".wants_shared = false"),
+    ("cuda/loss_and_gradient.cu", ".wants_shared = keeps_rows_on_chip(launch, gradient)", ".wants_shared = false"),
     ("cuda/loss.cu", "inputs, saved_rows, shard.vocab_size", "inputs, saved_rows, logits.size(1)"),
     ("row_loss.h", "reciprocal_or_zero(double(normalizer[1]))", "reciprocal_or_zero(double(normalizer[0]))"),
     ("cuda/loss.cu", "gradient_row(rows.saved(i), rows.row_weight_at(i)", "gradient_row(rows.saved(i), A(1)"),

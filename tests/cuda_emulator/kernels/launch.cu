@@ -100,3 +100,7 @@ EXPORT int cuda_emulator_max_dynamic_shared(const char* name) {
   if (cudaFuncGetAttributes(&attributes, kernels::all().at(name).address) != cudaSuccess) return -1;
   return attributes.maxDynamicSharedSizeBytes;
 }
+
+EXPORT int cuda_emulator_carveout_changes() {
+  return cuda_emulator::carveout_changes();
+}
