@@ -608,6 +608,10 @@ def test_report_of_golden_runs(golden):
     assert row_of(text, "H3", KJV, "2.000")[2] == "+100.00 [+100.00, +100.00]"
     assert "Best known less least known: +50.00 [+0.00, +100.00], inconclusive." in text
     assert row_of(text, "What is there", KJV)[1:3] == [f"{7 + 2 * 10} of {1 + 30 + 3 * 20}", "**partial**"]
+    decoder = row_of(text, f"{KJV}: cross-entropy's decoders", "offset+0.25")
+    assert decoder[1] == "+50.00 [+0.00, +100.00], inconclusive"
+    assert decoder[4] == "+1.50 [+1.00, +2.00], higher"
+    assert len([line for line in text.splitlines() if line.startswith("| offset+0.25 |")]) == 2  # one a task
     shuffled = row_of(text, f"{KJV}: texts, difference", ARMS[SHUFFLED].title)
     assert shuffled[2] == "+0.00 [+0.00, +0.00], no difference within ±2"
     assert shuffled[6] == "-1.00 [-1.00, -1.00], lower"

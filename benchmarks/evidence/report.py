@@ -27,6 +27,7 @@ from evidence.results import (
     PRECISION,
     RARE_F1,
     RECALL,
+    ROUGE,
     WORDS,
     Measure,
     ResultError,
@@ -73,6 +74,7 @@ def tables(all_results: Sequence[Results]) -> str:
         for of, measures in (("texts", OF_TEXTS), ("nll", OF_TARGETS)):
             parts += _section(f"{_title(results)}: {of}, difference to cross-entropy", _differences(results, measures))
         parts += _section(f"{_title(results)}: decoders, the first items of the test", _curve_table(results))
+        parts += _section(f"{_title(results)}: cross-entropy's decoders, difference to greedy", _decoders(results))
         parts += _section(f"{_title(results)}: learning rates, loss on validation", _rates(results))
     return "\n".join(parts)
 
@@ -241,17 +243,17 @@ def _differences(results: Results, measures: Sequence[Measure]) -> list[str]:
         if arm == CE or not common:
             continue
         found = [(measure, results.difference(measure, arm, CE)) for measure in measures]
-        cells = [
-            f"{_interval(one)}, {verdict(one.interval, MARGINS.get(measure.name))}"
-            for measure, one in found
-            if one is not None
-        ]
+        cells = [_judged(measure, one) for measure, one in found if one is not None]
         rows.append([ARMS[arm].title, str(len(common)), *cells])
     return _table(["arm", "seeds", *(measure.name for measure in measures)], rows)
 
 
+def _judged(measure: Measure, difference: Estimate) -> str:
+    return f"{_interval(difference)}, {verdict(difference.interval, MARGINS.get(measure.name))}"
+
+
 def _curve_table(results: Results) -> list[str]:
-    measures = (CHRF, RARE_F1, PRECISION, RECALL, WORDS)
+    measures = (CHRF, RARE_F1, PRECISION, RECALL, ROUGE, WORDS)
     rows = []
     for arm in CURVES:
         keys, seeds = _curve(results, arm)
@@ -259,6 +261,21 @@ def _curve_table(results: Results) -> list[str]:
             values = [results.estimate(measure, key, seeds, curve_items(results)).value for measure in measures]
             rows.append([ARMS[arm].title, key[1], *(f"{value:.2f}" for value in values)])
     return _table(["arm", "decoding", *(measure.name for measure in measures)], rows)
+
+
+def _decoders(results: Results) -> list[str]:
+    measures = (RARE_F1, PRECISION, RECALL, CHRF, ROUGE, WORDS)
+    (greedy, *others), seeds = _curve(results, CE)
+    rows = []
+    for key in others if seeds else ():
+        pairs = (
+            [results.estimate(measure, one, seeds, curve_items(results)) for one in (key, greedy)]
+            for measure in measures
+        )
+        rows.append(
+            [key[1], *(_judged(measure, one - other) for measure, (one, other) in zip(measures, pairs, strict=True))]
+        )
+    return _table(["decoding", *(measure.name for measure in measures)], rows)
 
 
 def _rates(results: Results) -> list[str]:

@@ -119,7 +119,7 @@ def test_figures_follow_the_sliders(page, tmp_path, corpus):
 @pytest.mark.parametrize(
     ("typed", "weighting"),
     [
-        ({}, PowerLaw(0.5)),
+        ({}, PowerLaw(0.25)),
         ({"alpha": "1000"}, PowerLaw(1000)),
         ({"alpha": "1000", "max_weight": "1"}, PowerLaw(1000, max_weight=1)),
         ({"alpha": "1.5", "max_weight": "1e-30"}, PowerLaw(1.5, max_weight=1e-30)),
@@ -214,7 +214,7 @@ def test_tokens_are_shown_and_not_run(page, tmp_path, capsys):
     shown = page.run('[...document.querySelectorAll("#most .text")].map(cell => cell.textContent)')
     assert shown == [repr(text) for text in HOSTILE]
     assert "<script>window.ran = 1<" in page.run('document.querySelector("h1").textContent')
-    assert lines_run(page) == PowerLaw(0.5)
+    assert lines_run(page) == PowerLaw(0.25)
     assert page.run("window.ran") is None
     assert page.run("document.scripts.length") == 2
     assert page.told("Runtime.exceptionThrown") == []
@@ -255,14 +255,14 @@ def test_by_keyboard(page, tmp_path):
 
     page.run('document.getElementById("alpha-slider").focus()')
     page.press(*["ArrowRight"] * 5, "ArrowLeft")
-    assert page.run('document.getElementById("alpha").value') == "0.54"
-    assert_figures_are_right(page, frequency, PowerLaw(0.54))
+    assert page.run('document.getElementById("alpha").value') == "0.29"
+    assert_figures_are_right(page, frequency, PowerLaw(0.29))
     page.run('document.getElementById("max_weight-slider").focus()')
     page.press("Home")
-    assert_figures_are_right(page, frequency, PowerLaw(0.54, max_weight=0.1))
+    assert_figures_are_right(page, frequency, PowerLaw(0.29, max_weight=0.1))
     page.press("End")
     assert page.run("document.activeElement.getAttribute('aria-valuetext')") == "none"
-    assert_figures_are_right(page, frequency, PowerLaw(0.54))
+    assert_figures_are_right(page, frequency, PowerLaw(0.29))
     page.run('document.getElementById("weighting").focus()')
     page.press("ArrowDown")
     assert lines_run(page) == ClassBalanced()
@@ -285,7 +285,7 @@ def test_what_is_used_has_a_name(page, tmp_path):
     assert [role for role, name in named if not name] == []
     assert {role for role, _ in named} >= {"slider", "textbox", "combobox", "button", "image", "form"}
     # What moves is told, once it rests.
-    put(page, alpha="0.25")
+    put(page, alpha="0.5")
     assert page.run("""new Promise(then => {
       const spoken = document.getElementById("spoken");
       new MutationObserver(() => then(spoken.textContent)).observe(spoken, {childList: true});

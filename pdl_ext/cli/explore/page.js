@@ -61,7 +61,7 @@ const CHOICES = {
   normalize: {values: ["corpus", "types", "none"], hint: "the mean over corpus or types is 1"},
 };
 // Where the page begins, if that is not Python's default: docs/alpha.md advises to begin so.
-const START = {alpha: 0.5};
+const START = {alpha: 0.25};
 
 const FIGURES = {
   effective_fraction: {label: "effective sample", format: percent},
