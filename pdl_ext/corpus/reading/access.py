@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import Self
 
 from pdl_ext.storage.place import Place, RemotePath
 
@@ -26,8 +27,19 @@ class OpenFile(Protocol):
 
 
 class _FileOnDisk:
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    # Not a generator with @contextmanager: Python 3.10's leaves an exception, and with it the arrays of the frames that
+    # it passed, to the garbage collector.
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
 
     def read_at(self, view: memoryview, offset: int, /) -> int:
         return os.preadv(self._descriptor, [view], offset)
@@ -39,21 +51,9 @@ class _FileOnDisk:
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
-@contextlib.contextmanager
-def opened(path: Place) -> Iterator[OpenFile]:
+def opened(path: Place) -> contextlib.AbstractContextManager[OpenFile]:
     """Opens a file for reading. Raises ValueError that names it if it cannot be opened."""
-    if isinstance(path, RemotePath):
-        with path.ranges() as ranges:
-            yield ranges
-        return
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        yield _FileOnDisk(descriptor)
-    finally:
-        os.close(descriptor)
+    return path.ranges() if isinstance(path, RemotePath) else _FileOnDisk(path)
 
 
 def read_at(file: OpenFile, buffer: NDArray[Any], offset: int, path: Place) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pdl_ext.corpus.reading.access import opened, read_at, read_numbers
+from pdl_ext.corpus.reading.access import OpenFile, opened, read_at, read_numbers
 from pdl_ext.corpus.reading.width import BLOCK_BYTES, block_starts, doubt_of_width
 from pdl_ext.corpus.source import Batch, Part, ReadOptions, Source, as_countable, check_stated_dtype, token_dtype
 from pdl_ext.storage.place import Place
@@ -100,22 +100,23 @@ class FlatSource(Source):
     def batches(self, part: Part) -> Iterator[Batch]:
         itemsize = self._dtype.itemsize
         buffer = np.empty(min(part.stop - part.start, BUFFER_BYTES // itemsize), self._dtype)
-        with contextlib.ExitStack() as files:
-            file = files.enter_context(opened(self.path))
+        with opened(self.path) as file, self._opened_mask() as mask:
             file.read_ahead(self.first_byte + part.start * itemsize, self.first_byte + part.stop * itemsize)
-            mask = None if self._mask is None else (files.enter_context(opened(self._mask)), self._mask)
             for start in range(part.start, part.stop, buffer.size):
                 stop = min(start + buffer.size, part.stop)
                 tokens = buffer[: stop - start]
                 read_at(file, tokens, self.first_byte + start * itemsize, self.path)
                 is_target = None
-                if mask is not None:
+                if self._mask is not None and mask is not None:
                     marks = np.empty(stop - start, np.uint8)
-                    read_at(mask[0], marks, start, mask[1])
+                    read_at(mask, marks, start, self._mask)
                     is_target = marks != 0
                 if self._shifted:
                     is_target = self._without_starts(start, stop, is_target)
                 yield Batch(as_countable(tokens), is_target)
+
+    def _opened_mask(self) -> contextlib.AbstractContextManager[OpenFile | None]:
+        return contextlib.nullcontext() if self._mask is None else opened(self._mask)
 
     def _without_starts(self, start: int, stop: int, is_target: NDArray[np.bool_] | None) -> NDArray[np.bool_] | None:
         starts = None if self._starts_between is None else self._starts_between(start, stop) - start
