@@ -136,9 +136,9 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
     ):
         raise RuntimeError(
-            "pdl_ext: the kernels do not support torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
-            "leading dimensions at once instead of vmap, and take gradients by backward() or torch.autograd.grad; "
-            "pdl_ext.reference supports all of them"
+            "pdl_ext: the kernels do not support torch.func's transforms (vmap, grad, jvp, jacrev, ...). Instead of "
+            "vmap pass all leading dimensions at once, and take gradients by backward() or torch.autograd.grad. "
+            "pdl_ext.reference supports all transforms"
         )
 
 

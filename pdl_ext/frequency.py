@@ -358,7 +358,10 @@ class TokenFrequency(nn.Module):
 
         Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is not a counts file.
         """
-        tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
+        try:
+            tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, expected one that `pdl-ext count` or `save` wrote") from error
         try:
             vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])
             if tensors["counts"].shape != (vocab_size,):

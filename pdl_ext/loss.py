@@ -469,8 +469,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.frequency is None and self.online:
             raise ValueError(
                 f"vocab_size: got none for {prefix.removesuffix('.') or 'a loss'}, which learns online and has seen no "
-                "logits, expected PDLLoss(vocab_size=...): loaders that first read its state, such as "
-                "torch.distributed.checkpoint and from_pretrained, would leave out the counts of a checkpoint"
+                "logits, expected PDLLoss(vocab_size=...). Loaders such as "
+                "torch.distributed.checkpoint and from_pretrained read its state first, and would leave out the counts"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -120,7 +120,11 @@ def test_shift_without_a_sequence():
         ({"weighting": PowerLaw(), "alpha": 0.5}, ValueError, "weighting: got one together with alpha or epsilon"),
         ({"frequency": 7}, TypeError, "frequency: got int, expected TokenFrequency, int64 counts, a path or None"),
         ({"frequency": torch.ones(3)}, TypeError, r"counts: got dtype torch.float32, expected int64"),
-        ({"frequency": "no/such/file"}, FileNotFoundError, "path: no file at no/such/file"),
+        (
+            {"frequency": "no/such/file"},
+            FileNotFoundError,
+            "path: no file at no/such/file, expected one that `pdl-ext count` or `save` wrote",
+        ),
         (
             {"frequency": TokenFrequency(4), "vocab_size": 5},
             ValueError,

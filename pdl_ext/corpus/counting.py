@@ -250,7 +250,7 @@ def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any)
     for name, value in (("checkpoint", checkpoint), ("group", group)):
         if value is not None and isinstance(source, StreamedSource):
             raise ValueError(
-                f"{name}: got one with {source.format}, which is read once from its beginning, expected None: on "
+                f"{name}: got one with {source.format}, which is read once from its beginning, expected None. On "
                 "several ranks count each one's own, and call all_reduce on the result"
             )
 
