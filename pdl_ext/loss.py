@@ -112,7 +112,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         self.inplace_backward = inplace_backward
         self._is_given = frequency is not None
         if sync_every is not None:
-            sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+            sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int from 1 to 2^31 - 1")
             if not self.online:
                 given = "a given frequency" if frequency is not None else f"weighting={weighting}"
                 raise ValueError(
@@ -160,7 +160,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @weight_drop.setter
     def weight_drop(self, value: float) -> None:
-        value = check_number("weight_drop", value, 0, 1, "a number in [0, 1]")
+        value = check_number("weight_drop", value, 0, 1, "a number from 0 to 1")
         if value > 0 and self._options.smooths_by_class:
             raise _no_drop_by_class(value)
         self._weight_drop = value
