@@ -44,7 +44,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         frequency: a TokenFrequency, its int64 [V] counts, or the path of a counts file. None learns it online: in
             training mode each call first counts its targets and then weights them, so that no target is unseen. In eval
             mode nothing is counted.
-        alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
+        alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`. The default alpha is the paper's; begin
+            with 0.25 (docs/alpha.md).
         weighting: PowerLaw with its further options, or another class of `pdl_ext.weighting`. With one that needs no
             counts, such as Uniform, nothing is learned.
         logit_adjustment: the factor of log f, which is added to the logits, also in eval mode. The smoothed frequency
