@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="an example a line")
     parser.add_argument("--model", help="name or folder of a pretrained model (default: a tiny one)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="0 is cross-entropy (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.25, help="0 is cross-entropy (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="on all ranks together (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")

@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chats", type=Path, help="a JSON object with `messages` a line")
     parser.add_argument("--model", help="name or folder of a pretrained model (default: a tiny one)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="0 is cross-entropy (default: %(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.25, help="0 is cross-entropy (default: %(default)s)")
     parser.add_argument("--epochs", type=float, default=3, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")

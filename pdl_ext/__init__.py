@@ -13,7 +13,12 @@ from pdl_ext._version import __version__ as __version__
 __all__ = ["PDLLoss", "PowerLaw", "RowStats", "TokenFrequency", "count_labels", "functional", "reference"]
 
 if TYPE_CHECKING:
+    # With "as", a module is public for type checkers although `__all__` does not have it.
+    from pdl_ext import corpus as corpus
     from pdl_ext import functional, reference
+    from pdl_ext import modulation as modulation
+    from pdl_ext import statistics as statistics
+    from pdl_ext import weighting as weighting
     from pdl_ext.frequency import TokenFrequency
     from pdl_ext.functional import RowStats
     from pdl_ext.labels import count_labels

@@ -62,7 +62,7 @@ def check_number(name: str, value: Any, low: float, high: float, expected: str, 
 
 def check_exponent(name: str, value: Any) -> float:
     """The exponent of a frequency as a float. Raises TypeError or ValueError unless it is from -10000 to 10000."""
-    return check_number(name, value, -10_000, 10_000, "a number in [-10000, 10000]")
+    return check_number(name, value, -10_000, 10_000, "a number from -10000 to 10000")
 
 
 def check_integer(name: str, value: Any, low: int, high: int, expected: str) -> int:
@@ -87,12 +87,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_vocab_size(vocab_size: int) -> int:
     """The size as an int. Raises ValueError unless it is an int from 1 to 2^31 - 1."""
-    return check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int in [1, 2^31)")
+    return check_integer("vocab_size", vocab_size, 1, 2**31 - 1, "an int from 1 to 2^31 - 1")
 
 
 def check_ignore_index(ignore_index: int) -> int:
     """The id as an int. Raises ValueError unless it fits into int32."""
-    return check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int in [-2^31, 2^31)")
+    return check_integer("ignore_index", ignore_index, -(2**31), 2**31 - 1, "an int from -2^31 to 2^31 - 1")
 
 
 def check_group(group: Any) -> Any:
@@ -136,9 +136,9 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         tensor is not None and _functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors
     ):
         raise RuntimeError(
-            "pdl_ext: the kernels do not support torch.func's transforms (vmap, grad, jvp, jacrev, ...): pass all "
-            "leading dimensions at once instead of vmap, and take gradients by backward() or torch.autograd.grad; "
-            "pdl_ext.reference supports all of them"
+            "pdl_ext: the kernels do not support torch.func's transforms (vmap, grad, jvp, jacrev, ...). Instead of "
+            "vmap pass all leading dimensions at once, and take gradients by backward() or torch.autograd.grad. "
+            "pdl_ext.reference supports all transforms"
         )
 
 

@@ -175,7 +175,7 @@ class TokenFrequency(nn.Module):
         batch.update(tokens)
         rejected = int(batch.out_of_range)
         if rejected:
-            raise IndexError(f"tokens: got {rejected} ids outside [0, {self.vocab_size}), expected none")
+            raise IndexError(f"tokens: got {rejected} ids outside 0 <= id < {self.vocab_size}, expected none")
         self.merge(batch)
 
     @torch.no_grad()
@@ -306,7 +306,7 @@ class TokenFrequency(nn.Module):
         Raises ValueError unless count is an int from 1 to 2^63 - 1.
         Source: the low-frequency words of RSFD (arXiv 2211.15076), seen less than 200 times.
         """
-        return self.counts < check_integer("count", count, 1, 2**63 - 1, "an int in [1, 2^63)")
+        return self.counts < check_integer("count", count, 1, 2**63 - 1, "an int from 1 to 2^63 - 1")
 
     def buckets(self, shares: Sequence[float] = (0.8, 0.15, 0.05)) -> Tensor:
         """The frequency bucket of every vocabulary entry: int64 [V], 0 the most frequent.
@@ -358,13 +358,16 @@ class TokenFrequency(nn.Module):
 
         Raises FileNotFoundError, or ValueError for a file that cannot be read, is damaged or is not a counts file.
         """
-        tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
+        try:
+            tensors, metadata = read_tensors(place("path", path), "path", _FORMAT)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}, expected one that `pdl-ext count` or `save` wrote") from error
         try:
             vocab_size, tokens_seen = int(metadata["vocab_size"]), int(metadata["tokens_seen"])
             if tensors["counts"].shape != (vocab_size,):
                 # Before a table is allocated, which might be larger than memory.
                 raise ValueError(f"counts of shape {list(tensors['counts'].shape)}, a vocabulary of {vocab_size}")
-            check_integer("tokens_seen", tokens_seen, 0, 2**63 - 1, "an int in [0, 2^63)")
+            check_integer("tokens_seen", tokens_seen, 0, 2**63 - 1, "an int from 0 to 2^63 - 1")
             with torch.device("cpu"):
                 frequency = cls(vocab_size, ignore_index=int(metadata["ignore_index"]))
             seen = torch.tensor(tokens_seen, dtype=torch.int64, device="cpu")

@@ -44,7 +44,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         frequency: a TokenFrequency, its int64 [V] counts, or the path of a counts file. None learns it online: in
             training mode each call first counts its targets and then weights them, so that no target is unseen. In eval
             mode nothing is counted.
-        alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`.
+        alpha, epsilon: shorthand for `weighting=PowerLaw(alpha, epsilon)`. The default alpha is the paper's; begin
+            with 0.25 (docs/alpha.md).
         weighting: PowerLaw with its further options, or another class of `pdl_ext.weighting`. With one that needs no
             counts, such as Uniform, nothing is learned.
         logit_adjustment: the factor of log f, which is added to the logits, also in eval mode. The smoothed frequency
@@ -112,7 +113,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         self.inplace_backward = inplace_backward
         self._is_given = frequency is not None
         if sync_every is not None:
-            sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+            sync_every = check_integer("sync_every", sync_every, 1, 2**31 - 1, "None or an int from 1 to 2^31 - 1")
             if not self.online:
                 given = "a given frequency" if frequency is not None else f"weighting={weighting}"
                 raise ValueError(
@@ -160,7 +161,7 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
 
     @weight_drop.setter
     def weight_drop(self, value: float) -> None:
-        value = check_number("weight_drop", value, 0, 1, "a number in [0, 1]")
+        value = check_number("weight_drop", value, 0, 1, "a number from 0 to 1")
         if value > 0 and self._options.smooths_by_class:
             raise _no_drop_by_class(value)
         self._weight_drop = value
@@ -469,8 +470,8 @@ class PDLLoss(OptionsAsAttributes, nn.Module):
         if self.frequency is None and self.online:
             raise ValueError(
                 f"vocab_size: got none for {prefix.removesuffix('.') or 'a loss'}, which learns online and has seen no "
-                "logits, expected PDLLoss(vocab_size=...): loaders that first read its state, such as "
-                "torch.distributed.checkpoint and from_pretrained, would leave out the counts of a checkpoint"
+                "logits, expected PDLLoss(vocab_size=...). Loaders such as "
+                "torch.distributed.checkpoint and from_pretrained read its state first, and would leave out the counts"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

@@ -68,7 +68,9 @@ class LossOptions:
         check_choice("reduction", self.reduction, REDUCTIONS)
         self._set("ignore_index", check_ignore_index(self.ignore_index))
         check_flag("shift", self.shift)
-        self._set("label_smoothing", check_number("label_smoothing", self.label_smoothing, 0, 1, "a number in [0, 1]"))
+        self._set(
+            "label_smoothing", check_number("label_smoothing", self.label_smoothing, 0, 1, "a number from 0 to 1")
+        )
         check_choice("label_smoothing_weight", self.label_smoothing_weight, SMOOTHING_WEIGHTS)
         self._set("z_loss", check_number("z_loss", self.z_loss, 0, MAX, "a finite number >= 0"))
         if self.softcap is not None:

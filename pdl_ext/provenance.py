@@ -84,7 +84,7 @@ class TargetPolicy:
                     "selects the tokens of a row, special tokens included"
                 )
         if self.max_length is not None:
-            check_integer("max_length", self.max_length, 1, 2**31 - 1, "None or an int in [1, 2^31)")
+            check_integer("max_length", self.max_length, 1, 2**31 - 1, "None or an int from 1 to 2^31 - 1")
         if self.packing is not None:
             check_choice("packing", self.packing, PACKINGS)
             if self.max_length is None:

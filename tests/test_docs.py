@@ -153,6 +153,31 @@ def test_the_overview_has_the_public_modules():
     assert sorted(re.findall(r"^\| `(pdl_ext[\w.]*)` \|", overview, flags=re.MULTILINE)) == PUBLIC
 
 
+CHECKER = """\
+[mypy]
+strict = True
+cache_dir = cache
+[mypy-numpy.*,safetensors.*,torch.*,tqdm.*]
+follow_imports = skip
+[mypy-pdl_ext.*]
+ignore_errors = True
+"""
+
+
+def test_a_type_checker_finds_the_public_modules(tmp_path):
+    """After `import pdl_ext` alone, which is enough for Python."""
+    pytest.importorskip("mypy", reason="needs mypy")
+    modules = [name for name in PUBLIC if name.count(".") == 1]
+    (tmp_path / "user.py").write_text(
+        "import pdl_ext\n" + "".join(f"{module}.{names_of(module)[0]}\n" for module in modules)
+    )
+    (tmp_path / "mypy.ini").write_text(CHECKER)
+    command = ["mypy", "--config-file", "mypy.ini", "user.py"]
+    path = {"MYPYPATH": str(Path(pdl_ext.__file__).parents[1])}
+    run = fresh_python.run("-m", *command, env=path, cwd=tmp_path)
+    assert (run.stdout, run.returncode) == ("Success: no issues found in 1 source file\n", 0)
+
+
 def prose(path):
     """A page without its code, in which brackets are no links and a # is no heading."""
     return re.sub(r"^(`{3,})[^\n]*\n.*?^\1", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -71,7 +71,7 @@ def test_counts_of_before_chats_were_counted():
         ({"learn": "user"}, r"learn: got 'user', expected one of \['all', 'assistant', 'completions'\]"),
         ({"max_length": 9}, "max_length: got 9 without learn"),
         ({"packing": "bfd"}, "packing: got 'bfd' without learn"),
-        ({"learn": "all", "max_length": 0}, r"max_length: got 0, expected None or an int in \[1, 2\^31\)"),
+        ({"learn": "all", "max_length": 0}, r"max_length: got 0, expected None or an int from 1 to 2\^31 - 1"),
         ({"learn": "all", "packing": "bfd"}, "packing: got 'bfd' without max_length"),
         ({"learn": "all", "max_length": 9, "packing": "best"}, "packing: got 'best', expected one of"),
         ({"learn": "all", "mask": "m"}, "mask: got 'm' with learn='all', expected None"),

@@ -261,7 +261,7 @@ def _report(frequency: Any, output: Any) -> None:
     unseen = int((frequency.counts == 0).sum())
     if int(frequency.out_of_range):
         tell(
-            f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside [0, {frequency.vocab_size}): "
+            f"pdl-ext count: warning: {int(frequency.out_of_range):,} ids outside 0 <= id < {frequency.vocab_size}: "
             "another tokenizer, another dtype, or a larger vocabulary? (--strict makes it an error)"
         )
     report(

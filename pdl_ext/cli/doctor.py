@@ -1,4 +1,4 @@
-"""`pdl-ext doctor`: whether what is installed fits together, and what to run where it does not.
+"""`pdl-ext doctor`: checks that the installed parts fit together, and names the command that mends them.
 
 It begins without any other package, since one that cannot be imported is what most people ask about.
 """
@@ -22,7 +22,7 @@ from pdl_ext.cli.streams import write
 
 __all__ = ["EXTRAS", "add_parser"]
 
-# What a user may leave out, and for what it is. The others are for work on pdl_ext itself.
+# The extras for users, with their purposes. The others are for work on pdl_ext itself.
 EXTRAS = {
     "corpus": "counts columns, text and compressed files",
     "chat": "counts chats as they are trained on",
@@ -41,7 +41,7 @@ _TOLERANCE = 1e-4
 
 
 class Finding(NamedTuple):
-    """What was looked at, what was found, and what to run where it is not as it might be."""
+    """The result of a check; `remedy` is the command to run if something is missing or wrong."""
 
     state: Literal["ok", "absent", "wrong"]
     subject: str
@@ -64,8 +64,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "doctor",
         help="check that versions, extras and CUDA kernels fit together",
-        description="Checks what is installed: versions, extras, the compiled module, its CUDA kernels, and a loss "
-        "against PyTorch's on each device. Tells what to run where something is wrong, and ends with exit code 1 then.",
+        description="Checks the installation: versions, extras, the compiled module and its CUDA kernels. Compares a "
+        "loss with PyTorch's on each device. If something is wrong, it prints the command to run, and exits with 1.",
     )
     parser.set_defaults(run=_run)
 
@@ -76,7 +76,7 @@ def _run(_: argparse.Namespace) -> int:
         # At once, since the next check may take seconds.
         write(f"{state:6}  {subject:{_WIDTH}}  {told}", *([f"{'':{_WIDTH + 8}}  {remedy}"] if remedy else []))
         wrong += state == "wrong"
-    write(f"{wrong} wrong" if wrong else "what is installed fits together")
+    write(f"{wrong} wrong" if wrong else "all installed parts fit together")
     return 1 if wrong else 0
 
 
@@ -216,7 +216,7 @@ def _cards(torch: Any, architectures: str) -> Iterator[Finding]:
 
 
 def _covers(architectures: str, major: int, minor: int) -> bool:
-    """Whether kernels for "750,800" may run on a card. One that is newer than all compiles what they have as PTX."""
+    """Whether kernels for "750,800" may run on a card. One that is newer than all compiles their PTX."""
     numbers = [int(number) // 10 for number in re.findall(r"\d+", architectures)]
     card = 10 * major + minor
     return not numbers or card > max(numbers) or any(each // 10 == major and each <= card for each in numbers)

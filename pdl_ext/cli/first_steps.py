@@ -16,7 +16,7 @@ Power-Law Decay Loss for PyTorch. Three things to do first:
 2. See what a weighting makes of them, and choose alpha:
      pdl-ext explore counts.safetensors -o report.html
 3. Train with the loss, in Python:
-     loss_fn = pdl_ext.PDLLoss("counts.safetensors", alpha=0.5, shift=True)
+     loss_fn = pdl_ext.PDLLoss("counts.safetensors", alpha=0.25, shift=True)
      loss = loss_fn(logits, labels)
 
 `pdl-ext --help` lists all commands. `pdl-ext doctor` checks the installation."""

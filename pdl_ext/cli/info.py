@@ -6,9 +6,10 @@ import argparse
 import platform
 from typing import Any
 
+from pdl_ext._version import __version__
 from pdl_ext.cli.streams import write
 
-__all__ = ["add_parser"]
+__all__ = ["add_parser", "print_version"]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -17,15 +18,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.set_defaults(run=_run)
 
 
+def print_version(_: argparse.Namespace) -> int:
+    """Prints the version of pdl_ext; returns 0."""
+    write(f"pdl_ext {__version__}")
+    return 0
+
+
 def _run(_: argparse.Namespace) -> int:
     import torch
 
-    import pdl_ext
     from pdl_ext.engine.ops import _C
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
-        "pdl_ext": pdl_ext.__version__,
+        "pdl_ext": __version__,
         "Python": platform.python_version(),
         "PyTorch": f"{torch.__version__} (extension built with {_C.built_with_torch()})",
         "CPU capability": f"{_C.cpu_capability()}, {torch.get_num_threads()} threads",

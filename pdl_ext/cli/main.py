@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     streams.prepare()
     parser = _Parser(prog="pdl-ext", description="Power-Law Decay Loss for PyTorch")
     parser.set_defaults(run=first_steps.run, shows_time=False)
+    parser.add_argument(
+        "--version", action="store_const", const=info.print_version, dest="run", help="print the version"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     for command in (count, merge, show, plot, explore, info, doctor, demo):
         command.add_parser(subparsers)
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _clock(parsed: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """What tells the time of a sub-command that has no bar of its own."""
+    """A clock for a sub-command that has no bar of its own."""
     if not parsed.shows_time:
         return contextlib.nullcontext()
     from pdl_ext.cli.progress import waiting

@@ -125,7 +125,7 @@ def count_corpus(
     options = _checked_options(vocab_size, dtype, policy, tokenizer, strict)
     check_flag("allow_overlap", allow_overlap)
     if threads is not None:
-        check_integer("threads", threads, 1, 1024, "None or an int in [1, 1024]")
+        check_integer("threads", threads, 1, 1024, "None or an int from 1 to 1024")
     check_number("checkpoint_every", checkpoint_every, 0, float("inf"), "a number of seconds > 0", open_low=True)
     path = None if checkpoint is None else place("checkpoint", checkpoint)
     if output is not None:
@@ -161,8 +161,8 @@ def count_corpus(
     todo = ranks.share(state, [part.size for _, part in parts], path, group)
     if strict and int(state.frequency.out_of_range):
         raise ValueError(
-            f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside [0, {vocab_size}), expected none: "
-            "it was counted without strict"
+            f"checkpoint: {path} has {int(state.frequency.out_of_range)} ids outside 0 <= id < {vocab_size}, expected "
+            "none: it was counted without strict"
         )
     own = ranks.checkpoint_of_rank(path, group)
 
@@ -250,7 +250,7 @@ def _check_for_objects(source: Source, format: Any, checkpoint: Any, group: Any)
     for name, value in (("checkpoint", checkpoint), ("group", group)):
         if value is not None and isinstance(source, StreamedSource):
             raise ValueError(
-                f"{name}: got one with {source.format}, which is read once from its beginning, expected None: on "
+                f"{name}: got one with {source.format}, which is read once from its beginning, expected None. On "
                 "several ranks count each one's own, and call all_reduce on the result"
             )
 

@@ -346,7 +346,7 @@ def _check_texts(sources: Sequence[Source], options: ReadOptions) -> None:
     ids = next((source for source in sources if source.dtype != "text"), None)
     if options.policy.learn is not None and ids is not None:
         raise ValueError(
-            f"{ids.path}: holds token ids, and got learn {options.policy.learn} (--learn), expected rows of text: for "
+            f"{ids.path}: holds token ids, and got learn {options.policy.learn} (--learn), expected rows of text. For "
             "ids use a column of labels (--skip-prompt) or a mask (--mask) instead"
         )
 

@@ -106,7 +106,7 @@ def _exchange(
     if known is None and not _is_host(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"process_group: got a first call with {width} columns under the capture of a CUDA graph, expected one "
-            "before the capture, in which the ranks exchange their widths"
+            "before it. In this call the ranks exchange their widths"
         )
     # Every rank takes part, whatever it knows: a rank that knows less would wait. Integers below 2^53 are exact in
     # float64.

@@ -79,8 +79,8 @@ class Head:
         """The logits as the head would have computed them. Raises RuntimeError if its weight has changed since."""
         if _versions(self.weight, self.bias) != self.versions:
             raise RuntimeError(
-                "logits: got a head that was changed since the forward, as by an optimizer's step, expected the one of "
-                "the forward: read the logits before the step, or use apply_pdl_loss(fused=False)"
+                "logits: got a head that was changed since the forward, as by an optimizer's step, expected the same "
+                "one. Read the logits before the step, or use apply_pdl_loss(fused=False)"
             )
         return nn.functional.linear(self.hidden, self.weight, self.bias)
 

@@ -394,8 +394,8 @@ def _shifts(base: Any, calls_loss_function: bool) -> bool:
     if shifts and not calls_loss_function:
         # Bart's decoder does not shift, Blip's does.
         raise ValueError(
-            f"model: got {type(base).__name__}, whose forward does not call loss_function, so that it is not known "
-            "whether it shifts labels: expected another; call loss_fn(model(...).logits, labels, shift=...) instead"
+            f"model: got {type(base).__name__}, whose forward does not call loss_function, expected one that calls it: "
+            "it may or may not shift labels. Call loss_fn(model(...).logits, labels, shift=...) instead"
         )
     return shifts
 

@@ -127,7 +127,7 @@ def weights_of_counts(counts: Tensor, weighting: Weighting) -> Tensor:
 
 def check_blend(blend: float) -> float:
     """The blend as a float. Raises TypeError or ValueError unless it is a number from 0 to 1."""
-    return check_number("blend", blend, 0, 1, "a number in [0, 1]")
+    return check_number("blend", blend, 0, 1, "a number from 0 to 1")
 
 
 def _checked_fixed(fixed: Mapping[int, float]) -> dict[int, float]:

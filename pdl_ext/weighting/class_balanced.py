@@ -28,7 +28,7 @@ class ClassBalanced(Weighting):
     beta: float = 0.999
 
     def __post_init__(self) -> None:
-        expected = "a number in [0, 1)"
+        expected = "a number from 0 to below 1"
         self._set("beta", check_number("beta", self.beta, 0, 1, expected))
         if self.beta == 1:
             raise ValueError(f"beta: got {self.beta!r}, expected {expected}")

@@ -36,9 +36,9 @@ class PowerLaw(Weighting):
     relative: bool = True
 
     def __post_init__(self) -> None:
-        self._set("alpha", check_number("alpha", self.alpha, 0, MAX_ALPHA, f"a number in [0, {MAX_ALPHA:g}]"))
+        self._set("alpha", check_number("alpha", self.alpha, 0, MAX_ALPHA, f"a number from 0 to {MAX_ALPHA:g}"))
         for name in ("epsilon", "smoothing"):
-            expected = f"0 or a number in [{SMALLEST:g}, {LARGEST:g}]"
+            expected = f"0 or a number from {SMALLEST:g} to {LARGEST:g}"
             value = check_number(name, getattr(self, name), 0, LARGEST, expected)
             if 0 < value < SMALLEST:
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")

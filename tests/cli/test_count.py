@@ -48,7 +48,7 @@ def test_counts_and_says_so(corpus, capsys, tmp_path):
 def test_ids_out_of_range_are_reported_and_strict_fails(corpus, capsys, tmp_path):
     assert main([*COUNT, "40"]) == 0
     outside = int(corpus[40:].sum())
-    assert f"warning: {outside} ids outside [0, 40)" in capsys.readouterr().err
+    assert f"warning: {outside} ids outside 0 <= id < 40" in capsys.readouterr().err
     assert int(TokenFrequency.load("counts.safetensors").out_of_range) == outside
     (tmp_path / "counts.safetensors").unlink()
     assert main([*COUNT, "40", "--strict"]) == 1

@@ -319,14 +319,14 @@ def test_lines_are_copied(page, tmp_path):
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ({"alpha": "-1"}, "alpha: got -1, expected a number in [0, 10000]"),
-        ({"alpha": ""}, "alpha: got nothing, expected a number in [0, 10000]"),
-        ({"alpha": "a"}, "alpha: got a, expected a number in [0, 10000]"),
-        ({"epsilon": "1e-101"}, "epsilon: got 1e-101, expected 0 or a number in [1e-100, 1e+18]"),
-        ({"smoothing": "2e18"}, "smoothing: got 2e18, expected 0 or a number in [1e-100, 1e+18]"),
+        ({"alpha": "-1"}, "alpha: got -1, expected a number from 0 to 10000"),
+        ({"alpha": ""}, "alpha: got nothing, expected a number from 0 to 10000"),
+        ({"alpha": "a"}, "alpha: got a, expected a number from 0 to 10000"),
+        ({"epsilon": "1e-101"}, "epsilon: got 1e-101, expected 0 or a number from 1e-100 to 1e+18"),
+        ({"smoothing": "2e18"}, "smoothing: got 2e18, expected 0 or a number from 1e-100 to 1e+18"),
         ({"max_weight": "0"}, "max_weight: got 0, expected a number > 0"),
         ({"epsilon": "0", "smoothing": "0"}, "epsilon: got 0 with smoothing 0, expected one of them > 0"),
-        ({"weighting": 1, "beta": "1"}, "beta: got 1, expected a number in [0, 1)"),
+        ({"weighting": 1, "beta": "1"}, "beta: got 1, expected a number from 0 to below 1"),
         ({"weighting": 2, "T": "0"}, "T: got 0, expected a finite number > 0"),
     ],
 )

@@ -23,6 +23,11 @@ def test_info_tells_what_was_built(capsys):
     assert (lines["CUDA architectures"] == "none") == lines["CUDA kernels"].startswith("not built")
 
 
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pdl_ext {pdl_ext.__version__}\n"
+
+
 def test_a_wrong_command_exits_with_usage(capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["no-such-command"])
@@ -87,6 +92,7 @@ print(code, *sorted({"torch", "numpy", "tqdm", "safetensors"} & set(sys.modules)
     [
         ("", 0),
         ("--help", 0),
+        ("--version", 0),
         ("count --help", 0),
         ("demo --help", 0),
         ("doctor --help", 0),

@@ -81,13 +81,13 @@ def test_one_array_or_the_one_that_is_named(name, tmp_path):
     SAVE[name](path, {"train": IDS[:4], "test": IDS[4:], **OTHERS})
     assert_counts(count(path, column="train"), IDS[:4].reshape(-1), 28)
     for column, message in [
-        (None, r"got the arrays .*, expected one of integers in one axis or more: name it with --column"),
+        (None, r"got the arrays .*, expected one of integers in one axis or more. Name it with --column"),
         (
             "vocab_size",
             r"(got the arrays .*, expected 'vocab_size' of integers in one axis or more|vocab_size.* with 0 axes)",
         ),
         ("weights", r"weights.*(float32|F32)"),
-        ("no", "got the arrays .*, expected 'no' of integers in one axis or more: name it with --column"),
+        ("no", "got the arrays .*, expected 'no' of integers in one axis or more. Name it with --column"),
     ]:
         with pytest.raises(ValueError, match=rf"{name}: .*{message}|{name}.*{message}"):
             count(path, column=column)

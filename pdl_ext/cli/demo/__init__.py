@@ -12,10 +12,10 @@ from typing import Any
 from pdl_ext.cli.demo.extra import EXTRA_REQUIREMENT
 
 DESCRIPTION = """\
-Finetune SmolLM2-135M-Instruct (dequantised Q4_1 weights) twice from the same weights on the same batches, once with
-cross-entropy and once with Power-Law Decay Loss (PDL), and compare both on held-out examples: unweighted NLL by token
-frequency, recall of rare words, diversity of greedy generations, speed. PDL is computed from the hidden states, without
-the logits in memory, or with --unfused from the logits; the report has step time and memory of both. The text is Bible
+Finetunes SmolLM2-135M-Instruct (dequantised Q4_1 weights) twice: with cross-entropy and with Power-Law Decay Loss, PDL.
+Both begin with the same weights and see the same batches. The report compares them on held-out examples: unweighted NLL
+by token frequency, recall of rare words, diversity of greedy generations. It also has step time and memory of both. PDL
+is computed from the hidden states, without the logits in memory, or with --unfused from the logits. The text is Bible
 verses, King James Version to New Heart English Bible, or your own. Writes report.json, report.png and
 counts.safetensors into --output.
 """

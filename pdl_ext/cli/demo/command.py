@@ -163,8 +163,8 @@ def _check_size(args: argparse.Namespace, kept: int, too_long: int) -> None:
         left_out = f" ({too_long:,} longer ones were left out: see --max-length)" if too_long else ""
         raise DemoError(
             f"{args.text or 'the verses'}: {kept:,} examples of at most {args.max_length} tokens{left_out} "
-            f"are too few: --held-out {args.held_out} and one batch of {args.batch_size} need {needed:,}; "
-            "give more text, or lower --held-out or --batch-size"
+            f"are too few: --held-out {args.held_out} and one batch of {args.batch_size} need {needed:,}. "
+            "Give more text, or lower --held-out or --batch-size"
         )
 
 

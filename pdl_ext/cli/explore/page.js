@@ -28,20 +28,20 @@ const NUMBERS = {
   alpha: {
     values: fractions(0, 2, 100),
     check: value => value >= 0 && value <= 1e4,
-    expected: "a number in [0, 10000]",
+    expected: "a number from 0 to 10000",
     hint: "0 is cross-entropy",
   },
-  epsilon: {values: [0, ...decades(-12, 0)], check: isZeroOrAllowed, expected: "0 or a number in [1e-100, 1e+18]"},
+  epsilon: {values: [0, ...decades(-12, 0)], check: isZeroOrAllowed, expected: "0 or a number from 1e-100 to 1e+18"},
   smoothing: {
     values: [0, ...decades(-3, 3)],
     check: isZeroOrAllowed,
-    expected: "0 or a number in [1e-100, 1e+18]",
+    expected: "0 or a number from 1e-100 to 1e+18",
     hint: "added to every count",
   },
   beta: {
     values: [0, 0.5, ...[1, 2, 3, 4, 5, 6].flatMap(nines => [0.9, 0.95].map(first => nine(first, nines)))],
     check: value => value >= 0 && value < 1,
-    expected: "a number in [0, 1)",
+    expected: "a number from 0 to below 1",
     hint: "0 weighs all alike; towards 1 the weight becomes 1 / n",
   },
   T: {

@@ -79,7 +79,7 @@ class _JsonLinesSource(LineSource):
         return (line for line in self.lines(part) if line.content.strip())
 
     def _begins_with_ids(self) -> bool:
-        # What is damaged is an error where it is read.
+        # Damage is an error where it is read.
         with contextlib.suppress(ValueError):
             first = next(self._filled_lines(Part(0, self.size, self.size)), None)
             return first is not None and isinstance(self._item(first), Batch)

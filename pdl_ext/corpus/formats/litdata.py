@@ -155,8 +155,8 @@ def _stream_dtype(path: Place, data_format: list[str], loader: Any) -> str:
     if encoding.dtype is None:
         raise ValueError(
             f"{path}: got items of {data_format!r} for {loader}, expected those of one tensor or array of one "
-            f"dimension, of a dtype that is one of {', '.join(TOKEN_DTYPES)} (those have the numbers "
-            f"{sorted(_TENSORS)} and {sorted(_ARRAYS)})"
+            f"dimension, of a dtype that is one of {', '.join(TOKEN_DTYPES)}. Their numbers are "
+            f"{sorted(_TENSORS)} and {sorted(_ARRAYS)}"
         )
     return encoding.dtype.name
 

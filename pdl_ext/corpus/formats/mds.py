@@ -102,7 +102,7 @@ def _columns(config: dict[str, Any]) -> list[Column]:
         )
     ]
     if any(column.size is not None and not 1 <= column.size < 2**32 for column in columns):
-        raise ValueError("sizes outside of [1, 2^32)")
+        raise ValueError("sizes outside of 1 to 2^32 - 1")
     return columns
 
 

@@ -93,7 +93,7 @@ def _why_no_ids(item: Any, sizes: Container[int]) -> str | None:
 
 
 def _loaded(path: Place, mapped: bool) -> tuple[Any, set[int]]:
-    """What a file holds, and the sizes of its members in bytes."""
+    """The content of a file, and the sizes of its members in bytes."""
     try:
         with path.open("rb") as file:
             with zipfile.ZipFile(file) as archive:

@@ -86,14 +86,14 @@ def chosen_array(path: Place, axes: Mapping[str, int], refused: Mapping[str, Val
         names = ", ".join(map(repr, [*axes, *refused][:10])) or "none"
         asked = "one" if policy.column is None else repr(policy.column)
         raise ValueError(
-            f"{path}: got the arrays {names}, expected {asked} of integers in one axis or more: name it with --column, "
+            f"{path}: got the arrays {names}, expected {asked} of integers in one axis or more. Name it with --column, "
             "or leave the file out by a pattern"
         )
     return name
 
 
 def first_zip_name(head: bytes) -> str:
-    """What a zip archive holds first, by its first bytes, also of one that was cut off; empty for anything else."""
+    """The first name in a zip archive, by its first bytes, also if it was cut off; empty for any other file."""
     # Behind a header of 30 bytes, which tells its length.
     size = int.from_bytes(head[26:28], "little")
     return head[30 : 30 + size].decode("utf-8", "replace") if head.startswith(ZIP_MAGIC) else ""
@@ -114,7 +114,7 @@ def check_whole_zip(path: Place, writer: str) -> None:
             has_end = zipfile.is_zipfile(file)
     if not has_end:
         raise ValueError(
-            f"{path}: was cut off: it begins as a zip archive and has no record of its end, expected all of it: copy "
+            f"{path}: was cut off: it begins as a zip archive and has no record of its end, expected all of it. Copy "
             "or write it anew"
         )
 

@@ -92,16 +92,16 @@ class SupervisedEncoder:
         if not _GENERATION.search(template):
             raise ValueError(
                 f"{self._folder}: got a chat template without {{% generation %}}, expected the assistant's turns "
-                "between {% generation %} and {% endgeneration %}, for learn assistant (--learn): put the marks there, "
-                "or save a tokenizer with tokenizer.chat_template = "
-                "trl.chat_template_utils.get_training_chat_template(tokenizer), or learn completions"
+                "between {% generation %} and {% endgeneration %}, for learn assistant (--learn). Put the marks there, "
+                "or learn completions, or save a tokenizer with tokenizer.chat_template = "
+                "trl.chat_template_utils.get_training_chat_template(tokenizer)"
             )
 
     def _rendered(self, place: object, row: Mapping[str, Any]) -> _Rendered:
         example = example_of(row, self._options, place, has_template=self._has_template)
         if example.prompt is None and self._learn == "completions":
             raise ValueError(
-                f"{place}: got no prompt, expected 'prompt' and 'completion' for learn completions (--learn): for a "
+                f"{place}: got no prompt, expected 'prompt' and 'completion' for learn completions (--learn). For a "
                 "chat without a prompt use assistant or all, for a text all"
             )
         return self._of_chat(example, place) if isinstance(example, Chat) else self._of_text(example, place)
