@@ -1,4 +1,4 @@
-"""The check of `make lint` that no sentence of docs, docstrings and comments has more than 25 words.
+"""The check of `make lint` that no sentence of docs, docstrings, comments and messages has more than 25 words.
 
 Pygments finds comments, and markdown-it finds blocks. Neither recognises a docstring's sections or the end of a
 sentence.
@@ -90,6 +90,9 @@ def sentences(source: str, kind: str) -> Iterator[Sentence]:
     if kind == "markdown":
         yield from sentences_of_markdown(Text(1, source.splitlines()))
         return
+    if kind == "python":
+        for line, block in messages(source):
+            yield from sentences_of_block(line, block, [])
     for text in [*(docstrings(source) if kind == "python" else ()), *comments(source, kind)]:
         if kind != "python":
             text = Text(text.line, ["" if CODE_LINE.fullmatch(line.strip()) else line for line in text.lines])
@@ -109,6 +112,33 @@ def docstrings(source: str) -> Iterator[Text]:
             yield Text(node.lineno, [first.strip(), *textwrap.dedent(others).splitlines()])
         for block in ("body", "orelse", "handlers", "finalbody", "cases"):
             remaining += getattr(node, block, ())
+
+
+def messages(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of the strings that a user reads: of errors, of warnings, and of the help of a command."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            read = node.exc.args
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            read = [keyword.value for keyword in node.keywords if keyword.arg in ("help", "description", "epilog")]
+            read += node.args if name in ("warn", "error", "Finding") else []
+        else:
+            continue
+        for argument in read:
+            yield from strings(argument)
+
+
+def strings(expression: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of each string in an expression; a value in an f-string is a word."""
+    if isinstance(expression, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else "x" for part in expression.values)
+        yield expression.lineno, "".join(map(str, parts))
+    elif isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        yield expression.lineno, expression.value
+    else:
+        for child in ast.iter_child_nodes(expression):
+            yield from strings(child)
 
 
 def comments(source: str, kind: str) -> Iterator[Text]:

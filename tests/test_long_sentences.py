@@ -184,6 +184,19 @@ w = 1  # type: ignore[no-any-return]
     assert lines(source, "python") == [4, 5, 7, 8, 10, 15, 16]
 
 
+def test_messages_of_python():
+    source = """
+raise ValueError(f"{name}: got {value!r}, expected a number. " "Pass one.")
+warnings.warn("it is slow" if slow else "it is wrong", stacklevel=2)
+parser.add_argument("--flag", help="what it does", metavar="NO PROSE")
+parser.error(f"{given} is no file")
+print("a table, or a report")
+"""
+    expected = ["x: got x, expected a number.", "Pass one.", "it is slow", "it is wrong"]
+    assert texts(source, "python") == [*expected, "what it does", "x is no file"]
+    assert lines(source, "python") == [2, 2, 3, 3, 4, 5]
+
+
 def test_comments_of_cpp():
     source = """\
 // One sentence
