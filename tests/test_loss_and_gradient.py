@@ -100,7 +100,7 @@ def test_sizes_match_reference(make_case, assert_in_place_matches, uncut, rows, 
 )
 def test_cards_match_reference(make_case, assert_in_place_matches, monkeypatch, card, dtype, vocab_size):
     monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
-    case = from_a_model(make_case((6,), vocab_size, dtype, peaked=True))
+    case = from_a_model(make_case((6,), vocab_size, dtype, peaked=True, row_weight=True))
     assert_in_place_matches(case, label_smoothing=0.1)
     assert_in_place_matches(case)
 
