@@ -182,6 +182,21 @@ def test_target_probability_near_one(make_case, assert_matches, dtype):
     assert at_target.all()
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True], ids=["out_of_place", "inplace"])
+def test_z_loss_of_a_certain_target(make_case, inplace_backward):
+    # p_y is 1, so only the z-loss is left of its gradient: 6e-6 of what cancels, which plain PyTorch has to 1 %.
+    case = make_case((5,), 257, ignored=False)
+    leaf = torch.zeros_like(case.leaf).scatter_(1, case.targets.unsqueeze(1), 30.0).requires_grad_()
+    exact = leaf.detach().double().requires_grad_()
+    options = {"z_loss": 1e-7, "reduction": "sum"}
+    reference.pdl_loss(exact, case.targets, case.token_weight, **options).backward()
+    functional.pdl_loss(
+        computed(leaf), case.targets, case.token_weight, inplace_backward=inplace_backward, **options
+    ).backward()
+    places = (torch.arange(5), case.targets.cpu())
+    torch.testing.assert_close(leaf.grad.cpu()[places], exact.grad.cpu()[places].float(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_gradients_far_from_zero(device, dtype):
     # Off the target each is its probability, rounded: 1/16 of an ulp is left for all that is computed.

@@ -17,6 +17,7 @@ FILES = [
     "edges",
     "combinations",
     "loss_and_gradient",
+    "gradient_at_once",
     "layouts",
     "weighting",
     "numbers",
