@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from pdl_ext import PDLLoss, functional
@@ -152,6 +153,15 @@ class TestWhenItIs:
         # Its loss is read, and rarely differentiated.
         ops_of_step(PDLLoss(case.leaf.new_ones(257).long()).eval(), case)
         assert names_of(calls) == 4 * TWO_CALLS
+
+    def test_two_calls_of_a_process_group(self, make_case, calls, tmp_path):
+        # The other ranks' statistics are known only after all rows.
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+        try:
+            ops_of_step(lambda x, y: functional.pdl_loss(x, y, process_group=dist.group.WORLD), make_case((6,), 257))
+        finally:
+            dist.destroy_process_group()
+        assert names_of(calls) == TWO_CALLS
 
     def test_without_a_gradient_none_is_computed(self, make_case, calls):
         case = make_case((6,), 257, row_weight=True)
