@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -22,30 +23,41 @@ from ways import ways
 BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 
-def table(found: dict[str, dict[str, str]]) -> list[str]:
-    """Markdown: a mark for each case and way, the sums, and a list of the errors."""
-    names = list(found)
+Found = dict[str, dict[str, str]]
+
+
+def table(found: Found) -> list[str]:
+    """Markdown: a mark for each case that one of the ways offers, and the sums."""
     marks = {RIGHT: "yes", ABSENT: ""}
-    lines = [f"| case | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    wrong = []
+    lines = [f"| case | {' | '.join(found)} |", f"|---|{'---|' * len(found)}"]
     for case in CASES:
-        cells = []
-        for name in names:
-            said = found[name][case.name]
-            if said not in marks:
-                wrong.append(f"| {name} | {case.name} | {said.replace('|', '/')} |")
-            cells.append(marks.get(said, "**no**"))
-        lines.append(f"| {case.name} | {' | '.join(cells)} |")
-    sums = [collections.Counter(found[name].values()) for name in names]
+        cells = [marks.get(said[case.name], "**no**") for said in found.values()]
+        if any(cells):
+            lines.append(f"| {case.name} | {' | '.join(cells)} |")
+    sums = [collections.Counter(said.values()) for said in found.values()]
     of = [f"{counted[RIGHT]} of {counted.total() - counted[ABSENT]}" for counted in sums]
-    lines.append(f"| right | {' | '.join(of)} |")
-    return [*lines, "", "| implementation | case | result |", "|---|---|---|", *wrong]
+    return [*lines, f"| right | {' | '.join(of)} |"]
+
+
+def errors(found: Found) -> list[str]:
+    """Markdown: each error of a way, with the first case that has it."""
+    lines = ["| implementation | case | result |", "|---|---|---|"]
+    for name, said in found.items():
+        cases = collections.defaultdict(list)
+        for case in CASES:
+            if said[case.name] not in (RIGHT, ABSENT):
+                # The number of classes is no part of the error.
+                cases[re.sub(r" with size \d+$", "", said[case.name]).replace("|", "/")].append(case.name)
+        for result, (first, *others) in cases.items():
+            more = f", and {len(others)} more" if others else ""
+            lines.append(f"| {name} | {first}{more} | {result} |")
+    return lines
 
 
 def versions() -> str:
     said = []
     peers = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "transformer-engine")
-    for name in ("torch", "trl", *peers):
+    for name in ("torch", "trl", "megatron-core", *peers):
         try:
             said.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -61,13 +73,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a page with both marks")
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
-    found = {}
+    found: Found = {}
+    of_ranks: Found = {}
     for way in ways(device):
         if args.only is not None and args.only not in way.name:
             continue
         print(f"{way.name} ...", file=sys.stderr, flush=True)
-        found[way.name] = verdicts(way, device)
-    lines = [f"On {device.type}, with {versions()}.", "", *table(found)]
+        (found if way.ranks == 1 else of_ranks)[way.name] = verdicts(way, device)
+    lines = [f"On {device.type}, with {versions()}."]
+    for each in filter(None, (found, of_ranks)):
+        lines += ["", *table(each)]
+    found |= of_ranks
+    lines += ["", *errors(found)]
     print("\n".join(lines))
     if args.output is not None:
         text = args.output.read_text(encoding="utf-8")

@@ -40,12 +40,14 @@ class Way:
     """An implementation: the loss of [logits], or of [hidden states, classifier]; it raises NotOffered.
 
     may_abort: an unsupported case ends the process.
+    ranks: the number of processes that share the vocabulary; each of them calls `loss` with the whole scores.
     """
 
     name: str
     of_logits: bool
     loss: Callable[[list[Tensor], Task], Tensor]
     may_abort: bool = False
+    ranks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Case:
     check: Callable[[Way], None]
     # None: for both kinds of ways.
     of_logits: bool | None = None
+    # Whether ranks that share the vocabulary can show it: each has a copy of its own columns.
+    of_ranks: bool = True
+
+    def concerns(self, way: Way) -> bool:
+        return self.of_logits in (None, way.of_logits) and (self.of_ranks or way.ranks == 1)
 
 
 CASES: list[Case] = []
@@ -65,9 +72,11 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LIMITS_OF_PRODUCTS = {torch.float32: 2e-4, torch.bfloat16: 4e-2, torch.float16: 8e-3}
 
 
-def case(name: str, of_logits: bool | None = None) -> Callable[[Callable[[Way], None]], Callable[[Way], None]]:
+def case(
+    name: str, of_logits: bool | None = None, of_ranks: bool = True
+) -> Callable[[Callable[[Way], None]], Callable[[Way], None]]:
     def add(check: Callable[[Way], None]) -> Callable[[Way], None]:
-        CASES.append(Case(name, check, of_logits))
+        CASES.append(Case(name, check, of_logits, of_ranks))
         return check
 
     return add
@@ -336,7 +345,7 @@ def _(way: Way) -> None:
     check(way, leaves_of(way, rows=6000, vocab_size=33, dtype=torch.bfloat16), Task(targets, weight_of(33)))
 
 
-@case("logits are unchanged afterwards, or PyTorch detects the change", of_logits=True)
+@case("logits are unchanged afterwards, or PyTorch detects the change", of_logits=True, of_ranks=False)
 def _(way: Way) -> None:
     (leaf,) = leaves_of(way)
     logits = leaf * 1.0
@@ -346,7 +355,7 @@ def _(way: Way) -> None:
         raise Wrong("the logits are overwritten in silence")
 
 
-@case("a second loss of the same scores: the gradients add up, or an error")
+@case("a second loss of the same scores: the gradients add up, or an error", of_ranks=False)
 def _(way: Way) -> None:
     leaves = leaves_of(way)
     scores = [leaf * 1.0 for leaf in leaves]
@@ -430,12 +439,12 @@ def _(way: Way) -> None:
     compare("the loss", loss, true_loss([leaf.detach().double() for leaf in leaves], task), 1e-5)
 
 
-@case("the columns of a padded vocabulary", of_logits=True)
+@case("the columns of a padded vocabulary", of_logits=True, of_ranks=False)
 def _(way: Way) -> None:
     check_view(way, leaves_of(way, vocab_size=264)[0], lambda wide: wide[:, :257])
 
 
-@case("transposed logits", of_logits=True)
+@case("transposed logits", of_logits=True, of_ranks=False)
 def _(way: Way) -> None:
     check_view(way, leaves_of(way, rows=257, vocab_size=33)[0], lambda turned: turned.t())
 

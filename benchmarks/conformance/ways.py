@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import NotOffered, Task, Way
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
 
 from pdl_ext import functional
 
@@ -31,6 +37,8 @@ def ways(device: torch.device) -> Iterator[Way]:
         yield Way("TRL's head", False, _trl)
     if device.type == "cuda":
         yield from _of_hidden_states_on_cuda()
+    else:
+        yield from _of_ranks()
 
 
 def _version(package: str) -> tuple[int, ...]:
@@ -201,3 +209,89 @@ def _of_hidden_states_on_cuda() -> Iterator[Way]:
             return _weighted(losses, task)
 
         yield Way("Cut Cross-Entropy", False, cut)
+
+
+class _OfThisRank(torch.autograd.Function):
+    """This rank's part of a dimension of a tensor that all ranks have."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, dim: int) -> Tensor:
+        ctx.shape, ctx.dim = whole.shape, dim
+        return whole.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _OfAllRanks.apply(gradient, ctx.shape, ctx.dim), None
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """The tensor that has this rank's part, and those of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, shape: torch.Size, dim: int) -> Tensor:
+        ctx.dim = dim
+        whole = torch.zeros(shape)
+        whole.chunk(dist.get_world_size(), dim)[dist.get_rank()].copy_(part)
+        dist.all_reduce(whole)
+        return whole.to(part.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _OfThisRank.apply(gradient, ctx.dim), None, None
+
+
+def _of_ranks() -> Iterator[Way]:
+    """Those whose vocabulary two ranks share."""
+
+    def pdl_ext(scores: list[Tensor], task: Task) -> Tensor:
+        columns = _OfThisRank.apply(scores[0], -1)
+        return functional.pdl_loss(columns, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task))
+
+    def pdl_ext_linear(scores: list[Tensor], task: Task) -> Tensor:
+        rows = _OfThisRank.apply(scores[1], 0)
+        return functional.linear_pdl_loss(
+            scores[0], rows, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task)
+        )
+
+    def pytorch(scores: list[Tensor], task: Task) -> Tensor:
+        if task.label_smoothing:
+            raise NotOffered
+        columns = _OfThisRank.apply(scores[0], -1)
+        logits = DTensor.from_local(columns, _mesh(), [Shard(-1)], shape=scores[0].shape, stride=scores[0].stride())
+        loss = F.cross_entropy(logits, task.targets, **_of_pytorch(task, columns.dtype)).to_local()
+        return loss if task.normalizer is None else loss / task.normalizer
+
+    def megatron(scores: list[Tensor], task: Task) -> Tensor:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        if task.label_smoothing and task.weight is not None:
+            raise NotOffered
+        _initialize_megatron()
+        vocab_size = scores[0].shape[1]
+        # All ranks need the same number of columns.
+        columns = _OfThisRank.apply(F.pad(scores[0], (0, vocab_size % 2), value=-torch.inf), -1)
+        # It gives this share to all other tokens, and F.cross_entropy to all tokens.
+        smoothing = task.label_smoothing * (vocab_size - 1) / vocab_size
+        targets = task.targets.where(task.targets != task.ignore_index, 0)
+        losses = vocab_parallel_cross_entropy(columns.unsqueeze(1), targets.unsqueeze(1), smoothing).squeeze(1)
+        return _weighted(losses, task)
+
+    yield Way("pdl_ext, two ranks", True, pdl_ext, ranks=2)
+    yield Way("pdl_ext.linear, two ranks", False, pdl_ext_linear, ranks=2)
+    yield Way("PyTorch's loss_parallel, two ranks", True, pytorch, ranks=2)
+    if importlib.util.find_spec("megatron") is not None:
+        yield Way("Megatron-LM, two ranks", True, megatron, ranks=2)
+
+
+@functools.cache
+def _mesh() -> Any:
+    # Backward needs it as well, so it stays entered.
+    loss_parallel().__enter__()
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+@functools.cache
+def _initialize_megatron() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
