@@ -154,14 +154,20 @@ class TestWhenItIs:
         ops_of_step(PDLLoss(case.leaf.new_ones(257).long()).eval(), case)
         assert names_of(calls) == 4 * TWO_CALLS
 
-    def test_two_calls_of_a_process_group(self, make_case, calls, tmp_path):
-        # The other ranks' statistics are known only after all rows.
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    @pytest.mark.devices("cpu")
+    def test_two_calls_of_a_shard(self, make_case, calls):
+        # A rank knows its gradient only after the statistics of all ranks.
+        case = make_case((6,), 257)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
-            ops_of_step(lambda x, y: functional.pdl_loss(x, y, process_group=dist.group.WORLD), make_case((6,), 257))
+            group = {"process_group": dist.group.WORLD}
+            ops_of_step(lambda x, y: functional.pdl_loss(x, y, **group), case)
+            loss_fn = PDLLoss(vocab_size=257)
+            ops_of_step(lambda x, y: loss_fn(x, y, **group), case)
+            ops_of_step(lambda x, y: functional.pdl_loss(x, y, inplace_backward=True, **group), case)
         finally:
             dist.destroy_process_group()
-        assert names_of(calls) == TWO_CALLS
+        assert names_of(calls) == [*2 * TWO_CALLS, "loss_forward", "loss_backward_"]
 
     def test_without_a_gradient_none_is_computed(self, make_case, calls):
         case = make_case((6,), 257, row_weight=True)
