@@ -114,6 +114,22 @@ class TestBits:
                 assert same_bits(by_two, of_right)
                 assert same_bits(other_loss, loss)
 
+    @pytest.mark.devices("emulated")
+    def test_a_right_guess_where_rows_are_read_from_l2(self, make_case, monkeypatch):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", "sm_75")
+        case = make_case((6,), 1009, torch.bfloat16)
+        packed, upstream = LossOptions().packed, torch.tensor(3.0)
+        gradients = []
+        for guess in (upstream, None):
+            _, saved_rows, factors, _, gradient = ops.compiled.loss_and_gradient(
+                case.leaf, case.targets, case.token_weight, None, None, None, guess, packed, False
+            )
+            gradients.append(gradient.clone())
+        rest = (case.leaf, case.targets, saved_rows, factors, None, None, None, packed)
+        ops.compiled.correct_gradient_(gradient, None, upstream, *rest)
+        assert not same_bits(gradients[0], gradients[1])
+        assert same_bits(gradients[0], gradient)
+
     def test_the_upstream_gradient_is_kept_for_the_next(self, make_case):
         case = make_case((6,), 257)
         packed = LossOptions().packed
