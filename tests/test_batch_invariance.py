@@ -62,6 +62,24 @@ def test_other_rows_and_threads(make_case, device_name, threads, vocab_size, dty
                 assert torch.equal(got, expected[part]), (count, part)
 
 
+@pytest.mark.devices("emulated", "cuda")
+@pytest.mark.parametrize("vocab_size", [1009, 40001])  # a block, and a cluster of them
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_a_padded_vocabulary(make_case, dtype, vocab_size):
+    case = make_case((5,), -(-vocab_size // 8) * 8, dtype, peaked=True)
+    case.targets.clamp_(max=vocab_size - 1)
+
+    def of(part):
+        columns = case.leaf[part].clone()[:, :vocab_size]
+        return results(columns, case.targets[part], case.token_weight[:vocab_size], "sum", {})
+
+    whole = of(slice(0, 5))
+    assert whole[0].any()
+    for part in (slice(0, 1), slice(2, 5), slice(4, 5)):
+        for got, expected in zip(of(part), whole, strict=True):
+            assert torch.equal(got, expected[part]), part
+
+
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

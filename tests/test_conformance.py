@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "conformance"))
 
@@ -30,7 +32,7 @@ OF_RANKS = [way for way in OURS if way.ranks > 1]
 def assert_right(found):
     said = [said for said in found.values() if said != ABSENT]
     assert set(said) == {RIGHT}, found
-    assert len(said) >= 29
+    assert len(said) >= 30
 
 
 @pytest.mark.parametrize("way", OF_ONE_PROCESS, ids=lambda way: way.name)
@@ -45,10 +47,36 @@ def test_pdl_ext_is_right_over_ranks(way):
 
 
 def test_ranks_are_right_if_all_are():
-    wrong = "**no**: the loss is nan"
+    wrong, error = "**no**: the loss is nan", "**error**: ValueError"
     assert of_all([RIGHT, RIGHT]) == RIGHT
-    assert of_all([RIGHT, wrong]) == of_all([wrong, RIGHT]) == wrong
+    assert of_all([RIGHT, wrong]) == of_all([wrong, RIGHT]) == of_all([ABSENT, wrong]) == wrong
+    assert of_all([RIGHT, wrong, error]) == wrong
     assert of_all([ABSENT, ABSENT]) == ABSENT
+
+
+def of_two_ranks(scores, task):
+    """Wrong on the second rank in "mean", an error there in the sums, and the end of its process in the means."""
+    loss = ways._pdl_ext_of_ranks(scores, task)
+    if dist.get_rank() == 0:
+        return loss
+    if task.weight is None:
+        return loss * 1.01
+    if task.reduction == "sum":
+        raise ValueError("of rank 1")
+    if task.reduction == "mean":
+        os._exit(3)
+    return loss
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_rank_is_found_and_the_next_case_is_judged():
+    found = verdicts(Way("faulty", True, of_two_ranks, ranks=2), torch.device("cpu"), cases=4)
+    wrong, ended, error, right = found.values()
+    assert wrong.startswith("**no**: the loss has a relative error of 0.01")
+    # Which rank is heard first is open: the one that ended, or the one that lost it.
+    assert ended.startswith("**error**: ")
+    assert error == "**error**: ValueError: of rank 1"
+    assert right == RIGHT
 
 
 def without_a_gradient(scores, task):
@@ -149,8 +177,8 @@ def test_the_page_has_every_case(capsys, tmp_path):
     # It is written where it was.
     copy = tmp_path / "page.md"
     copy.write_text(page)
-    assert conformance.main(["--only", "pdl_ext.linear", "--device", "cpu", "--output", str(copy)]) == 0
-    assert "| case | pdl_ext.linear |" in copy.read_text()
+    assert conformance.main(["--only", "pdl_ext, in place", "--device", "cpu", "--output", str(copy)]) == 0
+    assert "| case | pdl_ext, in place |" in copy.read_text()
     assert copy.read_text().split(conformance.BEGIN)[0] == page.split(conformance.BEGIN)[0]
     assert copy.read_text().split(conformance.END)[1] == page.split(conformance.END)[1]
-    assert "| case | pdl_ext.linear |" in capsys.readouterr().out
+    assert "| case | pdl_ext, in place |" in capsys.readouterr().out

@@ -174,6 +174,12 @@ def _(way: Way) -> None:
     check(way, leaves_of(way), Task(targets, weight_of(), "none"), uneven(targets))
 
 
+@case("the same, no row ignored")
+def _(way: Way) -> None:
+    targets = targets_of(ignored=False)
+    check(way, leaves_of(way), Task(targets, weight_of(), "none"), uneven(targets))
+
+
 @case("unweighted loss of each row, an upstream gradient for each row")
 def _(way: Way) -> None:
     targets = targets_of()
@@ -227,13 +233,16 @@ def _(way: Way) -> None:
     loss.backward()
     (clean,) = leaves_of(way)
     truth = clean.detach().double().requires_grad_()
-    true_loss([truth], Task(targets, weight_of())).backward()
+    expected = true_loss([truth], Task(targets, weight_of()))
+    expected.backward()
+    compare("the loss", loss.detach(), expected.detach(), LIMITS[torch.float32])
     compare("the gradient", logits.grad, truth.grad, LIMITS[torch.float32])
 
 
 @case("label smoothing")
 def _(way: Way) -> None:
-    check(way, leaves_of(way), Task(targets_of(), label_smoothing=0.1))
+    # The parts of two ranks have the same width.
+    check(way, leaves_of(way, vocab_size=256), Task(targets_of(vocab_size=256), label_smoothing=0.1))
 
 
 @case("label smoothing by class weights, as F.cross_entropy defines it")
@@ -266,9 +275,13 @@ def _(way: Way) -> None:
     targets = targets_of(ignored=False)
     with torch.no_grad():
         logits[2, targets[2]] = -torch.inf
-    losses = way.loss([logits], Task(targets, weight_of(), "none"))
+    task = Task(targets, weight_of(), "none")
+    losses = way.loss([logits], task).detach()
     if not bool(losses[2] == torch.inf):
         raise Wrong(f"the loss is {float(losses[2])}")
+    others = torch.arange(33) != 2
+    truth = true_loss([logits.detach().double()], task)
+    compare("the loss of another row", losses[others], truth[others], LIMITS[torch.float32])
 
 
 @case("a common offset of 10,000: no digits lost", of_logits=True)
@@ -363,8 +376,9 @@ def _(way: Way) -> None:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     (true_loss(exact, task) + exact[0].square().sum()).backward()
     square = scores[0].square().sum()
+    loss = way.loss(scores, task)
     try:
-        (way.loss(scores, task) + square).backward()
+        (loss + square).backward()
     except RuntimeError:
         return
     for leaf, truth in zip(leaves, exact, strict=True):
@@ -377,6 +391,8 @@ def _(way: Way) -> None:
     task = Task(targets_of(), weight_of())
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     (2 * true_loss(exact, task)).backward()
+    # What fails without retain_graph as well is no refusal of it.
+    torch.autograd.grad(way.loss(leaves, task), leaves)
     loss = way.loss(leaves, task)
     try:
         loss.backward(retain_graph=True)
@@ -398,6 +414,8 @@ def _(way: Way) -> None:
 
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = of_penalised(true_loss(exact, task), exact)
+    # What fails without a penalty as well is no refusal of one.
+    torch.autograd.grad(way.loss(leaves, task), leaves)
     try:
         found = of_penalised(way.loss(leaves, task), leaves)
     except RuntimeError:

@@ -5,69 +5,65 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import tempfile
+import threading
+import time
 import warnings
-from collections.abc import Iterable
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from cases import CASES, Case, NotOffered, Way, Wrong
-from ways import ways
 
 __all__ = ["ABSENT", "RIGHT", "of_all", "verdict", "verdicts"]
 
 RIGHT, ABSENT, ERROR = "yes", "-", "**error**"
 # A rank that waits longer for another one has lost it.
 TIMEOUT = datetime.timedelta(seconds=30)
+SECONDS_AFTER_A_FAULT = 2
 
 
-def verdicts(way: Way, device: torch.device) -> dict[str, str]:
-    """The verdicts by case.
+def verdicts(way: Way, device: torch.device, cases: int = len(CASES)) -> dict[str, str]:
+    """The verdicts on the first cases, by case.
 
-    A way that may end the process, or has ranks, runs in processes of its own. They are restarted after each case that
-    ended one of them, or that left ranks at different places.
+    A way that may end the process, or has ranks, runs in processes of its own. New ones follow a case that ended one
+    of them, or that may have left ranks at different places.
     """
     if not way.may_abort and way.ranks == 1:
         with device:
-            return {case.name: verdict(way, case) for case in CASES}
+            return {case.name: verdict(way, case) for case in CASES[:cases]}
     found: list[str] = []
-    while len(found) < len(CASES):
-        found += _of_processes(way, device, len(found))
-    return {case.name: said for case, said in zip(CASES, found, strict=True)}
+    while len(found) < cases:
+        found += _of_processes(way, "cpu" if way.ranks > 1 else device.type, len(found), cases)
+    return {case.name: said for case, said in zip(CASES, found, strict=False)}
 
 
-def of_all(said: Iterable[str]) -> str:
-    """The verdict on ranks: what the first one says that is not right."""
-    return min(said, key=lambda each: each == RIGHT)
+def of_all(said: Sequence[str]) -> str:
+    """The verdict on ranks, from theirs in the order of arrival: the first one that is not right."""
+    return next((each for each in said if each not in (RIGHT, ABSENT)), said[0])
 
 
-def _of_processes(way: Way, device: torch.device, first: int) -> list[str]:
-    """The verdicts from one case on, up to the last or to one after which new processes are needed."""
+def _of_processes(way: Way, device: str, first: int, end: int) -> list[str]:
+    """The verdicts from one case on, up to the end or to a case after which new processes are needed."""
     found: list[str] = []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         receiving, processes = [], []
         for rank in range(way.ranks):
             connection, sending = multiprocessing.Pipe(duplex=False)
-            arguments = (way.name, device.type, first, rank, Path(folder) / "store", sending)
-            processes.append(context.Process(target=_send_verdicts, args=arguments))
+            arguments = (way, device, range(first, end), rank, Path(folder) / "store", sending)
+            processes.append(context.Process(target=_send_verdicts, args=arguments, daemon=True))
             processes[-1].start()
             sending.close()
             receiving.append(connection)
         try:
-            while first + len(found) < len(CASES):
-                said = []
-                for connection, process in zip(receiving, processes, strict=True):
-                    try:
-                        said.append(connection.recv())
-                    except EOFError:
-                        process.join()
-                        said.append(f"{ERROR}: it ends the process, exit code {process.exitcode}")
-                found.append(of_all(said))
+            while first + len(found) < end:
+                found.append(of_all(_receive(dict(zip(receiving, processes, strict=True)))))
                 if any(process.exitcode is not None for process in processes):
                     break
-                if way.ranks > 1 and found[-1].startswith(ERROR):
+                if way.ranks > 1 and found[-1] not in (RIGHT, ABSENT):
                     break
         finally:
             for process in processes:
@@ -76,14 +72,40 @@ def _of_processes(way: Way, device: torch.device, first: int) -> list[str]:
     return found
 
 
-def _send_verdicts(name: str, device: str, first: int, rank: int, store: Path, sending: Connection) -> None:
+def _receive(pending: dict[Connection, BaseProcess]) -> list[str]:
+    """What the ranks say of a case. Those that wait for one that failed say nothing."""
+    said: list[str] = []
+    while pending:
+        failed = any(each not in (RIGHT, ABSENT) for each in said)
+        ready = wait(list(pending), SECONDS_AFTER_A_FAULT if failed else None)
+        if not ready:
+            break
+        for connection in ready:
+            process = pending.pop(connection)
+            try:
+                said.append(connection.recv())
+            except EOFError:
+                process.join()
+                said.append(f"{ERROR}: it ends the process, exit code {process.exitcode}")
+    return said
+
+
+def _send_verdicts(way: Way, device: str, cases: range, rank: int, store: Path, sending: Connection) -> None:
     torch._dynamo.config.cache_size_limit = 1000
-    (way,) = (way for way in ways(torch.device(device)) if way.name == name)
     if way.ranks > 1:
         dist.init_process_group("gloo", f"file://{store}", TIMEOUT, way.ranks, rank)
     with torch.device(device):
-        for case in CASES[first:]:
-            sending.send(verdict(way, case))
+        for place in cases:
+            begin = time.monotonic()
+            said = verdict(way, CASES[place])
+            # A case that allows an error must not take this one for it.
+            if way.ranks > 1 and time.monotonic() - begin >= TIMEOUT.total_seconds():
+                said = f"{ERROR}: a rank waits for another one"
+            sending.send(said)
+            if way.ranks > 1 and said not in (RIGHT, ABSENT):
+                break
+    # The other ranks may still need this one; the parent ends it.
+    threading.Event().wait()
 
 
 def verdict(way: Way, case: Case) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import NotOffered, Task, Way
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
@@ -23,7 +24,7 @@ __all__ = ["ways"]
 
 
 def ways(device: torch.device) -> Iterator[Way]:
-    """All implementations that are installed here and run on a device."""
+    """All implementations that are installed here and run on a device. Those with ranks run on the CPU."""
     yield Way("pdl_ext", True, _pdl_ext)
     yield Way("pdl_ext, in place", True, lambda scores, task: _pdl_ext(scores, task, inplace_backward=True))
     yield Way("F.cross_entropy", True, _cross_entropy)
@@ -37,8 +38,7 @@ def ways(device: torch.device) -> Iterator[Way]:
         yield Way("TRL's head", False, _trl)
     if device.type == "cuda":
         yield from _of_hidden_states_on_cuda()
-    else:
-        yield from _of_ranks()
+    yield from _of_ranks()
 
 
 def _version(package: str) -> tuple[int, ...]:
@@ -242,52 +242,61 @@ class _OfAllRanks(torch.autograd.Function):
 
 def _of_ranks() -> Iterator[Way]:
     """Those whose vocabulary two ranks share."""
-
-    def pdl_ext(scores: list[Tensor], task: Task) -> Tensor:
-        columns = _OfThisRank.apply(scores[0], -1)
-        return functional.pdl_loss(columns, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task))
-
-    def pdl_ext_linear(scores: list[Tensor], task: Task) -> Tensor:
-        rows = _OfThisRank.apply(scores[1], 0)
-        return functional.linear_pdl_loss(
-            scores[0], rows, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task)
-        )
-
-    def pytorch(scores: list[Tensor], task: Task) -> Tensor:
-        if task.label_smoothing:
-            raise NotOffered
-        columns = _OfThisRank.apply(scores[0], -1)
-        logits = DTensor.from_local(columns, _mesh(), [Shard(-1)], shape=scores[0].shape, stride=scores[0].stride())
-        loss = F.cross_entropy(logits, task.targets, **_of_pytorch(task, columns.dtype)).to_local()
-        return loss if task.normalizer is None else loss / task.normalizer
-
-    def megatron(scores: list[Tensor], task: Task) -> Tensor:
-        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-        if task.label_smoothing and task.weight is not None:
-            raise NotOffered
-        _initialize_megatron()
-        vocab_size = scores[0].shape[1]
-        # All ranks need the same number of columns.
-        columns = _OfThisRank.apply(F.pad(scores[0], (0, vocab_size % 2), value=-torch.inf), -1)
-        # It gives this share to all other tokens, and F.cross_entropy to all tokens.
-        smoothing = task.label_smoothing * (vocab_size - 1) / vocab_size
-        targets = task.targets.where(task.targets != task.ignore_index, 0)
-        losses = vocab_parallel_cross_entropy(columns.unsqueeze(1), targets.unsqueeze(1), smoothing).squeeze(1)
-        return _weighted(losses, task)
-
-    yield Way("pdl_ext, two ranks", True, pdl_ext, ranks=2)
-    yield Way("pdl_ext.linear, two ranks", False, pdl_ext_linear, ranks=2)
-    yield Way("PyTorch's loss_parallel, two ranks", True, pytorch, ranks=2)
+    yield Way("pdl_ext, two ranks", True, _pdl_ext_of_ranks, ranks=2)
+    yield Way("pdl_ext.linear, two ranks", False, _pdl_ext_linear_of_ranks, ranks=2)
+    yield Way("PyTorch's loss_parallel, two ranks", True, _loss_parallel, ranks=2)
     if importlib.util.find_spec("megatron") is not None:
-        yield Way("Megatron-LM, two ranks", True, megatron, ranks=2)
+        yield Way("Megatron-LM, two ranks", True, _megatron, ranks=2)
+
+
+def _pdl_ext_of_ranks(scores: list[Tensor], task: Task) -> Tensor:
+    columns = _OfThisRank.apply(scores[0], -1)
+    return functional.pdl_loss(columns, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task))
+
+
+def _pdl_ext_linear_of_ranks(scores: list[Tensor], task: Task) -> Tensor:
+    hidden, classifier = scores
+    rows = _OfThisRank.apply(classifier, 0)
+    return functional.linear_pdl_loss(
+        hidden, rows, task.targets, task.weight, process_group=dist.group.WORLD, **_options(task)
+    )
+
+
+def _loss_parallel(scores: list[Tensor], task: Task) -> Tensor:
+    if task.label_smoothing:
+        raise NotOffered
+    (whole,) = scores
+    columns = _OfThisRank.apply(whole, -1)
+    logits = DTensor.from_local(columns, _mesh(), [Shard(-1)], shape=whole.shape, stride=whole.stride())
+    loss = F.cross_entropy(logits, task.targets, **_of_pytorch(task, columns.dtype)).to_local()
+    return loss if task.normalizer is None else loss / task.normalizer
+
+
+# Backward needs it as well, so it stays entered.
+_STACK = contextlib.ExitStack()
 
 
 @functools.cache
-def _mesh() -> Any:
-    # Backward needs it as well, so it stays entered.
-    loss_parallel().__enter__()
+def _mesh() -> DeviceMesh:
+    _STACK.enter_context(loss_parallel())
     return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def _megatron(scores: list[Tensor], task: Task) -> Tensor:
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if task.label_smoothing and task.weight is not None:
+        raise NotOffered
+    _initialize_megatron()
+    (whole,) = scores
+    vocab_size = whole.shape[1]
+    # All ranks need the same number of columns.
+    columns = _OfThisRank.apply(F.pad(whole, (0, vocab_size % 2), value=-torch.inf), -1)
+    # It gives the share to all other tokens, and F.cross_entropy to all tokens.
+    smoothing = task.label_smoothing * (vocab_size - 1) / vocab_size
+    targets = task.targets.where(task.targets != task.ignore_index, 0)
+    losses = vocab_parallel_cross_entropy(columns.unsqueeze(1), targets.unsqueeze(1), smoothing).squeeze(1)
+    return _weighted(losses, task)
 
 
 @functools.cache
