@@ -300,13 +300,15 @@ def test_counters_are_found_amid_other_lines():
     output = "\n".join(
         [
             "==PROF== Connected to process 7",
-            '"ID","Kernel Name","launch__registers_per_thread","dram__bytes_read.sum","smsp__cycles.sum"',
-            '"","","register/thread","Gbyte","cycle"',
-            '"0","on_chip_kernel","77","2.1","12"',
+            '"ID","Kernel Name","launch__registers_per_thread","launch__cluster_max_active","dram__bytes_read.sum",'
+            '"smsp__cycles.sum"',
+            '"","","register/thread","cluster","Gbyte","cycle"',
+            '"0","on_chip_kernel","77","99","2.1","12"',
         ]
     )
     assert parts.read_counters(output) == {
         "launch__registers_per_thread": "77 register/thread",
+        "launch__cluster_max_active": "99 cluster",
         "dram__bytes_read.sum": "2.1 Gbyte",
     }
     assert parts.read_counters("==ERROR== no permission") == {}
