@@ -226,8 +226,9 @@ def table(counts: Iterable[Count]) -> list[str]:
             lines.append(f"{f'{count.kernel}, {loop.kind}':56}{cells}")
         most_before = EXPECTED[count.kernel].most_before
         lines.append(
-            f"{count.kernel}: {count.instructions:.1f} instructions an element are {100 * count.share:.0f} % of "
-            f"memory's time (at most {100 * LIMIT:.0f}); {count.loads_before} loads waited for before the row's first"
+            f"{count.kernel}: {count.instructions:.1f} instructions an element, of the loops, are "
+            f"{100 * count.share:.0f} % of memory's time (at most {100 * LIMIT:.0f}); "
+            f"{count.loads_before} loads waited for before the row's first"
             + ("" if most_before is None else f" (at most {most_before})")
             + f"; {count.fences} fences"
             + ("" if count.fits else ": TOO MUCH")
