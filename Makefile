@@ -78,7 +78,7 @@ mutants: $(VENV)/dev.stamp
 variants: $(VENV)/dev.stamp
 	for flags in "-DPDL_REDUCED_BY=last_block" "-DPDL_EXCHANGE=messages -DPDL_HISTOGRAM_BATCHES=2" \
 	  "-DPDL_EXCHANGE=messages -DPDL_REDUCED_BY=last_block" "-DPDL_LEAST_CLUSTER=8" \
-	  "-DPDL_LEAST_CLUSTER=8 -DPDL_PACKS=2 -DPDL_ROWS_OF_MULTIPROCESSOR=5"; do \
+	  "-DPDL_LEAST_CLUSTER=8 -DPDL_PACKS=2 -DPDL_ROWS_OF_MULTIPROCESSOR=5" "-DPDL_MOST_BLOCKS=3"; do \
 	  PDL_EXT_EMULATOR_FLAGS="$$flags" $(RUN_TESTS) -k emulated || exit 1; \
 	done
 

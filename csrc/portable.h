@@ -47,6 +47,18 @@ PDL_INLINE constexpr A not_a_number() {
   return std::numeric_limits<A>::quiet_NaN();
 }
 
+// The larger of a value and a number; the number if the value is NaN. On the device one instruction in float32.
+PDL_INLINE float larger(float value, float number) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(value, number);
+#else
+  return value > number ? value : number;
+#endif
+}
+PDL_INLINE double larger(double value, double number) {
+  return value > number ? value : number;
+}
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2^x; on the device 0 where the result would be subnormal. PDL_EX2_APPROX replaces the instruction when it is

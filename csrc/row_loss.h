@@ -94,25 +94,32 @@ inline bool is_plain(const LossOptions& options, const float* offset) {
   return options.label_smoothing == 0.0 && options.logit_scale == 1.0 && options.softcap == 0.0 && offset == nullptr;
 }
 
-// Statistics of a share of a row: the largest z and its index, sum of exp(z - max), and sum of u_j (z_j - centre). The
-// centre is one number for the whole row. The default values are those of a share without elements.
+// Statistics of a share of a row: the largest z, and the sum of exp(z - max). The default values are those of a share
+// without elements.
 template <typename A>
 struct RowStatistics {
   A max = -infinity<A>();
   A sum = 0;
-  A centred = 0;
-  int32_t argmax = -1;
 };
 
-// Also the sum of exp(z - max) (z - max), from which the entropy is computed, and the sum of u_j.
+// Also the index of the largest z, and the sum of exp(z - max) (z - max), from which the entropy is computed.
 template <typename A>
-struct WideStatistics : RowStatistics<A> {
+struct EntropyStatistics : RowStatistics<A> {
+  int32_t argmax = -1;
   A scaled = 0;
+};
+
+// Also the sums of u_j (z_j - centre) and of u_j. The centre is one number for the whole row.
+template <typename A>
+struct WideStatistics : EntropyStatistics<A> {
+  A centred = 0;
   A class_weight = 0;
 };
 
 template <Loop kLoop, typename A>
-using StatisticsOf = std::conditional_t<kLoop == Loop::plain, RowStatistics<A>, WideStatistics<A>>;
+using StatisticsOf =
+    std::conditional_t<kLoop == Loop::plain, RowStatistics<A>,
+                       std::conditional_t<kLoop == Loop::entropy, EntropyStatistics<A>, WideStatistics<A>>>;
 
 // The number to subtract before exp: a share of only -inf must give exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
 template <typename A>
@@ -122,15 +129,8 @@ PDL_INLINE A exp_shift(A max) {
 
 template <typename A>
 PDL_INLINE RowStatistics<A> merge(const RowStatistics<A>& a, const RowStatistics<A>& b) {
-  RowStatistics<A> merged;
-  const bool take_b = b.max > a.max || (b.max == a.max && uint32_t(b.argmax) < uint32_t(a.argmax));
-  merged.max = take_b ? b.max : a.max;
-  merged.argmax = take_b ? b.argmax : a.argmax;
-  const A shift = exp_shift(merged.max);
-  merged.sum = a.sum * (a.max == merged.max ? A(1) : exp_nonpositive(a.max - shift)) +
-               b.sum * (b.max == merged.max ? A(1) : exp_nonpositive(b.max - shift));
-  merged.centred = a.centred + b.centred;
-  return merged;
+  const A max = larger(a.max, b.max), shift = exp_shift(max);
+  return {max, a.sum * exp_nonpositive(a.max - shift) + b.sum * exp_nonpositive(b.max - shift)};
 }
 
 // z - max, limited to where its exponential is 0: 0 * -inf would be NaN.
@@ -142,18 +142,26 @@ PDL_INLINE A finite_log_ratio(A below) {
 
 // The sum of exp(z - max) (z - max) for another max.
 template <typename A>
-PDL_INLINE A scaled_relative_to(const WideStatistics<A>& row, A shift) {
+PDL_INLINE A scaled_relative_to(const EntropyStatistics<A>& row, A shift) {
   const A above = finite_log_ratio(row.max - shift);
   return (row.scaled + above * row.sum) * exp_nonpositive(above);
 }
 
 template <typename A>
-PDL_INLINE WideStatistics<A> merge(const WideStatistics<A>& a, const WideStatistics<A>& b) {
-  WideStatistics<A> merged{merge<A>(static_cast<const RowStatistics<A>&>(a), static_cast<const RowStatistics<A>&>(b))};
+PDL_INLINE EntropyStatistics<A> merge(const EntropyStatistics<A>& a, const EntropyStatistics<A>& b) {
+  EntropyStatistics<A> merged{
+      merge<A>(static_cast<const RowStatistics<A>&>(a), static_cast<const RowStatistics<A>&>(b))};
+  const bool take_b = b.max > a.max || (b.max == a.max && uint32_t(b.argmax) < uint32_t(a.argmax));
+  merged.argmax = take_b ? b.argmax : a.argmax;
   const A shift = exp_shift(merged.max);
   merged.scaled = scaled_relative_to(a, shift) + scaled_relative_to(b, shift);
-  merged.class_weight = a.class_weight + b.class_weight;
   return merged;
+}
+
+template <typename A>
+PDL_INLINE WideStatistics<A> merge(const WideStatistics<A>& a, const WideStatistics<A>& b) {
+  return {merge<A>(static_cast<const EntropyStatistics<A>&>(a), static_cast<const EntropyStatistics<A>&>(b)),
+          a.centred + b.centred, a.class_weight + b.class_weight};
 }
 
 // The entropy of softmax(z) in nats, log(sum) - scaled / sum, at least 0; 0 if it was not gathered.
@@ -162,12 +170,13 @@ PDL_INLINE A entropy_of(const RowStatistics<A>&, A) {
   return A(0);
 }
 template <typename A>
-PDL_INLINE A entropy_of(const WideStatistics<A>& row, A log_sum) {
+PDL_INLINE A entropy_of(const EntropyStatistics<A>& row, A log_sum) {
   const A entropy = log_sum - row.scaled / row.sum;
   return entropy < A(0) ? A(0) : entropy;
 }
 
-// The sum of u_j, which is gathered only for label smoothing by class.
+// The sums of u_j and of u_j (z_j - centre), which are gathered only for label smoothing, and the index of the largest
+// z, which is gathered only if it was requested.
 template <typename A>
 PDL_INLINE A class_weight_of(const RowStatistics<A>&) {
   return A(0);
@@ -175,6 +184,22 @@ PDL_INLINE A class_weight_of(const RowStatistics<A>&) {
 template <typename A>
 PDL_INLINE A class_weight_of(const WideStatistics<A>& row) {
   return row.class_weight;
+}
+template <typename A>
+PDL_INLINE A centred_of(const RowStatistics<A>&) {
+  return A(0);
+}
+template <typename A>
+PDL_INLINE A centred_of(const WideStatistics<A>& row) {
+  return row.centred;
+}
+template <typename A>
+PDL_INLINE int32_t argmax_of(const RowStatistics<A>&) {
+  return -1;
+}
+template <typename A>
+PDL_INLINE int32_t argmax_of(const EntropyStatistics<A>& row) {
+  return row.argmax;
 }
 
 // With the target's own z as centre, sum_j u_j (z_j - centre) does not cancel when all logits share a large offset.
@@ -251,7 +276,7 @@ PDL_INLINE SavedRow<A> row_loss(const Statistics& row, A z_target, A token_weigh
   saved.smoothing_weight =
       options.label_smoothing_weight == SmoothingWeight::of_class ? class_weight_of(row) / vocab_size : A(1);
   saved.ce =
-      saved.smoothing_weight * (saved.log_sum - (smoothing_centre(z_target) - row.max)) - row.centred / vocab_size;
+      saved.smoothing_weight * (saved.log_sum - (smoothing_centre(z_target) - row.max)) - centred_of(row) / vocab_size;
   saved.token_weight = token_weight;
   complete_row(saved, options);
   return saved;

@@ -2,8 +2,8 @@
 
     python tests/cuda_compile.py [--arch 80,90,100] [FILE.cu ...]
 
-In Hopper's machine code the inner loops are counted (machine_code.py). They are refused if they would take more than a
-share of memory's time. That needs nvdisasm, from the CUDA toolkit or the package triton.
+In Hopper's machine code the instructions of a thread are counted (machine_code.py). Kernels are refused if issuing
+them would take more than a share of memory's time. That needs nvdisasm, from the CUDA toolkit or the package triton.
 
 Results are kept in ~/.cache/pdl_ext/cuda_compile, for all clones, until a source, a flag, PyTorch or the compiler
 changes.
@@ -29,6 +29,7 @@ from itertools import product
 from pathlib import Path
 
 import machine_code
+import machine_paths
 from included import with_headers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +156,7 @@ def record_of(nvcc: Path, flags: list[str], source: Path, architecture: str) -> 
     """The file of the result: its name depends on everything that the result depends on."""
     # PyTorch's version instead of its folder, which differs between clones.
     key = hashlib.sha256(repr((compilers(nvcc), flags, version("torch"))).encode())
-    for path in (__file__, machine_code.__file__):
+    for path in (__file__, machine_code.__file__, machine_paths.__file__):
         key.update(Path(path).read_bytes())
     key.update(with_headers(source, CSRC))
     return cache() / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.json"
@@ -245,9 +246,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(table(kernels))
     counted = [compilation.counted for compilation in compilations if compilation.architecture == COUNTED]
     wrong = 0
-    if None in counted:
-        print("machine code was not counted: no nvdisasm, which the CUDA toolkit and the package triton have")
-    elif counted:
+    if None in counted and all(compilation.ok for compilation in compilations):
+        print(
+            "nvdisasm was not found, so machine code is not counted: pip install triton, and put the folder of its "
+            "nvdisasm on PATH",
+            file=sys.stderr,
+        )
+        wrong = 1
+    elif None not in counted and counted:
         lines = machine_code.table([count for counts in counted for count in counts or []])
         print("\n".join(lines))
         wrong = sum(not count.fits for counts in counted for count in counts or [])

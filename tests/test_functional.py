@@ -195,8 +195,11 @@ def test_predicted_ties_take_the_lowest_index(make_case, dtype, vocab_size, star
     for row, first in enumerate(places):
         case.leaf[row, places[places >= first]] = 2.0
     logits = torch.nn.functional.pad(case.leaf, (start, 0))[:, start:]
-    _, stats = functional.pdl_loss(logits, case.targets, return_stats=True)
-    assert torch.equal(stats.predicted, places)
+    # By two calls, and by one.
+    for requires_grad in (False, True):
+        of_these = logits.clone().requires_grad_(requires_grad)
+        _, stats = functional.pdl_loss(of_these, case.targets, return_stats=True)
+        assert torch.equal(stats.predicted, places)
     # Equals that one thread of a CUDA block sees at once.
     spread = torch.zeros(1, 20_000, dtype=dtype, device=logits.device)
     spread[0, [100, 4196, 8292]] = 1.0

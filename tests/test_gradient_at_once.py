@@ -78,7 +78,7 @@ class TestBits:
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("vocab_size", [7, 4099, pytest.param(20011, marks=pytest.mark.slow)])
-    def test_a_wrong_guess_changes_no_bit(self, make_case, device_name, vocab_size, dtype, options):
+    def test_a_wrong_guess_changes_no_bit(self, make_case, vocab_size, dtype, options):
         case = make_case((6,), vocab_size, dtype, row_weight=True)
         wide = ops.accumulator_dtype(dtype)
         device = case.leaf.device
@@ -106,13 +106,32 @@ class TestBits:
                 other_loss, of_wrong = corrected(guessed)
                 assert same_bits(of_wrong, of_right), (number, guess)
                 assert same_bits(other_loss, loss)
-            if device_name == "cpu":
-                loss, saved_rows, factors, _ = ops.compiled.loss_forward(case.leaf, *inputs, None, options, False)
-                by_two = ops.compiled.loss_backward(
-                    upstream, case.leaf, case.targets, saved_rows, factors, *of_backward[1:], options, 0, vocab_size
-                )
-                assert same_bits(by_two, of_right)
-                assert same_bits(other_loss, loss)
+            loss, saved_rows, factors, _ = ops.compiled.loss_forward(case.leaf, *inputs, None, options, False)
+            by_two = ops.compiled.loss_backward(
+                upstream, case.leaf, case.targets, saved_rows, factors, *of_backward[1:], options, 0, vocab_size
+            )
+            assert same_bits(by_two, of_right)
+            assert same_bits(other_loss, loss)
+
+    # Rows of one block, of clusters of 2 to 16 blocks, and rows that are read from L2.
+    @pytest.mark.slow
+    @pytest.mark.devices("emulated")
+    @pytest.mark.parametrize("vocab_size", [10_007, 30_011, 60_013, 150_001, 300_007, 700_001])
+    def test_one_call_has_the_bits_of_two_however_it_divides_rows(self, make_case, vocab_size):
+        case = make_case((2,), vocab_size, torch.float32)
+        inputs = (case.targets, case.token_weight, None, None)
+        for stats in (False, True):
+            packed = LossOptions().packed
+            loss, saved_rows, _, predicted, gradient = ops.compiled.loss_and_gradient(
+                case.leaf, *inputs, None, None, packed, stats
+            )
+            by_two = ops.compiled.loss_forward(case.leaf, *inputs, None, packed, stats)
+            for of_one, of_two in zip((loss, saved_rows, predicted), (by_two[0], by_two[1], by_two[3]), strict=True):
+                assert same_bits(of_one, of_two)
+            of_two = ops.compiled.loss_backward(
+                torch.tensor(1.0), case.leaf, case.targets, *by_two[1:3], None, None, None, packed, 0, vocab_size
+            )
+            assert same_bits(gradient, of_two)
 
     @pytest.mark.devices("emulated")
     def test_a_right_guess_where_rows_are_read_from_l2(self, make_case, monkeypatch):

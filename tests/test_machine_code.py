@@ -7,6 +7,7 @@ import json
 import machine_code
 import pytest
 from machine_code import Count, Loop
+from machine_paths import Paths
 
 pytestmark = pytest.mark.slow
 
@@ -76,16 +77,53 @@ def test_listing_is_read():
     assert (load.name, load.sets, load.waits) == ("LDG.E", 2, frozenset())
     assert (compare.name, compare.sets, compare.waits) == ("ISETP.GE.AND", None, {2})
     assert (branch.name, function.labels) == ("BRA", {".L_x_2": 0x60})
-    assert [[x.address for x in body] for body in function.loops()] == [[0x60, 0x70]]
+    assert Paths(function).loops() == [(1, {1, 2})]
 
 
-def test_loops_are_counted_by_element():
-    count = counted(*COPY, *STATISTICS, *REST, *FILL, *GRADIENT, ("MEMBAR.ALL.GPU", None, 0), "EXIT", "NOP")
+def test_a_thread_takes_the_longest_loops_for_as_many_vectors_as_they_hold():
+    others = ("MEMBAR.ALL.GPU", "EXIT", "NOP")
+    count = counted(*COPY, *STATISTICS, *REST, *FILL, *GRADIENT, *others)
     assert count.loops == [Loop(8, 3, 0, 1, 0, 0, 0), Loop(16, 20, 2, 0, 0, 16, 0), Loop(8, 15, 1, 0, 1, 8, 4)]
     assert [loop.kind for loop in count.loops] == ["copy", "statistics", "gradient"]
-    assert count.instructions == 3 / 8 + 20 / 16 + 15 / 8
+    # A row of 128,256 elements on four blocks of 256 threads: 125.25 elements a thread, in 15 or 16 vectors.
+    of_15, of_16 = (3 + 15) * 15 + 20 * 7 + 10, (3 + 15) * 16 + 20 * 8
+    assert count.inside == pytest.approx((of_15 + 0.65625 * (of_16 - of_15)) / 125.25)
+    # The fence and the end.
+    assert count.outside == pytest.approx(2 / 125.25)
     assert count.fences == 1
     assert count.fits
+
+
+def test_warps_but_the_first_leave_out_what_one_thread_does():
+    row = ("ISETP.NE.AND P1, PT, R4, RZ, PT", "@P1 BRA `(.L_all)", *["FADD R1, R1, R1"] * 800, ".L_all:")
+    known = counted("S2R R4, SR_TID.X", *COPY, *STATISTICS, *GRADIENT, *row, "EXIT")
+    # One of eight warps does it.
+    assert known.outside == pytest.approx((3 + 800 / 8 + 1) / 125.25)
+    unknown = counted("LDC R4, c[0x0][0x210]", *COPY, *STATISTICS, *GRADIENT, *row, "EXIT")
+    assert unknown.outside == pytest.approx((3 + 800 + 1) / 125.25)
+
+
+def test_elements_outside_of_vectors_are_left_out():
+    single = ("@P1 BRA `(.L_all)", "LDG.E.U16 R2, desc[UR6][R4.64]", *["FADD R1, R1, R1"] * 30, ".L_all:")
+    count = counted(*COPY, *STATISTICS, *GRADIENT, *single, "EXIT")
+    assert count.outside == pytest.approx(2 / 125.25)
+
+
+def test_a_way_without_single_elements_must_not_skip_the_row():
+    begin = ("@P1 BRA `(.L_end)", "LDG.E.U16 R2, desc[UR6][R4.64]", *["FADD R1, R1, R1"] * 30)
+    count = counted(*begin, *COPY, *STATISTICS, *GRADIENT, ".L_end:", "EXIT")
+    assert count.outside == pytest.approx(33 / 125.25)
+
+
+def test_each_part_of_a_row_takes_the_loop_around_it():
+    kernel = "statistics_kernel<__nv_bfloat16, (Loop)0>"
+    body = [line.replace("LDS", "LDG.E") for line in STATISTICS]
+    parts = (".L_part:", "MOV R1, R2", *body, *["FADD R1, R1, R1"] * 4, "@P3 BRA `(.L_part)")
+    (function,) = machine_code.parse(listing("k", "MOV R2, R3", *parts, "EXIT"))
+    (count,) = machine_code.counts({kernel: function})
+    # 501 elements a thread in four parts, each with six instructions outside of the inner loop.
+    assert count.outside == pytest.approx((2 + 4 * 6) / 501)
+    assert count.inside == pytest.approx(4 * (7 + 0.65625) * 20 / 501)
 
 
 def test_only_inner_loops_count():
@@ -94,7 +132,7 @@ def test_only_inner_loops_count():
 
 
 @pytest.mark.parametrize(
-    ("waits", "loads"),
+    ("before", "waits"),
     [
         # The target's number alone; its weight, which nobody waits for; its logit, and that of another one, too.
         ([("LDG.E R2, x", 0, 0), ("ISETP P0, R2", None, 1)], 1),
@@ -103,22 +141,35 @@ def test_only_inner_loops_count():
         ([("LDG.E R2, x", 0, 0), ("LDG.E R3, w", 1, 1), ("LDG.E R4, w", 2, 2), ("SHL R4, R4", None, 4)], 3),
         # Waiting for a constant or for shared memory is no wait for memory.
         ([("LDC R2, c[0x0][0x28]", 0, 0), ("ISETP P0, R2", None, 1)], 0),
+        # A load of which the compiler does not know the memory, barriers, the kernel before, and a fence.
+        ([("LD.E R2, x", 0, 0), ("ISETP P0, R2", None, 1)], 1),
+        (["BAR.SYNC.DEFER_BLOCKING 0x0", "UCGABAR_WAIT", "ACQBULK"], 3),
+        (["MEMBAR.ALL.GPU"], 1),
+        # On a way that does not lead to the row, or that has passed it.
+        (["@P0 BRA `(.L_copy)", "BAR.SYNC.DEFER_BLOCKING 0x0", "EXIT"], 0),
+        ([".L_rows:", *COPY, "BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 BRA `(.L_rows)"], 0),
     ],
 )
-def test_loads_that_are_waited_for_before_the_row(waits, loads):
-    count = counted(*waits, *COPY, ("SHL R3, R3", None, 63), *STATISTICS, *GRADIENT)
-    assert count.loads_before == loads
-    assert count.fits == (loads <= 2)
+def test_waits_before_the_row(before, waits):
+    copy = [] if COPY[0] in before else COPY
+    count = counted(*before, *copy, ("SHL R3, R3", None, 63), *STATISTICS, *GRADIENT)
+    assert len(count.waits) == waits
+    assert count.fits == (waits <= 2)
+    assert all(wait in machine_code.table([count])[-1] for wait in count.waits) == (waits != 0 and not count.fits) or (
+        not waits
+    )
 
 
-def test_too_many_instructions_are_refused():
-    # 65 % of what an H200's schedulers issue while it moves 4 bytes.
-    most = int(0.65 * 4 / 4.3e12 * 132 * 128 * 1.755e9 * 8)
+@pytest.mark.parametrize("inside", [True, False])
+def test_too_many_instructions_are_refused(inside):
+    # 65 % of the instructions that an H200's schedulers issue while it moves 4 bytes, for a thread's elements.
+    most = 0.65 * 4 / 4.3e12 * 132 * 128 * 1.755e9 * 125.25
     loops = [*COPY, *STATISTICS, *GRADIENT]
-    spare = most - int(8 * counted(*loops).instructions)
-    for more, fits in ((spare - 1, True), (spare + 1, False)):
-        longer = [*loops[:-1], *["FADD R1, R1, R8"] * more, loops[-1]]
-        count = counted(*longer)
+    count = counted(*loops)
+    spare = int((most - 125.25 * (count.inside + count.outside)) / (15.65625 if inside else 1))
+    for more, fits in ((spare, True), (spare + 1, False)):
+        added = ["FADD R1, R1, R8"] * more
+        count = counted(*([*loops[:-1], *added, loops[-1]] if inside else [*loops, *added]))
         assert count.fits == fits
         assert ("TOO MUCH" in machine_code.table([count])[-1]) != fits
 

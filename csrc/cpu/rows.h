@@ -213,7 +213,9 @@ PDL_INLINE StatisticsOf<kLoop, A> segment_statistics(Instructions<kCapability> i
     const auto* z = load_tile<kIsPlain<kLoop>>(x, first, n, transform, buffer, &max);
     StatisticsOf<kLoop, A> tile;
     tile.max = max;
-    if (kLoop != Loop::plain && predict && max > segment.max) tile.argmax = int32_t(first + place_of(z, n, max));
+    if constexpr (kLoop != Loop::plain) {
+      if (predict && max > segment.max) tile.argmax = int32_t(first + place_of(z, n, max));
+    }
     A scaled = 0;
     tile.sum =
         sum_exponentials<kKeep, kEntropy, kIsPlain<kLoop>>(instructions, z, n, max, kKeep ? kept + first : nullptr,
@@ -372,7 +374,7 @@ struct Forward {
   PDL_INLINE SavedRow<A> finish_row(int64_t i, const Statistics& statistics, A z_target) const {
     const auto row = row_loss(statistics, z_target, token_weights.at(i, targets[i]), options);
     row.store(saved_rows, logits.rows, i);
-    if (predicted != nullptr) predicted[i] = statistics.argmax;
+    if (predicted != nullptr) predicted[i] = argmax_of(statistics);
     return row;
   }
 

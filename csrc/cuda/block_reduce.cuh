@@ -14,17 +14,18 @@ __device__ __forceinline__ V shifted_down(const V& value, int distance) {
 
 template <typename A>
 __device__ __forceinline__ RowStatistics<A> shifted_down(const RowStatistics<A>& row, int distance) {
-  RowStatistics<A> shifted;
-  shifted.max = shuffle_down(row.max, distance);
-  shifted.sum = shuffle_down(row.sum, distance);
-  shifted.centred = shuffle_down(row.centred, distance);
-  shifted.argmax = shuffle_down(row.argmax, distance);
-  return shifted;
+  return {shuffle_down(row.max, distance), shuffle_down(row.sum, distance)};
+}
+
+template <typename A>
+__device__ __forceinline__ EntropyStatistics<A> shifted_down(const EntropyStatistics<A>& row, int distance) {
+  return {shifted_down(static_cast<const RowStatistics<A>&>(row), distance), shuffle_down(row.argmax, distance),
+          shuffle_down(row.scaled, distance)};
 }
 
 template <typename A>
 __device__ __forceinline__ WideStatistics<A> shifted_down(const WideStatistics<A>& row, int distance) {
-  return {shifted_down(static_cast<const RowStatistics<A>&>(row), distance), shuffle_down(row.scaled, distance),
+  return {shifted_down(static_cast<const EntropyStatistics<A>&>(row), distance), shuffle_down(row.centred, distance),
           shuffle_down(row.class_weight, distance)};
 }
 
@@ -62,6 +63,32 @@ __device__ V block_reduce(V value, const V& identity, Combine combine) {
     const int warps = int(blockDim.x) / kWarp;
     value = lane < warps ? of_warp[lane] : identity;
     value = warp_reduce(value, combine, warps);
+  }
+  return value;
+}
+
+// The bits of a cluster whose blocks combine their values, by one block, valid in thread 0: of_share(rank) is what the
+// thread of that block brings. At most kMostShares blocks of kMostThreads threads.
+template <int kMostShares, int kMostThreads, typename V, typename OfShare, typename Combine>
+__device__ V block_reduce_of_shares(int shares, OfShare of_share, const V& identity, Combine combine) {
+  __shared__ V of_warp[kMostShares][kMostThreads / kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  for (int share = 0; share < shares; ++share) {
+    const V value = warp_reduce(of_share(share), combine);
+    // As in block_reduce.
+    if (share == 0) __syncthreads();
+    if (lane == 0) of_warp[share][warp] = value;
+  }
+  __syncthreads();
+  V value = identity;
+  if (warp == 0) {
+    const int warps = int(blockDim.x) / kWarp;
+    for (int share = 0; share < shares; ++share) {
+      value = warp_reduce(lane < warps ? of_warp[share][lane] : identity, combine, warps);
+      if (lane == 0) of_warp[share][0] = value;
+    }
+    __syncwarp();
+    value = warp_reduce(lane < shares ? of_warp[lane][0] : identity, combine, shares);
   }
   return value;
 }

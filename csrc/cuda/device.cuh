@@ -77,6 +77,27 @@ __device__ __forceinline__ uint32_t narrow_pair<__half>(float2 x) {
   return word;
 }
 
+// The larger numbers of two pairs; where one is NaN, the other. Cards before sm_80 compare one by one, and need no
+// pairs.
+template <typename T>
+constexpr bool kComparesPairs =
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    false;
+#else
+    sizeof(T) == 2;
+#endif
+template <typename T>
+__device__ __forceinline__ uint32_t larger_pair(uint32_t a, uint32_t b) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair pair_a, pair_b;
+  memcpy(&pair_a, &a, sizeof a);
+  memcpy(&pair_b, &b, sizeof b);
+  const Pair pair = __hmax2(pair_a, pair_b);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
 // A loaded value that is not used before this call: otherwise the compiler would wait for the load at its own place.
 template <typename V>
 __device__ __forceinline__ V not_before(V loaded) {
@@ -89,14 +110,6 @@ __device__ __forceinline__ V not_before(V loaded) {
   }
 #endif
   return loaded;
-}
-
-// The larger of a value and a number; the number if the value is NaN. One instruction in float32.
-__device__ __forceinline__ float larger(float value, float number) {
-  return fmaxf(value, number);
-}
-__device__ __forceinline__ double larger(double value, double number) {
-  return value > number ? value : number;
 }
 
 template <typename V>

@@ -22,9 +22,12 @@ namespace {
 
 constexpr int kCompleteThreads = 128;
 
+// divided: the blocks among which a call of loss_and_gradient divides a row. The statistics have the bits of that call.
 template <typename T, Loop kLoop>
-__global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kernel(Rows<T> rows, Reducer<T> reducer) {
+__global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
+    statistics_kernel(Rows<T> rows, Cluster divided, Reducer<T> reducer) {
   using A = Accumulator<T>;
+  using Statistics = StatisticsOf<kLoop, A>;
   uint32_t rows_before = 0;
   for (int64_t i = blockIdx.x; i < rows.count; i += gridDim.x) {
     const int64_t target = rows.targets[i];
@@ -38,11 +41,17 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>) statistics_kern
     }
     const T* x = rows.logits + i * rows.stride;
     const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
-    const PackRange<T> range(x, rows.vocab_size);
-    const auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows)));
+    const A centre = of_target.centre(rows);
+    const Statistics row = block_reduce_of_shares<kMaxCluster, kLongRowThreads>(
+        divided.blocks,
+        [&](int rank) {
+          const PackRange<T> range(x, rows.vocab_size, rank, divided);
+          return statistics_of_share<kLoop>(rows, x, range, centre);
+        },
+        Statistics(), Merge());
     const A z_target = of_target.z(rows);
     if (threadIdx.x == 0) {
-      write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);
+      write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), argmax_of(row));
       rows_before = reducer.row_written(rows.count);
     }
   }
@@ -238,7 +247,8 @@ LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs,
     }
     dispatch_loop(inputs.loop(stats), [&]<Loop kLoop>() {
       const Grid grid{grid_for(rows.count), threads_for(rows.vocab_size), Reducer<T>::kSharedBytes};
-      launch(statistics_kernel<T, kLoop>, grid, rows, reducer);
+      const Cluster divided(std::max(blocks_with_row_on_chip(launch, logits, kLoop), 1));
+      launch(statistics_kernel<T, kLoop>, grid, rows, divided, reducer);
     });
     if (Reducer<T>::reduces(rows.count)) return;
     const Grid one_block{.blocks = 1, .threads = kReduceThreads, .starts_early = launch.is_hopper(reduce_kernel<T>)};

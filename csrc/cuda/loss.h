@@ -19,9 +19,15 @@ inline int shares_of_row(const Launcher& launch, const Tensor& logits) {
   return int(std::min(wanted, possible));
 }
 
-// Whether a call of loss_and_gradient for such logits keeps its rows in shared memory. The kernels that follow in the
-// same step then prefer shared memory as well.
-bool keeps_rows_on_chip(const Launcher& launch, const Tensor& logits);
+// The number of blocks among which a call of loss_and_gradient divides each row of such logits, to keep it in their
+// shared memory. 0 if it does not.
+int blocks_with_row_on_chip(const Launcher& launch, const Tensor& logits, Loop loop);
+
+// Whether that call keeps rows in shared memory. The kernels that follow in the same step then prefer shared memory as
+// well. Other loops need a few bytes more, which decides nothing but a preference here.
+inline bool keeps_rows_on_chip(const Launcher& launch, const Tensor& logits) {
+  return blocks_with_row_on_chip(launch, logits, Loop::plain) > 0;
+}
 
 // `upstream`: one number, or none for 1; it is stored in the factors.
 LossOutputs loss_forward_outputs(const Tensor& logits, const LossInputs& inputs, const OptionalTensor& upstream,

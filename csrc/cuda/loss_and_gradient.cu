@@ -41,12 +41,24 @@ template <typename T>
 __device__ __forceinline__ int copy_range(const T* x, const PackRange<T>& range, Pack<T>* kept) {
   const int packs = (range.end - range.begin) / kVector<T>;
   const int stride = int(blockDim.x);
-  int groups = 0;
-  for (int p = threadIdx.x; p < packs; ++groups) {
-    for (int i = 0; i < kPacks && p < packs; ++i, p += stride) copy_async(kept + p, x + range.begin + p * kVector<T>);
+  int p = threadIdx.x, groups = 0;
+  // Pointers that advance: an index would be turned into an address of 64 bits for each copy.
+  const T* from = x + range.first_of_thread();
+  Pack<T>* to = kept + p;
+  const auto copy_next = [&] {
+    copy_async(to, from);
+    to += stride;
+    from += range.step();
+  };
+  for (; p + (kPacks<T> - 1) * stride < packs; p += kPacks<T> * stride, ++groups) {
+#pragma unroll
+    for (int i = 0; i < kPacks<T>; ++i) copy_next();
     end_group_of_copies();
   }
-  return groups;
+  // The last group may be empty.
+  for (; p < packs; p += stride) copy_next();
+  end_group_of_copies();
+  return groups + 1;
 }
 
 // The statistics of the thread's share of the range, of which this number of groups is being copied.
@@ -57,14 +69,14 @@ __device__ __forceinline__ StatisticsOf<kLoop, A> gather_kept(const Rows<T>& row
   const int packs = (range.end - range.begin) / kVector<T>;
   const int stride = int(blockDim.x);
   StatisticsOf<kLoop, A> row;
-  range.for_each_outside(rows.vocab_size, [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
   int p = threadIdx.x;
-  for (; p + (kPacks - 1) * stride < packs; p += kPacks * stride) {
+  for (; p + (kPacks<T> - 1) * stride < packs; p += kPacks<T> * stride) {
     wait_for_copies(--groups);
-    add_kept<kLoop, kPacks>(row, rows, kept, p, range.begin, centre);
+    add_kept<kLoop, kPacks<T>>(row, rows, kept, p, range.begin, centre);
   }
   if (p < packs) wait_for_copies(--groups);
   for (; p < packs; p += stride) add_kept<kLoop, 1>(row, rows, kept, p, range.begin, centre);
+  add_outside<kLoop>(row, rows, x, range, centre);
   return row;
 }
 
@@ -76,19 +88,25 @@ __device__ __forceinline__ void write_gradient_of_kept(const Rows<T>& rows, cons
   const int packs = (range.end - range.begin) / kVector<T>;
   const OffTarget<kPlain, T> off_target(row);
   const TargetElement<T> of_target(x, target, range.visits(target, rows.vocab_size));
-  T* const share = gradient + range.begin;
-  const auto gradient_of_pack = [&](int p) {
-    Pack<T> pack = kept[p];
-    turn_into_gradient<kPlain, T>(rows, pack, range.begin + p * kVector<T>, off_target);
+  const int stride = int(blockDim.x);
+  const Pack<T>* from = kept + threadIdx.x;
+  int first = range.first_of_thread();
+  T* to = gradient + first;
+  const auto next = [&] {
+    Pack<T> pack = *from;
+    turn_into_gradient<kPlain, T>(rows, pack, first, off_target);
+    from += stride;
+    first += range.step();
     return pack;
   };
   if (equally_aligned<T>(x, gradient)) {
-    for (int p = threadIdx.x; p < packs; p += blockDim.x) store_pack(share + p * kVector<T>, gradient_of_pack(p));
+#pragma unroll 2
+    for (int p = threadIdx.x; p < packs; p += stride, to += range.step()) store_pack(to, next());
   } else {
-    for (int p = threadIdx.x; p < packs; p += blockDim.x) {
-      const Pack<T> pack = gradient_of_pack(p);
+    for (int p = threadIdx.x; p < packs; p += stride, to += range.step()) {
+      const Pack<T> pack = next();
 #pragma unroll
-      for (int k = 0; k < kVector<T>; ++k) share[p * kVector<T> + k] = pack.value[k];
+      for (int k = 0; k < kVector<T>; ++k) to[k] = pack.value[k];
     }
   }
   range.for_each_outside(rows.vocab_size,
@@ -107,8 +125,8 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
   constexpr bool kPlain = kIsPlain<kLoop>;
   Pack<T>* kept = dynamic_shared_memory<Pack<T>>();
   __shared__ ClusterExchange<kExchange, Statistics> exchange;
-  __shared__ Statistics of_row;
   __shared__ A z_of_target;
+  __shared__ RowResults<A> of_row;
   exchange.begin(cluster);
   const int rank = cluster.rank();
   uint32_t rows_before = 0;
@@ -120,7 +138,7 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
     if (!counted || !rows.in_vocabulary(target)) {
       const A fill = counted ? not_a_number<A>() : A(0);
       if (rank == 0 && threadIdx.x == 0) write_row_without_target(rows, i, fill);
-      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, cluster), narrow<T>(fill));
+      fill_row(gradient, rows.vocab_size, PackRange<T>(gradient, rows.vocab_size, rank, cluster), narrow<T>(fill));
       exchange.skip(cluster);
       // The next kernel reads the results of the previous one.
       wait_for_previous_kernel();
@@ -128,29 +146,34 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T>)
       continue;
     }
     const T* x = rows.logits + i * rows.stride;
-    const PackRange<T> range(x, rows.vocab_size, cluster);
+    const PackRange<T> range(x, rows.vocab_size, rank, cluster);
     const int groups = copy_range(x, range, kept);
     // After the copies, since each of these loads waits for memory.
     const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
-    const A row_weight = rows.row_weight_at(i);
-    auto row = merged_over_block(gather_kept<kLoop>(rows, x, range, kept, groups, of_target.centre(rows)));
+    Statistics row = gather_kept<kLoop>(rows, x, range, kept, groups, of_target.centre(rows));
+    row = block_reduce(row, Statistics(), Merge());
     // Before the exchange, after which another block may overwrite it.
     if (threadIdx.x == 0) z_of_target = of_target.z(rows);
     wait_for_previous_kernel();
+    A row_weight;
     // For the expected upstream gradient.
-    const auto expected = Factors<A>::load(factors);
-    row = exchange.merged(cluster, row, [](const auto& a, const auto& b) { return merge(a, b); });
-    if (threadIdx.x == 0) of_row = row;
+    Factors<A> expected;
+    if (threadIdx.x == 0) {
+      row_weight = rows.row_weight_at(i);
+      expected = Factors<A>::load(factors);
+    }
+    row = exchange.merged(cluster, row, Merge());
+    if (threadIdx.x == 0) {
+      const SavedRow<A> saved = rows.loss_of(row, z_of_target, of_target.token_weight);
+      of_row = {saved, gradient_row(saved, row_weight, expected.upstream, expected, rows.options), argmax_of(row)};
+    }
     __syncthreads();
     exchange.after_reads(cluster);
-    row = of_row;
-    const SavedRow<A> saved = rows.loss_of(row, z_of_target, of_target.token_weight);
     if (rank == 0 && threadIdx.x == 0) {
-      write_row(rows, i, saved, row.argmax);
+      write_row(rows, i, of_row.saved, of_row.argmax);
       rows_before = reducer.row_written(rows.count);
     }
-    write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target),
-                                   gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
+    write_gradient_of_kept<kPlain>(rows, x, gradient, range, kept, int(target), of_row.gradient);
     exchange.end(cluster);
   }
   if (rank == 0) reducer.end(rows, rows_before);
@@ -161,8 +184,9 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
     cached_kernel(Rows<T> rows, const Accumulator<T>* factors, T* gradients, int64_t gradient_stride,
                   Reducer<T> reducer) {
   using A = Accumulator<T>;
+  using Statistics = StatisticsOf<kLoop, A>;
   constexpr bool kPlain = kIsPlain<kLoop>;
-  __shared__ StatisticsOf<kLoop, A> of_row;
+  __shared__ RowResults<A> of_row;
   // For the expected upstream gradient.
   const auto expected = Factors<A>::load(factors);
   uint32_t rows_before = 0;
@@ -181,20 +205,21 @@ __global__ void __launch_bounds__(kLongRowThreads, kResident<T> - 1)
     }
     const T* x = rows.logits + i * rows.stride;
     const RowTarget<T, kLoop> of_target(rows, x, i, int(target));
-    const A row_weight = rows.row_weight_at(i);
     const PackRange<T> range(x, rows.vocab_size);
-    auto row = merged_over_block(statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows)));
-    const A z_target = of_target.z(rows);
-    if (threadIdx.x == 0) of_row = row;
-    __syncthreads();
-    row = of_row;
-    const SavedRow<A> saved = rows.loss_of(row, z_target, of_target.token_weight);
+    Statistics row = statistics_of_share<kLoop>(rows, x, range, of_target.centre(rows));
+    A row_weight;
+    if (threadIdx.x == 0) row_weight = rows.row_weight_at(i);
+    row = block_reduce(row, Statistics(), Merge());
     if (threadIdx.x == 0) {
-      write_row(rows, i, saved, row.argmax);
+      const SavedRow<A> saved = rows.loss_of(row, of_target.z(rows), of_target.token_weight);
+      of_row = {saved, gradient_row(saved, row_weight, expected.upstream, expected, rows.options), argmax_of(row)};
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      write_row(rows, i, of_row.saved, of_row.argmax);
       rows_before = reducer.row_written(rows.count);
     }
-    write_gradient<kPlain>(rows, x, gradient, range, int(target),
-                           gradient_row(saved, row_weight, expected.upstream, expected, rows.options));
+    write_gradient<kPlain>(rows, x, gradient, range, int(target), of_row.gradient);
   }
   reducer.end(rows, rows_before);
 }
@@ -206,17 +231,16 @@ __global__ void __launch_bounds__(kScaleThreads)
   if (by == Accumulator<T>(1)) return;
   for (int64_t i = blockIdx.x; i < count; i += gridDim.x) {
     T* row = gradients + i * stride;
-    for_each_pack<kPacks>(
-        row, vocab_size, PackRange<T>(row, vocab_size, int(blockIdx.y), int(gridDim.y)),
-        [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
+    const PackRange<T> range(row, vocab_size, int(blockIdx.y), int(gridDim.y));
+    for_each_pack<kPacks<T>>(row, range, [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
 #pragma unroll
-          for (int p = 0; p < kCount; ++p) {
+      for (int p = 0; p < kCount; ++p) {
 #pragma unroll
-            for (int k = 0; k < kVector<T>; ++k) packs[p].value[k] = narrow<T>(widen(packs[p].value[k]) * by);
-            store_pack(row + first + p * step, packs[p]);
-          }
-        },
-        [&](int j) { row[j] = narrow<T>(widen(row[j]) * by); });
+        for (int k = 0; k < kVector<T>; ++k) packs[p].value[k] = narrow<T>(widen(packs[p].value[k]) * by);
+        store_pack(row + first + p * step, packs[p]);
+      }
+    });
+    range.for_each_outside(vocab_size, [&](int j) { row[j] = narrow<T>(widen(row[j]) * by); });
   }
 }
 
@@ -232,8 +256,7 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
   for (int resident = kRowsOfMultiprocessor; resident >= 2; --resident) {
     for (int blocks = 1; blocks <= (is_hopper ? kMaxCluster : 1); blocks *= blocks == 1 ? kLeastCluster : 2) {
       const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
-      // The most blocks of a grid; a cluster has one row.
-      constexpr int64_t kMostBlocks = 0x7fffffff;
+      // A cluster has one row.
       if (bytes > of_multiprocessor / resident || (blocks > 1 && rows > kMostBlocks / blocks)) continue;
       const Grid grid{.blocks = std::min(rows, kMostBlocks / blocks) * blocks,
                       .threads = threads_for(vocab_size),
@@ -289,7 +312,7 @@ LossOutputs loss_and_gradient_into(const Tensor& logits, const Tensor& gradient,
       }
       const auto cached = cached_kernel<T, kLoop>;
       const int64_t half_of_cache = launch.attribute(cudaDevAttrL2CacheSize) / 2;
-      Grid in_cache{1, kLongRowThreads, Reducer<T>::kSharedBytes};
+      Grid in_cache{1, threads_for(rows.vocab_size), Reducer<T>::kSharedBytes};
       // At least one row for each multiprocessor, and no more than run at once.
       in_cache.blocks = std::max<int64_t>(half_of_cache / (rows.vocab_size * int64_t(sizeof(T))),
                                           launch.attribute(cudaDevAttrMultiProcessorCount));
@@ -351,13 +374,15 @@ void scale_(Tensor gradient, Tensor factor) {
 
 }  // namespace
 
-bool keeps_rows_on_chip(const Launcher& launch, const Tensor& logits) {
-  bool keeps = false;
+int blocks_with_row_on_chip(const Launcher& launch, const Tensor& logits, Loop loop) {
+  int blocks = 0;
   dispatch_logits<__nv_bfloat16, __half>(logits, [&]<typename T>(T) {
-    // The other loops need a few bytes more, which decides nothing but a preference here.
-    keeps = on_chip_grid<T>(launch, on_chip_kernel<T, Loop::plain>, logits.size(0), logits.size(1)).blocks > 0;
+    dispatch_loop(loop, [&]<Loop kLoop>() {
+      const Grid grid = on_chip_grid<T>(launch, on_chip_kernel<T, kLoop>, logits.size(0), logits.size(1));
+      if (grid.blocks > 0) blocks = grid.cluster;
+    });
   });
-  return keeps;
+  return blocks;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pdl_ext, CUDA, m) {

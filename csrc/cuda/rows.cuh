@@ -16,8 +16,10 @@ namespace pdl::cuda {
 #define PDL_ROWS_OF_MULTIPROCESSOR 3
 #endif
 
-// The number of vectors that a thread has in flight; docs/kernels.md has the count of instructions.
-constexpr int kPacks = PDL_PACKS;
+// The number of vectors that a thread has in flight; docs/kernels.md has the count of instructions. float64 has no
+// registers for more than two.
+template <typename T>
+constexpr int kPacks = sizeof(T) == 8 ? 2 : PDL_PACKS;
 // The threads of a block with a row or a share of one. The second number is how many such blocks a multiprocessor must
 // hold: one loads while another reduces. float64 has no registers for the third, and its throughput does not need one.
 constexpr int kLongRowThreads = 256;
@@ -87,7 +89,10 @@ __device__ __forceinline__ void add_element(StatisticsOf<kLoop, A>& row, const R
   const A z = rows.template z<kIsPlain<kLoop>>(widen(x[j]), j);
   // exp(z - z) is 1, but NaN for infinity, whose row has no loss. The 1 of -inf vanishes beside any finite number.
   const A sum = z == infinity<A>() ? not_a_number<A>() : A(1);
-  StatisticsOf<kLoop, A> element{RowStatistics<A>{z, sum, A(0), j}};
+  StatisticsOf<kLoop, A> element;
+  element.max = z;
+  element.sum = sum;
+  if constexpr (kLoop != Loop::plain) element.argmax = j;
   if constexpr (!kIsPlain<kLoop>) {
     element.class_weight = rows.class_weights.at(j);
     element.centred = ClassWeights<A>::times(element.class_weight, z - centre);
@@ -95,37 +100,64 @@ __device__ __forceinline__ void add_element(StatisticsOf<kLoop, A>& row, const R
   row = merge(row, element);
 }
 
-template <Loop kLoop, typename T, int kPacks, typename A>
+// The larger of `number` and the largest number of the packs, or `number` if all are NaN.
+template <typename T, int kCount>
+__device__ __forceinline__ float largest_of(const Pack<T> (&packs)[kCount], float number) {
+  uint32_t of_pack[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const PackWords<T> words(packs[i]);
+    of_pack[i] = words.word[0];
+#pragma unroll
+    for (int k = 1; k < words.kCount; ++k) of_pack[i] = larger_pair<T>(of_pack[i], words.word[k]);
+  }
+  uint32_t largest = of_pack[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) largest = larger_pair<T>(largest, of_pack[i]);
+  const float2 pair = widen_pair<T>(largest);
+  return larger(pair.x, larger(pair.y, number));
+}
+
+template <Loop kLoop, typename T, int kCount, typename A>
 __device__ __forceinline__ void add_packs(StatisticsOf<kLoop, A>& row, const Rows<T>& rows,
-                                          const Pack<T> (&packs)[kPacks], int first, int step, A centre) {
+                                          const Pack<T> (&packs)[kCount], int first, int step, A centre) {
   constexpr bool kPlain = kIsPlain<kLoop>;
-  A z[kPacks][kVector<T>];
+  A z[kCount][kVector<T>];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    widen(packs[i], z[i]);
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) z[i][k] = rows.template z<kPlain>(z[i][k], first + i * step + k);
+  }
   A max = row.max;
+  if constexpr (kPlain && kComparesPairs<T>) {
+    max = largest_of(packs, max);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      const A x = widen(packs[i].value[k]);
-      z[i][k] = rows.template z<kPlain>(x, first + i * step + k);
-      max = larger(z[i][k], max);
+      for (int k = 0; k < kVector<T>; ++k) max = larger(z[i][k], max);
     }
   }
-  if (kLoop != Loop::plain && rows.predicted != nullptr && max > row.max) {
-    // In reverse order, so that the first of equal numbers is found last.
+  if constexpr (kLoop != Loop::plain) {
+    if (rows.predicted != nullptr && max > row.max) {
+      // In reverse order, so that the first of equal numbers is found last. Numbers without a transform are taken from
+      // their packs again: otherwise they would occupy registers until here.
 #pragma unroll
-    for (int i = kPacks - 1; i >= 0; --i) {
+      for (int i = kCount - 1; i >= 0; --i) {
 #pragma unroll
-      for (int k = kVector<T> - 1; k >= 0; --k) {
-        if (z[i][k] == max) row.argmax = first + i * step + k;
+        for (int k = kVector<T> - 1; k >= 0; --k) {
+          if ((kPlain ? widen(packs[i].value[k]) : z[i][k]) == max) row.argmax = first + i * step + k;
+        }
       }
     }
   }
   const A shift = exp_shift(max);
   if constexpr (kLoop != Loop::plain) row.scaled = scaled_relative_to(row, shift);
-  A sums[kPacks] = {};
+  A sums[kCount] = {};
   const bool of_class = !kPlain && rows.class_weights.of_class != nullptr;
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
       const A below = z[i][k] - shift, e = exp_nonpositive(below);
@@ -139,7 +171,7 @@ __device__ __forceinline__ void add_packs(StatisticsOf<kLoop, A>& row, const Row
   if constexpr (!kPlain) {
     if (of_class) {
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
+      for (int i = 0; i < kCount; ++i) {
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) {
           const A weight = rows.class_weights.at(first + i * step + k);
@@ -149,15 +181,25 @@ __device__ __forceinline__ void add_packs(StatisticsOf<kLoop, A>& row, const Row
       }
     }
   }
-  row.sum *= row.max == max ? A(1) : exp_nonpositive(row.max - shift);
+  row.sum *= exp_nonpositive(row.max - shift);
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) row.sum += sums[i];
+  for (int i = 0; i < kCount; ++i) row.sum += sums[i];
   row.max = max;
 }
 
-template <typename Statistics>
-__device__ __forceinline__ Statistics merged_over_block(const Statistics& row) {
-  return block_reduce(row, Statistics(), [](const auto& a, const auto& b) { return merge(a, b); });
+struct Merge {
+  template <typename Statistics>
+  __device__ __forceinline__ Statistics operator()(const Statistics& a, const Statistics& b) const {
+    return merge(a, b);
+  }
+};
+
+// Adds the thread's share of the elements outside of vectors. They come last in all kernels: so the bits are the same,
+// and of equal numbers the first one is found.
+template <Loop kLoop, typename T, typename A>
+__device__ __forceinline__ void add_outside(StatisticsOf<kLoop, A>& row, const Rows<T>& rows, const T* x,
+                                            const PackRange<T>& range, A centre) {
+  range.for_each_outside(rows.vocab_size, [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
 }
 
 // The statistics of the thread's share of a range of a row, read from memory.
@@ -165,14 +207,15 @@ template <Loop kLoop, typename T, typename A>
 __device__ __forceinline__ StatisticsOf<kLoop, A> statistics_of_share(const Rows<T>& rows, const T* x,
                                                                       const PackRange<T>& range, A centre) {
   StatisticsOf<kLoop, A> row;
-  for_each_pack<kPacks>(
-      x, rows.vocab_size, range,
-      [&](const auto& packs, int first, int step) { add_packs<kLoop>(row, rows, packs, first, step, centre); },
-      [&](int j) { add_element<kLoop>(row, rows, x, j, centre); });
+  for_each_pack<kPacks<T>>(x, range, [&](const auto& packs, int first, int step) {
+    add_packs<kLoop>(row, rows, packs, first, step, centre);
+  });
+  add_outside<kLoop>(row, rows, x, range, centre);
   return row;
 }
 
-// The data of a row's target. They are loaded before the row is read, and not waited for until they are used.
+// The data of a row's target. They are loaded before the row is read, and not waited for until they are used. Thread 0
+// has both. The other threads have the logit in the general loop, which needs it.
 template <typename T, Loop kLoop>
 struct RowTarget {
   using A = Accumulator<T>;
@@ -181,16 +224,26 @@ struct RowTarget {
   T logit;
   A token_weight;
 
-  __device__ __forceinline__ RowTarget(const Rows<T>& rows, const T* x, int64_t i, int target)
-      : target(target), logit(x[target]), token_weight(rows.token_weights.at(i, target)) {}
+  __device__ __forceinline__ RowTarget(const Rows<T>& rows, const T* x, int64_t i, int target) : target(target) {
+    if (!kIsPlain<kLoop> || threadIdx.x == 0) logit = x[target];
+    if (threadIdx.x == 0) token_weight = rows.token_weights.at(i, target);
+  }
 
   __device__ __forceinline__ A z(const Rows<T>& rows) const {
     return rows.template z<kIsPlain<kLoop>>(widen(not_before(logit)), target);
   }
-  // The plain loop does not use it.
   __device__ __forceinline__ A centre(const Rows<T>& rows) const {
     return kIsPlain<kLoop> ? A(0) : smoothing_centre(z(rows));
   }
+};
+
+// One thread's results of a row, in shared memory: the block's threads need the gradient's numbers, and the others
+// would take registers until they are written.
+template <typename A>
+struct RowResults {
+  SavedRow<A> saved;
+  GradientRow<A> gradient;
+  int argmax;
 };
 
 // Called by one thread.
@@ -260,14 +313,13 @@ template <bool kPlain, typename T>
 __device__ __forceinline__ void turn_into_gradient(const Rows<T>& rows, Pack<T>& pack, int first,
                                                    const OffTarget<kPlain, T>& row) {
   if constexpr (kPlain && sizeof(T) == 2) {
-    uint32_t words[kVectorBytes / 4];
-    memcpy(words, &pack, kVectorBytes);
+    PackWords<T> words(pack);
 #pragma unroll
-    for (uint32_t& word : words) {
+    for (uint32_t& word : words.word) {
       const float2 z = widen_pair<T>(word);
       word = narrow_pair<T>({row.off_target(z.x), row.off_target(z.y)});
     }
-    memcpy(&pack, words, kVectorBytes);
+    pack = words.pack();
   } else {
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
@@ -288,21 +340,18 @@ __device__ __forceinline__ void write_gradient(const Rows<T>& rows, const T* x, 
       aligned ? range.visits(target, rows.vocab_size) : range.visits_by_elements(target, rows.vocab_size);
   const TargetElement<T> of_target(x, target, is_mine);
   if (aligned) {
-    for_each_pack<kPacks>(
-        x, rows.vocab_size, range,
-        [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
+    for_each_pack<kPacks<T>>(x, range, [&]<int kCount>(Pack<T>(&packs)[kCount], int first, int step) {
 #pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            const int begin = first + i * step;
-            turn_into_gradient<kPlain, T>(rows, packs[i], begin, off_target);
-            store_pack(gradient + begin, packs[i]);
-          }
-        },
-        element);
+      for (int i = 0; i < kCount; ++i) {
+        const int begin = first + i * step;
+        turn_into_gradient<kPlain, T>(rows, packs[i], begin, off_target);
+        store_pack(gradient + begin, packs[i]);
+      }
+    });
   } else {
     for (int j = range.begin + threadIdx.x; j < range.end; j += blockDim.x) element(j);
-    range.for_each_outside(rows.vocab_size, element);
   }
+  range.for_each_outside(rows.vocab_size, element);
   of_target.template write<kPlain>(rows, gradient, row);
 }
 

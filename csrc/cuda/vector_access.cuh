@@ -12,7 +12,7 @@ template <typename T>
 constexpr int kVector = kVectorBytes / int(sizeof(T));
 
 template <typename T>
-struct Pack {
+struct alignas(kVectorBytes) Pack {
   T value[kVector<T>];
 };
 
@@ -25,6 +25,39 @@ __device__ __forceinline__ Pack<T> pack_of(const uint4& raw) {
   Pack<T> pack;
   memcpy(&pack, &raw, kVectorBytes);
   return pack;
+}
+
+// The words of a pack of 16-bit numbers, each a pair. Their conversions take fewer instructions than those of numbers.
+template <typename T>
+struct PackWords {
+  static constexpr int kCount = kVectorBytes / int(sizeof(uint32_t));
+
+  uint32_t word[kCount];
+
+  __device__ __forceinline__ explicit PackWords(const Pack<T>& pack) { memcpy(word, &pack, kVectorBytes); }
+
+  __device__ __forceinline__ Pack<T> pack() const {
+    Pack<T> pack;
+    memcpy(&pack, word, kVectorBytes);
+    return pack;
+  }
+};
+
+// The numbers of a pack in the accumulator's precision.
+template <typename T>
+__device__ __forceinline__ void widen(const Pack<T>& pack, Accumulator<T> (&numbers)[kVector<T>]) {
+  if constexpr (sizeof(T) == 2) {
+    const PackWords<T> words(pack);
+#pragma unroll
+    for (int i = 0; i < words.kCount; ++i) {
+      const float2 pair = widen_pair<T>(words.word[i]);
+      numbers[2 * i] = pair.x;
+      numbers[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) numbers[k] = widen(pack.value[k]);
+  }
 }
 
 template <typename T>
@@ -65,9 +98,9 @@ struct PackRange {
   __device__ __forceinline__ PackRange(const T* data, int size, int share = 0, int shares = 1)
       : PackRange(data, size, share, [shares](int packs) { return (packs + shares - 1) / shares; }) {}
 
-  __device__ __forceinline__ PackRange(const T* data, int size, const Cluster& cluster)
-      : PackRange(data, size, cluster.rank(),
-                  [&](int packs) { return (packs + cluster.blocks - 1) >> cluster.log2_blocks; }) {}
+  // The share of one of the cluster's blocks.
+  __device__ __forceinline__ PackRange(const T* data, int size, int rank, const Cluster& cluster)
+      : PackRange(data, size, rank, [&](int packs) { return (packs + cluster.blocks - 1) >> cluster.log2_blocks; }) {}
 
   __device__ __forceinline__ int first_of_thread() const { return begin + int(threadIdx.x) * kVector<T>; }
   __device__ __forceinline__ int step() const { return int(blockDim.x) * kVector<T>; }
@@ -83,19 +116,20 @@ struct PackRange {
     return visits_outside(j, size);
   }
 
-  // on_element(j) for each element outside of the vectors.
+  // on_element(j) for each element outside of the vectors. A block has more threads than a vector has elements.
   template <typename OnElement>
   __device__ __forceinline__ void for_each_outside(int size, OnElement on_element) const {
     if (!has_outside) return;
-    for (int j = threadIdx.x; j < row_begin; j += blockDim.x) on_element(j);
-    for (int j = row_end + threadIdx.x; j < size; j += blockDim.x) on_element(j);
+    const int thread = int(threadIdx.x);
+    if (thread < row_begin) on_element(thread);
+    if (row_end + thread < size) on_element(row_end + thread);
   }
 
  private:
   __device__ __forceinline__ bool visits_outside(int j, int size) const {
     if (!has_outside || j < 0 || j >= size) return false;
-    if (j < row_begin) return unsigned(j) % blockDim.x == threadIdx.x;
-    return j >= row_end && unsigned(j - row_end) % blockDim.x == threadIdx.x;
+    if (j < row_begin) return j == int(threadIdx.x);
+    return j - row_end == int(threadIdx.x);
   }
 
   template <typename OfShare>
@@ -109,11 +143,10 @@ struct PackRange {
 };
 
 // The block's threads share the range. They call on_packs(packs, first, step), where element k of packs[i] is number
-// first + i * step + k, and on_element(j) for each element outside of whole vectors. A thread has kPacks loads in
-// flight before it uses any, or as many as remain.
-template <int kPacks, typename T, typename OnPacks, typename OnElement>
-__device__ __forceinline__ void for_each_pack(const T* data, int size, const PackRange<T>& range, OnPacks on_packs,
-                                              OnElement on_element) {
+// first + i * step + k. A thread has kPacks loads in flight before it uses any, or as many as remain. Elements outside
+// of whole vectors are left out.
+template <int kPacks, typename T, typename OnPacks>
+__device__ __forceinline__ void for_each_pack(const T* data, const PackRange<T>& range, OnPacks on_packs) {
   const int step = range.step();
   int first = range.first_of_thread();
   for (; first + (kPacks - 1) * step < range.end; first += kPacks * step) {
@@ -134,7 +167,6 @@ __device__ __forceinline__ void for_each_pack(const T* data, int size, const Pac
     Pack<T> packs[1] = {pack_of<T>(rest[i])};
     on_packs(packs, first + i * step, step);
   }
-  range.for_each_outside(size, on_element);
 }
 
 }  // namespace pdl::cuda

@@ -203,7 +203,7 @@ TYPED_TEST(RowLossOf, MergingSurvivesSharesOfMinusInfinity) {
 
 TYPED_TEST(RowLossOf, TiesTakeTheLowestIndex) {
   using A = TypeParam;
-  RowStatistics<A> low, high;
+  WideStatistics<A> low, high;
   low.max = high.max = A(2);
   low.sum = high.sum = A(1);
   low.argmax = 5;

@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import emulated_tests
 
-# A file, a text, and its replacement: a mutant for each occurrence; also, every __syncthreads() is removed.
+# A file, a text, and its replacement: a mutant for each occurrence; also, each line of __syncthreads() is removed.
 MUTATIONS = [
-    ("cuda/vector_access.cuh", "for (int j = threadIdx.x; j < row_begin; j += blockDim.x) on_element(j);", ""),
-    ("cuda/vector_access.cuh", "for (int j = row_end + threadIdx.x; j < size; j += blockDim.x) on_element(j);", ""),
+    ("cuda/vector_access.cuh", "if (thread < row_begin) on_element(thread);", ""),
+    ("cuda/vector_access.cuh", "if (row_end + thread < size) on_element(row_end + thread);", ""),
     ("cuda/vector_access.cuh", "first + (kPacks - 1) * step < range.end", "first < range.end"),
     ("cuda/vector_access.cuh", "if (first + i * step < range.end) rest[i]", "if (i < kPacks - 2) rest[i]"),
     ("cuda/vector_access.cuh", "if (first + i * step >= range.end) break;", "if (first >= range.end) break;"),
@@ -37,11 +37,32 @@ MUTATIONS = [
     ("cuda/block_reduce.cuh", "if (lane == 0) of_warp", "if (lane == 1) of_warp"),
     ("cuda/rows.cuh", "z == infinity<A>() ? not_a_number<A>() : A(1)", "A(1)"),
     ("cuda/rows.cuh", "max = larger(z[i][k], max);", "max = z[i][k];"),
-    ("cuda/rows.cuh", "for (int i = kPacks - 1; i >= 0; --i) {", "for (int i = 0; i < kPacks; ++i) {"),
+    ("cuda/rows.cuh", "for (int i = kCount - 1; i >= 0; --i) {", "for (int i = 0; i < kCount; ++i) {"),
     ("cuda/rows.cuh", "for (int k = kVector<T> - 1; k >= 0; --k) {", "for (int k = 0; k < kVector<T>; ++k) {"),
-    ("cuda/rows.cuh", "i < kPacks; ++i) row.sum += sums[i];", "i < 1; ++i) row.sum += sums[i];"),
+    ("cuda/rows.cuh", "i < kCount; ++i) row.sum += sums[i];", "i < 1; ++i) row.sum += sums[i];"),
+    # The largest of 16-bit numbers, found in pairs.
+    ("cuda/rows.cuh", "for (int k = 1; k < words.kCount; ++k)", "for (int k = 2; k < words.kCount; ++k)"),
+    ("cuda/rows.cuh", "for (int i = 1; i < kCount; ++i) largest", "for (int i = 1; i < kCount - 1; ++i) largest"),
+    ("cuda/rows.cuh", "return larger(pair.x, larger(pair.y, number));", "return larger(pair.x, number);"),
+    ("cuda/rows.cuh", "return larger(pair.x, larger(pair.y, number));", "return larger(pair.y, number);"),
+    ("cuda/rows.cuh", "return larger(pair.x, larger(pair.y, number));", "return larger(pair.x, pair.y);"),
+    ("cuda/vector_access.cuh", "numbers[2 * i + 1] = pair.y;", "numbers[2 * i + 1] = pair.x;"),
     ("cuda/rows.cuh", "const A shift = exp_shift(max);", "const A shift = max;"),
-    ("cuda/rows.cuh", "row.sum *= row.max == max ? A(1) : exp_nonpositive(row.max - shift);", ""),
+    ("cuda/rows.cuh", "row.sum *= exp_nonpositive(row.max - shift);", ""),
+    ("row_loss.h", "a.sum * exp_nonpositive(a.max - shift)", "a.sum"),
+    ("row_loss.h", "b.sum * exp_nonpositive(b.max - shift)", "b.sum"),
+    ("row_loss.h", "larger(a.max, b.max), shift = exp_shift(max)", "larger(a.max, b.max), shift = max"),
+    # A row that one block takes in the parts in which a cluster would divide it.
+    (
+        "cuda/block_reduce.cuh",
+        "if (lane == 0) of_warp[share][warp] = value;",
+        "if (lane == 0) of_warp[0][warp] = value;",
+    ),
+    ("cuda/block_reduce.cuh", "lane < warps ? of_warp[share][lane]", "lane < warps ? of_warp[0][lane]"),
+    ("cuda/block_reduce.cuh", "lane < shares ? of_warp[lane][0]", "lane < 2 ? of_warp[lane][0]"),
+    ("cuda/block_reduce.cuh", "if (lane == 0) of_warp[share][0] = value;", ""),
+    ("cuda/loss.cu", "std::max(blocks_with_row_on_chip(launch, logits, kLoop), 1)", "1"),
+    ("cuda/loss.cu", "rows.vocab_size, rank, divided", "rows.vocab_size, 0, divided"),
     ("cuda/rows.cuh", "if (!of_class) row.centred += z[i][k] - centre;", ""),
     ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!counted"),
     ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!rows.in_vocabulary(target)"),
@@ -73,8 +94,8 @@ MUTATIONS = [
         "unsigned(j - begin) / kVector<T> % blockDim.x == threadIdx.x",
         "unsigned(j - begin) / kVector<T> % blockDim.x + 1 == threadIdx.x",
     ),
-    ("cuda/vector_access.cuh", "unsigned(j) % blockDim.x == threadIdx.x", "false"),
-    ("cuda/vector_access.cuh", "unsigned(j - row_end) % blockDim.x == threadIdx.x", "false"),
+    ("cuda/vector_access.cuh", "return j == int(threadIdx.x);", "return false;"),
+    ("cuda/vector_access.cuh", "return j - row_end == int(threadIdx.x);", "return false;"),
     ("cuda/vector_access.cuh", "!has_outside || j < 0 || j >= size", "j < 0 || j >= size"),
     ("cuda/rows.cuh", "g * rows.transform.derivative(x)", "g"),
     (
@@ -179,8 +200,11 @@ MUTATIONS = [
     ("cuda/launch.cuh", "built_for >= kHopper && ", ""),
     ("cuda/loss_and_gradient.cu", "wait_for_copies(--groups);", "--groups;"),
     ("cuda/loss_and_gradient.cu", "wait_for_copies(--groups);", "wait_for_copies(groups--);"),
-    ("cuda/loss_and_gradient.cu", "i < kPacks && p < packs; ++i, p += stride", "i < kPacks; ++i, p += stride"),
+    ("cuda/loss_and_gradient.cu", "p + (kPacks<T> - 1) * stride < packs", "p < packs"),
     ("cuda/loss_and_gradient.cu", "for (; p < packs; p += stride)", "if (p < packs)"),
+    ("cuda/loss_and_gradient.cu", "return groups + 1;", "return groups;"),
+    ("cuda/loss_and_gradient.cu", "    from += range.step();\n", ""),
+    ("cuda/loss_and_gradient.cu", "    first += range.step();\n", ""),
     ("cuda/cluster.cuh", "int(threadIdx.x) < cluster.blocks ?", "int(threadIdx.x) < 2 ?"),
     ("cuda/cluster.cuh", "cluster.of_rank(&of_block, threadIdx.x)", "cluster.of_rank(&of_block, 0)"),
     ("cuda/loss_and_gradient.cu", "(packs + blocks - 1) / blocks * kVectorBytes", "packs / blocks * kVectorBytes"),
@@ -194,7 +218,7 @@ MUTATIONS = [
     ("cuda/loss_and_gradient.cu", "i < count; i += gridDim.x", "i < 32; i += gridDim.x"),
     ("cuda/loss_and_gradient.cu", "if (by == Accumulator<T>(1)) return;", "return;"),
     ("cuda/loss_and_gradient.cu", "widen(row[j]) * by", "widen(row[j])"),
-    ("cuda/loss_and_gradient.cu", "kept + p, x + range.begin + p * kVector<T>", "kept + p, x + p * kVector<T>"),
+    ("cuda/loss_and_gradient.cu", "x + range.first_of_thread();", "x + int(threadIdx.x) * kVector<T>;"),
     ("cuda/weights.cu", "kWords = 2 * (kMaxBlocks + 1) + 2 * kMaxBlocks;", "kWords = kMaxBlocks;"),
     ("cuda/weights.cu", "sums = sums + law.sums_of(count, is_fixed(fixed, t));", "sums.total += count;"),
     ("cuda/loss.cu", "if (between > 0 && rows > 1)", "if (false)"),
@@ -238,7 +262,7 @@ MUTATIONS = [
 
 # The same for lines of variants only, with the macro that selects the variant.
 MESSAGES, BATCHES = "-DPDL_EXCHANGE=messages", "-DPDL_HISTOGRAM_BATCHES=2"
-LAST_BLOCK = "-DPDL_REDUCED_BY=last_block"
+LAST_BLOCK, FEW_BLOCKS = "-DPDL_REDUCED_BY=last_block", "-DPDL_MOST_BLOCKS=3"
 VARIANT_MUTATIONS = [
     (MESSAGES, "cuda/cluster.cuh", "uint32_t(cluster.blocks * sizeof(Message))", "uint32_t(sizeof(Message))"),
     (
@@ -256,6 +280,9 @@ VARIANT_MUTATIONS = [
     ),
     (MESSAGES, "cuda/cluster.cuh", "k < kWords; k += 4", "k < 4; k += 4"),
     (MESSAGES, "cuda/cluster.cuh", "of_block[lane].words, sizeof value", "of_block[0].words, sizeof value"),
+    (FEW_BLOCKS, "cuda/block_reduce.cuh", "if (share == 0) __syncthreads();", ""),
+    (FEW_BLOCKS, "cuda/loss.cu", "i < rows.count; i += gridDim.x", "i < gridDim.x; i += gridDim.x"),
+    (FEW_BLOCKS, "cuda/loss_and_gradient.cu", "(blocks > 1 && rows > kMostBlocks / blocks)", "false"),
     (BATCHES, "cuda/histogram.cu", "ahead < kBatches - 1; ++ahead) load", "ahead < 0; ++ahead) load"),
     (BATCHES, "cuda/histogram.cu", "first + (kBatches - 1) * stride);", "first + stride * kBatches);"),
     (
@@ -298,8 +325,8 @@ VARIANT_MUTATIONS = [
     (
         LAST_BLOCK,
         "cuda/loss_and_gradient.cu",
-        "Grid in_cache{1, kLongRowThreads, Reducer<T>::kSharedBytes};",
-        "Grid in_cache{1, kLongRowThreads};",
+        "Grid in_cache{1, threads_for(rows.vocab_size), Reducer<T>::kSharedBytes};",
+        "Grid in_cache{1, threads_for(rows.vocab_size)};",
     ),
     (LAST_BLOCK, "cuda/loss.cu", "        rows_before = reducer.row_written(rows.count);\n", ""),
     (LAST_BLOCK, "cuda/loss_and_gradient.cu", "        rows_before = reducer.row_written(rows.count);\n", ""),
@@ -312,16 +339,16 @@ VARIANT_MUTATIONS = [
     (
         LAST_BLOCK,
         "cuda/loss_and_gradient.cu",
-        "      write_row(rows, i, saved, row.argmax);\n      rows_before = reducer.row_written(rows.count);",
-        "      rows_before = reducer.row_written(rows.count);\n      write_row(rows, i, saved, row.argmax);",
+        "      write_row(rows, i, of_row.saved, of_row.argmax);\n      rows_before = reducer.row_written(rows.count);",
+        "      rows_before = reducer.row_written(rows.count);\n      write_row(rows, i, of_row.saved, of_row.argmax);",
     ),
     (
         LAST_BLOCK,
         "cuda/loss.cu",
-        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);\n      rows_before = "
+        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), argmax_of(row));\n      rows_before = "
         "reducer.row_written(rows.count);",
         "rows_before = reducer.row_written(rows.count);\n      "
-        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), row.argmax);",
+        "write_row(rows, i, rows.loss_of(row, z_target, of_target.token_weight), argmax_of(row));",
     ),
 ]
 
@@ -340,7 +367,7 @@ def mutants(csrc: Path) -> list[Mutant]:
     found = []
     for path in sorted((csrc / "cuda").iterdir()):
         text = path.read_text()
-        for number, match in enumerate(re.finditer(r"__syncthreads\(\);", text), 1):
+        for number, match in enumerate(re.finditer(r"^ *__syncthreads\(\);", text, re.MULTILINE), 1):
             name = f"cuda/{path.name}: barrier {number} removed"
             found.append(Mutant(name, f"cuda/{path.name}", text[: match.start()] + text[match.end() :]))
     for flags, file, before, after in [*(("", *mutation) for mutation in MUTATIONS), *VARIANT_MUTATIONS]:

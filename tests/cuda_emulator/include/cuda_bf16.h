@@ -66,3 +66,11 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline __nv_bfloat162 __float22bfloat162_rn(float2 x) {
   return __floats2bfloat162_rn(x.x, x.y);
 }
+
+// The larger of two numbers, or the number if one of them is NaN.
+inline __nv_bfloat16 __hmax(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __float2bfloat16_rn(fmaxf(__bfloat162float(a), __bfloat162float(b)));
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__hmax(a.x, b.x), __hmax(a.y, b.y)};
+}

@@ -61,3 +61,11 @@ inline __half2 __floats2half2_rn(float x, float y) {
 inline __half2 __float22half2_rn(float2 x) {
   return __floats2half2_rn(x.x, x.y);
 }
+
+// The larger of two numbers, or the number if one of them is NaN.
+inline __half __hmax(__half a, __half b) {
+  return __float2half_rn(fmaxf(__half2float(a), __half2float(b)));
+}
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return {__hmax(a.x, b.x), __hmax(a.y, b.y)};
+}
