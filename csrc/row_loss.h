@@ -175,8 +175,8 @@ PDL_INLINE A entropy_of(const EntropyStatistics<A>& row, A log_sum) {
   return entropy < A(0) ? A(0) : entropy;
 }
 
-// The sums of u_j and of u_j (z_j - centre), which are gathered only for label smoothing, and the index of the largest
-// z, which is gathered only if it was requested.
+// The sums of u_j and of u_j (z_j - centre), which only the general loop gathers. The index of the largest z, or -1 in
+// the plain loop.
 template <typename A>
 PDL_INLINE A class_weight_of(const RowStatistics<A>&) {
   return A(0);

@@ -67,8 +67,8 @@ __device__ V block_reduce(V value, const V& identity, Combine combine) {
   return value;
 }
 
-// The bits of a cluster whose blocks combine their values, by one block, valid in thread 0: of_share(rank) is what the
-// thread of that block brings. At most kMostShares blocks of kMostThreads threads.
+// What a cluster's blocks would combine, with the same bits, by one block; valid in thread 0. of_share(rank) is what
+// the thread brings for that block. At most kMostShares blocks of kMostThreads threads.
 template <int kMostShares, int kMostThreads, typename V, typename OfShare, typename Combine>
 __device__ V block_reduce_of_shares(int shares, OfShare of_share, const V& identity, Combine combine) {
   __shared__ V of_warp[kMostShares][kMostThreads / kWarp];

@@ -237,8 +237,8 @@ struct RowTarget {
   }
 };
 
-// One thread's results of a row, in shared memory: the block's threads need the gradient's numbers, and the others
-// would take registers until they are written.
+// One thread's results of a row, in shared memory. The block's threads need the gradient's numbers. The others would
+// take registers until they are written.
 template <typename A>
 struct RowResults {
   SavedRow<A> saved;
