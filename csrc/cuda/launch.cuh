@@ -242,14 +242,14 @@ class Launcher {
   cudaStream_t stream_ = nullptr;
 };
 
-// The limit of a grid. Kernels use a strided loop for work beyond it. A smaller limit lets tests reach those loops.
+// The limit of a grid. Kernels use a strided loop for work beyond it, which tests reach by a smaller limit.
+constexpr int64_t kMostBlocks = 0x7fffffff;
 #if !defined(PDL_MOST_BLOCKS)
-#define PDL_MOST_BLOCKS 0x7fffffff
+#define PDL_MOST_BLOCKS kMostBlocks
 #endif
-constexpr int64_t kMostBlocks = PDL_MOST_BLOCKS;
 
 inline int64_t grid_for(int64_t work) {
-  return std::min(work, kMostBlocks);
+  return std::min<int64_t>(work, PDL_MOST_BLOCKS);
 }
 
 }  // namespace pdl::cuda

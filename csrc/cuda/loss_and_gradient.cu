@@ -258,7 +258,7 @@ Grid on_chip_grid(const Launcher& launch, Kernel* kernel, int64_t rows, int64_t 
       const int64_t bytes = (packs + blocks - 1) / blocks * kVectorBytes;
       // A cluster has one row.
       if (bytes > of_multiprocessor / resident || (blocks > 1 && rows > kMostBlocks / blocks)) continue;
-      const Grid grid{.blocks = std::min(rows, kMostBlocks / blocks) * blocks,
+      const Grid grid{.blocks = blocks == 1 ? grid_for(rows) : rows * blocks,
                       .threads = threads_for(vocab_size),
                       .shared_bytes = std::max(int(bytes), Reducer<T>::kSharedBytes),
                       .cluster = blocks,

@@ -282,7 +282,6 @@ VARIANT_MUTATIONS = [
     (MESSAGES, "cuda/cluster.cuh", "of_block[lane].words, sizeof value", "of_block[0].words, sizeof value"),
     (FEW_BLOCKS, "cuda/block_reduce.cuh", "if (share == 0) __syncthreads();", ""),
     (FEW_BLOCKS, "cuda/loss.cu", "i < rows.count; i += gridDim.x", "i < gridDim.x; i += gridDim.x"),
-    (FEW_BLOCKS, "cuda/loss_and_gradient.cu", "(blocks > 1 && rows > kMostBlocks / blocks)", "false"),
     (BATCHES, "cuda/histogram.cu", "ahead < kBatches - 1; ++ahead) load", "ahead < 0; ++ahead) load"),
     (BATCHES, "cuda/histogram.cu", "first + (kBatches - 1) * stride);", "first + stride * kBatches);"),
     (
