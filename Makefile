@@ -95,8 +95,10 @@ gpu-variants:
 
 # Both commands on the CPU, to find errors in flags, paths and parsers early.
 gpu-check-dry: $(VENV)/dev.stamp
-	for command in first second; do \
-	  OMP_WAIT_POLICY=passive $(BIN)/python tests/gpu_check $$command --dry --budget 1800 --output build/gpu-check-dry || exit 1; \
+	PYTHONPATH=tests $(BIN)/python -m gpu_check.variants build/gpu-dry --architecture none
+	for command in first second "second --variant messages_last_block"; do \
+	  OMP_WAIT_POLICY=passive $(BIN)/python tests/gpu_check $$command --dry --built build/gpu-dry --budget 1800 \
+	    --output build/gpu-check-dry || exit 1; \
 	done
 
 # 13 GB of virtual environments, since the registry's PyTorch brings CUDA. `pytest` alone leaves this folder off the

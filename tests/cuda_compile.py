@@ -92,7 +92,7 @@ def short_name(demangled: str) -> str:
     return name
 
 
-def demangle(names: list[str], tools: Path) -> list[str]:
+def demangle(names: list[str], tools: Path | None = None) -> list[str]:
     program = shutil.which("cu++filt", path=tools) or shutil.which("c++filt")
     if program is None or not names:
         return names

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_check import __main__ as command_line
-from gpu_check import kernels, launches, machine, parts, plan, stand_ins, variants
+from gpu_check import equal_bits, kernels, launches, machine, parts, plan, stand_ins, variants
 from gpu_check.check import Check, Outcome, Part, Setting
 from gpu_check.equal_bits import error
 
@@ -190,10 +190,21 @@ def test_a_build_is_for_the_devices_that_are_there(check, monkeypatch):
     assert (environment["PDL_EXT_CUDA"], environment["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
 
 
-def test_variants_are_linked_and_each_is_asked_what_it_is(tmp_path, monkeypatch):
-    check = Check(tmp_path, MACHINE, 100.0, [], Setting(built=tmp_path / "built"))
+@pytest.fixture
+def built(tmp_path):
+    """What `make gpu-variants` leaves, of a variant that spills."""
+    (tmp_path / "built").mkdir()
+    about = {"spills": {"release": [], "messages": ["on_chip_kernel<float>: 16+8 bytes"]}}
+    (tmp_path / "built" / "objects.json").write_text(json.dumps(about))
+    return tmp_path / "built"
+
+
+def test_variants_are_linked_and_each_is_asked_what_it_is(tmp_path, built, monkeypatch):
+    check = Check(tmp_path, MACHINE, 100.0, [], Setting(built=built))
     part, commands = build(check, monkeypatch, "900", ("release", "messages"))
     assert part.status == "passed"
+    assert part.detail == "release, messages (spills registers)"
+    assert part.results["messages"]["spills"] == "on_chip_kernel<float>: 16+8 bytes"
     assert [command[-2:] for command, _, _ in commands[::2]] == [["--link", "release"], ["--link", "messages"]]
     assert [variant for _, variant, _ in commands[1::2]] == ["release", "messages"]
 
@@ -224,6 +235,27 @@ class TestVariants:
             if b"<pybind11" in variants.with_headers(variants.ROOT / name, variants.ROOT / "csrc")
         ]
         assert python == []
+
+    def test_without_cuda_only_the_cpu_sources_are_compiled(self):
+        assert all(not name.endswith(".cu") for name in variants.sources(with_cuda=False))
+        assert "csrc/cpu/loss_and_gradient.cpp" in variants.sources(with_cuda=False)
+        assert variants.environment_of("none") == {"PDL_EXT_CUDA": "0"}
+        assert variants.environment_of("9.0") == {"PDL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+
+    def test_kernels_that_spill_are_named(self):
+        lines = [
+            "ptxas info    : Compiling entry function '_Z4axpyIfEvPKT_PS0_i' for 'sm_90'",
+            "ptxas info    : Function properties for _Z4axpyIfEvPKT_PS0_i",
+            "    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads",
+            "ptxas info    : Used 80 registers",
+            "ptxas info    : Compiling entry function '_Z5cleanPf' for 'sm_90'",
+            "ptxas info    : Function properties for _Z5cleanPf",
+            "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+            "ptxas info    : Used 8 registers",
+        ]
+        (line,) = variants.spilling("\n".join(lines))
+        assert line.endswith(": 16+8 bytes")
+        assert "axpy" in line
 
     def test_objects_of_other_sources_are_refused(self, tmp_path, monkeypatch):
         assert "expected what `make gpu-variants` leaves" in variants.refusal(tmp_path)
@@ -314,6 +346,65 @@ def test_counters_are_found_amid_other_lines():
     assert parts.read_counters("==ERROR== no permission") == {}
 
 
+def test_the_stand_in_for_ncu_has_every_counter(tmp_path):
+    folder = stand_ins.write(tmp_path / "programs")
+    done = subprocess.run([folder / "ncu", "--csv", "true"], capture_output=True, text=True, check=True)
+    found = parts.read_counters(done.stdout)
+    assert found.keys() == stand_ins.COUNTERS.keys() - {"smsp__cycles_active.avg"}
+    assert found["gpu__time_duration.sum"] == "1,080.10 us"
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "status"),
+    [
+        (
+            "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access GPU Performance Counters",
+            0,
+            "refused",
+        ),
+        ("==ERROR== Profiling is not supported on device 0", 1, "refused"),
+        ("==ERROR== The application returned an error code (1).", 1, "failed"),
+        ("==WARNING== No kernels were profiled.", 0, "failed"),
+    ],
+)
+def test_a_machine_that_refuses_counters_fails_nothing(tmp_path, capsys, printed, code, status):
+    program = tmp_path / "ncu"
+    program.write_text(f"#!/bin/sh\necho '{printed}'\nexit {code}\n")
+    program.chmod(0o755)
+    planned = [Part("build", 10, 1, passing), Part("counters", 10, 1, parts.counters(1000))]
+    good = Check(tmp_path, MACHINE, 100.0, planned, Setting(programs=tmp_path)).run()
+    assert planned[1].status == status
+    assert good == (status == "refused")
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    if good:
+        assert planned[1].detail == printed
+        assert "all parts passed; refused by the machine: counters" in verdict
+    else:
+        assert "not passed: counters" in verdict
+
+
+def test_what_was_left_out_for_time_has_not_passed(tmp_path, monkeypatch):
+    printed = "float32 [7, 9]: equal bits\nfloat32 [7, 99]: left out for time\n1 shapes, 0 bad, 1 left out\n"
+    monkeypatch.setattr(Check, "execute", lambda *_, **__: Outcome("passed", printed))
+    planned = [Part("build", 10, 1, passing), Part("equal bits", 10, 1, parts.script("equal_bits"))]
+    assert not Check(tmp_path, MACHINE, 100.0, planned).run()
+    assert (planned[1].status, planned[1].failures) == ("incomplete", ["left out for time: float32 [7, 99]"])
+
+
+def test_shapes_beyond_the_budget_are_named(tmp_path, monkeypatch, capsys):
+    found = {"error": 0.5, "failure": ""}
+    monkeypatch.setattr(equal_bits, "check", lambda *_: found)
+    clock = iter(range(1000))
+    monkeypatch.setattr(equal_bits.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(equal_bits.devices, "prepare", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["equal_bits", "--output", str(tmp_path), "--budget", "3", "--device", "emulated"])
+    assert equal_bits.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines[:-1]] == ["equal bits"] * 2 + ["left out for time"] * 14
+    assert lines[-1] == "2 shapes, 0 bad, 14 left out"
+    assert len(json.loads((tmp_path / "equal_bits.json").read_text())) == 2
+
+
 def test_launches_of_a_trace():
     others = {"ph": "X", "cat": "kernel", "name": "void at::native::copy()", "ts": 2.0, "dur": 3.0, "args": {}}
     ours = launches.STAND_IN | {"ts": 9.0}
@@ -389,7 +480,7 @@ def test_what_a_part_knew_is_kept_when_its_time_is_up(tmp_path):
     assert not (tmp_path / "running").exists()
 
 
-def test_a_variant_that_does_not_link_costs_its_own_parts(tmp_path, monkeypatch):
+def test_a_variant_that_does_not_link_costs_its_own_parts(tmp_path, built, monkeypatch):
     outcomes = {
         "release": Outcome("passed", "CUDA architectures  900\n"),
         "messages": Outcome("failed", "no such object"),
@@ -397,7 +488,7 @@ def test_a_variant_that_does_not_link_costs_its_own_parts(tmp_path, monkeypatch)
     monkeypatch.setattr(Check, "execute", lambda self, command, limit, variant, **environment: outcomes[variant])
     planned = [Part("build", 100, 1, parts.build)]
     planned += [Part(f"times, {name}", 10, 1, passing, name) for name in outcomes]
-    assert not Check(tmp_path, MACHINE, 100.0, planned, Setting(built=tmp_path)).run()
+    assert not Check(tmp_path, MACHINE, 100.0, planned, Setting(built=built)).run()
     assert [part.status for part in planned] == ["failed", "passed", "left out"]
     assert planned[0].failures == ["messages: failed: no such object"]
 

@@ -54,12 +54,17 @@ class Part:
     run: Callable[[Part, Check, float], None]
     # The build that it imports.
     variant: str = RELEASE
-    # not begun, running, passed, failed, timed out, absent (its tool is) or left out
+    # not begun, running, passed, failed, timed out, absent (its tool is), refused (by the machine), incomplete (some of
+    # it was left out for time) or left out
     status: str = "not begun"
     seconds: float = 0.0
     detail: str = ""
     failures: list[str] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        return self.status in ("passed", "refused")
 
     def record(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("name", "status", "seconds", "detail", "failures", "results")}
@@ -95,14 +100,14 @@ class Check:
         return self.budget - (time.monotonic() - self.start)
 
     def run(self) -> bool:
-        """Runs all parts; whether every one passed."""
+        """Runs all parts; whether every one passed, or was refused by the machine."""
         self.write()
         for number, part in enumerate(self.parts):
             self._run_part(part, reserved=sum(later.least for later in self.parts[number + 1 :]))
             self.write()
         shutil.rmtree(self.running, ignore_errors=True)
         print(self.table(), flush=True)
-        return all(part.status == "passed" for part in self.parts)
+        return all(part.is_good for part in self.parts)
 
     def _run_part(self, part: Part, reserved: float) -> None:
         start = time.monotonic()
@@ -212,10 +217,12 @@ class Check:
         width = max(len(part.name) for part in self.parts)
         lines += [""] if lines else []
         lines += [
-            f"{part.name:<{width}}  {part.status:<9}  {part.seconds:6.1f} s  {part.detail}" for part in self.parts
+            f"{part.name:<{width}}  {part.status:<10}  {part.seconds:6.1f} s  {part.detail}" for part in self.parts
         ]
-        bad = [part.name for part in self.parts if part.status != "passed"]
+        bad = [part.name for part in self.parts if not part.is_good]
+        refused = [part.name for part in self.parts if part.status == "refused"]
         verdict = f"not passed: {', '.join(bad)}" if bad else "all parts passed"
+        verdict += f"; refused by the machine: {', '.join(refused)}" if refused else ""
         return "\n".join([*lines, f"{self.machine.get('device')}: {verdict}; results are in {self.folder}"])
 
 

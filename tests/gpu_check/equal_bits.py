@@ -91,8 +91,11 @@ def check(device: torch.device, dtype: torch.dtype, rows: int, vocab_size: int, 
         others = (again[1] != first[1]).any(1).nonzero().flatten()[:10].tolist()
         failure = f"other bits in run {turn}: rows {others}"
     devices.synchronize(device)
-    name = f"{str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {'in place' if in_place else 'new gradient'}"
-    return {"name": name, "error": wrong, "failure": failure}
+    return {"error": wrong, "failure": failure}
+
+
+def name_of(dtype: torch.dtype, rows: int, vocab_size: int, in_place: bool) -> str:
+    return f"{str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}], {'in place' if in_place else 'new gradient'}"
 
 
 def main() -> int:
@@ -105,10 +108,13 @@ def main() -> int:
     end = time.monotonic() + options.budget
     planned = [(*shape, in_place) for shape in shapes(device) for in_place in (False, True)]
     for dtype, rows, vocab_size, in_place in planned:
-        if time.monotonic() < end:
-            found.append(check(device, dtype, rows, vocab_size, in_place))
-            print(f"{found[-1]['name']}: {found[-1]['failure'] or 'equal bits'}", flush=True)
-            (options.output / "equal_bits.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        name = name_of(dtype, rows, vocab_size, in_place)
+        if time.monotonic() >= end:
+            print(f"{name}: left out for time")
+            continue
+        found.append({"name": name, **check(device, dtype, rows, vocab_size, in_place)})
+        print(f"{name}: {found[-1]['failure'] or 'equal bits'}", flush=True)
+        (options.output / "equal_bits.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     bad = sum(bool(each["failure"]) for each in found)
     print(f"{len(found)} shapes, {bad} bad, {len(planned) - len(found)} left out")
     return int(bad > 0)

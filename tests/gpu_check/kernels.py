@@ -68,9 +68,8 @@ def exercise(device: str) -> None:
                 rows, vocab_size, dtype, 0, target_dtype, reduction=reduction, inplace_backward=True, **everything
             )
 
-    # Loss and gradient at once: in one block, in clusters, and from L2, with more rows than multiprocessors. A block's
-    # share of 24,576 or 49,152 logits is 48 KiB. With the kernel's own variables that exceeds the limit without a
-    # request.
+    # Loss and gradient at once: in one block and in clusters, with more rows than multiprocessors. A block's share of
+    # 24,576 or 49,152 logits is 48 KiB. With the kernel's own variables that exceeds the limit without a request.
     multiprocessors = devices.multiprocessors(on)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for vocab_size in (1009, 24_576, 30_011, 49_152):
@@ -79,6 +78,9 @@ def exercise(device: str) -> None:
     # Of the longest, whose reference in float64 takes the CPU seconds, few rows and once a dtype.
     for dtype in (torch.float32, torch.bfloat16):
         check_loss(9, 250_001, dtype, 0, torch.int64, inplace_backward=True, **everything)
+    # From L2: sixteen blocks with two on a multiprocessor hold 466,944 logits of float32.
+    for options in ({}, everything):
+        check_loss(3, 500_001, torch.float32, 0, torch.int64, inplace_backward=True, **options)
 
     # In warps, and on chip: all ids in a block, in a group of blocks, and only the first ones in a group.
     on_chip = 2 * multiprocessors * 58_080 + 1

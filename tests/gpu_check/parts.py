@@ -13,13 +13,13 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import cuda_compile
 
-from gpu_check import devices
+from gpu_check import devices, variants
 from gpu_check.check import Check, Part, last_lines
 
 Run = Callable[[Part, Check, float], None]
@@ -37,37 +37,50 @@ COUNTERS = re.compile(
 )
 
 
+# What ncu says where it may not read them.
+REFUSED = r"==ERROR== .*(ERR_NVGPUCTRPERM|not supported|[Ff]ailed to (initialize|access)|unavailable).*"
+
+
 def build(part: Part, check: Check, limit: float) -> None:
     """Makes what the other parts import: linked from objects made before, or built for the devices here."""
     deadline = time.monotonic() + limit
     names = list(dict.fromkeys(each.variant for each in check.parts))
     for name in names:
-        if check.setting.device == devices.EMULATED:
-            command, environment = ("-c", "import cuda_emulator; print(cuda_emulator.build())"), {}
-        elif check.setting.built is not None:
-            command, environment = ("-m", "gpu_check.variants", str(check.setting.built), "--link", name), {}
-        else:
-            command = ("setup.py", "build_ext", "--inplace")
-            environment = {
-                "PDL_EXT_CUDA": "1",
-                "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST")
-                or ";".join(check.machine["capabilities"]),
-                "MAX_JOBS": os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0))),
-            }
-        outcome = check.python(*command, limit=max(deadline - time.monotonic(), 1), variant=name, **environment)
-        if outcome.status == "passed":
-            outcome = check.python("-m", "pdl_ext.cli", "info", limit=30, variant=name)
-        if outcome.status != "passed":
-            part.failures.append(f"{name}: {outcome.status}: {last_lines(outcome.output, 15)}")
+        status, output = "passed", ""
+        for command, environment in _building(check, name):
+            if status == "passed":
+                limit = max(deadline - time.monotonic(), 1)
+                outcome = check.python(*command, limit=limit, variant=name, **environment)
+                status, output = outcome.status, outcome.output
+        if status != "passed":
+            part.failures.append(f"{name}: {status}: {last_lines(output, 15)}")
             continue
-        said = dict(re.split(r"  +", line, maxsplit=1) for line in outcome.output.splitlines() if "  " in line)
+        said = dict(re.split(r"  +", line, maxsplit=1) for line in output.splitlines() if "  " in line)
         if check.setting.device == devices.CARD and said.get("CUDA architectures", "none") == "none":
             part.failures.append(f"{name}: what is imported was built without CUDA")
             continue
+        if check.setting.built is not None and (spills := variants.spills_of(check.setting.built, name)):
+            said["spills"] = "; ".join(spills)
         # Parts that import this one may run, whatever becomes of the others.
         part.results[name] = said
     part.status = "failed" if part.failures else "passed"
-    part.detail = ", ".join(part.results)
+    part.detail = ", ".join(
+        f"{name} (spills registers)" if "spills" in said else name for name, said in part.results.items()
+    )
+
+
+def _building(check: Check, name: str) -> Iterator[tuple[tuple[str, ...], dict[str, str]]]:
+    """The commands that make a variant, each with its environment; the last one says what was made."""
+    if check.setting.device == devices.EMULATED:
+        yield ("-c", "import cuda_emulator; print(cuda_emulator.build())"), {}
+    if check.setting.built is not None:
+        yield ("-m", "gpu_check.variants", str(check.setting.built), "--link", name), {}
+    elif check.setting.device == devices.CARD:
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(check.machine["capabilities"])
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        environment = {"PDL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures, "MAX_JOBS": jobs}
+        yield ("setup.py", "build_ext", "--inplace"), environment
+    yield ("-m", "pdl_ext.cli", "info"), {}
 
 
 def script(module: str, *arguments: str) -> Run:
@@ -78,7 +91,11 @@ def script(module: str, *arguments: str) -> Run:
         command += ["--device", check.setting.device, "--budget", f"{max(limit - SCRIPT_OVERRUN, 1):.0f}"]
         outcome = check.python(*command, limit=limit, variant=part.variant)
         part.status, part.detail = outcome.status, last_lines(outcome.output)
-        if part.status != "passed":
+        left_out = re.findall(r"^(.*): left out for time$", outcome.output, re.MULTILINE)
+        if part.status == "passed" and left_out:
+            part.status = "incomplete"
+            part.failures += [f"left out for time: {name}" for name in left_out]
+        elif part.status != "passed":
             part.failures.append(last_lines(outcome.output, 5))
 
     return run
@@ -204,6 +221,10 @@ def counters(vocab_size: int) -> Run:
         part.status = outcome.status
         part.results = read_counters(outcome.output)
         part.detail = f"{len(part.results)} counters"
+        if refusal := re.search(REFUSED, outcome.output):
+            # Virtual machines and containers often refuse them. That says nothing of the kernels.
+            part.status, part.detail = "refused", refusal[0]
+            return
         if part.status == "passed" and not part.results:
             part.status = "failed"
         if part.status != "passed":

@@ -47,7 +47,7 @@ def _variants(setting: Setting, names: tuple[str, ...]) -> tuple[str, ...]:
 def _with_build(setting: Setting, planned: list[Part]) -> list[Part]:
     """The parts, behind that which makes what they import."""
     most = EMULATED_ON_FEW_CORES if setting.device == EMULATED else BUILT_HERE
-    if setting.built:
+    if setting.built and setting.device != EMULATED:
         most = SECONDS_BEFORE + SECONDS_TO_LINK * len({part.variant for part in planned})
     return [Part("build", most, min(most, 60), parts.build), *planned]
 

@@ -2,14 +2,15 @@
 
     python -m gpu_check.variants DIR [--architecture 9.0]
 
-compiles ahead, on a machine with a PyTorch with CUDA. On the card's machine
+compiles ahead, on a machine with a PyTorch with CUDA, and says which kernels spill registers. On the card's machine
 
     python -m gpu_check.variants DIR --link NAME
 
 makes DIR/NAME/pdl_ext.
 
 Only library.cpp needs Python. So objects made here can be linked there, whatever Python that machine has. A variant
-differs from the release by one source or two, compiled with other macros.
+differs from the release by one source or two, compiled with other macros. With --architecture none it compiles the CPU
+kernels alone, for a dry run.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from cuda_compile import demangle, parse
 from included import with_headers
 
 from gpu_check import ROOT
 
 RELEASE = "release"
+# For objects without CUDA.
+NO_ARCHITECTURE = "none"
 # The one source that needs Python's headers.
 LIBRARY = "csrc/library.cpp"
 ONE_CALL, TWO_CALLS, HISTOGRAM = "csrc/cuda/loss_and_gradient.cu", "csrc/cuda/loss.cu", "csrc/cuda/histogram.cu"
@@ -54,6 +58,7 @@ VARIANTS = {
     ),
     # The block that finishes last sums the rows' losses, without a kernel behind theirs.
     "last_block": Variant((ONE_CALL, TWO_CALLS), ("PDL_REDUCED_BY=last_block",)),
+    "messages_last_block": Variant((ONE_CALL, TWO_CALLS), ("PDL_EXCHANGE=messages", "PDL_REDUCED_BY=last_block")),
     # A thread loads its next batch of ids before it counts the one before.
     "batches_2": Variant((HISTOGRAM,), ("PDL_HISTOGRAM_BATCHES=2",)),
 }
@@ -65,9 +70,10 @@ def flags_of(name: str) -> str:
     return "" if name == RELEASE else " ".join(f"-D{macro}" for macro in VARIANTS[name].macros)
 
 
-def sources() -> list[str]:
+def sources(with_cuda: bool = True) -> list[str]:
     """Those that are compiled ahead."""
-    paths = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", *(["csrc/cuda/*.cu"] if with_cuda else [])]
+    paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
     return sorted(name for path in paths if (name := path.relative_to(ROOT).as_posix()) != LIBRARY)
 
 
@@ -82,14 +88,34 @@ def fingerprint() -> str:
     return key.hexdigest()
 
 
-def compile_ahead(folder: Path, architecture: str) -> None:
-    """The objects of the release and, of each variant, those that differ."""
-    work = folder / "work"
-    environment = {**os.environ, "PDL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(work), "--build-lib", str(work / "lib")]
+def environment_of(architecture: str) -> dict[str, str]:
+    """How setup.py is told what to build for."""
+    if architecture == NO_ARCHITECTURE:
+        return {"PDL_EXT_CUDA": "0"}
+    return {"PDL_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
 
-    def build(flags: str = "") -> None:
-        subprocess.run(command, cwd=ROOT, check=True, env={**environment, "NVCC_APPEND_FLAGS": flags})
+
+def compile_ahead(folder: Path, architecture: str) -> dict[str, list[str]]:
+    """Makes the objects of the release and, of each variant, those that differ. Returns the kernels that spill."""
+    work = folder / "work"
+    environment = {**os.environ, **environment_of(architecture)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(work), "--build-lib", str(work / "lib")]
+    there = sources(architecture != NO_ARCHITECTURE)
+    spills: dict[str, list[str]] = {}
+
+    def build(name: str) -> None:
+        flags = f"{flags_of(name)} -Xptxas -v".strip()
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env={**environment, "NVCC_APPEND_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if done.returncode != 0:
+            sys.exit(f"{name} does not compile:\n{done.stdout}")
+        spills[name] = spilling(done.stdout)
 
     def object_of(source: str) -> Path:
         (made,) = work.rglob(str(Path(source).with_suffix(".o")))
@@ -101,19 +127,36 @@ def compile_ahead(folder: Path, architecture: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["strip", "--strip-debug", "-o", target, object_of(source)], check=True)
 
-    build()
-    for source in sources():
+    build(RELEASE)
+    for source in there:
         keep(source, RELEASE)
     for name, variant in VARIANTS.items():
+        differing = [source for source in variant.sources if source in there]
         # What is there would be taken for the variant's.
-        for source in variant.sources:
+        for source in differing:
             object_of(source).unlink()
-        build(flags_of(name))
-        for source in variant.sources:
+        if differing:
+            build(name)
+        for source in differing:
             keep(source, name)
     shutil.rmtree(work)
-    about = {"fingerprint": fingerprint(), "architecture": architecture}
+    about = {"fingerprint": fingerprint(), "architecture": architecture, "spills": spills}
     (folder / "objects.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return spills
+
+
+def spilling(output: str) -> list[str]:
+    """The kernels that spill registers, in what nvcc printed with -Xptxas -v, with the bytes stored and loaded."""
+    kernels = [kernel for kernel in parse(output, "")[0] if kernel.spills]
+    names = demangle([kernel.name for kernel in kernels])
+    return [
+        f"{name}: {kernel.spill_stores}+{kernel.spill_loads} bytes" for name, kernel in zip(names, kernels, strict=True)
+    ]
+
+
+def spills_of(folder: Path, name: str) -> list[str]:
+    """Those of a variant, among the sources in which it differs from the release."""
+    return json.loads((folder / "objects.json").read_text(encoding="utf-8"))["spills"].get(name, [])
 
 
 def refusal(folder: Path) -> str:
@@ -130,7 +173,7 @@ def refusal(folder: Path) -> str:
 def objects(folder: Path, name: str) -> list[Path]:
     """What links to a variant, besides the library's own."""
     others = {path.name: path for path in (folder / "objects" / RELEASE).iterdir()}
-    if name != RELEASE:
+    if (folder / "objects" / name).is_dir():
         others |= {path.name: path for path in (folder / "objects" / name).iterdir()}
     return [others[each] for each in sorted(others)]
 
@@ -142,8 +185,7 @@ def link(folder: Path, name: str) -> None:
 
     import setup as script
 
-    os.environ["PDL_EXT_CUDA"] = "1"
-    os.environ["TORCH_CUDA_ARCH_LIST"] = json.loads((folder / "objects.json").read_text())["architecture"]
+    os.environ.update(environment_of(json.loads((folder / "objects.json").read_text())["architecture"]))
     made = folder / name
     shutil.rmtree(made, ignore_errors=True)
     package = made / "pdl_ext"
@@ -166,12 +208,14 @@ def link(folder: Path, name: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--architecture", default="9.0", help="default: %(default)s")
+    parser.add_argument("--architecture", default="9.0", help="default: %(default)s; none for a dry run")
     parser.add_argument("--link", choices=NAMES, metavar="NAME", help=f"one of {', '.join(NAMES)}")
     options = parser.parse_args()
     folder = options.folder.resolve()
     if options.link is None:
-        compile_ahead(folder, options.architecture)
+        for name, kernels in compile_ahead(folder, options.architecture).items():
+            for kernel in kernels:
+                print(f"{name} spills: {kernel}")
         print(f"{folder}: {len(NAMES)} variants for {options.architecture}")
         return 0
     if why := refusal(folder):
