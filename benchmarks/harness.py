@@ -57,6 +57,8 @@ class Provider:
     # Why no CUDA graph can hold the call; empty if one can.
     not_capturable: str = ""
     note: str = ""
+    # The multiple of the workload's limit that its error may have.
+    leeway: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +306,7 @@ class _Contestant:
 def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: float | None = None) -> list[Row]:
     """A row for each provider, whatever fails."""
     rows = [
-        Row(workload.name, provider.name, provider.note, workload.least_bytes, workload.limit)
+        Row(workload.name, provider.name, provider.note, workload.least_bytes, workload.limit * provider.leeway)
         for provider in workload.providers
     ]
     contestants = []
@@ -315,8 +317,8 @@ def measure(workload: Workload, clock: Clock, protocol: Protocol, copy_rate: flo
             error_of_result = provider.error(provider.call(0))
             # JSON has neither NaN nor infinity.
             row.error = error_of_result if math.isfinite(error_of_result) else None
-            if not error_of_result <= workload.limit:
-                row.failure = f"wrong: off by {error_of_result:.2g} of the largest entry, above {workload.limit:.2g}"
+            if not error_of_result <= row.limit:
+                row.failure = f"wrong: off by {error_of_result:.2g} of the largest entry, above {row.limit:.2g}"
                 continue
             contestants.append(_Contestant(provider, row, workload, clock))
         except Exception as error:

@@ -169,6 +169,16 @@ class TestWorkloads:
         error = inputs.error((loss.float(), gradient.to(dtype)), True)
         assert (error <= workloads.loss_limit(dtype)) == (wrong is None)
 
+    @pytest.mark.parametrize("vocab_size", [3000, 131_072])
+    def test_what_eager_pytorch_rounds_is_not_wrong(self, clock, vocab_size):
+        inputs = workloads.LossInputs(clock, 5, vocab_size, torch.bfloat16, peaked=False, ignored=0.0)
+        (eager,) = workloads.pytorch_functions(inputs.weight, torch.bfloat16, compiled=False)
+        provider = workloads.loss_provider(inputs, eager, workloads.forward_and_backward)
+        workload = harness.Workload("work", [provider], workloads.loss_limit(torch.bfloat16), least_bytes=0)
+        (row,) = harness.measure(workload, clock, BRIEF)
+        assert row.failure == ""
+        assert row.limit == 8 * torch.finfo(torch.bfloat16).eps
+
     def test_only_what_is_ours_may_fail_a_run(self, tmp_path):
         report = report_of(tmp_path)
         assert workloads.failures(report) == ["nothing of pdl_ext was measured"]
