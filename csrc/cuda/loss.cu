@@ -9,7 +9,8 @@
 //
 // Regimes: a row a block, 128 threads for short rows and 256 for long ones. Gradients of fewer rows than
 // multiprocessors are divided into shares. Statistics are not, so that those of a row do not depend on the number of
-// rows. Accesses have 16 bytes for any V and any alignment, and each thread has several in flight. They are element by
+// rows. Their block takes the shares of loss_and_gradient's blocks one after the other, for the bits of that call.
+// Accesses have 16 bytes for any V and any alignment, and each thread has several in flight. They are element by
 // element only if gradient and logits are misaligned differently. Rows of ignored targets are not read. Only pointers
 // and scalars are passed, and nothing is read back, so a step can be captured in a graph.
 #include <torch/csrc/stable/library.h>
