@@ -54,8 +54,10 @@ class Part:
     run: Callable[[Part, Check, float], None]
     # The build that it imports.
     variant: str = RELEASE
-    # not begun, running, passed, failed, timed out, absent (its tool is), refused (by the machine), incomplete (some of
-    # it was left out for time) or left out
+    # not begun, running, passed, failed, timed out, left out, or one of these:
+    # - absent: a tool is not installed.
+    # - refused: the machine does not allow it.
+    # - incomplete: some of it was left out for time.
     status: str = "not begun"
     seconds: float = 0.0
     detail: str = ""
