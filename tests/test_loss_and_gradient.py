@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import cuda_emulator
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from pdl_ext import PDLLoss, functional, reference
 from pdl_ext.engine import ops
-from pdl_ext.modulation import MiLe
+from pdl_ext.modulation import Focal, MiLe
 from pdl_ext.options import LossOptions
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -164,17 +165,29 @@ def test_gradient_into_another_buffer(make_case, assert_accurate, dtype, options
     assert_accurate(gradient, gradients[1], gradients[0])
 
 
+FRESH_DEVICES = itertools.count(100)
+
+
 @pytest.mark.devices("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Of MiLe the mean over rows is known only after all kernels of rows.
+@pytest.mark.parametrize(
+    "options", [{}, {"modulation": Focal()}, {"modulation": MiLe()}], ids=["plain", "Focal", "MiLe"]
+)
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("vocab_size", [257, 40009])  # a block, and a cluster of them
-def test_the_kernels_of_a_step_prefer_the_same_shared_memory(make_case, vocab_size, in_place):
-    case = from_a_model(make_case((3,), vocab_size))
+def test_the_kernels_of_a_step_prefer_the_same_shared_memory(
+    make_case, monkeypatch, vocab_size, in_place, options, dtype
+):
+    # A device of its own, whose kernels have not been asked by another test.
+    monkeypatch.setenv("PDL_EXT_EMULATOR_MULTIPROCESSORS", str(next(FRESH_DEVICES)))
+    case = from_a_model(make_case((3,), vocab_size, dtype))
     # Another upstream gradient than the expected one, so that a kernel corrects or scales the gradient.
     upstream = torch.tensor(2.0)
     counts = []
     for _ in range(2):
         leaf = case.leaf.clone().requires_grad_()
-        functional.pdl_loss(case.view(leaf), case.targets, inplace_backward=in_place).backward(upstream)
+        functional.pdl_loss(case.view(leaf), case.targets, inplace_backward=in_place, **options).backward(upstream)
         counts.append(cuda_emulator.library().cuda_emulator_carveout_changes())
     # The first step's kernels come after those of another test.
     assert counts[1] == counts[0]

@@ -207,8 +207,10 @@ std::tuple<Tensor, Tensor> reduce_rows(Tensor saved_rows, Tensor targets, Option
     rows.row_weight = data_or_null<A>(row_weight);
     rows.options = RowOptions<A>::of(inputs.options, 0);
     rows.saved_rows = static_cast<A*>(saved_rows.mutable_data_ptr());
-    launch(reduce_kernel<A>, Grid{1, kReduceThreads}, rows, inputs.options.reduction, data_or_null<A>(normalizer),
-           nullptr, static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
+    // As the kernels of chunks do, and those of a modulation's rows, whose mean is known only here.
+    const Grid one_block{.blocks = 1, .threads = kReduceThreads, .wants_shared = true};
+    launch(reduce_kernel<A>, one_block, rows, inputs.options.reduction, data_or_null<A>(normalizer), nullptr,
+           static_cast<A*>(factors.mutable_data_ptr()), static_cast<A*>(loss.mutable_data_ptr()));
   };
   dtype == ScalarType::Double ? run(double{}) : run(float{});
   return {loss, factors};

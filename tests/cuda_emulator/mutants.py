@@ -77,6 +77,7 @@ MUTATIONS = [
     ("cuda/reduce_rows.cuh", "row.token_weight, row.row_weight, row.ce", "row.token_weight, 1.0, row.ce"),
     ("cuda/loss.cu", "int(id - first_id)", "int(id)"),
     ("cuda/loss.cu", ".wants_shared = keeps_rows_on_chip(launch, logits)", ".wants_shared = false"),
+    ("cuda/loss.cu", ".threads = kReduceThreads, .wants_shared = true", ".threads = kReduceThreads"),
     ("cuda/loss_and_gradient.cu", ".wants_shared = keeps_rows_on_chip(launch, gradient)", ".wants_shared = false"),
     ("cuda/loss.cu", "inputs, saved_rows, shard.vocab_size", "inputs, saved_rows, logits.size(1)"),
     ("row_loss.h", "reciprocal_or_zero(double(normalizer[1]))", "reciprocal_or_zero(double(normalizer[0]))"),
