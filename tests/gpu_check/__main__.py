@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = options.output or machine.default_folder(found)
     built = options.built.resolve() if options.built else None
-    programs = stand_ins.write(folder / "stand-ins") if options.dry else None
+    programs = stand_ins.write((folder / "stand-ins").resolve()) if options.dry else None
     device = devices.EMULATED if options.dry else devices.CARD
     setting = Setting(device=device, built=built, variant=options.variant, programs=programs)
     parts = plan.COMMANDS[options.command](setting)
