@@ -41,7 +41,9 @@ from workloads import (
     count_by_pdl_ext,
     count_by_torch,
     failures,
+    forward,
     forward_and_backward,
+    forward_with_graph,
     histogram_group,
     is_ours,
     loss_limit,
@@ -125,6 +127,24 @@ def loss_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtype)
     return Group(f"loss {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}]", workloads)
 
 
+def never_differentiated_group(clock: Clock, elements: int, vocab_size: int, dtype: torch.dtype) -> Group:
+    """The loss of logits that require grad, without a backward, beside the loss alone and the whole step."""
+    rows = -(-elements // vocab_size)
+    name = f"never differentiated {str(dtype).removeprefix('torch.')} [{rows}, {vocab_size}]"
+
+    def workloads() -> Iterator[Workload]:
+        inputs = LossInputs(clock, rows, vocab_size, dtype, peaked=False, ignored=0.0)
+        loss = pdl_ext_functions(inputs.weight)[0]
+        ways = {"no_grad": forward, "no backward": forward_with_graph, "whole step": forward_and_backward}
+        providers = [
+            dataclasses.replace(loss_provider(inputs, loss, make), name=f"{loss.name}, {way}")
+            for way, make in ways.items()
+        ]
+        yield Workload(name, providers, loss_limit(dtype), 0, len(inputs.logits), items=rows * vocab_size)
+
+    return Group(name, workloads)
+
+
 def growth_group(clock: Clock, name: str, shapes: Sequence[tuple[int, int]]) -> Group:
     """The loss with its gradient at one shape after the other, to show how the time of an element changes."""
 
@@ -193,6 +213,10 @@ def plan(clock: Clock, sizes: Sizes) -> list[Group]:
         histogram_group(clock, vocab_size, "Zipf", sizes.few_tokens, [torch.int64], few),
         weights_group(clock, sizes.table),
         tiny_group(clock, sizes.tiny_rows, sizes.tiny_vocab_size, sizes.tiny_calls),
+        *(
+            never_differentiated_group(clock, sizes.elements, sizes.vocab_sizes[0], dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
         growth_group(clock, "growth with N", [(rows, sizes.growth_vocab_size) for rows in sizes.growth_rows]),
         growth_group(clock, "growth with V", [(sizes.growth_fixed_rows, size) for size in sizes.growth_vocab_sizes]),
         linear_group(clock, "linear", [sizes.linear], torch.float32),

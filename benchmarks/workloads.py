@@ -161,6 +161,15 @@ def forward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[Ten
     return call
 
 
+def forward_with_graph(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[Tensor, None]]:
+    """The loss of logits that require grad, of which backward is never asked."""
+
+    def call(i: int) -> tuple[Tensor, None]:
+        return loss.function(inputs.logits[i], inputs.targets[i]).detach(), None
+
+    return call
+
+
 def backward(inputs: LossInputs, loss: LossFunction) -> Callable[[int], tuple[None, Tensor]]:
     @functools.cache
     def graph(i: int) -> Tensor:
@@ -200,7 +209,7 @@ def forward_and_backward(inputs: LossInputs, loss: LossFunction) -> Callable[[in
 def loss_provider(
     inputs: LossInputs, loss: LossFunction, make: Callable[[LossInputs, LossFunction], Callable[[int], Any]]
 ) -> Provider:
-    """A provider of one pass of the loss: `forward`, `backward` or `forward_and_backward`."""
+    """A provider of one pass of the loss: `forward`, `forward_with_graph`, `backward` or `forward_and_backward`."""
     return Provider(
         loss.name,
         make(inputs, loss),

@@ -357,6 +357,8 @@ class TestCpuPlan:
         heads = {row.provider for row in report.rows if row.workload.startswith("linear float32")}
         assert ("TRL's head" in heads) == linear._has_trl_head()
         assert ("F.linear_cross_entropy" in heads) == hasattr(F, "linear_cross_entropy")
+        undifferentiated = [row.provider for row in report.rows if row.workload.startswith("never differentiated")]
+        assert undifferentiated == 2 * ["pdl_ext, no_grad", "pdl_ext, no backward", "pdl_ext, whole step"]
         assert {dtype for dtype, _, _ in plot.speed_ups(times, "F.cross_entropy")} == set(plot.COLOURS)
 
     def test_command(self, clock, tmp_path, monkeypatch, capsys):

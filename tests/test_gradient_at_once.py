@@ -6,15 +6,18 @@ A wrong guess must change no bit, and a gradient must not be read where it was n
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import pickle
 import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pdl_ext import PDLLoss, functional
+from pdl_ext.engine import call as engine
 from pdl_ext.engine import ops
 from pdl_ext.modulation import Focal, MiLe
 from pdl_ext.options import LossOptions
@@ -229,6 +232,84 @@ class TestWhenItIs:
         assert leaf.grad.data_ptr() == calls[0][2]
 
 
+def peak_of(work):
+    """The most bytes that PyTorch holds at a time of those it allocates during work(), exactly."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        kept = work()
+    del kept
+    changes = [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.devices("cpu")
+class TestMemory:
+    ROWS, VOCAB_SIZE = 64, 4096
+    # Of a row: saved numbers, and what is reduced of them.
+    SMALL = ROWS * 256
+
+    def step_of(self, make_case, kind, dtype, reduction):
+        """step(factor): forward and backward of the function, or of a module that expects 1."""
+        case = make_case((self.ROWS,), self.VOCAB_SIZE, dtype)
+        loss_fn = PDLLoss(case.leaf.new_ones(self.VOCAB_SIZE).long(), reduction=reduction)
+        if kind == "function":
+            loss_fn = functools.partial(functional.pdl_loss, token_weight=case.token_weight, reduction=reduction)
+
+        def step(factor=1.0):
+            leaf = case.leaf.detach().requires_grad_()
+            (factor * loss_fn(leaf, case.targets)).backward()
+            return leaf.grad
+
+        # The first step computes the weights.
+        assert step().any()
+        return step
+
+    @pytest.mark.parametrize("factor", [1.0, 3.0], ids=["expected", "another"])
+    @pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("kind", ["function", "module"])
+    def test_the_peak_of_a_step_is_that_of_two_calls(
+        self, make_case, calls, monkeypatch, kind, dtype, reduction, factor
+    ):
+        step = self.step_of(make_case, kind, dtype, reduction)
+        calls.clear()
+        by_one = peak_of(lambda: step(factor))
+        assert names_of(calls) == AT_ONCE
+        weighted_loss = engine.weighted_loss
+        monkeypatch.setattr(engine, "weighted_loss", lambda *inputs: weighted_loss(*inputs[:6]))
+        calls.clear()
+        by_two = peak_of(lambda: step(factor))
+        assert names_of(calls) == TWO_CALLS
+        gradient = self.ROWS * self.VOCAB_SIZE * dtype.itemsize
+        assert gradient <= by_two <= gradient + self.SMALL
+        assert by_one <= by_two + self.SMALL
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_second_buffer_would_be_seen(self, make_case, monkeypatch, dtype):
+        step = self.step_of(make_case, "function", dtype, "mean")
+        peak = peak_of(step)
+        op = ops.compiled.loss_and_gradient
+
+        def with_another(*arguments):
+            another = torch.empty_like(arguments[0])
+            return op(*arguments), another
+
+        monkeypatch.setattr(ops.compiled, "loss_and_gradient", lambda *arguments: with_another(*arguments)[0])
+        assert peak_of(step) > peak + self.SMALL
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_loss_that_is_never_differentiated_holds_a_gradient(self, make_case, dtype):
+        case = make_case((self.ROWS,), self.VOCAB_SIZE, dtype)
+        leaf = case.leaf.clone().requires_grad_()
+        gradient = leaf.nbytes
+
+        def alone():
+            with torch.no_grad():
+                return functional.pdl_loss(leaf, case.targets)
+
+        assert peak_of(alone) <= self.SMALL
+        assert gradient <= peak_of(lambda: functional.pdl_loss(leaf, case.targets)) <= gradient + self.SMALL
+
+
 class TestExpected:
     def upstream_of(self, calls):
         """For which upstream gradient each gradient at once was computed."""
@@ -377,6 +458,31 @@ class TestGraphs:
             gradients.append(leaf.grad)
         assert same_bits(*gradients)
         assert gradients[0].any()
+
+    @pytest.mark.parametrize("early_stop", [False, True])
+    @pytest.mark.parametrize("other_first", [False, True])
+    def test_inside_a_checkpoint_with_another_loss_pending(self, make_case, other_first, early_stop):
+        # Another loss may be pending when the checkpoint runs, or only when it runs again.
+        case = make_case((6,), 257)
+        loss_fn = PDLLoss(case.leaf.new_ones(257).long())
+        leaves = [case.leaf.clone().requires_grad_() for _ in range(2)]
+
+        def inside():
+            return checkpoint(lambda x: loss_fn(x * 1, case.targets), leaves[0], use_reentrant=False)
+
+        with set_checkpoint_early_stop(early_stop):
+            if other_first:
+                other = loss_fn(leaves[1], case.targets)
+                loss = inside()
+                other.backward()
+                loss.backward()
+            else:
+                loss = inside()
+                other = loss_fn(leaves[1], case.targets)
+                loss.backward()
+                other.backward()
+        assert leaves[0].grad.any()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-6, atol=1e-9)
 
     def test_no_gradient_is_held_longer_than_needed(self, make_case, monkeypatch):
         op, made = ops.compiled.loss_and_gradient, []

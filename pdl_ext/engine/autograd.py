@@ -331,6 +331,10 @@ def _scaled_gradients(
     return gradient.detach().view(ctx.shape), grad_row_weight
 
 
+def _saved_tensors_have_hooks() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def weighted_loss(
     logits: Tensor,
     inputs: LossInputs,
@@ -345,6 +349,7 @@ def weighted_loss(
 
     at_once: a backward is likely, for the upstream gradient of `last`, or for 1. While a gradient of `last` waits, the
     gradients of further losses are left to backward. Otherwise each of several losses at once would hold one.
+    Under hooks of saved tensors none is left: a checkpoint has to save as many tensors when it runs again.
     """
     row_weight = inputs.row_weight
     if not torch.is_grad_enabled() or not (
@@ -367,7 +372,7 @@ def weighted_loss(
         and is_known
         and unnormalized is options
         and not inplace_backward
-        and not (is_scaled if last is None else last.is_waiting)
+        and not (is_scaled if last is None else last.is_waiting and not _saved_tensors_have_hooks())
     ):
         result = LossAndGradient.apply(logits, row_weight, inputs, class_weight, options.packed, stats, last)
     else:
