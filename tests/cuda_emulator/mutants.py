@@ -203,7 +203,7 @@ MUTATIONS = [
     ("cuda/loss_and_gradient.cu", "wait_for_copies(--groups);", "wait_for_copies(groups--);"),
     ("cuda/loss_and_gradient.cu", "p + (kPacks<T> - 1) * stride < packs", "p < packs"),
     ("cuda/loss_and_gradient.cu", "for (; p < packs; p += stride)", "if (p < packs)"),
-    ("cuda/loss_and_gradient.cu", "return groups + 1;", "return groups;"),
+    ("cuda/loss_and_gradient.cu", "return groups + 1;", "return groups + 2;"),
     ("cuda/loss_and_gradient.cu", "    from += range.step();\n", ""),
     ("cuda/loss_and_gradient.cu", "    first += range.step();\n", ""),
     ("cuda/cluster.cuh", "int(threadIdx.x) < cluster.blocks ?", "int(threadIdx.x) < 2 ?"),
