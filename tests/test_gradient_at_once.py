@@ -119,8 +119,15 @@ class TestBits:
     # Rows of one block, of clusters of 2 to 16 blocks, and rows that are read from L2.
     @pytest.mark.slow
     @pytest.mark.devices("emulated")
-    @pytest.mark.parametrize("vocab_size", [10_007, 30_011, 60_013, 150_001, 300_007, 700_001])
-    def test_one_call_has_the_bits_of_two_however_it_divides_rows(self, make_case, vocab_size):
+    @pytest.mark.parametrize(
+        ("card", "vocab_size"),
+        [
+            *(("sm_90", size) for size in (10_007, 30_011, 60_013, 150_001, 300_007, 700_001)),
+            *((card, size) for card in ("sm_75", "sm_80") for size in (4_001, 60_013)),
+        ],
+    )
+    def test_one_call_has_the_bits_of_two_however_it_divides_rows(self, make_case, monkeypatch, card, vocab_size):
+        monkeypatch.setenv("PDL_EXT_EMULATOR_DEVICE", card)
         case = make_case((2,), vocab_size, torch.float32)
         inputs = (case.targets, case.token_weight, None, None)
         for stats in (False, True):

@@ -63,6 +63,7 @@ MUTATIONS = [
     ("cuda/block_reduce.cuh", "if (lane == 0) of_warp[share][0] = value;", ""),
     ("cuda/loss.cu", "std::max(blocks_with_row_on_chip(launch, logits, kLoop), 1)", "1"),
     ("cuda/loss.cu", "rows.vocab_size, rank, divided", "rows.vocab_size, 0, divided"),
+    ("cuda/loss_and_gradient.cu", "in_cache{1, threads_for(rows.vocab_size),", "in_cache{1, kLongRowThreads,"),
     ("cuda/rows.cuh", "if (!of_class) row.centred += z[i][k] - centre;", ""),
     ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!counted"),
     ("cuda/loss.cu", "!counted || !rows.in_vocabulary(target)", "!rows.in_vocabulary(target)"),
