@@ -169,6 +169,17 @@ class TestWorkloads:
         error = inputs.error((loss.float(), gradient.to(dtype)), True)
         assert (error <= workloads.loss_limit(dtype)) == (wrong is None)
 
+    def test_what_float16_rounds_to_zero_is_not_wrong(self, clock):
+        inputs = workloads.LossInputs(clock, 64, 8000, torch.float16, peaked=False, ignored=0.0)
+        loss, gradient = inputs.truth(True)
+        # As small as those of 8,192 rows with V = 32,000.
+        inputs._truths[True] = (loss, gradient / 500)
+        rounded = (gradient / 500).to(torch.float16)
+        assert (rounded == 0).float().mean() > 0.9
+        assert inputs.error((loss.float(), rounded), True) <= workloads.loss_limit(torch.float16)
+        rounded[3] *= 2
+        assert inputs.error((loss.float(), rounded), True) > workloads.loss_limit(torch.float16)
+
     @pytest.mark.parametrize("vocab_size", [3000, 131_072])
     def test_what_eager_pytorch_rounds_is_not_wrong(self, clock, vocab_size):
         inputs = workloads.LossInputs(clock, 5, vocab_size, torch.bfloat16, peaked=False, ignored=0.0)

@@ -363,6 +363,7 @@ def test_the_stand_in_for_ncu_has_every_counter(tmp_path):
             "refused",
         ),
         ("==ERROR== Profiling is not supported on device 0", 1, "refused"),
+        ("==ERROR== Failed to open/create lock file /tmp/nsight-compute-lock.", 1, "refused"),
         ("==ERROR== The application returned an error code (1).", 1, "failed"),
         ("==WARNING== No kernels were profiled.", 0, "failed"),
     ],
@@ -414,7 +415,9 @@ def test_launches_of_a_trace():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("wrong", [None, "loss", "element", "nan", "small ones", "columns", "factor", "ignored row"])
+@pytest.mark.parametrize(
+    "wrong", [None, "loss", "element", "nan", "small ones", "small one", "columns", "factor", "ignored row"]
+)
 def test_what_is_wrong_with_a_gradient_is_seen(wrong, dtype):
     torch.manual_seed(0)
     logits, targets, weight = 3 * torch.randn(5, 2000), torch.randint(2000, (5,)), torch.rand(2000) + 0.5
@@ -427,6 +430,9 @@ def test_what_is_wrong_with_a_gradient_is_seen(wrong, dtype):
         loss = loss * 1.001
     elif wrong in ("element", "nan"):
         gradient[4, 1999] = torch.nan if wrong == "nan" else 2 * gradient[4, 1999]
+    elif wrong == "small one":
+        row = gradient[2].abs()
+        gradient[2, row.argmin()] *= 1 + 2**-6
     elif wrong == "small ones":
         gradient[gradient.abs() < 0.03 * gradient.abs().max()] = 0
     elif wrong == "columns":

@@ -31,14 +31,17 @@ SCRIPT_OVERRUN = 8
 TEST_SECONDS = 25
 # What one metric of ncu's full set is called that says how near a kernel is to a bound, and what it waits for.
 COUNTERS = re.compile(
-    r"gpu__time_duration.sum|dram__(throughput|bytes_(read|write)).*(sum|pct)|sm__throughput.*pct|launch__(registers|cluster_max_active)"
-    r"|smsp__issue_active.*pct|sm__warps_active.*pct"
+    r"gpu__time_duration.sum|dram_+throughput.*pct|dram__bytes_(read|write).*sum|sm__throughput.*pct"
+    r"|launch__(registers|cluster_max_active)|smsp__issue_active.*(pct|per_cycle_active)|sm__warps_active.*pct"
     r"|smsp__average_warps_issue_stalled_(long_scoreboard|membar|barrier|short_scoreboard|math_pipe).*ratio"
 )
 
 
 # What ncu says where it may not read them.
-REFUSED = r"==ERROR== .*(ERR_NVGPUCTRPERM|not supported|[Ff]ailed to (initialize|access)|unavailable).*"
+REFUSED = (
+    r"==ERROR== .*(ERR_NVGPUCTRPERM|not supported|[Ff]ailed to (initialize|access|open/create lock|prepare kernel)"
+    r"|unavailable).*"
+)
 
 
 def build(part: Part, check: Check, limit: float) -> None:

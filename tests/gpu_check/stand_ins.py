@@ -37,7 +37,7 @@ END
 COUNTERS = {
     "dram__bytes_read.sum": ("Gbyte", "2.10"),
     "dram__bytes_write.sum": ("Gbyte", "2.10"),
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": ("%", "88.1"),
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": ("%", "88.1"),
     "gpu__time_duration.sum": ("us", "1,080.10"),
     "launch__cluster_max_active": ("cluster", "99"),
     "launch__registers_per_thread": ("register/thread", "56"),
@@ -49,7 +49,7 @@ COUNTERS = {
     "smsp__average_warps_issue_stalled_membar_per_issue_active.ratio": ("inst", "0.1"),
     "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio": ("inst", "0.3"),
     "smsp__cycles_active.avg": ("cycle", "1,700,000.25"),
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": ("%", "61.2"),
+    "smsp__issue_active.avg.per_cycle_active": ("inst/cycle", "0.61"),
 }
 
 
