@@ -42,8 +42,8 @@ def shapes(device: torch.device) -> Iterator[tuple[torch.dtype, int, int]]:
 def error(logits: Tensor, targets: Tensor, weight: Tensor, loss: Tensor, gradient: Tensor) -> float:
     """The largest error of the loss and of any element of its gradient, over what each may have.
 
-    An element may have a rounding of its dtype and of its exponential; at the target, where terms cancel, also a
-    millionth of its row's largest.
+    An element may have a rounding of its dtype and of its exponential. At the target terms cancel, so it may also have
+    a millionth of its row's largest.
     """
     valid = targets != IGNORED
     denominator = weight[targets[valid]].double().sum()
