@@ -24,6 +24,7 @@ __all__ = [
     "check_number",
     "check_vocab_size",
     "default_device",
+    "is_batch_of_gradients",
     "is_dtensor",
     "is_traced",
     "names_of",
@@ -140,6 +141,11 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
             "vmap pass all leading dimensions at once, and take gradients by backward() or torch.autograd.grad. "
             "pdl_ext.reference supports all transforms"
         )
+
+
+def is_batch_of_gradients(upstream: Tensor) -> bool:
+    """Whether autograd asks for several gradients at once (`is_grads_batched`, `jacobian(vectorize=True)`)."""
+    return bool(_functorch.is_legacy_batchedtensor(upstream))
 
 
 def is_traced() -> bool:

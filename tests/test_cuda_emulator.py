@@ -686,4 +686,5 @@ def test_every_mutation_has_its_place(monkeypatch):
 
     found = mutants.mutants(cuda_emulator.ROOT / "csrc")
     assert len(found) > len(mutants.MUTATIONS) + len(mutants.VARIANT_MUTATIONS)
-    assert {each.flags for each in found} == {"", mutants.MESSAGES, mutants.BATCHES, mutants.LAST_BLOCK}
+    flags = {"", mutants.MESSAGES, mutants.BATCHES, mutants.LAST_BLOCK, mutants.FEW_BLOCKS}
+    assert {each.flags for each in found} == flags

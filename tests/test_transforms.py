@@ -136,6 +136,21 @@ def test_autograd_jacobian(name):
     assert expected.any()
 
 
+@pytest.mark.parametrize("name", ["loss", "module"])
+def test_a_batch_of_upstream_gradients(name):
+    scores, loss = LOSSES[name]
+    x = scores[0].clone().requires_grad_()
+    value = loss(x, TARGETS[0])
+    factors = torch.tensor([1.0, -3.0])
+    (batch,) = torch.autograd.grad(value, x, factors, retain_graph=True, is_grads_batched=True)
+    # The gradient of the loss's call is still there.
+    (expected,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(batch, factors.view(-1, 1, 1) * expected)
+    assert expected.any()
+    jacobian = torch.autograd.functional.jacobian(one(loss), scores[0], vectorize=True)
+    torch.testing.assert_close(jacobian, expected)
+
+
 def test_reference_goes_with_all_of_them():
     logits, weights = LOSSES["loss"][0].double(), functional.token_weights(torch.arange(VOCAB), PowerLaw())
 

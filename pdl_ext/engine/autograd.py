@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdl_ext._checks import is_batch_of_gradients
 from pdl_ext.engine import ops
 from pdl_ext.engine.definition import defined_loss
 from pdl_ext.engine.ops import Factors, LossInputs, SavedRows
@@ -262,7 +263,8 @@ def _gradients_at_once(
         return None, grad_row_weight
     rows = _as_rows(logits)
     given = (grad_loss, rows, targets, saved_rows, factors, class_weight, row_weight, logit_offset)
-    if ctx.is_unused:
+    # PyTorch batches no op that writes to its inputs.
+    if ctx.is_unused and not is_batch_of_gradients(grad_loss):
         ctx.is_unused = False
         ops.compiled.correct_gradient_(gradient, ctx.expected, *given, ctx.options)
         # The caller may write to it, also if the graph is retained. It is not read here again, so its saved version
