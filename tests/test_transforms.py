@@ -136,11 +136,21 @@ def test_autograd_jacobian(name):
     assert expected.any()
 
 
-@pytest.mark.parametrize("name", ["loss", "module"])
-def test_a_batch_of_upstream_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("loss", {}),
+        ("loss", {"inplace_backward": True}),
+        ("module", {}),
+        ("linear", {}),
+        ("linear", {"reduction": "token_mean"}),
+        ("linear of a module", {}),
+    ],
+)
+def test_a_batch_of_upstream_gradients(name, options):
     scores, loss = LOSSES[name]
     x = scores[0].clone().requires_grad_()
-    value = loss(x, TARGETS[0])
+    value = loss(x * 1, TARGETS[0], **options)
     factors = torch.tensor([1.0, -3.0])
     (batch,) = torch.autograd.grad(value, x, factors, retain_graph=True, is_grads_batched=True)
     # The gradient of the loss's call is still there.

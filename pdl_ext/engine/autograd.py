@@ -321,6 +321,11 @@ class LossOverLogits(torch.autograd.Function):
         return gradients_of(ctx, 2, grad_loss, _scaled_gradients)
 
 
+def scaled_copy(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor. Not rounded in between: the factor of a bfloat16 gradient would be bfloat16."""
+    return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+
+
 def _scaled_gradients(
     ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, once: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -328,6 +333,8 @@ def _scaled_gradients(
     _of_logits, of_row_weight = ctx.needs_input_grad[:2]
     grad_row_weight = row_weight_gradient(grad_loss, saved_rows, factors) if of_row_weight else None
     factor = divided_by_mean(grad_loss, factors) if ctx.is_divided_late else grad_loss
+    if is_batch_of_gradients(factor):
+        return scaled_copy(gradient.detach(), factor).view(ctx.shape), grad_row_weight
     ops.compiled.scale_(_as_rows(gradient), factor)
     torch.autograd.graph.increment_version(gradient)
     return gradient.detach().view(ctx.shape), grad_row_weight

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pdl_ext._checks import is_batch_of_gradients
 from pdl_ext.engine import ops
-from pdl_ext.engine.autograd import Results, divided_by_mean, gradients_of, row_weight_gradient
+from pdl_ext.engine.autograd import Results, divided_by_mean, gradients_of, row_weight_gradient, scaled_copy
 from pdl_ext.engine.ops import LossInputs, SavedRows, accumulator_dtype, loss_outputs
 from pdl_ext.engine.products import product_into
 from pdl_ext.engine.vocabulary import VocabularyShard, loss_forward, sum_over_ranks
@@ -512,9 +513,9 @@ def _linear_gradients(
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor; in place, if nobody can ask for the gradient again."""
-    if torch.compiler.is_compiling():
-        # Without rounding in between: the factor of a bfloat16 gradient would be bfloat16.
-        return (gradient.to(factor.dtype) * factor).to(gradient.dtype)
+    # PyTorch batches no op that writes to its inputs.
+    if torch.compiler.is_compiling() or is_batch_of_gradients(factor):
+        return scaled_copy(gradient, factor)
     if torch._C._autograd._get_current_graph_task_keep_graph():
         gradient = gradient.clone()
     if gradient.numel() > 0:
