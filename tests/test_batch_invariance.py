@@ -14,6 +14,7 @@ OPTIONS = {
     "entropy": {"modulation": Focal()},
     "everything": {"label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "logit_scale": 1.3},
     "by class": {"label_smoothing": 0.1, "label_smoothing_weight": "class"},
+    "in place": {"inplace_backward": True},
 }
 
 
@@ -29,35 +30,42 @@ def bits(tensor):
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def results(logits, targets, weight, reduction, options):
+def results(logits, targets, weight, reduction, options, row_weight=None):
     """The gradient and the statistics of each row, as integers."""
     leaf = logits.detach().requires_grad_()
-    extra = {"normalizer": 3.0} if reduction == "token_mean" else {}
-    loss, stats = functional.pdl_loss(leaf, targets, weight, reduction=reduction, return_stats=True, **extra, **options)
+    options = options | {"reduction": reduction, "row_weight": row_weight, "return_stats": True}
+    if reduction in ("mean", "token_mean"):
+        options["normalizer"] = 3.0
+    if "softcap" in options:
+        options["logit_offset"] = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+    # In place they must be computed.
+    of_model = leaf * 1 if "inplace_backward" in options else leaf
+    loss, stats = functional.pdl_loss(of_model, targets, weight, **options)
     loss.sum().backward()
     of_rows = [loss] if reduction == "none" else []
-    return [bits(x.detach()) for x in (leaf.grad, stats.nll, stats.lse, stats.entropy, *of_rows)]
+    return [bits(x.detach()) for x in (leaf.grad, stats.nll, stats.lse, stats.entropy, stats.predicted, *of_rows)]
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("reduction", ["none", "sum", "token_mean"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [8, 1009, 8200, pytest.param(40001, marks=pytest.mark.slow)])
 def test_other_rows_and_threads(make_case, device_name, threads, vocab_size, dtype, reduction, options):
     # On a card a row's vectors begin at multiples of 16 bytes, so its position matters unless rows are whole vectors.
     rows = 9 if device_name == "cpu" else 5
     vocab_size = vocab_size if device_name == "cpu" else -(-vocab_size // 8) * 8
-    case = make_case((rows,), vocab_size, dtype, peaked=True)
+    case = make_case((rows,), vocab_size, dtype, peaked=True, row_weight=True)
     case.targets[0] = -100
+    row_weight = case.row_weight.to(case.leaf.dtype if dtype == torch.float64 else torch.float32)
     arguments = (case.token_weight, reduction, options)
-    whole = results(case.leaf, case.targets, *arguments)
+    whole = results(case.leaf, case.targets, *arguments, row_weight)
     assert whole[0].any()
     parts = [slice(0, 1), slice(1, 2), slice(rows - 1, rows), slice(2, 5), slice(0, rows)]
     for count in (1, 2, 3, 5) if device_name == "cpu" else (1,):
         threads(count)
         for part in parts:
             for got, expected in zip(
-                results(case.leaf[part].clone(), case.targets[part], *arguments), whole, strict=True
+                results(case.leaf[part].clone(), case.targets[part], *arguments, row_weight[part]), whole, strict=True
             ):
                 assert torch.equal(got, expected[part]), (count, part)
 
